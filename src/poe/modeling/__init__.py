@@ -1,0 +1,1 @@
+"""The network and how it grows. Self-contained: these files travel beside every published delta."""

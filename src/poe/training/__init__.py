@@ -1,0 +1,1 @@
+"""MuonAdamW, schedule, loss, trainer and checkpoints."""
