@@ -1,0 +1,58 @@
+"""Plain documents for pretraining a base: the demo world's own text, or local text files."""
+
+import gzip
+import json
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+
+from poe.data.demo.text import make_text
+from poe.data.spec import parse_spec
+from poe.errors import DataError
+
+TEXT_READERS = ("demo", "text")
+END_OF_TEXT = "<|endoftext|>"  # separates documents in a .txt file, where it occurs
+
+
+def documents(spec: str, *, seed: int = 0, easy: float = 0.0) -> Iterator[str]:
+    """Yield the documents of a SPEC: `demo` (endless) or `text=FILES` (.txt, .md, .jsonl with a `text` field, .gz).
+
+    `easy` is the share of simple documents in the demo world. Raises `DataError` for files that cannot be read.
+    """
+    for source in parse_spec(spec, TEXT_READERS):
+        if source.name == "demo":
+            yield from (make_text(i, seed=seed, easy=easy) for i in count())
+        elif source.path is None:
+            raise DataError("The reader 'text' reads local files: text=FILE, text=FOLDER/*.jsonl.gz, ...")
+        else:
+            for _ in range(source.epochs or 1):
+                for path in _files(source.path):
+                    yield from _read(path)
+
+
+def _files(pattern: str) -> list[Path]:
+    path = Path(pattern).expanduser()
+    if path.is_dir():
+        found = sorted(p for p in path.iterdir() if p.is_file())
+    else:
+        found = [path] if path.is_file() else sorted(Path(path.anchor or ".").glob(str(path.relative_to(path.anchor))))
+    if not found:
+        raise DataError(f"No text files at {pattern!r}: expected a file, a folder or a glob.")
+    return found
+
+
+def _read(path: Path) -> Iterator[str]:
+    opened = gzip.open if path.suffix == ".gz" else open
+    kind = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+    try:
+        with opened(path, "rt", encoding="utf-8-sig", errors="replace") as file:
+            if kind == ".jsonl":
+                for line in file:
+                    if line.strip():
+                        text = json.loads(line).get("text")
+                        if isinstance(text, str) and text.strip():
+                            yield text
+            elif kind in (".txt", ".md"):
+                yield from (part.strip() for part in file.read().split(END_OF_TEXT) if part.strip())
+    except (OSError, EOFError, ValueError, AttributeError) as error:
+        raise DataError(f"{path} could not be read as text: {error}") from error

@@ -1,0 +1,165 @@
+"""A recipe is data: the same fields are the YAML file, the dataclass, the command-line options and the model card."""
+
+import dataclasses
+import os
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
+
+import yaml
+
+from poe.errors import RecipeError, suggest
+from poe.modeling.stage_config import StageConfig
+
+P = TypeVar("P", bound="Plan")
+RECIPES = Path(__file__).parent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What every training run has: its data, its length, its rates. Learning rates are those at width 768.
+
+    The schedule multiplies every rate by a factor that starts at `start`, reaches 1 after the share `warmup` of the
+    steps and falls to `final` over the last share `warmdown`. AdamW rates are scaled by `(width / 768) ** -0.5`.
+    """
+
+    name: str
+    description: str = ""
+    data: str = ""  # a --data SPEC
+    seq_len: int = 2048  # tokens in a packed row
+    tokens_per_step: int = 131072  # over all rows of an optimiser step
+    max_tokens_per_batch: int = 16384  # in one forward pass; a step accumulates as many as it needs
+    max_steps: int | None = None  # None: as many as the data and its epochs make
+    matrix_lr: float = 0.002  # Muon, for the matrices of the layers
+    head_lr: float = 1e-4  # AdamW, for the head delta
+    weight_decay: float = 0.1
+    momentum: float = 0.95  # of Muon
+    start: float = 0.2
+    warmup: float = 0.05
+    warmdown: float = 0.9
+    final: float = 0.0
+    max_grad_norm: float | None = None
+    eval_every: int = 200  # steps between two measures of val bits per byte
+    checkpoint_every: float = 300.0  # seconds between two checkpoints
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # auto: bfloat16 where the hardware multiplies it
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if not _fits(value, hints[f.name]):
+                raise RecipeError(
+                    f"Recipe {self.name!r}: {f.name} should be {_readable(hints[f.name])}, got {value!r}."
+                )
+        if self.tokens_per_step % self.seq_len:
+            raise RecipeError(
+                f"Recipe {self.name!r}: tokens_per_step ({self.tokens_per_step}) must be a multiple of seq_len "
+                f"({self.seq_len})."
+            )
+
+    def replace(self, **fields: Any) -> Self:
+        """Return a copy with some fields changed; an unknown field is a `RecipeError` with a suggestion."""
+        known = {f.name for f in dataclasses.fields(self)}
+        for name in fields:
+            if name not in known:
+                raise RecipeError(f"A recipe has no field {name!r}.{suggest(name, known)}")
+        return dataclasses.replace(self, **fields)
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Plan):
+    """How a stage is shaped and trained. The defaults are those published for the 1.3B stages of Cognica PoE."""
+
+    num_layers: int = 4
+    head: Literal["dense", "low_rank", "none"] = "dense"
+    head_rank: int = 64
+    epochs: dict[str, int] = field(default_factory=dict)  # passes per data reader, unless the SPEC says so
+    held_out: float = 0.02  # share of the queries kept for validation
+    eval_rows: int = 200  # rows of each held-out split that are answered after training
+
+    def stage_config(self, **fields: Any) -> StageConfig:
+        """Return the shape of the stage; `fields` override."""
+        own = {"name": self.name, "num_layers": self.num_layers, "head": self.head, "head_rank": self.head_rank}
+        return StageConfig(**{**own, **fields})
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseRecipe(Plan):
+    """How a PoE base is shaped and trained from scratch."""
+
+    vocab_size: int = 32768
+    hidden_size: int = 768
+    num_layers: int = 12
+    num_heads: int = 6
+    num_kv_heads: int | None = None
+    attention_logit_scale: float = 1.44
+    head_lr: float = 0.004  # AdamW, for the head
+    embed_lr: float = 0.2
+    warmdown: float = 0.5
+    start: float = 0.0
+
+
+def list_recipes(kind: type[Plan] = Recipe) -> list[str]:
+    """Return the names of the shipped recipes."""
+    return sorted(path.stem for path in _folder(kind).glob("*.yaml"))
+
+
+def load_recipe(name: str | os.PathLike[str], **fields: Any) -> Recipe:
+    """Return a stage recipe by name, or from a YAML file; `fields` override. Raises `RecipeError`."""
+    return _load(Recipe, name, fields)
+
+
+def load_base_recipe(name: str | os.PathLike[str], **fields: Any) -> BaseRecipe:
+    """Return a base recipe by name, or from a YAML file; `fields` override. Raises `RecipeError`."""
+    return _load(BaseRecipe, name, fields)
+
+
+def _folder(kind: type[Plan]) -> Path:
+    return RECIPES / "bases" if kind is BaseRecipe else RECIPES
+
+
+def _load(kind: type[P], name: str | os.PathLike[str], fields: dict[str, Any]) -> P:
+    given = Path(name)
+    path = given if given.suffix in (".yaml", ".yml") else _folder(kind) / f"{name}.yaml"
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(f"Unknown recipe {str(name)!r}.{suggest(str(name), list_recipes(kind))}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of fields, got {type(content).__name__}.")
+    known = {f.name for f in dataclasses.fields(kind)}
+    merged = {"name": path.stem, **content, **fields}
+    for field_name in merged:
+        if field_name not in known:
+            raise RecipeError(f"Recipe {str(name)!r} has no field {field_name!r}.{suggest(field_name, known)}")
+    return kind(**merged)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        return value in typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, part) for part in typing.get_args(hint))
+    if origin is dict:
+        return isinstance(value, dict)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _readable(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")

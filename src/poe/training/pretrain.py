@@ -1,0 +1,154 @@
+"""Training a PoE base from scratch: tokenizer, packed text, the shared engine, a base folder."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from poe.data.demo.conversations import make_conversation
+from poe.data.demo.tokenizer import train_tokenizer
+from poe.data.packing import Batch, PackedRows, pack
+from poe.data.render import token_bytes
+from poe.data.text import documents
+from poe.errors import DataError
+from poe.loaders.base_folder import save_base_folder
+from poe.modeling.modeling_poe import PoEConfig, PoEForCausalLM
+from poe.stages.recipe import BaseRecipe
+from poe.training.engine import Engine, History
+from poe.training.precision import choose_dtype
+from poe.training.progress import Progress
+from poe.training.report import environment, plot_history, prepare_output, write_training_json
+
+TOKENIZER_CHARACTERS = 20_000_000
+VALIDATION_ROWS = 48
+EASY_SHARE = 0.1  # of the steps: the demo world begins with copying and looking up
+CHUNK = 4096  # documents tokenised at a time
+
+
+@dataclass
+class Chained:
+    """The rows of `first`, then those of `second`."""
+
+    first: PackedRows
+    second: PackedRows
+
+    @property
+    def num_rows(self) -> int:
+        return self.first.num_rows + self.second.num_rows
+
+    def batch(self, step: int, rows_per_step: int) -> Batch:
+        steps = self.first.num_rows // rows_per_step
+        return self.first.batch(step, rows_per_step) if step < steps else self.second.batch(step - steps, rows_per_step)
+
+
+def train_base(
+    recipe: BaseRecipe, output_dir: str | Path, *, resume: bool = False, progress: Progress | None = None
+) -> Path:
+    """Train a base by `recipe` and write it, in bf16, as a folder that transformers and `Cascade` load.
+
+    Raises `OutputError`, `DataError`, `RecipeError` or `TrainingError`; `Interrupted` after Ctrl-C, when a checkpoint
+    is saved.
+    """
+    run = prepare_output(Path(output_dir), resume)
+    progress = progress or Progress(f"base {recipe.name}")
+    torch.manual_seed(recipe.seed)
+    started = time.time()
+    tokenizer = train_tokenizer(_tokenizer_texts(recipe), recipe.vocab_size)
+    if len(tokenizer) < recipe.vocab_size:
+        raise DataError(f"The text gives a vocabulary of only {len(tokenizer)} tokens: lower vocab_size or add text.")
+    num_steps = recipe.max_steps or 1000
+    val, train = _rows(recipe, tokenizer, num_steps)
+    progress.note(f"{train.num_rows} rows of {recipe.seq_len} tokens, prepared in {time.time() - started:.0f} s")
+    model = PoEForCausalLM(base_config(recipe, tokenizer)).to(choose_dtype(recipe.dtype))
+    engine = Engine(
+        model,
+        model.named_parameters(),
+        recipe,
+        train,
+        val,
+        token_bytes(tokenizer),
+        run,
+        num_steps,
+        progress,
+    )
+    history = engine.run(resume)
+    save_base_folder(model.to(torch.bfloat16).eval(), run, tokenizer)
+    write_training_json(run, training_record(recipe, history, num_steps))
+    plot_history(run / "loss.png", history)
+    engine.clean_up()
+    return run
+
+
+def base_config(recipe: BaseRecipe, tokenizer: Any) -> PoEConfig:
+    """Return the network's configuration as the recipe shapes it."""
+    return PoEConfig(
+        vocab_size=recipe.vocab_size,
+        hidden_size=recipe.hidden_size,
+        num_hidden_layers=recipe.num_layers,
+        num_attention_heads=recipe.num_heads,
+        num_key_value_heads=recipe.num_kv_heads,
+        attention_logit_scale=recipe.attention_logit_scale,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def training_record(recipe: BaseRecipe, history: History, num_steps: int) -> dict[str, Any]:
+    """Return what training.json says about the run."""
+    return {
+        "kind": "base",
+        "recipe": recipe.as_dict(),
+        "steps": num_steps,
+        "tokens": history.tokens,
+        "seconds": round(history.seconds, 1),
+        "best_step": history.best_step,
+        "val_bpb": history.best_bpb,
+        "trajectory": history.evals,
+        "environment": environment(),
+    }
+
+
+def _tokenizer_texts(recipe: BaseRecipe) -> Iterator[str]:
+    """Text for the tokenizer: the data, and for the demo world a few rendered calls, so that JSON is cheap."""
+    seen = 0
+    for text in islice(documents(recipe.data, seed=recipe.seed), 12_000):
+        yield text
+        seen += len(text)
+        if seen > TOKENIZER_CHARACTERS:
+            break
+    if recipe.data == "demo":
+        for index in range(1000):
+            for message in make_conversation(index).messages:
+                yield message["content"] or str(message.get("tool_calls"))
+
+
+def _rows(recipe: BaseRecipe, tokenizer: Any, num_steps: int) -> tuple[PackedRows, PackedRows | Chained]:
+    """Return validation and training rows; the two share no document."""
+    rows_per_step = recipe.tokens_per_step // recipe.seq_len
+    needed = num_steps * recipe.tokens_per_step
+
+    def tokenised(texts: Iterator[str], tokens: int) -> Iterator[tuple[list[int], list[bool]]]:
+        while tokens > 0 and (chunk := list(islice(texts, CHUNK))):
+            for ids in tokenizer(chunk, verbose=False)["input_ids"]:
+                yield ids, [True] * len(ids)
+                tokens -= len(ids)
+                if tokens <= 0:
+                    return
+
+    def packed(texts: Iterator[str], tokens: int) -> PackedRows:
+        return pack(tokenised(texts, tokens), recipe.seq_len, long="split", seed=recipe.seed, pad_id=tokenizer.pad_token_id)
+
+    if recipe.data == "demo":
+        val = packed(documents("demo", seed=recipe.seed + 1), VALIDATION_ROWS * recipe.seq_len)
+        easy = round(num_steps * EASY_SHARE) * rows_per_step
+        first = packed(documents("demo", seed=recipe.seed + 2, easy=0.8), int(easy * recipe.seq_len * 1.01))
+        second = packed(documents("demo", seed=recipe.seed + 3), needed)
+        return val, Chained(first, second)
+    texts = documents(recipe.data, seed=recipe.seed)
+    val = packed(texts, VALIDATION_ROWS * recipe.seq_len)
+    return val, packed(texts, needed)
