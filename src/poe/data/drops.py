@@ -7,16 +7,26 @@ from types import TracebackType
 from typing import Any
 
 
+class Unfaithful(ValueError):
+    """Raised while a row is read that has no faithful `Conversation`; `reason` is what the report counts."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
 class DropReport:
     """Counts read, kept and dropped rows per source, and writes each dropped row to `path` as one JSON line.
 
-    A row is `{"source", "reason", "id", "row"}`. Use as a context manager, or call `close()`.
+    A row is `{"source", "reason", "id", "row"}`. Use as a context manager, or call `close()`. `repaired` counts the
+    named repairs made to rows that were kept.
     """
 
     def __init__(self, path: Path | None = None) -> None:
         self.read: Counter[str] = Counter()
         self.kept: Counter[str] = Counter()
         self.dropped: dict[str, Counter[str]] = {}
+        self.repaired: dict[str, Counter[str]] = {}
         self._file = None
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -26,19 +36,34 @@ class DropReport:
         self.dropped.setdefault(source, Counter())[reason] += 1
         if self._file is not None:
             line = {"source": source, "reason": reason, "id": id, "row": row}
-            self._file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+            try:
+                text = json.dumps(line, ensure_ascii=False, default=str)
+                text.encode("utf-8")
+            except UnicodeEncodeError:  # a lone surrogate has no UTF-8 form, but has a JSON escape
+                text = json.dumps(line, default=str)
+            except (ValueError, RecursionError):  # nested without end
+                text = json.dumps({**line, "row": f"a {type(row).__name__} that is nested too deeply to be written"})
+            self._file.write(text + "\n")
+
+    def repair(self, source: str, rule: str, count: int = 1) -> None:
+        """Count a repair that was made to a kept row, by the name of its rule."""
+        self.repaired.setdefault(source, Counter())[rule] += count
 
     def as_dict(self) -> dict[str, Any]:
-        """`{source: {"read": n, "kept": n, "dropped": {reason: n}}}`, reasons by falling count."""
-        sources = sorted({*self.read, *self.kept, *self.dropped})
-        return {
-            s: {
-                "read": self.read[s],
-                "kept": self.kept[s],
-                "dropped": dict(self.dropped.get(s, Counter()).most_common()),
+        """`{source: {"read": n, "kept": n, "dropped": {reason: n}}}`, reasons by falling count.
+
+        A source with repaired rows has `"repaired": {rule: n}` too.
+        """
+        report: dict[str, Any] = {}
+        for source in sorted({*self.read, *self.kept, *self.dropped}):
+            report[source] = {
+                "read": self.read[source],
+                "kept": self.kept[source],
+                "dropped": dict(self.dropped.get(source, Counter()).most_common()),
             }
-            for s in sources
-        }
+            if source in self.repaired:
+                report[source]["repaired"] = dict(self.repaired[source].most_common())
+        return report
 
     def close(self) -> None:
         if self._file is not None:
@@ -48,5 +73,7 @@ class DropReport:
     def __enter__(self) -> "DropReport":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()

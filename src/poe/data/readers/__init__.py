@@ -1,1 +1,95 @@
-"""One module per data format."""
+"""The data readers, by name, and the way from a `--data` SPEC to conversations.
+
+A reader of files is a module with `NAME`, `HUB_ID` (or None), `LICENCE` and `read(rows, report)`, which gets
+`(id, row)` pairs and yields `Conversation`s. A generator has `read(path, report)` and needs no file. `READERS` holds
+both behind one interface.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from itertools import islice
+from types import ModuleType
+
+from poe.data.conversation import Conversation
+from poe.data.drops import DropReport
+from poe.data.readers import glaive, messages, xlam
+from poe.data.sources import file_rows, hub_rows
+from poe.data.spec import DataSource, parse_spec
+from poe.errors import DataError, suggest
+
+__all__ = ["READERS", "Loaded", "Reader", "get_reader", "load_conversations", "read_source"]
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """One way to get conversations. `read(path, report)`: a file, folder or glob, or None for the public data set."""
+
+    name: str
+    hub_id: str | None
+    licence: str
+    read: Callable[[str | None, DropReport], Iterator[Conversation]]
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A source of a SPEC and what was read of it: each row once. Epochs and weight are for the packer to apply."""
+
+    source: DataSource
+    conversations: list[Conversation]
+
+
+def _of_rows(module: ModuleType) -> Reader:
+    name, hub_id = module.NAME, module.HUB_ID
+
+    def read(path: str | None, report: DropReport) -> Iterator[Conversation]:
+        if path is not None:
+            return module.read(file_rows(path, name, report), report)
+        if hub_id is None:
+            raise DataError(f"The reader {name!r} has no public data set of its own; give a file: {name}=rows.jsonl.")
+        return module.read(hub_rows(hub_id, name), report)
+
+    return Reader(name, hub_id, module.LICENCE, read)
+
+
+def _generated(path: str | None, report: DropReport) -> Iterator[Conversation]:
+    # It builds a world of tools when it is imported: only when asked for.
+    return import_module("poe.data.readers.demo").read(path, report)
+
+
+READERS: dict[str, Reader] = {
+    "demo": Reader("demo", None, "Apache-2.0", _generated),
+    **{module.NAME: _of_rows(module) for module in (glaive, messages, xlam)},
+}
+
+
+def get_reader(name: str) -> Reader:
+    """The reader of that name; an unknown one is a DataError with a suggestion."""
+    if name not in READERS:
+        raise DataError(f"Unknown data reader {name!r}.{suggest(name, READERS)}")
+    return READERS[name]
+
+
+def read_source(source: DataSource, report: DropReport) -> Iterator[Conversation]:
+    """The conversations of one source, one at a time."""
+    return get_reader(source.name).read(source.path, report)
+
+
+def load_conversations(
+    spec: str | list[DataSource], report: DropReport | None = None, limit: int | None = None
+) -> list[Loaded]:
+    """Read every source of a SPEC (at most `limit` rows each). A source of which nothing is left is a DataError."""
+    sources = parse_spec(spec, READERS) if isinstance(spec, str) else spec
+    report = DropReport() if report is None else report
+    loaded = []
+    for source in sources:
+        dropped = sum(report.dropped.get(source.name, {}).values())
+        conversations = list(islice(read_source(source, report), limit))
+        if not conversations:
+            reasons = report.dropped.get(source.name)
+            why = "it holds no rows"
+            if reasons and sum(reasons.values()) > dropped:
+                why = "every row was dropped: " + ", ".join(f"{r} ({n})" for r, n in reasons.most_common(3))
+            raise DataError(f"No row of the data source '{source}' can be used; {why}.")
+        loaded.append(Loaded(source, conversations))
+    return loaded

@@ -1,0 +1,129 @@
+"""`poe`: generate text, make calls, look inside."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from poe.commands.app import FAILED, err, out, run
+from poe.errors import DataError, PoEError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode="rich")
+
+Repo = Annotated[str, typer.Argument(help="a base or a stage: folder, Hub id, or 'demo'", show_default=False)]
+Base = Annotated[str | None, typer.Option(help="where the stage's base is, if not where the stage says")]
+NewTokens = Annotated[int, typer.Option(help="at most this many new tokens")]
+Off = Annotated[bool, typer.Option("--off", help="switch the stage off: the base alone")]
+
+
+@app.command()
+def generate(
+    repo: Repo,
+    prompt: Annotated[str, typer.Argument(help="text to continue; '-' reads standard input")],
+    base: Base = None,
+    max_new_tokens: NewTokens = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
+    seed: int = 0,
+    off: Off = False,
+) -> None:
+    """Continue a text, as it is: no chat template."""
+    import torch
+
+    cascade = _open(repo, base)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    inputs = cascade.tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(cascade.base.device)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    torch.manual_seed(seed)
+    stage = None if off else cascade.active
+    output = cascade.generate(**inputs, stage=stage, max_new_tokens=max_new_tokens, **sampling)
+    print(cascade.tokenizer.decode(output[0][inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+
+
+@app.command()
+def call(
+    repo: Repo,
+    question: Annotated[str, typer.Argument(help="what the user asks")],
+    tools: Annotated[Path, typer.Option(help="JSON file: a list of OpenAI-style tools")],
+    base: Base = None,
+    system: Annotated[str | None, typer.Option(help="a system message")] = None,
+    max_new_tokens: NewTokens = 256,
+    off: Off = False,
+) -> None:
+    """Answer a question with calls, as JSON: `content`, and `tool_calls` that fit their schemas.
+
+    Exit code 1, and the problems, when a call does not fit the tools or cannot be read.
+    """
+    from poe.data.render import Renderer
+    from poe.evaluation.calls import answer
+    from poe.tools.calls import parse_reply, problems
+
+    declared = _read_tools(tools)
+    cascade = _open(repo, base)
+    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": question})
+    renderer = Renderer(cascade.tokenizer)
+    prompt = renderer.prompt_ids(messages, declared)
+    stage = None if off else cascade.active
+    text = answer(cascade, stage, [prompt], renderer.stop_token_ids, max_new_tokens=max_new_tokens)[0]
+    reply = parse_reply(text)
+    wrong = problems(reply.calls, declared) + [f"not a call that can be read: {m}" for m in reply.malformed]
+    calls = [c.as_openai(i) for i, c in enumerate(reply.calls)]
+    print(json.dumps({"content": reply.content or None, "tool_calls": calls}, ensure_ascii=False, indent=2))
+    if wrong:
+        err.print("error: the calls were not accepted: " + "; ".join(wrong), markup=False, style="red")
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+def inspect(repo: Repo, base: Base = None) -> None:
+    """Show what a base or a stage folder is, and what it stands on. Reads configs and headers, not weights."""
+    from poe.loaders.summary import describe
+
+    table = Table(show_header=False, box=None)
+    for key, value in describe(repo, base=base):
+        table.add_row(f"[bold]{key}[/bold]", value)
+    out.print(table)
+
+
+def _open(repo: str, base: str | None) -> Any:
+    from poe.cascade import Cascade
+    from poe.training.precision import choose_dtype, default_device
+
+    device = default_device()
+    return Cascade.from_pretrained(
+        repo,
+        dtype=choose_dtype("auto", device),
+        device_map=None if device.type == "cpu" else {"": device},
+        base=base,
+    )
+
+
+def _read_tools(path: Path) -> list[dict[str, Any]]:
+    from poe.data.drops import Unfaithful
+    from poe.data.schema import as_tool
+
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"The tools file {path} cannot be read: {error.strerror or error}.") from None
+    except ValueError as error:
+        raise DataError(f"The tools file {path} is not JSON: {error}") from None
+    if not isinstance(content, list) or not all(isinstance(tool, dict) for tool in content):
+        raise DataError(f"{path}: expected a list of tools, each an object, got {type(content).__name__}.")
+    tools = []
+    for number, tool in enumerate(content):
+        function = tool.get("function", tool)
+        try:
+            tools.append(as_tool(function.get("name"), function.get("description"), function.get("parameters")))
+        except (Unfaithful, PoEError, AttributeError) as error:
+            raise DataError(f"{path}: tool {number + 1} cannot be used: {error}") from None
+    return tools
+
+
+def main() -> None:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    run(app)

@@ -1,0 +1,132 @@
+"""OpenAI and TRL style rows: `messages` and, where there are any, `tools`.
+
+Hub: none of its own; a file is given (`messages=rows.jsonl`). Licence: that of the file, so none is stated here.
+
+`tools` is a list or its JSON text; each tool bare or inside `{"type": "function", "function": {...}}`; `input_schema`
+and `inputSchema` are read as `parameters`. `tool_calls` are `{"id", "type", "function": {"name", "arguments"}}` or bare
+`{"name", "arguments"}`; arguments an object or its JSON text. The older `function_call` and the role `function` are
+read as a call and its response; `developer` is read as `system`. Content is text, null, or a list of text parts.
+
+Traps: lists of tools stored as parquet structs come back with every key of every other tool set to null. Where tools
+are stored as a list, null members of tools, and null arguments that the schema does not list, are therefore left out.
+Ids are made anew. Weights, names of users, reasoning and other extra keys of a message are not carried over.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from poe.data.conversation import Conversation, Tool
+from poe.data.drops import DropReport, Unfaithful
+from poe.data.readers.turns import Turns, as_text, parse_field, read_rows
+from poe.data.schema import Note, as_tool, find_tool, unique_tools
+from poe.data.sources import Row
+
+NAME = "messages"
+HUB_ID = None
+LICENCE = ""
+
+_FIELDS = ("messages", "tools")
+
+
+def read(rows: Iterable[Row], report: DropReport) -> Iterator[Conversation]:
+    """Conversations of rows with `messages` and `tools`."""
+    return read_rows(NAME, LICENCE, _FIELDS, rows, report, _convert)
+
+
+def _convert(row: dict[str, Any], note: Note) -> Turns:
+    messages = parse_field(row.get("messages"), "messages")
+    if not isinstance(messages, list) or not messages:
+        raise Unfaithful("row without a list of messages")
+    stored_as_list = isinstance(row.get("tools"), list)
+    turns = Turns(read_tools(row.get("tools"), note), note)
+    for message in messages:
+        if not isinstance(message, dict):
+            raise Unfaithful("message is not an object")
+        _add(turns, message, stored_as_list)
+    return turns
+
+
+def _add(turns: Turns, message: dict[str, Any], prune: bool) -> None:
+    role, text = message.get("role"), content_text(message.get("content"))
+    if role in ("system", "developer"):
+        turns.system(text)
+    elif role == "user":
+        turns.user(text)
+    elif role == "assistant":
+        calls = parse_field(message.get("tool_calls"), "tool_calls") or []
+        if message.get("function_call"):
+            calls = [{"function": parse_field(message["function_call"], "function_call")}]
+        if not isinstance(calls, list):
+            raise Unfaithful("tool_calls are not a list")
+        if calls:
+            turns.calls([read_call(call, turns.tools, prune) for call in calls], text)
+        else:
+            turns.assistant(text)
+    elif role in ("tool", "function"):
+        own_id, name = message.get("tool_call_id"), message.get("name")
+        turns.response(text, own_id if isinstance(own_id, str) else None, name if isinstance(name, str) else None)
+    else:
+        raise Unfaithful(f"message of an unknown role ({str(role)[:40]!r})")
+
+
+def content_text(content: Any) -> str:
+    """The text of a message's content; objects (some write tool results so) become JSON, images are `Unfaithful`."""
+    if content is None:
+        return ""
+    if isinstance(content, list) and content and all(isinstance(p, dict) and "type" in p for p in content):
+        if not all(
+            p["type"] in ("text", "input_text", "output_text") and isinstance(p.get("text"), str) for p in content
+        ):
+            raise Unfaithful("content that is not text")
+        return "".join(p["text"] for p in content)
+    return as_text(content)
+
+
+def read_tools(tools: Any, note: Note) -> list[Tool]:
+    """The tools of a row, from a list or its JSON text; none when absent."""
+    prune = isinstance(tools, list)
+    tools = parse_field(tools, "tools") if tools else []
+    if not isinstance(tools, list):
+        raise Unfaithful("tools are not a list")
+    made = []
+    for tool in tools:
+        if isinstance(tool, str):
+            tool = parse_field(tool, "tool")
+        if not isinstance(tool, dict):
+            raise Unfaithful("tool is not an object")
+        if prune:
+            tool = without_nulls(tool)
+        function = tool.get("function", tool)
+        if not isinstance(function, dict) or tool.get("type", "function") != "function":
+            raise Unfaithful("tool that is not a function")
+        parameters = next((function[k] for k in ("parameters", "input_schema", "inputSchema") if k in function), None)
+        made.append(
+            as_tool(function.get("name"), function.get("description"), parse_field(parameters, "parameters"), note)
+        )
+    return unique_tools(made, note)
+
+
+def read_call(call: Any, tools: list[Tool], prune: bool) -> tuple[Any, Any, str | None]:
+    """Name, arguments and id of one entry of `tool_calls`."""
+    function = call.get("function") or call if isinstance(call, dict) else None
+    if not isinstance(function, dict):
+        raise Unfaithful("call is not an object")
+    if call.get("type") not in (None, "function"):
+        raise Unfaithful("call of something that is not a function")
+    name, arguments = function.get("name"), function.get("arguments")
+    if isinstance(arguments, str):
+        arguments = parse_field(arguments.strip() or "{}", "arguments")
+    elif arguments is None:
+        arguments = {}
+    elif prune and isinstance(arguments, dict) and isinstance(name, str) and (tool := find_tool(tools, name)):
+        declared = tool["parameters"].get("properties", {})
+        arguments = {k: v for k, v in arguments.items() if v is not None or k in declared}
+    own_id = call.get("id")
+    return name, arguments, own_id if isinstance(own_id, str) else None
+
+
+def without_nulls(value: Any) -> Any:
+    """The same value without the null members of its objects (members of lists stay)."""
+    if isinstance(value, dict):
+        return {k: without_nulls(v) for k, v in value.items() if v is not None}
+    return [without_nulls(v) for v in value] if isinstance(value, list) else value

@@ -1,0 +1,153 @@
+"""What the readers share: a row's turns put together into a `Conversation`, and the loop that counts."""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from poe.data.conversation import Conversation, Message, Tool
+from poe.data.drops import DropReport, Unfaithful
+from poe.data.schema import Note, check_value, fit_call
+from poe.data.sources import Row, parse_json
+
+Convert = Callable[[Any, Note], "Turns"]
+
+
+def read_rows(
+    name: str, licence: str, fields: tuple[str, ...], rows: Iterable[Row], report: DropReport, convert: Convert
+) -> Iterator[Conversation]:
+    """Convert every row, of which only `fields` count; count what was read, kept, repaired, dropped and why."""
+    for row_id, row in rows:
+        report.read[name] += 1
+        repairs: Counter[str] = Counter()
+        try:
+            if not isinstance(row, dict):
+                raise Unfaithful("row is not an object")
+            wanted = {key: row[key] for key in fields if row.get(key) is not None}
+            if problem := check_value(wanted):
+                raise Unfaithful(problem)
+            messages, tools = convert(wanted, lambda rule, seen=repairs: seen.update([rule])).finish()  # type: ignore[misc]
+        except Unfaithful as error:
+            report.drop(name, error.reason, row, row_id)
+            continue
+        except RecursionError:
+            report.drop(name, "nested too deeply", row, row_id)
+            continue
+        report.kept[name] += 1
+        for rule, count in repairs.items():
+            report.repair(name, rule, count)
+        yield Conversation(messages, tools, source=name, licence=licence, id=row_id)
+
+
+def parse_field(text: Any, what: str) -> Any:
+    """A field that may be JSON text or already parsed; depth and values of the text are checked."""
+    if not isinstance(text, str):
+        return text
+    try:
+        value = parse_json(text)
+    except ValueError:
+        raise Unfaithful(f"{what} not JSON") from None
+    if problem := check_value(value):
+        raise Unfaithful(problem)
+    return value
+
+
+class Turns:
+    """A conversation under construction. Each method adds one turn, or raises `Unfaithful`.
+
+    Rules: the first turn is the user's (after at most one system text); an assistant's text and the call that follows
+    it are one message; calls of one message are answered in order, each once, before anyone else speaks; turns after
+    the assistant's last one are trimmed, since nothing is learnt from them. Ids are made anew (`call_1`, ...), so that
+    equal rows are equal whatever their source called them.
+    """
+
+    def __init__(self, tools: list[Tool], note: Note) -> None:
+        self.tools = tools
+        self.note = note
+        self.messages: list[Message] = []
+        self._calls = 0
+        self._open: list[tuple[str, str, str | None]] = []  # id, name and the source's own id of unanswered calls
+
+    def _last(self) -> str:
+        return self.messages[-1]["role"] if self.messages else ""
+
+    def _answered(self) -> None:
+        if self._open:
+            raise Unfaithful("call without a response")
+
+    def system(self, text: str) -> None:
+        if self.messages:
+            raise Unfaithful("system turn that is not the first")
+        if text.strip():
+            self.messages.append({"role": "system", "content": text})
+
+    def user(self, text: str) -> None:
+        self._answered()
+        if not text.strip():
+            raise Unfaithful("empty turn")
+        if self._last() == "user":
+            raise Unfaithful("two user turns in a row")
+        self.messages.append({"role": "user", "content": text})
+
+    def assistant(self, text: str) -> None:
+        self._answered()
+        if not text.strip():
+            raise Unfaithful("empty turn")
+        if self._last() == "assistant":
+            raise Unfaithful("two assistant turns in a row")
+        self._spoken_to()
+        self.messages.append({"role": "assistant", "content": text})
+
+    def calls(self, calls: Iterable[tuple[Any, Any, str | None]], text: str = "") -> None:
+        """One assistant message with these `(name, arguments, id)` calls, and the text before them."""
+        self._answered()
+        made = []
+        for name, arguments, own_id in calls:
+            if not isinstance(name, str) or not name.strip():
+                raise Unfaithful("call without a name")
+            name = name.strip()
+            fitted = fit_call(self.tools, name, arguments, self.note)
+            self._calls += 1
+            call_id = f"call_{self._calls}"
+            made.append({"id": call_id, "type": "function", "function": {"name": name, "arguments": fitted}})
+            self._open.append((call_id, name, own_id))
+        if not made:
+            raise Unfaithful("empty list of calls")
+        if self._last() == "assistant":
+            self.note("text turn joined with the call that follows it")
+            before = self.messages.pop()["content"]
+            text = f"{before}\n{text}" if text.strip() else before
+        self._spoken_to()
+        self.messages.append({"role": "assistant", "content": text if text.strip() else None, "tool_calls": made})
+
+    def response(self, text: str, own_id: str | None = None, name: str | None = None) -> None:
+        """The result of an open call: the one of that id or, without an id, of that name or the oldest."""
+        if not self._open:
+            raise Unfaithful("response without a call")
+        at = 0
+        if own_id is not None and any(o is not None for _, _, o in self._open):
+            at = next((i for i, (_, _, o) in enumerate(self._open) if o == own_id), -1)
+        elif name:
+            at = next((i for i, (_, n, _) in enumerate(self._open) if n == name), -1)
+        if at < 0:
+            raise Unfaithful("response to another call")
+        call_id, called, _ = self._open.pop(at)
+        self.messages.append({"role": "tool", "tool_call_id": call_id, "name": called, "content": text})
+
+    def _spoken_to(self) -> None:
+        if self._last() in ("", "system"):
+            raise Unfaithful("conversation that the assistant begins")
+
+    def finish(self) -> tuple[list[Message], list[Tool]]:
+        last = max((i for i, m in enumerate(self.messages) if m["role"] == "assistant"), default=-1)
+        if last < 0:
+            raise Unfaithful("no assistant turn")
+        if last + 1 < len(self.messages):
+            self.note("turns after the last assistant turn trimmed")
+            del self.messages[last + 1 :]
+        return self.messages, self.tools
+
+
+def as_text(value: Any) -> str:
+    """A tool's result as text: text as it stands, anything else as JSON."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,281 @@
+"""Conversation -> token ids and loss mask, through the tokenizer's own chat template.
+
+The loss covers exactly what the model must produce itself: each assistant turn's content and calls, up to and including
+the stop token. A text is tokenised once, whole; which tokens are the assistant's follows from their offsets in it.
+"""
+
+import json
+import re
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+import torch
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from poe.data.conversation import Conversation, Message, Tool
+from poe.errors import DataError, TemplateError
+
+__all__ = ["RenderedRow", "Renderer", "token_bytes"]
+
+Span = tuple[int, int]  # characters [start, end) of a rendered text
+
+_GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_BYTE_FALLBACK = re.compile(r"<0x[0-9A-F]{2}>")
+_SPACE_MARKS = "Ġ▁"  # a leading space in the vocabulary of byte-level BPE and of SentencePiece
+_PROBE = "an answer to see what follows it"
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedRow:
+    """One row: `input_ids`, `loss_mask` (True where the token is a target; same length), and the `text` they spell."""
+
+    input_ids: list[int]
+    loss_mask: list[bool]
+    text: str
+
+
+class Renderer:
+    """Renders conversations and prompts through `tokenizer.chat_template`.
+
+    `stop_token_ids`: further tokens that end a turn (the model's `generation_config.eos_token_id`), beside the
+    tokenizer's EOS and the token which the template puts after an answer. `template_options` are handed to every
+    rendering (Qwen3's `enable_thinking=False`, say).
+
+    Raises `TemplateError` for a tokenizer without a chat template or without offsets (a slow one).
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        stop_token_ids: Iterable[int] = (),
+        template_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        if not tokenizer.chat_template:
+            raise TemplateError(
+                f"Expected a tokenizer with a chat template, got {_name(tokenizer)} without one. Set its chat_template "
+                "to the Jinja template of your prompts, or take the tokenizer of an instruct model."
+            )
+        if not tokenizer.is_fast:
+            raise TemplateError(
+                "Expected a fast tokenizer, which tells where in the text each token lies, got "
+                f"{type(tokenizer).__name__} ({_name(tokenizer)}). Convert it to a tokenizer.json and load it with "
+                "AutoTokenizer."
+            )
+        self.tokenizer = tokenizer
+        self._options = dict(template_options or {})
+        self._generation_prompt = ""
+        stops = [tokenizer.eos_token_id, *stop_token_ids, self._probe()]
+        self._stop_token_ids = tuple(dict.fromkeys(s for s in stops if s is not None))
+
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """What ends a turn, and generation must stop at: EOS, those given, and the template's end-of-turn token."""
+        return self._stop_token_ids
+
+    def render(self, conversation: Conversation) -> RenderedRow:
+        """Render to one row that trains every assistant turn; a row without any has a mask of only False.
+
+        Raises `DataError` if the template refuses the messages, `TemplateError` if it cannot show which tokens are the
+        assistant's, or a turn does not end in a stop token, or no single row shows all turns (see `render_all`).
+        """
+        rows = self.render_all(conversation)
+        if len(rows) > 1:
+            raise TemplateError(
+                f"The chat template of {_name(self.tokenizer)} changes earlier turns when later ones follow, so that "
+                f"this conversation takes {len(rows)} rows. Use render_all(), or a template that only appends."
+            )
+        return rows[0]
+
+    def render_all(self, conversation: Conversation) -> list[RenderedRow]:
+        """Render to as few rows as train every assistant turn once, each behind the prompt it would be generated from.
+
+        One row for templates with `{% generation %}` marks, and for those that only ever append. Templates that rewrite
+        earlier turns (Qwen3 drops their thinking) take a row per state of the history. Raises as `render` does.
+        """
+        messages, tools = conversation.messages, conversation.tools
+        if not messages:
+            raise DataError("A conversation without messages cannot be rendered.")
+        if _GENERATION_MARK.search(self._template(tools)):
+            return [self._row(*self._marked(messages, tools))]
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        if not turns:
+            return [self._row(self._text(messages, tools), [])]
+        if turns[0] == 0:
+            raise DataError("The conversation begins with the assistant: expected a system or user message before it.")
+        prompts = {i: self._text(messages[:i], tools, prompt=True) for i in turns}
+        texts = {i: self._text(messages[: i + 1], tools) for i in turns}
+        for i in turns:
+            if not texts[i].startswith(prompts[i]):
+                raise TemplateError(
+                    f"The chat template of {_name(self.tokenizer)} does not render message {i} behind its own "
+                    f"generation prompt: expected {prompts[i][-60:]!r} and then the answer, got {texts[i][-120:]!r}. "
+                    "Mark the answer with {% generation %} in the template, or set template_options."
+                )
+        rows = []
+        text = texts[turns[-1]] if turns[-1] == len(messages) - 1 else self._text(messages, tools)
+        while turns:
+            shown = [i for i in turns if text.startswith(texts[i])]
+            if shown:
+                rows.append(self._row(text, [(len(prompts[i]), len(texts[i])) for i in shown]))
+            turns = [i for i in turns if i not in shown]
+            text = texts[turns[-1]] if turns else ""  # shows that turn at least
+        return rows[::-1]
+
+    def prompt(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> str:
+        """The text after which the model answers `messages`. Raises `DataError` as `render` does."""
+        return self._text(messages, tools, prompt=True)
+
+    def prompt_ids(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
+        """The token ids of `prompt(messages, tools)`."""
+        return list(self.tokenizer(self.prompt(messages, tools), add_special_tokens=False, verbose=False)["input_ids"])
+
+    def _template(self, tools: Sequence[Tool]) -> str:
+        return self.tokenizer.get_chat_template(None, list(tools) or None)
+
+    def _text(self, messages: Sequence[Message], tools: Sequence[Tool], *, prompt: bool = False) -> str:
+        with _template_failures(self.tokenizer):
+            return str(
+                self.tokenizer.apply_chat_template(
+                    _without_none(messages),
+                    tools=list(tools) or None,
+                    tokenize=False,
+                    add_generation_prompt=prompt,
+                    **self._options,
+                )
+            )
+
+    def _marked(self, messages: Sequence[Message], tools: Sequence[Tool]) -> tuple[str, list[Span]]:
+        """The text and the spans inside its generation marks, without an assistant header that stands in them.
+
+        What `apply_chat_template(return_assistant_tokens_mask=True)` goes by; its mask is not used because it takes in
+        the whole of a token that begins before the mark, and all the rest when the last character is in no token.
+        """
+        with _template_failures(self.tokenizer):
+            rendered: Any = render_jinja_template(
+                conversations=[_without_none(messages)],
+                tools=list(tools) or None,
+                chat_template=self._template(tools),
+                return_assistant_tokens_mask=True,
+                **{**self.tokenizer.special_tokens_map, **self._options},
+            )
+        text, header = rendered[0][0], self._generation_prompt
+        return text, [(a + len(header) if text.startswith(header, a, b) else a, b) for a, b in rendered[1][0]]
+
+    def _probe(self) -> int | None:
+        """Learn the generation prompt, and return the added token that the template puts after an answer, if any."""
+        question = [{"role": "user", "content": "a question"}]
+        try:
+            before, prompt = self._text(question, ()), self._text(question, (), prompt=True)
+            text = self._text([*question, {"role": "assistant", "content": _PROBE}], ())
+        except DataError:
+            return None  # an odd template; its rows will tell
+        self._generation_prompt = prompt[len(before) :] if prompt.startswith(before) else ""
+        at = text.rfind(_PROBE)
+        if at < 0:
+            return None
+        ids, offsets = self._tokens(text)
+        after = (i for i, (a, b) in zip(ids, offsets, strict=True) if a >= at + len(_PROBE) and text[a:b].strip())
+        first = next(after, None)
+        return first if first in self.tokenizer.added_tokens_decoder else None
+
+    def _tokens(self, text: str) -> tuple[list[int], list[Span]]:
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return list(encoded["input_ids"]), list(encoded["offset_mapping"])
+
+    def _row(self, text: str, spans: Sequence[Span]) -> RenderedRow:
+        """Tokenise `text` and mark each span's tokens up to its last stop token."""
+        ids, offsets = self._tokens(text)
+        starts = [a for a, _ in offsets]
+        mask = [False] * len(ids)
+        for start, end in spans:
+            first, past = bisect_left(starts, start), bisect_left(starts, end)
+            if first < past and self._starts_before(start, ids[first], offsets[first], text):
+                first += 1
+            last = next((i for i in range(past - 1, first - 1, -1) if ids[i] in self._stop_token_ids), None)
+            if last is None or text[offsets[last][1] : end].strip():
+                stops = self.tokenizer.convert_ids_to_tokens(list(self._stop_token_ids))
+                raise TemplateError(
+                    f"An assistant turn must end in a stop token ({', '.join(map(str, stops)) or 'none known'}) and "
+                    f"train it, or the model never learns to stop; got {text[start:end][-60:]!r}. Put the stop token "
+                    "into the template (inside its {% generation %} marks if any), or name another in stop_token_ids."
+                )
+            mask[first : last + 1] = [True] * (last + 1 - first)
+        return RenderedRow(ids, mask, text)
+
+    def _starts_before(self, start: int, token_id: int, offset: Span, text: str) -> bool:
+        """Whether a token that seems to begin at `start` or later has its first spaces before it.
+
+        Some tokenizers (`trim_offsets`) report a token's offsets without its leading spaces.
+        """
+        if not text.endswith(" ", 0, start) or text.startswith((" ", *_SPACE_MARKS), *offset):
+            return False
+        token = str(self.tokenizer.convert_ids_to_tokens(token_id))
+        return offset[0] - (len(token) - len(token.lstrip(_SPACE_MARKS))) < start
+
+
+def token_bytes(tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None) -> torch.Tensor:
+    """The UTF-8 bytes each token stands for, int64 (vocab,), 0 for special tokens: what bits per byte divide by.
+
+    Bits per byte, as nanochat counts them: the summed loss of the targets with bytes > 0, over ln 2 times their summed
+    bytes. A byte-level BPE token has a byte per character of its vocabulary entry, even where it is no valid UTF-8;
+    other tokens have the bytes of what they decode to. `vocab_size` (default `len(tokenizer)`): the rows of the model's
+    head, where it is padded beyond the tokenizer.
+    """
+    counts = torch.zeros(max(len(tokenizer), vocab_size or 0), dtype=torch.int64)
+    added = tokenizer.added_tokens_decoder
+    special = set(tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
+    byte_level = _is_byte_level(tokenizer)
+    for token, index in tokenizer.get_vocab().items():
+        if index in special:
+            continue
+        if index in added:
+            counts[index] = len(added[index].content.encode())
+        elif byte_level:
+            counts[index] = len(token)
+        elif _BYTE_FALLBACK.fullmatch(token):
+            counts[index] = 1
+        elif "▁" in token:  # decoding a lone token would strip its space
+            counts[index] = len(token.replace("▁", " ").encode())
+        else:
+            counts[index] = len(str(tokenizer.decode([index])).encode())
+    return counts if vocab_size is None else counts[:vocab_size]
+
+
+def _is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
+    if not tokenizer.is_fast:
+        return False
+    decoder = json.loads(tokenizer.backend_tokenizer.to_str())["decoder"] or {}
+    return any(part.get("type") == "ByteLevel" for part in (decoder, *decoder.get("decoders", [])))
+
+
+def _without_none(messages: Sequence[Message]) -> list[Message]:
+    """Templates handle a missing key; many write `None` out. Their values are as the caller gave them otherwise."""
+    return [{key: value for key, value in message.items() if value is not None} for message in messages]
+
+
+def _name(tokenizer: PreTrainedTokenizerBase) -> str:
+    return repr(tokenizer.name_or_path or type(tokenizer).__name__)
+
+
+class _template_failures:
+    """Turns whatever a template raises into our errors: a template is a program, so this may be anything."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, jinja2.TemplateSyntaxError):
+            raise TemplateError(f"The chat template of {_name(self.tokenizer)} is not valid Jinja: {error}.") from error
+        if isinstance(error, Exception):
+            raise DataError(
+                f"The chat template of {_name(self.tokenizer)} cannot render this conversation: "
+                f"{type(error).__name__}: {error}"
+            ) from error

@@ -1,0 +1,85 @@
+"""The `--data` SPEC: which sources, how often each is gone through, and how much each counts.
+
+A SPEC is a comma list of `name[=path][*epochs][:weight]`:
+
+    glaive,xlam                          two public data sets, from the Hub
+    glaive=rows.jsonl*4,xlam*3           a local file four times, a public data set three times
+    messages=data/*.jsonl.gz:0.5         every file a glob finds, at half weight
+    demo                                 rows that are generated
+
+`name` is a reader. `epochs` (a whole number; when absent the recipe's, else 1) is how often the rows are gone through,
+`weight` (a positive number, 1 when absent) how much the source counts in the mixture; both are read from the end of the
+item and only there, so a path may hold `:`, `*` and `=`. A path that itself ends in `*8` or `:8` is written with both in full:
+`glaive=rows/*8*1:1`, `glaive=host:8*1:1`. A path cannot hold a comma: name its folder, or use a glob (`?` for the
+comma).
+"""
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from poe.errors import DataError, suggest
+
+MAX_EPOCHS = 10_000
+_GRAMMAR = "name[=path][*epochs][:weight], as in glaive=rows.jsonl*4:0.5"
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+_WEIGHT = re.compile(r":([0-9]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?|\.[0-9]+)$")
+_EPOCHS = re.compile(r"\*([0-9]+)$")
+
+
+@dataclass(frozen=True, slots=True)
+class DataSource:
+    """One item of a SPEC. `path` is None for the reader's public data set (or for a generator)."""
+
+    name: str
+    path: str | None = None
+    epochs: int | None = None
+    weight: float = 1.0
+
+    def __str__(self) -> str:
+        """The shortest item that parses back to this source."""
+        path = "" if self.path is None else f"={self.path}"
+        ambiguous = bool(_EPOCHS.search(path) or _WEIGHT.search(path))
+        epochs = f"*{self.epochs or 1}" if self.epochs is not None or ambiguous else ""
+        weight = f":{self.weight!r}" if self.weight != 1 or ambiguous else ""
+        return f"{self.name}{path}{epochs}{weight}"
+
+
+def parse_spec(text: str, known: Iterable[str] | None = None) -> list[DataSource]:
+    """Parse a SPEC. With `known` (reader names) an unknown name is refused here, with a suggestion."""
+    if not text.strip():
+        raise DataError(f"The data SPEC is empty; expected a comma list of {_GRAMMAR}.")
+    names = None if known is None else list(known)
+    return [_item(item.strip(), text, names) for item in text.split(",")]
+
+
+def _item(item: str, text: str, known: list[str] | None) -> DataSource:
+    def wrong(what: str) -> DataError:
+        return DataError(f"{what} in the data SPEC {text!r}; expected {_GRAMMAR}.")
+
+    if not item:
+        raise wrong("Empty item (two commas in a row, or one at an end)")
+    rest, weight, epochs = item, 1.0, None
+    if found := _WEIGHT.search(rest):
+        rest, weight = rest[: found.start()], float(found[1])
+        if not (weight > 0 and math.isfinite(weight)):
+            raise wrong(f"Weight {found[1]} of {item!r} is not a positive number")
+    weighted = rest != item
+    if found := _EPOCHS.search(rest):
+        rest = rest[: found.start()]
+        if len(found[1]) > 6 or not 1 <= int(found[1]) <= MAX_EPOCHS:
+            raise wrong(f"Epochs {found[1]} of {item!r} are not a whole number from 1 to {MAX_EPOCHS}")
+        epochs = int(found[1])
+        if not weighted and _WEIGHT.search(rest):
+            raise wrong(f"The weight of {item!r} stands before its epochs")
+    name, equals, path = rest.partition("=")
+    name, path = name.strip(), path.strip()
+    if not _NAME.fullmatch(name):
+        raise wrong(f"{name!r} (of {item!r}) cannot be the name of a reader")
+    if known is not None and name not in known:
+        hint = " A file is given as reader=path." if not equals and re.search(r"[./\\]", item) else ""
+        raise DataError(f"Unknown data reader {name!r} in {text!r}.{suggest(name, known)}{hint}")
+    if equals and not path:
+        raise wrong(f"{item!r} has no path after '='")
+    return DataSource(name, path or None, epochs, weight)

@@ -1,0 +1,113 @@
+"""Call accuracy: does the model answer a held-out question with exactly the right calls, or rightly with none?"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from poe.cascade import Cascade
+from poe.data.conversation import Conversation
+from poe.data.render import Renderer
+from poe.tools.calls import parse_reply, problems
+
+
+@dataclass(frozen=True)
+class CallScores:
+    """Shares (0 to 1) over the rows of one split.
+
+    `exact`: the calls equal the reference as JSON values, in order. `names`: the same tools in the same order. `valid`:
+    at least one call, all readable and all fitting their schemas. `abstained`: no call and nothing that looks like one,
+    over the rows whose reference has none (None if there are no such rows); the other shares are over the rest.
+    """
+
+    rows: int
+    exact: float | None
+    names: float | None
+    valid: float | None
+    abstained: float | None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def question(conversation: Conversation) -> tuple[list[dict[str, Any]], list[tuple[str, Any]]]:
+    """Return the messages before the first assistant turn, and the (name, arguments) pairs of that turn."""
+    first = next(i for i, m in enumerate(conversation.messages) if m["role"] == "assistant")
+    calls = conversation.messages[first].get("tool_calls") or []
+    return conversation.messages[:first], [(c["function"]["name"], c["function"]["arguments"]) for c in calls]
+
+
+def answer(
+    cascade: Cascade,
+    stage: str | None,
+    prompts: Sequence[Sequence[int]],
+    stop_token_ids: Sequence[int],
+    *,
+    max_new_tokens: int = 160,
+    batch_size: int = 32,
+    progress: Callable[[int], None] | None = None,
+) -> list[str]:
+    """Answer prompts (lists of token ids) greedily, in batches of similar length; special tokens stay in the text."""
+    tokenizer = cascade.tokenizer
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_token_ids[0]
+    model = cascade.model(stage).eval()
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    texts = [""] * len(prompts)
+    for start in range(0, len(order), batch_size):
+        part = order[start : start + batch_size]
+        width = max(len(prompts[i]) for i in part)
+        ids = torch.tensor([[pad] * (width - len(prompts[i])) + list(prompts[i]) for i in part])
+        mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in part])
+        output = cascade.generate(
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            stage=stage,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=list(stop_token_ids),
+            pad_token_id=pad,
+        )
+        for row, i in zip(output[:, width:].tolist(), part, strict=True):
+            end = next((k for k, token in enumerate(row) if token in stop_token_ids), len(row))
+            texts[i] = tokenizer.decode(row[:end], skip_special_tokens=False)
+        if progress is not None:
+            progress(start + len(part))
+    return texts
+
+
+def score(conversations: Sequence[Conversation], replies: Sequence[str]) -> CallScores:
+    """Compare replies with the reference answers of `conversations`."""
+    exact = names = valid = calls_wanted = abstained = abstentions_wanted = 0
+    for conversation, text in zip(conversations, replies, strict=True):
+        wanted = question(conversation)[1]
+        reply = parse_reply(text)
+        got = [(call.name, call.arguments) for call in reply.calls]
+        if wanted:
+            calls_wanted += 1
+            exact += got == wanted and not reply.malformed
+            names += [n for n, _ in got] == [n for n, _ in wanted]
+            valid += bool(got) and not reply.malformed and not problems(reply.calls, conversation.tools)
+        else:
+            abstentions_wanted += 1
+            abstained += not got and not reply.malformed and bool(reply.content)
+    share = lambda hits, of: round(hits / of, 4) if of else None  # noqa: E731
+    return CallScores(
+        rows=len(conversations),
+        exact=share(exact, calls_wanted),
+        names=share(names, calls_wanted),
+        valid=share(valid, calls_wanted),
+        abstained=share(abstained, abstentions_wanted),
+    )
+
+
+def evaluate_calls(
+    cascade: Cascade, stage: str | None, splits: dict[str, list[Conversation]], **options: Any
+) -> dict[str, CallScores]:
+    """Answer and score every split with `stage` (None: the base alone). `options` go to `answer`."""
+    renderer = Renderer(cascade.tokenizer)
+    scores = {}
+    for name, conversations in splits.items():
+        prompts = [renderer.prompt_ids(question(c)[0], c.tools) for c in conversations]
+        scores[name] = score(conversations, answer(cascade, stage, prompts, renderer.stop_token_ids, **options))
+    return scores

@@ -1,0 +1,92 @@
+"""A name for weights: the same for one file or ten shards, another one if one bit of one tensor differs.
+
+The text that is hashed has one line per tensor, sorted by name (as UTF-8 bytes):
+
+    name \\0 dtype \\0 shape \\0 digest \\n
+
+dtype is the safetensors name (`BF16`, `F32`, `I64`, ...); shape is decimal numbers joined by commas (`32000,4096`;
+empty for a scalar); digest is the lower-case hexadecimal SHA-256 of the raw little-endian row-major bytes. The
+fingerprint is the SHA-256 of that text. It covers parameters and persistent buffers. Tied tensors count once: the
+output head is left out where it equals an input embedding of the same dtype and shape bit for bit, because some
+files of tied models hold it and others do not.
+
+A base's fingerprint is that of its files as stored, whatever dtype it is loaded in. A base without files has the
+fingerprint of its state dict.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+
+from .tensor_file import DTYPES, digest_entries, raw_bytes, read_header
+
+TIED_HEADS = ("lm_head.weight",)
+Described = tuple[str, str, str]  # dtype, shape, digest
+
+
+def combine(described: Mapping[str, Described]) -> str:
+    """Return the fingerprint of tensors described as name -> (dtype, shape, digest)."""
+    kept = dict(described)
+    for head in TIED_HEADS:
+        twin = kept.get(head)
+        if twin is not None and any(value == twin for name, value in kept.items() if "embed" in name):
+            del kept[head]
+    text = hashlib.sha256()
+    for name in sorted(kept, key=str.encode):
+        text.update("\0".join((name, *kept[name])).encode() + b"\n")
+    return text.hexdigest()
+
+
+def fingerprint_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Return the fingerprint (64 hexadecimal digits) of tensors in memory, such as a state dict."""
+    return combine(
+        {
+            name: (DTYPES[tensor.dtype], _shape(tensor.shape), hashlib.sha256(raw_bytes(tensor)).hexdigest())
+            for name, tensor in tensors.items()
+        }
+    )
+
+
+def fingerprint_files(paths: Iterable[str | os.PathLike[str]]) -> str:
+    """Return the fingerprint (64 hexadecimal digits) of the tensors in one safetensors file or several shards."""
+    described: dict[str, Described] = {}
+    for path in paths:
+        entries, _ = read_header(path)
+        digests = digest_entries(path, entries)
+        described |= {name: (entry.dtype, _shape(entry.shape), digests[name]) for name, entry in entries.items()}
+    return combine(described)
+
+
+def fingerprint_files_cached(paths: Sequence[str]) -> str:
+    """Like `fingerprint_files`, remembered beside the Hub cache by every file's path, size and time of change."""
+    real = sorted(os.path.realpath(path) for path in paths)
+    state = [[path, os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in real]
+    folder = os.path.join(_cache_home(), "poe", "fingerprints")
+    record = os.path.join(folder, hashlib.sha256("\n".join(real).encode()).hexdigest()[:32] + ".json")
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError), open(record, encoding="utf-8") as file:
+        remembered = json.load(file)
+        if remembered["files"] == state:
+            return str(remembered["fingerprint"])
+    fingerprint = fingerprint_files(paths)
+    with contextlib.suppress(OSError):  # a read-only or full cache costs time, not the load
+        os.makedirs(folder, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=folder)
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump({"files": state, "fingerprint": fingerprint}, file)
+        os.replace(temporary, record)
+    return fingerprint
+
+
+def _shape(shape: Iterable[int]) -> str:
+    return ",".join(str(size) for size in shape)
+
+
+def _cache_home() -> str:
+    """Return the Hugging Face cache folder by the Hub's own rules."""
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return os.path.expanduser(os.environ.get("HF_HOME") or os.path.join(caches, "huggingface"))

@@ -1,0 +1,159 @@
+"""The additive head: what a stage adds to the base's output projection, and the one matmul that both become."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .failures import DeltaError, FamilyError
+from .stage_config import StageConfig
+
+
+class DenseHead(nn.Module):
+    """A head delta of full rank: `weight` (vocabulary, width), zero at first."""
+
+    def __init__(self, vocabulary: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(vocabulary, width))
+
+    def delta(self) -> torch.Tensor:
+        """Return the change of the head, (vocabulary, width) in fp32."""
+        return self.weight.float()
+
+
+class LowRankHead(nn.Module):
+    """A head delta `b @ a`: `a` (rank, width) random, `b` (vocabulary, rank) zero at first."""
+
+    def __init__(self, vocabulary: int, width: int, rank: int, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        if rank > min(vocabulary, width):
+            raise DeltaError(
+                f"A low-rank head of rank {rank} is larger than the head itself ({vocabulary} x {width}): "
+                "choose a smaller head_rank, or head='dense'."
+            )
+        self.a = nn.Parameter(torch.randn(rank, width, generator=generator) * width**-0.5)
+        self.b = nn.Parameter(torch.zeros(vocabulary, rank))
+
+    def delta(self) -> torch.Tensor:
+        """Return the change of the head, (vocabulary, width) in fp32."""
+        return self.b.float() @ self.a.float()
+
+
+class NoHead(nn.Module):
+    """A stage that leaves the head as it is."""
+
+    def delta(self) -> None:
+        """Return None: there is no change."""
+        return
+
+
+def build_head(config: StageConfig, vocabulary: int, width: int, generator: torch.Generator | None = None) -> nn.Module:
+    """Return a new head delta of the kind that `config.head` names, on the CPU in fp32, computing zero."""
+    if config.head == "dense":
+        return DenseHead(vocabulary, width)
+    if config.head == "low_rank":
+        return LowRankHead(vocabulary, width, config.head_rank, generator)
+    return NoHead()
+
+
+class FoldedHead(nn.Module):
+    """The head of a grown model: the base's weight plus every stage's delta, folded into one (vocabulary, width).
+
+    It stands where the base's output `nn.Linear` stands and answers to the same attributes. The sum runs in fp32 in
+    chain order and is cast to the base's dtype, so every door computes the same weight. Gradients reach `deltas[-1]`,
+    the stage's own, and nothing else. While none are asked for, the folded weight is kept until one of its parts
+    changes. Its state dict is that of a plain linear layer: what `save_pretrained` writes is an ordinary checkpoint.
+    """
+
+    def __init__(self, base_head: nn.Module, deltas: Sequence[nn.Module]) -> None:
+        super().__init__()
+        weight = base_head.weight
+        if not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or weight.dim() != 2:
+            raise FamilyError(
+                "The base's output head must be a plain (vocabulary x width) matrix in floating point, "
+                f"got {type(base_head).__name__}: keep it out of the quantisation."
+            )
+        if weight.device.type == "meta":
+            raise FamilyError(
+                "The base's output head is offloaded, so a stage's head cannot be folded into it: "
+                "choose a device_map that keeps the head in memory."
+            )
+        self.base = base_head
+        self.deltas = nn.ModuleList(deltas)
+        self.out_features, self.in_features = weight.shape
+        self._folded: torch.Tensor | None = None
+        self._key: tuple[Any, ...] | None = None
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The base head's bias, or None."""
+        bias: torch.Tensor | None = getattr(self.base, "bias", None)
+        return bias
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The folded weight (vocabulary, width), in the base's dtype on the base's device."""
+        if not any(True for _ in self.deltas.parameters()):
+            return self._base_weight()
+        own = self.deltas[-1]
+        if torch.is_grad_enabled() and any(p.requires_grad for p in own.parameters()):
+            self._folded = None
+            return self._fold()
+        # Fused optimisers do not raise a tensor's version, so nothing is kept while a step may be about to come.
+        if torch.compiler.is_compiling() or any(p.grad is not None for p in own.parameters()):
+            return self._fold().detach()
+        key = tuple(_state(tensor) for tensor in self._parts())
+        if self._folded is None or key != self._key:
+            # Not an inference tensor: a later training forward may have to save it for its backward.
+            with torch.inference_mode(False), torch.no_grad():
+                self._folded, self._key = self._fold(), key
+        return self._folded
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Map hidden states (..., width) to logits (..., vocabulary)."""
+        weight = self.weight
+        if hidden.device != weight.device:
+            hidden = hidden.to(weight.device)
+        if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(weight.device.type):
+            hidden = hidden.to(weight.dtype)
+        return nn.functional.linear(hidden, weight, self.bias)
+
+    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        """Return (or fill into `destination`) what a plain linear layer would: `weight`, and `bias` if there is one."""
+        destination = {} if destination is None else destination
+        for name in ("weight", "bias"):
+            tensor = getattr(self, name)
+            if tensor is not None:
+                # A copy where there is nothing to fold: sharing a tied embedding, it would not be saved.
+                tensor = tensor.clone() if tensor is self.base.weight else tensor
+                destination[prefix + name] = tensor if keep_vars else tensor.detach()
+        return destination
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, deltas={len(self.deltas)}"
+
+    def _base_weight(self) -> torch.Tensor:
+        weight = self.base.weight
+        assert isinstance(weight, torch.Tensor)
+        return weight
+
+    def _parts(self) -> Iterator[torch.Tensor]:
+        yield self._base_weight()
+        yield from self.deltas.parameters()
+
+    def _fold(self) -> torch.Tensor:
+        base = self._base_weight().detach()
+        weight = base.float()
+        for module in self.deltas:
+            change = module.delta()  # type: ignore[operator]
+            if change is not None:
+                change = change if module is self.deltas[-1] else change.detach()
+                weight = weight + change.to(weight.device)
+        return weight.to(base.dtype)
+
+
+def _state(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Return what changes when a tensor is written to, moved or cast."""
+    version = -1 if tensor.is_inference() else tensor._version
+    return id(tensor), tensor.data_ptr(), version, tensor.device, tensor.dtype

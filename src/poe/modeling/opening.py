@@ -1,0 +1,80 @@
+"""Files become a base and its stages: the steps that the package and the AutoModel entry point share."""
+
+import os
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from .delta_file import read_delta
+from .failures import FamilyError, SourceError
+from .families import FAMILIES
+from .lineage import BaseSource, Lineage, fetch
+from .modeling_poe import PoEConfig, PoEForCausalLM
+from .stage import Stage, build_stage
+from .tensor_file import DTYPES
+
+# A PoE model saved with save_pretrained then carries the file that defines it, and its auto_map.
+PoEConfig.register_for_auto_class()
+PoEForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+
+
+def load_base(
+    source: BaseSource, config: dict[str, Any], *, trust_remote_code: bool = False, **options: Any
+) -> PreTrainedModel:
+    """Load a base in evaluation mode; `options` are those of `from_pretrained` (dtype, device_map, ...).
+
+    A PoE base is loaded by the class that lies beside this file, any other by its transformers class. Raises
+    `FamilyError` before reading weights if it cannot be grown, `SourceError` if they cannot be read.
+    """
+    model_type = str(config.get("model_type"))
+    if model_type not in FAMILIES:
+        raise FamilyError(
+            f"{source.repo} is of model type {model_type!r}, which cannot be grown: expected one of "
+            f"{', '.join(sorted(FAMILIES))}."
+        )
+    loader: Any = PoEForCausalLM if model_type == "poe" else AutoModelForCausalLM
+    try:
+        model = loader.from_pretrained(
+            source.repo,
+            revision=source.revision or "main",
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            **source.access.kwargs(),
+            **options,
+        )
+    except OSError as error:
+        raise SourceError(f"The base {source.repo} could not be loaded: {error}") from error
+    assert isinstance(model, PreTrainedModel)
+    return model.eval()
+
+
+def load_stages(base: PreTrainedModel, lineage: Lineage, known: dict[str, Stage] | None = None) -> list[Stage]:
+    """Build every stage of a chain on a loaded base and fill it; return them from the base upwards.
+
+    `known` are stages already standing on this base, by fingerprint: they are used as they are. Nothing is written to
+    the base; a delta that does not fit raises `DeltaError` before any of its tensors is copied.
+    """
+    stages: list[Stage] = []
+    for link in lineage.links:
+        parent = stages[-1] if stages else None
+        stage = (known or {}).get(link.header.self_fingerprint)
+        if stage is None:
+            stage = build_stage(base, link.stage_config(parent.name if parent else None), parent)
+            stage.load_delta(read_delta(link.delta_path, link.name))
+            stage.source = {"repo": link.repo, "revision": link.revision, "fingerprint": link.header.self_fingerprint}
+            stage.saved_dtype = _torch_dtype(next(iter(link.header.tensors.values())).dtype)
+            stage.prompt = link.config.get("prompt")
+            if fetch(link.repo, "generation_config.json", link.access, link.revision) is not None:
+                stage.generation_config = GenerationConfig.from_pretrained(link.folder)
+        stages.append(stage)
+    return stages
+
+
+def absolute(repo: str) -> str:
+    """Return a folder as an absolute path, a Hub name as it is."""
+    return os.path.abspath(repo) if os.path.isdir(repo) else repo
+
+
+def _torch_dtype(name: str) -> torch.dtype:
+    return next(dtype for dtype, known in DTYPES.items() if known == name)

@@ -1,0 +1,166 @@
+"""One stage in memory: its layers, its head delta, and the wiring that lets it learn while everything below rests."""
+
+import copy
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel
+
+from .failures import DeltaError
+from .families import family_of
+from .growth import build_layers, shell
+from .heads import FoldedHead, build_head
+from .stage_config import StageConfig
+
+
+class Stage(nn.Module):
+    """A specialist's own weights: `layers` (decoder layers of the base's class) and `head` (its delta of the head).
+
+    Its state dict has the names of the delta format: `layers.{i}.<name>`, and `head.weight` or `head.a`, `head.b`.
+    `parent` is the stage below it, `below` the number of layers under it. `source` says where its files are
+    (`repo`, `revision`, `fingerprint`), None until it was saved or loaded; `saved_dtype` is the dtype of those files.
+    """
+
+    layers: nn.ModuleList
+    head: nn.Module
+
+    def __init__(
+        self, config: StageConfig, layers: nn.ModuleList, head: nn.Module, below: int, parent: "Stage | None"
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.layers = layers
+        self.head = head
+        self.below = below
+        self._parent = (parent,)  # in a tuple, so that the parent's weights are not counted as this stage's
+        self.source: dict[str, str | None] | None = None
+        self.saved_dtype: torch.dtype | None = None
+        self.prompt: dict[str, Any] | None = None
+        self.generation_config: GenerationConfig | None = None
+
+    @property
+    def name(self) -> str:
+        """The stage's name."""
+        return self.config.name
+
+    @property
+    def parent(self) -> "Stage | None":
+        """The stage that this one stands on, or None for the base."""
+        return self._parent[0]
+
+    @property
+    def chain(self) -> "list[Stage]":
+        """The stages from the base upwards, this one last."""
+        return [*(self.parent.chain if self.parent is not None else []), self]
+
+    def num_parameters(self) -> int:
+        """Return how many numbers the stage adds."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def delta_state_dict(self) -> dict[str, torch.Tensor]:
+        """Return the stage's own tensors under the names of the delta format (views, not copies)."""
+        return dict(self.state_dict())
+
+    @torch.no_grad()
+    def load_delta(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Copy `tensors` into the stage; names and shapes must be exactly its own (`DeltaError` before any write)."""
+        own = self.delta_state_dict()
+        check_names_and_shapes(self.name, {n: tuple(t.shape) for n, t in own.items()}, tensors)
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+
+
+def check_names_and_shapes(
+    stage: str, expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """Raise `DeltaError` unless `tensors` has exactly the expected names, each of the expected shape."""
+    missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    if missing or extra:
+        raise DeltaError(
+            f"The delta of stage {stage!r} does not fit its config: missing {missing[:4] or 'nothing'}, "
+            f"unexpected {extra[:4] or 'nothing'} ({len(missing)} and {len(extra)} in all). "
+            "Is delta.safetensors from another stage than config.json?"
+        )
+    for name, shape in expected.items():
+        if tuple(tensors[name].shape) != shape:
+            raise DeltaError(
+                f"The delta of stage {stage!r} does not fit its base: {name} should be {shape}, "
+                f"got {tuple(tensors[name].shape)}."
+            )
+
+
+def build_stage(
+    base: PreTrainedModel,
+    config: StageConfig,
+    parent: Stage | None = None,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+) -> Stage:
+    """Return a new stage on a base (and a parent) that computes exactly what lies below it.
+
+    Its values depend on `seed` alone. They are in `dtype` (default: the base's), next to the base's last layer and
+    the base's head. Raises `FamilyError` for a base that cannot be grown, `DeltaError` for a config that does not fit.
+    """
+    family = family_of(base.config)
+    depth = len(family.layers_of(base)) if parent is None else parent.below + len(parent.layers)
+    below = config.attachment(depth)
+    base_head = family.head_of(base)
+    folded = FoldedHead(base_head, [])  # refuses a head that cannot carry a delta, before anything is built
+    layers = build_layers(base, config.num_layers, below, seed=seed, dtype=dtype)
+    generator = torch.Generator().manual_seed(seed)
+    head = build_head(config, folded.out_features, folded.in_features, generator)
+    head.to(device=folded.weight.device, dtype=dtype or base.dtype)
+    return Stage(config, layers, head, below, parent)
+
+
+def assemble(base: PreTrainedModel, stage: Stage) -> PreTrainedModel:
+    """Return the native model that ends in `stage`: the base's layers, every ancestor's, then its own, one head.
+
+    It shares every tensor with the base and the stages.
+    """
+    chain = stage.chain
+    layers = [layer for link in chain for layer in link.layers]
+    head = FoldedHead(family_of(base.config).head_of(base), [link.head for link in chain])
+    model = shell(base, layers, head, below=chain[0].below)
+    if stage.generation_config is not None:
+        model.generation_config = copy.deepcopy(stage.generation_config)
+    return model
+
+
+def cut_graph_below(stage: Stage, dtype: torch.dtype) -> None:
+    """Let gradients end at the stage's input, and let a stage of another dtype work on a base in `dtype`.
+
+    Hooks on the first and the last layer: the hidden state (batch, tokens, width) enters without a graph and in the
+    stage's dtype, and leaves in the dtype in which it came.
+    """
+    stage.layers[0].register_forward_pre_hook(_enter)
+    if next(stage.layers.parameters()).dtype != dtype:
+        stage.layers[-1].register_forward_hook(partial(_leave, dtype))
+
+
+def stop_input_gradients(model: PreTrainedModel, stage: Stage) -> None:
+    """Make `enable_input_require_grads` of a grown model mean the stage's input, not the embedding.
+
+    Gradient checkpointing and PEFT call it; on the embedding it would make autograd keep the whole frozen base.
+    """
+    model.enable_input_require_grads = partial(_set_input_gradients, stage.layers[0], True)  # type: ignore[method-assign]
+    model.disable_input_require_grads = partial(_set_input_gradients, stage.layers[0], False)  # type: ignore[method-assign]
+
+
+def _enter(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    hidden = args[0].detach().to(next(layer.parameters()).dtype)
+    if getattr(layer, "_input_gradients", False) and torch.is_grad_enabled():
+        hidden.requires_grad_(True)
+    return (hidden, *args[1:])
+
+
+def _leave(dtype: torch.dtype, layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    return output.to(dtype) if isinstance(output, torch.Tensor) else output
+
+
+def _set_input_gradients(layer: nn.Module, value: bool) -> None:
+    layer._input_gradients = value  # type: ignore[assignment]

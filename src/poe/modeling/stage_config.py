@@ -1,0 +1,66 @@
+"""What one stage is made of, as data."""
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from .failures import DeltaError
+
+HEADS = ("dense", "low_rank", "none")
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One specialist: a few new decoder layers and an additive head.
+
+    name        letters, digits, `.`, `_`, `-`; it names the stage in a cascade and in its files
+    num_layers  new decoder layers, at least 1
+    head        "dense" (vocabulary x width), "low_rank" (`head_rank`), or "none"
+    head_rank   rank of a low-rank head delta; ignored by the other kinds
+    parent      name of the stage it stands on; None for the base itself
+    attach_at   how many of the base's layers lie below it; None for all. Only for stages without a parent
+    """
+
+    name: str
+    num_layers: int = 4
+    head: str = "dense"
+    head_rank: int = 64
+    parent: str | None = None
+    attach_at: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
+            raise DeltaError(
+                f"A stage's name must start with a letter or digit and hold letters, digits, '.', '_', '-' only: "
+                f"got {self.name!r}."
+            )
+        for field, least in (("num_layers", 1), ("head_rank", 1)):
+            value = getattr(self, field)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise DeltaError(
+                    f"Stage {self.name!r}: {field} must be a whole number of at least {least}, got {value!r}."
+                )
+        if self.head not in HEADS:
+            raise DeltaError(f"Stage {self.name!r}: head must be one of {', '.join(HEADS)}, got {self.head!r}.")
+        if self.parent is not None and (not isinstance(self.parent, str) or self.parent == self.name):
+            raise DeltaError(f"Stage {self.name!r}: parent must be another stage's name or None, got {self.parent!r}.")
+        if self.attach_at is not None and (not isinstance(self.attach_at, int) or self.attach_at < 1):
+            raise DeltaError(f"Stage {self.name!r}: attach_at must be at least 1 or None, got {self.attach_at!r}.")
+
+    def attachment(self, depth: int) -> int:
+        """Return how many layers lie below the stage, given how many there are (`depth`: base and ancestors)."""
+        if self.attach_at is None or self.attach_at == depth:
+            return depth
+        if self.parent is not None:
+            raise DeltaError(
+                f"Stage {self.name!r} stands on {self.parent!r}, so it attaches on top of it: expected "
+                f"attach_at None or {depth}, got {self.attach_at}."
+            )
+        if self.attach_at > depth:
+            raise DeltaError(f"Stage {self.name!r}: attach_at is {self.attach_at}, but the base has {depth} layers.")
+        return self.attach_at
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain data."""
+        return dataclasses.asdict(self)

@@ -1,0 +1,135 @@
+"""The safetensors container itself: its header read without torch, and a writer whose bytes depend on content alone.
+
+A file is 8 bytes with the length of a JSON header (little-endian), the header, then the tensors' raw bytes. The
+library's own writer orders metadata as its hash map does; a delta must be the same bytes every time it is saved.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from .failures import DeltaError
+
+DTYPES: dict[torch.dtype, str] = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_LONGEST_HEADER = 100_000_000  # as in the safetensors library
+_BLOCK = 1 << 22
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file: safetensors dtype name, shape, and its bytes' start and end within the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Entry], dict[str, str]]:
+    """Return the tensors and the metadata that a safetensors file declares.
+
+    Raises `DeltaError` if the header is not one or the file is shorter or longer than the header says.
+    """
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or not 2 <= length <= min(_LONGEST_HEADER, size - 8):
+            raise DeltaError(f"{path} is not a safetensors file, or is truncated ({size} bytes). Fetch it again.")
+        try:
+            header = json.loads(file.read(length))
+            metadata = header.pop("__metadata__", {})
+            entries = {
+                name: Entry(
+                    value["dtype"],
+                    tuple(int(n) for n in value["shape"]),
+                    8 + length + int(value["data_offsets"][0]),
+                    8 + length + int(value["data_offsets"][1]),
+                )
+                for name, value in header.items()
+            }
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise DeltaError(
+                f"{path} has a safetensors header that cannot be read ({error}). Fetch it again."
+            ) from error
+    if max((entry.end for entry in entries.values()), default=8 + length) != size:
+        raise DeltaError(f"{path} is truncated or has bytes that no tensor owns ({size} bytes). Fetch it again.")
+    return entries, {str(key): str(value) for key, value in metadata.items()}
+
+
+def digest_entries(path: str | os.PathLike[str], entries: Mapping[str, Entry]) -> dict[str, str]:
+    """Return the SHA-256 (hexadecimal) of each tensor's raw bytes, read from the file in blocks."""
+    digests = {}
+    with open(path, "rb") as file:
+        for name, entry in sorted(entries.items(), key=lambda item: item[1].start):
+            file.seek(entry.start)
+            digest, left = hashlib.sha256(), entry.end - entry.start
+            while left > 0:
+                block = file.read(min(left, _BLOCK))
+                if not block:
+                    raise DeltaError(f"{path} ended inside tensor {name}. Fetch it again.")
+                digest.update(block)
+                left -= len(block)
+            digests[name] = digest.hexdigest()
+    return digests
+
+
+def raw_bytes(tensor: torch.Tensor) -> memoryview:
+    """Return a tensor's values as little-endian bytes, row-major."""
+    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def write_tensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write a safetensors file whose bytes depend on its content alone, whole or not at all.
+
+    It goes to a temporary name in the same folder, is flushed to the disk and then takes its name. An `OSError`
+    (full disk, no permission) leaves what was there before.
+    """
+    # Widest elements first, as the library does, so that every tensor is aligned to its element size.
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
+    offset = 0
+    for name in order:
+        tensor = tensors[name]
+        end = offset + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    folder = os.path.dirname(os.path.abspath(path))
+    handle, temporary = tempfile.mkstemp(dir=folder, prefix=".delta-", suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(len(text).to_bytes(8, "little"))
+            file.write(text)
+            for name in order:
+                file.write(raw_bytes(tensors[name]))
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise

@@ -1,0 +1,1 @@
+"""Function calling at run time."""

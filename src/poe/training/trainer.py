@@ -1,0 +1,161 @@
+"""Training a stage: data, the shared engine, evaluation, and the stage folder that comes out."""
+
+import hashlib
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from poe.cascade import Cascade
+from poe.data.conversation import Conversation
+from poe.data.drops import DropReport
+from poe.data.pipeline import TrainingData, prepare
+from poe.data.render import Renderer, token_bytes
+from poe.errors import TemplateError
+from poe.stages import Recipe, load_recipe
+from poe.training.engine import Engine, History
+from poe.training.progress import Progress
+from poe.training.report import environment, plot_history, prepare_output
+
+# Called when training is over, with the cascade, the stage's name and the held-out questions; what it returns is kept
+# in training.json under "evaluation".
+Evaluate = Callable[[Cascade, str, dict[str, list[Conversation]]], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """What a training run left: the stage folder, its history, and the record that training.json holds."""
+
+    folder: Path
+    history: History
+    record: dict[str, Any]
+
+    @property
+    def delta_bytes(self) -> int:
+        return (self.folder / "delta.safetensors").stat().st_size
+
+
+def train_stage(
+    cascade: Cascade,
+    recipe: str | Recipe = "tool",
+    data: str | None = None,
+    output_dir: str | Path | None = None,
+    *,
+    resume: bool = False,
+    evaluate: Evaluate | None = None,
+    progress: Progress | None = None,
+    **fields: Any,
+) -> StageRun:
+    """Train a stage on the frozen base of `cascade` and write it to `output_dir` (default `runs/RECIPE`).
+
+    `recipe` is a name or a `Recipe`, `fields` override its fields, `data` is a SPEC such as `glaive,xlam=rows.json*3`
+    (default: the recipe's). A stage of that name which the cascade has is trained on; else one is added. The weights of
+    the best validation are the ones that are kept, active in `cascade` and on disk. `resume` continues from the
+    checkpoint in `output_dir` and ends with the same bytes as a run that was never interrupted.
+
+    Raises `RecipeError`, `DataError`, `TemplateError`, `OutputError`, `TrainingError`; `Interrupted` after Ctrl-C.
+    """
+    plan = (load_recipe(recipe) if isinstance(recipe, str) else recipe).replace(**fields)
+    spec = data or plan.data
+    run = Path(output_dir or f"runs/{plan.name}")
+    if cascade.tokenizer is None:
+        raise TemplateError("The base has no tokenizer: put its tokenizer files, with a chat template, beside it.")
+    renderer = Renderer(cascade.tokenizer)  # refuses a base without a chat template before anything is written
+    run = prepare_output(run, resume)
+    with ExitStack() as stack:
+        # until there is a checkpoint, a run that fails leaves its folder as empty as it found it
+        stack.callback(_remove_if_unused, run)
+        progress = progress or Progress(f"stage {plan.name}")
+        started = time.time()
+        with DropReport(run / "dropped.jsonl") as report:
+            prepared = prepare(
+                spec,
+                renderer,
+                seq_len=plan.seq_len,
+                epochs=plan.epochs,
+                held_out=plan.held_out,
+                eval_rows=plan.eval_rows,
+                seed=plan.seed,
+                report=report,
+            )
+        _describe_data(prepared, time.time() - started, progress)
+        if plan.name not in cascade.stages:
+            cascade.add_stage(plan, seed=plan.seed)
+        stage = cascade.stages[plan.name]
+        stage.requires_grad_(True)
+        torch.manual_seed(plan.seed)
+        rows_per_step = plan.tokens_per_step // plan.seq_len
+        num_steps = plan.max_steps or prepared.train.num_steps(rows_per_step)
+        model = cascade.model(plan.name)
+        engine = Engine(
+            model,
+            stage.named_parameters(),
+            plan,
+            prepared.train,
+            prepared.val,
+            token_bytes(cascade.tokenizer, model.config.vocab_size),
+            run,
+            num_steps,
+            progress,
+        )
+        history = engine.run(resume)
+        stage.requires_grad_(False)
+        model.eval()
+        record = _record(plan, spec, prepared, history, num_steps)
+        if evaluate is not None:
+            record["evaluation"] = evaluate(cascade, plan.name, prepared.held_out)
+        cascade.save_stage(plan.name, run, training=record, prompt=prompt_format(cascade.tokenizer, renderer))
+        plot_history(run / "loss.png", history)
+        engine.clean_up()
+    return StageRun(run, history, record)
+
+
+def prompt_format(tokenizer: Any, renderer: Renderer) -> dict[str, Any]:
+    """Return the name, version and stop strings of the prompt format: the chat template, known by its hash."""
+    template = tokenizer.chat_template
+    text = template if isinstance(template, str) else str(sorted(template.items()))
+    stops = [tokenizer.convert_ids_to_tokens(token) for token in renderer.stop_token_ids]
+    return {"name": "chat_template", "version": hashlib.sha256(text.encode()).hexdigest()[:12], "stop": stops}
+
+
+def _record(plan: Recipe, spec: str, data: TrainingData, history: History, num_steps: int) -> dict[str, Any]:
+    return {
+        "kind": "stage",
+        "recipe": plan.as_dict(),
+        "data": {**data.summary, "spec": spec},
+        "steps": num_steps,
+        "tokens": history.tokens,
+        "seconds": round(history.seconds, 1),
+        "tokens_per_s": round(history.tokens / max(history.seconds, 1e-9)),
+        "best_step": history.best_step,
+        "val_bpb": history.best_bpb,
+        "trajectory": history.evals,
+        "environment": environment(),
+    }
+
+
+def _describe_data(data: TrainingData, seconds: float, progress: Progress) -> None:
+    for source, counts in data.summary["rows"].items():
+        dropped = ", ".join(f"{reason} {n}" for reason, n in counts["dropped"].items()) or "none"
+        progress.note(f"{source}: {counts['read']} rows read, {counts['kept']} kept; dropped: {dropped}")
+    s = data.summary
+    progress.note(
+        f"{s['packed_rows']} rows of {s['seq_len']} tokens, {s['fill']:.1%} full, {s['trained_tokens']:,} of "
+        f"{s['tokens']:,} tokens trained, in {seconds:.0f} s"
+    )
+
+
+def _remove_if_unused(run: Path) -> None:
+    """Remove what a failed run left, if it left neither a checkpoint nor a result: the next try finds a free folder."""
+    if (run / "delta.safetensors").exists() or (run / "checkpoint").exists() or (run / "checkpoint.old").exists():
+        return
+    for name in ("metrics.jsonl", "dropped.jsonl"):
+        path = run / name
+        if name == "metrics.jsonl" or (path.exists() and path.stat().st_size == 0):
+            path.unlink(missing_ok=True)
+    if run.exists() and not any(run.iterdir()):
+        run.rmdir()

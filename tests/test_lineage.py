@@ -1,0 +1,256 @@
+"""From a stage to its base: chains, wrong links, places that moved, and a Hub that does not answer."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import scramble, tiny_base, tiny_tokenizer, token_ids
+
+import poe.cascade
+from poe import Cascade, StageConfig
+from poe.errors import DeltaError, FamilyError, FingerprintError, LineageError, SourceError
+from poe.loaders.base_folder import save_base_folder
+
+
+@pytest.fixture
+def family(saved_base, tmp_path: Path) -> Path:
+    """A folder with `base`, `parent` on it and `child` on the parent, all scrambled."""
+    shutil.copytree(saved_base(), tmp_path / "base")
+    cascade = Cascade.from_pretrained(tmp_path / "base")
+    for name, parent in (("parent", None), ("child", "parent")):
+        cascade.add_stage(StageConfig(name, 1, "low_rank" if parent else "dense", 4, parent=parent))
+        scramble(cascade.stages[name], seed=len(name))
+        with torch.no_grad():  # what is stored is bf16: train on what will be found there
+            for parameter in cascade.stages[name].parameters():
+                parameter.copy_(parameter.to(torch.bfloat16))
+        cascade.save_stage(name, tmp_path / name)
+    torch.save(cascade(token_ids()).logits, tmp_path / "expected")
+    return tmp_path
+
+
+def edit(folder: Path, **changes) -> None:
+    """Change top-level fields of a folder's config.json."""
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def config(folder: Path) -> dict:
+    return json.loads((folder / "config.json").read_text())
+
+
+def test_a_chain_of_two_comes_back_whole_wherever_it_lies(family: Path, tmp_path: Path) -> None:
+    expected = torch.load(family / "expected")
+    cascade = Cascade.from_pretrained(family / "child")
+    assert list(cascade.stages) == ["parent", "child"]
+    assert cascade.active == "child"
+    assert torch.equal(cascade(token_ids()).logits, expected)
+    assert cascade.stages["child"].parent is cascade.stages["parent"]
+    assert config(family / "child")["parent"]["repo"] == "../parent"
+    moved = tmp_path / "elsewhere" / "deep"
+    moved.parent.mkdir()
+    shutil.move(family / "base", tmp_path / "kept")
+    shutil.copytree(family, moved, ignore=shutil.ignore_patterns("elsewhere", "kept"))
+    shutil.move(tmp_path / "kept", moved / "base")
+    shutil.rmtree(family / "child")
+    assert torch.equal(Cascade.from_pretrained(moved / "child")(token_ids()).logits, expected)
+
+
+def test_stages_attach_to_an_open_base(family: Path) -> None:
+    expected = torch.load(family / "expected")
+    cascade = Cascade.from_pretrained(family / "base").add_stage(StageConfig("other", 1))
+    cascade.load_stage(family / "child")
+    assert list(cascade.stages) == ["other", "parent", "child"]
+    assert torch.equal(cascade(token_ids()).logits, expected)
+    parent = cascade.stages["parent"]
+    cascade.load_stage(family / "parent")
+    assert cascade.stages["parent"] is parent
+    cascade.stages.pop("child")
+    cascade.load_stage(family / "child")
+    assert cascade.stages["child"].parent is parent
+    in_memory = Cascade(tiny_base()).load_stage(family / "child")
+    assert torch.equal(in_memory(token_ids()).logits, expected)
+    with pytest.raises(FingerprintError, match="Wrong base"):
+        Cascade(tiny_base(seed=1)).load_stage(family / "child")
+    renamed = Cascade.from_pretrained(family / "base").add_stage(StageConfig("parent", 1))
+    with pytest.raises(DeltaError, match="Two stages are called 'parent'"):
+        renamed.load_stage(family / "child")
+    assert list(renamed.stages) == ["parent"]
+
+
+def test_a_wrong_base_stops_the_load_before_any_weight(family: Path, saved_base, monkeypatch) -> None:
+    shutil.rmtree(family / "base")
+    shutil.copytree(saved_base(seed=1), family / "base")
+    monkeypatch.setattr(poe.cascade, "load_base", lambda *a, **k: pytest.fail("the base was loaded"))
+    with pytest.raises(
+        FingerprintError, match=r"expected \.\./base \(revision none, \w{12}\), got .*base .*\w{12}\)"
+    ) as e:
+        Cascade.from_pretrained(family / "parent")
+    assert "base=" in str(e.value)
+    assert "POE_BASE" in str(e.value)
+
+
+def test_base_can_be_said_and_the_fingerprint_still_decides(family: Path, saved_base, tmp_path, monkeypatch) -> None:
+    expected = torch.load(family / "expected")
+    shutil.move(family / "base", tmp_path / "moved")
+    with pytest.raises(LineageError, match=r"child .* -> parent .* -> .*base ends before its base .*POE_BASE"):
+        Cascade.from_pretrained(family / "child")
+    assert torch.equal(Cascade.from_pretrained(family / "child", base=tmp_path / "moved")(token_ids()).logits, expected)
+    monkeypatch.setenv("POE_BASE", str(tmp_path / "moved"))
+    assert torch.equal(Cascade.from_pretrained(family / "child")(token_ids()).logits, expected)
+    monkeypatch.setenv("POE_BASE", str(saved_base(seed=1)))
+    with pytest.raises(FingerprintError, match="Wrong base"):
+        Cascade.from_pretrained(family / "child")
+    with pytest.warns(UserWarning, match="verify=False"):
+        other = Cascade.from_pretrained(family / "child", verify=False)
+    assert not torch.equal(other(token_ids()).logits, expected)
+
+
+def test_the_embedded_base_stands_in_by_fingerprint(family: Path, saved_base, tmp_path, monkeypatch) -> None:
+    expected = torch.load(family / "expected")
+    shutil.move(family / "base", tmp_path / "assets")
+    monkeypatch.setattr(poe.cascade, "EMBEDDED_BASE", tmp_path / "assets")
+    cascade = Cascade.from_pretrained(family / "child")
+    assert torch.equal(cascade(token_ids()).logits, expected)
+    assert cascade.base_source.repo == str(tmp_path / "assets")
+    assert Cascade.from_pretrained("demo").base_source.repo == str(tmp_path / "assets")
+    monkeypatch.setattr(poe.cascade, "EMBEDDED_BASE", saved_base(seed=1))
+    with pytest.raises(LineageError, match="ends before its base"):
+        Cascade.from_pretrained(family / "child")
+    monkeypatch.setattr(poe.cascade, "EMBEDDED_BASE", tmp_path / "nothing")
+    with pytest.raises(SourceError, match="embedded base is missing"):
+        Cascade.from_pretrained("demo")
+
+
+def test_a_cycle_is_printed(family: Path) -> None:
+    parent = config(family / "child")["parent"]
+    edit(family / "parent", parent={**parent, "repo": "../child"})
+    with pytest.raises(LineageError, match=r"child \(.*\) -> parent \(.*\) -> .*child is a cycle"):
+        Cascade.from_pretrained(family / "child")
+
+
+def test_a_missing_link_is_printed(family: Path) -> None:
+    shutil.rmtree(family / "parent")
+    with pytest.raises(LineageError, match=r"child \(.*\) -> .*parent is broken: There is no folder"):
+        Cascade.from_pretrained(family / "child")
+
+
+def test_a_chain_longer_than_sixteen_is_refused(family: Path) -> None:
+    for index in range(17):
+        shutil.copytree(family / "child", family / f"s{index}")
+        edit(family / f"s{index}", parent={**config(family / "child")["parent"], "repo": f"../s{index + 1}"})
+    with pytest.raises(LineageError, match="longer than 16 stages"):
+        Cascade.from_pretrained(family / "s0")
+
+
+def test_another_parent_is_refused(family: Path) -> None:
+    cascade = Cascade.from_pretrained(family / "base").add_stage(StageConfig("parent", 1))
+    cascade.save_stage("parent", family / "parent")
+    with pytest.raises(FingerprintError, match=r"Stage 'child' .* stands on parent \.\./parent"):
+        Cascade.from_pretrained(family / "child")
+    stage = config(family / "child")
+    edit(family / "child", parent=None)
+    with pytest.raises(FingerprintError, match="stands on parent None"):
+        Cascade.from_pretrained(family / "child")
+    edit(family / "child", parent=stage["parent"], stage={**stage["stage"], "attach_at": 1})
+    with pytest.warns(UserWarning), pytest.raises(DeltaError, match="attaches on top of it"):
+        Cascade.from_pretrained(family / "child", verify=False)
+
+
+def test_a_parent_must_have_files_that_are_what_it_is(saved_base, tmp_path: Path) -> None:
+    cascade = Cascade.from_pretrained(saved_base()).add_stage(StageConfig("parent", 1))
+    cascade.add_stage(StageConfig("child", 1, parent="parent"))
+    with pytest.raises(DeltaError, match="'parent' has no files yet"):
+        cascade.save_stage("child", tmp_path / "child")
+    cascade.save_stage("parent", tmp_path / "parent")
+    cascade.save_stage("child", tmp_path / "child")
+    scramble(cascade.stages["parent"])
+    with pytest.raises(DeltaError, match="'parent' has changed since it was saved"):
+        cascade.save_stage("child", tmp_path / "child")
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (dict(poe_format="9"), DeltaError, "format '9', expected '1'"),
+        (dict(stage={"name": "parent"}), DeltaError, "'stage' lacks num_layers, attach_at, head"),
+        (dict(base=None), DeltaError, "'base' lacks fingerprint"),
+        (dict(model_type="gpt2"), FamilyError, "'gpt2', which cannot be grown: expected"),
+    ],
+)
+def test_a_config_of_another_kind_is_refused(family: Path, changes: dict, error: type, message: str) -> None:
+    edit(family / "parent", **changes)
+    with pytest.raises(error, match=message):
+        Cascade.from_pretrained(family / "parent")
+
+
+def test_a_stage_that_trains_its_norm_is_refused(family: Path) -> None:
+    edit(family / "parent", stage={**config(family / "parent")["stage"], "own_norm": True})
+    with pytest.raises(DeltaError, match="final norm"):
+        Cascade.from_pretrained(family / "parent")
+
+
+def test_a_base_made_in_memory(tmp_path: Path) -> None:
+    cascade = Cascade(tiny_base(), tiny_tokenizer()).add_stage(StageConfig("t", 1))
+    cascade.save_stage("t", tmp_path / "t")
+    assert config(tmp_path / "t")["base"]["repo"] is None
+    assert config(tmp_path / "t")["base_config"]["model_type"] == "qwen3"
+    with pytest.raises(LineageError, match="never saved: say where it is with base="):
+        Cascade.from_pretrained(tmp_path / "t")
+    base = save_base_folder(tiny_base(), tmp_path / "base")
+    assert Cascade.from_pretrained(tmp_path / "t", base=base).active == "t"
+
+
+@pytest.mark.parametrize("place", ["./nowhere", "/no/such/folder", "a/b/c"])
+def test_a_folder_that_is_not_there(place: str) -> None:
+    with pytest.raises(SourceError, match=r"(There is no folder|could not be reached).*"):
+        Cascade.from_pretrained(place)
+
+
+def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"has no config\.json"):
+        Cascade.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{not json")
+    with pytest.raises(SourceError, match="not readable JSON"):
+        Cascade.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(SourceError, match="could not be loaded"):
+        Cascade.from_pretrained(tmp_path)
+
+
+HUB = """
+import sys
+sys.path.insert(0, {tests!r})
+import conftest
+from poe import Cascade, PoEError
+for call in (
+    lambda: Cascade.from_pretrained("nobody/nothing"),
+    lambda: Cascade.from_pretrained({stage!r}, base="nobody/nothing"),
+    lambda: Cascade.from_pretrained({stage!r}).push_to_hub("nobody/nothing", token="hf_none"),
+):
+    try:
+        call()
+    except PoEError as error:
+        print(type(error).__name__, "|", str(error).replace("\\n", " "))
+"""
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_without_a_network_the_message_is_ours_and_comes_soon(family: Path, offline: bool) -> None:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"} if offline else dict(os.environ)
+    environment["HF_ENDPOINT"] = "http://127.0.0.1:9"  # nobody listens there
+    code = HUB.format(tests=str(Path(__file__).parent), stage=str(family / "parent"))
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, env=environment, check=False
+    )
+    lines = done.stdout.splitlines()
+    assert [line.split(" | ")[0] for line in lines] == ["SourceError", "LineageError", "SourceError"], done.stderr
+    assert "nobody/nothing" in lines[0]
+    assert "Check the name, the network" in lines[0]
+    assert time.monotonic() - start < 60

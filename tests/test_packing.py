@@ -1,0 +1,216 @@
+"""Packing: nothing lost, nothing cut that fits, no label across documents, the same rows for the same seed."""
+
+import time
+from collections import Counter
+from itertools import count, islice, pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from poe.data.packing import PackingStats, pack, pack_stream
+from poe.errors import DataError
+
+PAD = 999_999
+
+
+def make_documents(lengths, seed=0):
+    """Every token id occurs once over all documents, so that its origin is known; masks are random."""
+    rng = np.random.default_rng(seed)
+    ends = np.cumsum([0, *lengths])
+    return [(list(range(a, b)), list(rng.random(b - a) < 0.6)) for a, b in pairwise(ends)]
+
+
+def unpack(batch):
+    """A batch's documents as (ids, labels) tuples, padding left out."""
+    found = []
+    for ids, labels, positions in zip(*(t.tolist() for t in batch), strict=True):
+        starts = [t for t, p in enumerate(positions) if p == 0]
+        for a, b in zip(starts, [*starts[1:], len(ids)], strict=True):
+            assert positions[a:b] == list(range(b - a))
+            if ids[a] == PAD:
+                assert set(ids[a:b]) == {PAD}
+                assert b == len(ids)
+                assert set(labels[a:b]) == {-100}
+            else:
+                found.append((tuple(ids[a:b]), tuple(labels[a:b])))
+    return found
+
+
+def expected_documents(documents):
+    """What must come out of rows, from the definition of labels."""
+    return Counter(
+        (tuple(ids), tuple([t if m else -100 for t, m in zip(ids[1:], mask[1:], strict=True)] + [-100]))
+        for ids, mask in documents
+    )
+
+
+lengths_lists = st.lists(st.integers(0, 40), min_size=1, max_size=60)
+
+
+@given(
+    lengths=lengths_lists, seq_len=st.integers(1, 48), seed=st.integers(0, 99), buffer_size=st.sampled_from([1, 5, 99])
+)
+@settings(max_examples=60, deadline=None)
+def test_no_document_is_lost_cut_or_joined(lengths, seq_len, seed, buffer_size):
+    documents = make_documents(lengths, seed)
+    kept = [d for d in documents if 0 < len(d[0]) <= seq_len]
+    if not kept:
+        with pytest.raises(DataError, match="No rows"):
+            pack(documents, seq_len, seed=seed, pad_id=PAD, buffer_size=buffer_size)
+        return
+    rows = pack(documents, seq_len, seed=seed, pad_id=PAD, buffer_size=buffer_size)
+    batch = rows.batch(0, rows.num_rows)
+    assert Counter(unpack(batch)) == expected_documents(kept)
+    assert all(t.shape == (rows.num_rows, seq_len) and t.dtype == torch.int64 for t in batch)
+
+    stats = rows.stats
+    too_long = [len(d[0]) for d in documents if len(d[0]) > seq_len]
+    assert (stats.dropped_documents, stats.dropped_tokens) == (len(too_long), sum(too_long))
+    assert stats.empty_documents == lengths.count(0)
+    assert stats.documents == len(kept)
+    assert stats.tokens == sum(len(d[0]) for d in kept) == int((batch.input_ids != PAD).sum())
+    assert rows.trained_tokens == sum(sum(d[1][1:]) for d in kept) == int((batch.labels != -100).sum())
+    assert rows.fill == stats.tokens / (rows.num_rows * seq_len)
+    assert len(rows) == rows.num_rows
+    assert rows.seq_len == seq_len
+
+
+@given(lengths=lengths_lists, seq_len=st.integers(1, 12), seed=st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_splitting_keeps_every_token_and_every_label(lengths, seq_len, seed):
+    documents = make_documents(lengths, seed)
+    if not any(lengths):
+        return
+    rows = pack(documents, seq_len, long="split", seed=seed, pad_id=PAD)
+    pieces = unpack(rows.batch(0, rows.num_rows))
+    whole = {}  # pieces joined again: the ids of a document count upwards
+    for ids, labels in sorted(pieces):
+        origin = next(i for i, (d, _) in enumerate(documents) if d and d[0] <= ids[0] <= d[-1])
+        first, second = whole.get(origin, ((), ()))
+        whole[origin] = (first + ids, second + labels)
+    assert Counter(whole.values()) == expected_documents([d for d in documents if d[0]])
+    # only what does not fit is cut, and only into full rows
+    assert len(pieces) == sum(-(-n // seq_len) for n in lengths)
+    assert rows.stats.dropped_documents == 0
+
+
+@given(lengths=lengths_lists, seed=st.integers(0, 99), rows_per_step=st.integers(1, 5), start=st.integers(0, 6))
+@settings(max_examples=40, deadline=None)
+def test_streams_lose_nothing_and_resume(lengths, seed, rows_per_step, start):
+    documents = make_documents(lengths, seed)
+    options = {"long": "split", "seed": seed, "pad_id": PAD, "buffer_size": 7}
+    stats = PackingStats(16)
+    batches = list(pack_stream(iter(documents), 16, rows_per_step, stats=stats, **options))
+    assert sum(stats_tokens(b) for b in batches) == stats.tokens == sum(lengths)
+    assert stats.rows == sum(len(b.input_ids) for b in batches)
+    assert all(len(b.input_ids) == rows_per_step for b in batches[:-1])
+    resumed = list(pack_stream(iter(documents), 16, rows_per_step, start_step=start, **options))
+    assert len(resumed) == max(0, len(batches) - start)
+    for a, b in zip(resumed, batches[start:], strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def stats_tokens(batch):
+    return int((batch.input_ids != PAD).sum())
+
+
+def test_streams_hold_a_bounded_number_of_documents():
+    taken = 0
+
+    def endless():
+        nonlocal taken
+        for i in count():
+            taken += 1
+            yield [i] * (1 + i % 9), [True] * (1 + i % 9)
+
+    stats = PackingStats(32)
+    batches = list(islice(pack_stream(endless(), 32, 2, buffer_size=50, stats=stats), 20))
+    assert len(batches) == 20
+    placed = taken - 50
+    assert sum(int((b.position_ids == 0).sum()) for b in batches) >= placed
+    assert stats.fill > 0.95
+
+
+def test_rows_repeat_for_a_seed_and_differ_for_another():
+    documents = make_documents([5, 9, 3, 7, 8, 2, 6, 4] * 5)
+    first, again, other = (pack(documents, 16, seed=s) for s in (1, 1, 2))
+    everything = [r.batch(0, r.num_rows).input_ids for r in (first, again, other)]
+    assert torch.equal(everything[0], everything[1])
+    assert everything[0].shape != everything[2].shape or not torch.equal(everything[0], everything[2])
+
+
+def test_batches_depend_on_the_step_alone():
+    documents = make_documents([6] * 40)
+    rows, fresh = pack(documents, 12, seed=3), pack(documents, 12, seed=3)
+    order = [7, 0, 3, 7, 12, 1]
+    seen = {step: rows.batch(step, 3).input_ids for step in order}
+    for step in sorted(set(order)):
+        assert torch.equal(seen[step], fresh.batch(step, 3).input_ids)
+    # two processes of batch 3 see what one of batch 6 sees
+    both = torch.cat([rows.batch(4 * 2 + r, 3).input_ids for r in range(2)])
+    assert torch.equal(both, rows.batch(4, 6).input_ids)
+
+
+def test_every_pass_sees_every_row_once_in_an_order_of_its_own():
+    rows = pack(make_documents([6] * 40), 12, seed=3)
+    passes = [rows.batch(epoch, rows.num_rows).input_ids[:, 0].tolist() for epoch in range(3)]
+    assert sorted(passes[0]) == sorted(passes[1]) == sorted(passes[2])
+    assert len({tuple(p) for p in passes}) == 3
+    across = rows.batch(1, 15).input_ids[:, 0].tolist()  # 20 rows: 15..19 of one pass, 0..9 of the next
+    assert across == passes[0][15:] + passes[1][:10]
+    assert len(rows.batch(0, 50).input_ids) == 50
+
+
+@pytest.mark.parametrize(("rows_per_step", "epochs", "steps"), [(4, 1, 5), (3, 1, 6), (3, 2.5, 16), (50, 1, 1)])
+def test_num_steps(rows_per_step, epochs, steps):
+    assert pack(make_documents([6] * 40), 12).num_steps(rows_per_step, epochs) == steps
+
+
+def test_rows_are_full():
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(4, 0.7, 3000).astype(int), 2, 512)
+    documents = [(np.zeros(n, np.int32), np.ones(n, bool)) for n in lengths]
+    assert pack(documents, 512).fill > 0.99
+
+
+def test_documents_are_shuffled():
+    rows = pack(make_documents([4] * 200), 4)
+    order = rows.batch(0, 200).input_ids[:, 0].tolist()
+    assert order != sorted(order)
+    streamed = [b.input_ids[0, 0].item() for b in pack_stream(make_documents([4] * 200), 4, 1, buffer_size=64)]
+    assert streamed != sorted(streamed)
+
+
+def test_a_row_by_hand():
+    rows = pack([([1, 5, 6], [False, True, False]), ([1, 7, 8, 9], [False, False, True, True])], 8, pad_id=0)
+    ids, labels, positions = (t[0].tolist() for t in rows.batch(0, 1))
+    by_first = {
+        (1, 5, 6, 1, 7, 8, 9, 0): ([5, -100, -100, -100, 8, 9, -100, -100], [0, 1, 2, 0, 1, 2, 3, 0]),
+        (1, 7, 8, 9, 1, 5, 6, 0): ([-100, 8, 9, -100, 5, -100, -100, -100], [0, 1, 2, 3, 0, 1, 2, 0]),
+    }
+    assert (labels, positions) == by_first[tuple(ids)]
+
+
+def test_refusals():
+    with pytest.raises(DataError, match="Document 1"):
+        pack([([1, 2], [True, True]), ([1, 2], [True])], 8)
+    with pytest.raises(DataError, match=r"1 documents were empty and 1 longer than a row of 2"):
+        pack([([], []), ([1, 2, 3], [True] * 3)], 2)
+    with pytest.raises(ValueError, match="crop"):
+        pack([([1], [True])], 8, long="crop")
+    with pytest.raises(ValueError, match="seq_len"):
+        pack([([1], [True])], 0)
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_documents_take_seconds():
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(5, 0.8, 100_000).astype(int), 2, 2048)
+    documents = [(np.zeros(n, np.int32), np.ones(n, bool)) for n in lengths]
+    started = time.perf_counter()
+    rows = pack(documents, 2048)
+    assert time.perf_counter() - started < 20
+    assert rows.fill > 0.995

@@ -1,0 +1,76 @@
+"""The learning-rate trapezoid: its bounds, ends and continuity."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from poe.training.optim import MuonAdamW
+from poe.training.schedule import apply_lr, lr_factor
+
+share = st.floats(0, 1)
+ramp = st.floats(0.01, 1)
+
+
+@given(step=st.integers(0, 500), num_steps=st.integers(1, 400), start=share, warmup=share, warmdown=share, final=share)
+def test_bounded(step, num_steps, start, warmup, warmdown, final):
+    factor = lr_factor(step, num_steps, start=start, warmup=warmup, warmdown=warmdown, final=final)
+    assert min(start, final) - 1e-12 <= factor <= 1
+
+
+@given(num_steps=st.integers(1, 400), start=share, warmup=ramp, warmdown=ramp, final=share)
+def test_ends(num_steps, start, warmup, warmdown, final):
+    options = {"start": start, "warmup": warmup, "warmdown": warmdown, "final": final}
+    assert lr_factor(0, num_steps, **options) == pytest.approx(start)
+    assert lr_factor(num_steps, num_steps, **options) == pytest.approx(final)
+    assert lr_factor(num_steps + 7, num_steps, **options) == pytest.approx(final)
+
+
+@given(num_steps=st.integers(100, 400), start=share, warmup=ramp, warmdown=ramp, final=share)
+def test_continuous_and_never_up_again(num_steps, start, warmup, warmdown, final):
+    options = {"start": start, "warmup": warmup, "warmdown": warmdown, "final": final}
+    factors = [lr_factor(i, num_steps, **options) for i in range(num_steps + 1)]
+    steepest = max((1 - start) / warmup, (1 - final) / warmdown) / num_steps
+    differences = [b - a for a, b in itertools.pairwise(factors)]
+    assert all(abs(d) <= steepest + 1e-9 for d in differences)
+    peak = factors.index(max(factors))
+    assert all(d >= -1e-9 for d in differences[:peak])
+    assert all(d <= 1e-9 for d in differences[peak:])
+
+
+def test_the_stage_recipe():
+    factors = [lr_factor(step, 100) for step in range(101)]
+    assert factors[0] == 0.2
+    assert factors[5] == 1.0
+    assert factors[10] == pytest.approx(1.0)
+    assert factors[55] == pytest.approx(0.5)
+    assert factors[99] == pytest.approx(1 / 90)
+    assert factors[100] == 0.0
+
+
+def test_ramps_can_be_switched_off():
+    assert all(lr_factor(step, 10, warmup=0, warmdown=0) == 1 for step in range(11))
+
+
+@pytest.mark.parametrize("wrong", [{"start": -0.1}, {"warmup": 1.1}, {"warmdown": 2}, {"final": float("nan")}])
+def test_wrong_shares(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        lr_factor(0, 10, **wrong)
+
+
+@pytest.mark.parametrize(("step", "num_steps"), [(-1, 10), (0, 0)])
+def test_wrong_steps(step, num_steps):
+    with pytest.raises(ValueError, match="num_steps"):
+        lr_factor(step, num_steps)
+
+
+def test_apply_lr_multiplies_the_initial_rates():
+    a, b = torch.nn.Parameter(torch.zeros(2, 2)), torch.nn.Parameter(torch.zeros(2))
+    optimizer = MuonAdamW([{"kind": "muon", "lr": 0.5, "params": [a]}, {"kind": "adamw", "lr": 0.1, "params": [b]}])
+    for factor in (0.2, 1.0, 0.0, 0.5):
+        apply_lr(optimizer, factor)
+        assert [g["lr"] for g in optimizer.param_groups] == [0.5 * factor, 0.1 * factor]
+    with pytest.raises(KeyError):
+        apply_lr(torch.optim.SGD([b], lr=1.0), 0.5)

@@ -1,0 +1,103 @@
+"""De-duplication and the held-out split depend on what rows say, never on where they stand."""
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from poe.data.conversation import Conversation
+from poe.data.drops import DropReport
+from poe.data.schema import as_tool
+from poe.data.split import deduplicate, is_held_out, split
+
+WEATHER = as_tool("weather", "", {"type": "object", "properties": {"city": {"type": "string"}}})
+CLOCK = as_tool("clock", "", None)
+
+
+def row(
+    question: str, answer: str = "Yes.", tools: tuple = (), source: str = "s", more: str | None = None
+) -> Conversation:
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    if more is not None:
+        messages += [{"role": "user", "content": more}, {"role": "assistant", "content": answer}]
+    return Conversation(messages, list(tools), source=source)
+
+
+texts = st.lists(st.text(min_size=1).filter(str.strip), min_size=1, max_size=40)
+
+
+@given(texts, st.integers(0, 3), st.randoms())
+def test_a_query_keeps_its_side(questions: list[str], seed: int, rng: random.Random) -> None:
+    rows = [row(q) for q in questions]
+    train, held = split(rows, 0.3, seed)
+    shuffled = [*rows, *(row(q.upper() + "  ") for q in questions if q.upper().lower() == q.lower())]
+    rng.shuffle(shuffled)
+    train2, held2 = split(shuffled, 0.3, seed)
+    assert len(train) + len(held) == len(rows)
+    sides = {c.query for c in train + train2}, {c.query for c in held + held2}
+    assert not sides[0] & sides[1]
+
+
+@given(st.text(min_size=1), st.floats(0, 1), st.floats(0, 1))
+def test_a_larger_share_holds_out_what_a_smaller_one_does(question: str, a: float, b: float) -> None:
+    low, high = sorted((a, b))
+    assert is_held_out(row(question), low) <= is_held_out(row(question), high)
+
+
+def test_the_share_is_about_what_was_asked_for_and_seeds_differ() -> None:
+    rows = [row(f"question {i}") for i in range(20_000)]
+    held = split(rows, 0.02, seed=1)[1]
+    assert 300 < len(held) < 500
+    assert {c.query for c in held} != {c.query for c in split(rows, 0.02, seed=2)[1]}
+    assert split(rows, 0)[1] == []
+    assert split(rows, 1)[0] == []
+    with pytest.raises(ValueError, match="share from 0 to 1"):
+        split(rows, 2)
+
+
+def test_the_side_is_the_same_on_every_machine() -> None:
+    held = [i for i in range(200) if is_held_out(row(f"question {i}"), 0.05)]
+    assert held == [11, 32, 110, 168, 187, 197]
+
+
+def test_rows_without_a_user_are_split_too() -> None:
+    assert sum(map(len, split([Conversation([{"role": "assistant", "content": "x"}])]))) == 1
+
+
+def test_duplicates_are_dropped_and_counted() -> None:
+    report = DropReport()
+    report.kept["s"] = report.read["s"] = 7
+    rows = [
+        row("Is it raining?", tools=(WEATHER, CLOCK)),
+        row("Is it raining?", tools=(WEATHER, CLOCK)),  # the same row
+        row("is it  raining?", "No.", tools=(CLOCK, WEATHER)),  # contradicts the first
+        row("Is it raining?", tools=(WEATHER,)),  # other tools
+        row("Is it raining?", tools=(WEATHER, CLOCK), more="And now?"),  # goes on
+        row("Is it raining?", tools=(WEATHER, CLOCK), more="And later?"),
+        row("Is it snowing?"),
+    ]
+    kept = deduplicate(rows, report)
+    assert kept == [rows[0], *rows[3:]]
+    assert report.as_dict()["s"] == {
+        "read": 7,
+        "kept": 5,
+        "dropped": {"duplicate row": 1, "same questions and tools": 1},
+    }
+
+
+def test_sources_are_compared_when_they_share_what_was_seen() -> None:
+    seen: set[bytes] = set()
+    assert len(deduplicate([row("a", source="x")], seen=seen)) == 1
+    assert deduplicate([row("a", source="y")], seen=seen) == []
+    assert len(deduplicate([row("a", source="y")])) == 1
+
+
+@settings(max_examples=50)
+@given(texts)
+def test_deduplication_is_idempotent_and_keeps_every_query(questions: list[str]) -> None:
+    rows = [row(q) for q in questions]
+    once = deduplicate(rows)
+    assert deduplicate(once) == once
+    assert {c.query for c in once} == {c.query for c in rows}
+    assert len(once) == len({c.query for c in rows})
