@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import scramble, tiny_base
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from conftest import scramble, tiny_base
 from poe import Cascade, StageConfig
 from poe.errors import DeltaError, FingerprintError, OutputError
 from poe.modeling import fingerprint as fingerprints
@@ -295,7 +295,7 @@ def test_values_that_are_not_finite_are_never_written(saved_base, tmp_path: Path
     cascade = make_stage(saved_base)
     with torch.no_grad():
         cascade.stages["t"].head.weight[0, 0] = float("nan")
-    with pytest.raises(DeltaError, match="head.weight holds values that are not finite"):
+    with pytest.raises(DeltaError, match=r"head\.weight holds values that are not finite"):
         cascade.save_stage("t", tmp_path / "t")
     assert not list(tmp_path.iterdir())
 

@@ -1,4 +1,4 @@
-"""The same stage through every door: remote code where this package cannot be imported, the package, plain transformers."""
+"""The same stage through every door: remote code without this package, the package, plain transformers."""
 
 import json
 import os
@@ -8,16 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BASES, scramble, token_ids
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import poe.modeling
+from conftest import BASES, scramble, token_ids
 from poe import Cascade, StageConfig
+from poe.errors import SourceError
 from poe.loaders.stage_folder import network_files
+from poe.modeling.modeling_poe_stage import PoEStageConfig, PoEStageForCausalLM
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 HEADS = ("dense", "low_rank", "none")
-GREEDY = dict(max_new_tokens=10, do_sample=False, eos_token_id=None)
+GREEDY = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None}
 
 # What a stranger runs. `poe` cannot be imported; every folder named on stdin is opened and used.
 STRANGER = """
@@ -42,7 +44,7 @@ for folder in job["folders"]:
         model.generate(input_ids=ids, **job["greedy"]).tolist(),
         model.generate(input_ids=ids, use_cache=False, **job["greedy"]).tolist(),
         model.generate(input_ids=padded, attention_mask=mask, **job["greedy"]).tolist(),
-        AutoTokenizer.from_pretrained(folder)("w5 w6").input_ids,
+        AutoTokenizer.from_pretrained(folder, trust_remote_code=False)("w5 w6").input_ids,
         str(model.dtype),
     ]
 try:
@@ -121,7 +123,7 @@ def test_remote_code_and_the_package_say_the_same(base_name, label, head, stages
     assert cached != cascade.generate(input_ids=ids, stage=None, **GREEDY).tolist()
     if label == "fp32":
         assert cached == uncached == [row[3:] for row in padded]
-    assert words == [5, 6]
+    assert words == cascade.tokenizer("w5 w6").input_ids
     cascade.model(cascade.active).save_pretrained(tmp_path)
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, mine)
 
@@ -164,7 +166,7 @@ assert load(device_map="auto").device.type == ("cuda" if torch.cuda.is_available
 model, info = load(output_loading_info=True)
 assert not info["missing_keys"]
 out = pipeline("text-generation", model=folder, trust_remote_code=True)("w5 w6", max_new_tokens=4, do_sample=False)
-assert out[0]["generated_text"].startswith("w5 w6 "), out
+assert out[0]["generated_text"].startswith("w5 w6"), out
 model.set_attn_implementation("eager")
 assert model(torch.tensor([[5, 6]]), output_attentions=True, output_hidden_states=True).attentions[-1] is not None
 assert len(model(torch.tensor([[5, 6]]), output_hidden_states=True).hidden_states) == 5
@@ -185,7 +187,6 @@ failing("LineageError", "There is no folder /no/such/folder", load)
 del os.environ["POE_BASE"]
 failing("FingerprintError", "Wrong base", lambda: load(base=wrong))
 load(base=wrong, verify=False)
-failing("SourceError", "subfolder", lambda: load(subfolder="x"))
 open(folder + "/evil.pkl", "w").close()
 failing("DeltaError", "evil.pkl", load)
 os.unlink(folder + "/evil.pkl")
@@ -228,14 +229,22 @@ def test_a_poe_base_opens_without_the_package(saved_base) -> None:
         "import sys, torch; sys.modules['poe'] = None\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
         "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
-        "print(AutoTokenizer.from_pretrained(sys.argv[1])('w5').input_ids)\n"
-        "print(model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=5, do_sample=False, eos_token_id=None).tolist())"
+        "print(AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=False)('w5').input_ids)\n"
+        "options = dict(max_new_tokens=5, do_sample=False, eos_token_id=None)\n"
+        "print(model.generate(torch.tensor([[5, 6, 7]]), **options).tolist())"
     )
     folder = saved_base("poe")
     done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=False)
     cascade = Cascade.from_pretrained(folder)
     tokens = cascade.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=5, do_sample=False, eos_token_id=None)
     assert done.stdout.splitlines() == ["[5]", str(tokens.tolist())], done.stderr[-2000:]
+
+
+def test_a_subfolder_is_refused(stages: dict[str, str]) -> None:
+    with pytest.raises(SourceError, match="subfolder"):
+        PoEStageForCausalLM.from_pretrained(stages["poe-fp32-none"], subfolder="x")
+    with pytest.raises(NotImplementedError, match="loaded, not built"):
+        PoEStageForCausalLM(PoEStageConfig())
 
 
 def test_options_reach_the_base(saved_base, tmp_path: Path) -> None:

@@ -1,13 +1,13 @@
-"""A grown model is a deeper model of its own kind: equal when fresh, sharing everything, learning in the stage alone."""
+"""A grown model is a deeper model of its own kind: equal when fresh, sharing all, learning in the stage alone."""
 
 import copy
 import dataclasses
 
 import pytest
 import torch
-from conftest import BASES, VOCABULARY, scramble, tiny_base, token_ids
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
+from conftest import BASES, VOCABULARY, scramble, tiny_base, token_ids
 from poe import Cascade, PoEError, StageConfig
 from poe.errors import DeltaError, FamilyError
 from poe.modeling.stage import build_stage
@@ -108,7 +108,7 @@ def test_autograd_keeps_nothing_of_the_base() -> None:
 def test_greedy_tokens_with_cache_without_and_with_left_padding(base_name: str, dtype: torch.dtype, head: str) -> None:
     cascade = grown(base_name, dtype, head=head)
     ids = token_ids(1, 7)
-    options = dict(max_new_tokens=12, do_sample=False, eos_token_id=None)
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
     tokens = cascade.generate(input_ids=ids, **options)
     assert not torch.equal(tokens, cascade.generate(input_ids=ids, stage=None, **options))
     if dtype == torch.float32:  # in bf16 another order of sums may break a tie the other way
@@ -164,7 +164,7 @@ def test_a_stage_may_attach_below_the_top(base_name: str, at: int) -> None:
     assert len(model.model.layers) == model.config.num_hidden_layers == at + 2
     assert [layer.self_attn.layer_idx for layer in model.model.layers] == list(range(at + 2))
     ids = token_ids(1)
-    options = dict(max_new_tokens=6, do_sample=False, eos_token_id=None)
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
     assert torch.equal(
         cascade.generate(input_ids=ids, **options), cascade.generate(input_ids=ids, use_cache=False, **options)
     )
@@ -240,15 +240,15 @@ def test_an_unknown_family_is_refused_by_name() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (dict(name="a/b"), "must start with a letter"),
-        (dict(num_layers=0), "num_layers must be a whole number of at least 1, got 0"),
-        (dict(head="big"), "head must be one of dense, low_rank, none, got 'big'"),
-        (dict(head="low_rank", head_rank=0), "head_rank"),
-        (dict(head="low_rank", head_rank=500), "larger than the head itself"),
-        (dict(parent="t"), "parent must be another"),
-        (dict(parent="nobody"), "There is no stage 'nobody'"),
-        (dict(attach_at=0), "attach_at must be at least 1"),
-        (dict(attach_at=3), "attach_at is 3, but the base has 2 layers"),
+        ({"name": "a/b"}, "must start with a letter"),
+        ({"num_layers": 0}, "num_layers must be a whole number of at least 1, got 0"),
+        ({"head": "big"}, "head must be one of dense, low_rank, none, got 'big'"),
+        ({"head": "low_rank", "head_rank": 0}, "head_rank"),
+        ({"head": "low_rank", "head_rank": 500}, "larger than the head itself"),
+        ({"parent": "t"}, "parent must be another"),
+        ({"parent": "nobody"}, "There is no stage 'nobody'"),
+        ({"attach_at": 0}, "attach_at must be at least 1"),
+        ({"attach_at": 3}, "attach_at is 3, but the base has 2 layers"),
     ],
 )
 def test_bad_stages_are_refused(fields: dict, message: str) -> None:

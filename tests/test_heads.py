@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from conftest import scramble
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from conftest import scramble
 from poe.errors import FamilyError
 from poe.modeling.heads import FoldedHead, build_head
 from poe.modeling.stage_config import StageConfig

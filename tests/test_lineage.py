@@ -5,14 +5,13 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import scramble, tiny_base, tiny_tokenizer, token_ids
 
 import poe.cascade
+from conftest import scramble, tiny_base, tiny_tokenizer, token_ids
 from poe import Cascade, StageConfig
 from poe.errors import DeltaError, FamilyError, FingerprintError, LineageError, SourceError
 from poe.loaders.base_folder import save_base_folder
@@ -158,7 +157,7 @@ def test_another_parent_is_refused(family: Path) -> None:
     with pytest.raises(FingerprintError, match="stands on parent None"):
         Cascade.from_pretrained(family / "child")
     edit(family / "child", parent=stage["parent"], stage={**stage["stage"], "attach_at": 1})
-    with pytest.warns(UserWarning), pytest.raises(DeltaError, match="attaches on top of it"):
+    with pytest.warns(UserWarning, match="verify=False"), pytest.raises(DeltaError, match="attaches on top of it"):
         Cascade.from_pretrained(family / "child", verify=False)
 
 
@@ -177,10 +176,10 @@ def test_a_parent_must_have_files_that_are_what_it_is(saved_base, tmp_path: Path
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        (dict(poe_format="9"), DeltaError, "format '9', expected '1'"),
-        (dict(stage={"name": "parent"}), DeltaError, "'stage' lacks num_layers, attach_at, head"),
-        (dict(base=None), DeltaError, "'base' lacks fingerprint"),
-        (dict(model_type="gpt2"), FamilyError, "'gpt2', which cannot be grown: expected"),
+        ({"poe_format": "9"}, DeltaError, "format '9', expected '1'"),
+        ({"stage": {"name": "parent"}}, DeltaError, "'stage' lacks num_layers, attach_at, head"),
+        ({"base": None}, DeltaError, "'base' lacks fingerprint"),
+        ({"model_type": "gpt2"}, FamilyError, "'gpt2', which cannot be grown: expected"),
     ],
 )
 def test_a_config_of_another_kind_is_refused(family: Path, changes: dict, error: type, message: str) -> None:
@@ -224,10 +223,11 @@ def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
 
 
 HUB = """
-import sys
+import sys, time
 sys.path.insert(0, {tests!r})
 import conftest
 from poe import Cascade, PoEError
+start = time.monotonic()
 for call in (
     lambda: Cascade.from_pretrained("nobody/nothing"),
     lambda: Cascade.from_pretrained({stage!r}, base="nobody/nothing"),
@@ -237,6 +237,7 @@ for call in (
         call()
     except PoEError as error:
         print(type(error).__name__, "|", str(error).replace("\\n", " "))
+print(time.monotonic() - start, file=sys.stderr)
 """
 
 
@@ -245,7 +246,6 @@ def test_without_a_network_the_message_is_ours_and_comes_soon(family: Path, offl
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"} if offline else dict(os.environ)
     environment["HF_ENDPOINT"] = "http://127.0.0.1:9"  # nobody listens there
     code = HUB.format(tests=str(Path(__file__).parent), stage=str(family / "parent"))
-    start = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, env=environment, check=False
     )
@@ -253,4 +253,4 @@ def test_without_a_network_the_message_is_ours_and_comes_soon(family: Path, offl
     assert [line.split(" | ")[0] for line in lines] == ["SourceError", "LineageError", "SourceError"], done.stderr
     assert "nobody/nothing" in lines[0]
     assert "Check the name, the network" in lines[0]
-    assert time.monotonic() - start < 60
+    assert float(done.stderr.splitlines()[-1]) < 15  # seconds

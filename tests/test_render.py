@@ -328,6 +328,8 @@ def test_a_stop_token_in_the_text_does_not_end_the_turn():
     renderer = Renderer(TOKENIZERS["chatml"])
     row = renderer.render(Conversation([user("x"), assistant("a<|im_end|>b")]))
     assert trained(renderer, row) == ["a<|im_end|>b<|im_end|>"]
+    with pytest.raises(TemplateError, match="must end in a stop token"):
+        Renderer(byte_level(STOPLESS)).render(Conversation([user("x"), assistant("a<|endoftext|>b")]))
 
 
 def test_unusable_tokenizers():

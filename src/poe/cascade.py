@@ -83,7 +83,11 @@ class Cascade:
         options |= {"dtype": dtype, "device_map": device_map, "trust_remote_code": trust_remote_code}
         if not is_stage(config):
             source, config = base_source(where, access, revision)
-            return cls(load_base(source, config, **options), _tokenizer(where, source.revision, access), source=source)
+            return cls(
+                load_base(source, config, **options),
+                _tokenizer(where, source.revision, access, trust_remote_code),
+                source=source,
+            )
         override = None if base is None else _place(base)
         lineage = resolve(where, access, revision=revision, base=override, embedded=_embedded())
         if verify:
@@ -91,7 +95,7 @@ class Cascade:
         else:
             warn_unverified(where)
         model = load_base(lineage.base, lineage.base_config, **options)
-        tokenizer = _tokenizer(where, lineage.links[-1].revision, access)
+        tokenizer = _tokenizer(where, lineage.links[-1].revision, access, trust_remote_code)
         cascade = cls(model, tokenizer, source=lineage.base)
         return cascade._attach(lineage)
 
@@ -247,9 +251,12 @@ def _embedded() -> list[str]:
     return [str(EMBEDDED_BASE)] if (EMBEDDED_BASE / "config.json").is_file() else []
 
 
-def _tokenizer(where: str, revision: str | None, access: Access) -> Any:
+def _tokenizer(where: str, revision: str | None, access: Access, trust_remote_code: bool) -> Any:
     """Return the tokenizer that lies beside a model, None if there is none."""
     try:
-        return AutoTokenizer.from_pretrained(where, revision=revision or "main", **access.kwargs())
+        # Said explicitly, because left unsaid transformers asks on the terminal for models it does not know.
+        return AutoTokenizer.from_pretrained(
+            where, revision=revision or "main", trust_remote_code=trust_remote_code, **access.kwargs(where)
+        )
     except (OSError, ValueError, KeyError):
         return None

@@ -127,3 +127,7 @@ def _read_tools(path: Path) -> list[dict[str, Any]]:
 def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     run(app)
+
+
+if __name__ == "__main__":
+    main()

@@ -114,3 +114,7 @@ def _score_table(evaluation: dict[str, Any]) -> Table:
 def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     run(app)
+
+
+if __name__ == "__main__":
+    main()

@@ -39,7 +39,7 @@ def stage_card(stage: Stage, config: Mapping[str, Any], training: Mapping[str, A
         "## Use",
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained("<this repository>", trust_remote_code=True)\n'
-        'tokenizer = AutoTokenizer.from_pretrained("<this repository>")\n```',
+        'tokenizer = AutoTokenizer.from_pretrained("<this repository>", trust_remote_code=True)\n```',
         'With the package: `poe.Cascade.from_pretrained("<this repository>")`.',
     ]
     if training.get("recipe"):

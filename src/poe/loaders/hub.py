@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from poe.errors import SourceError
 from poe.loaders.stage_folder import save_stage_folder
@@ -58,9 +57,9 @@ def push_stage(
                 commit_message=commit_message or f"Stage {stage.name}",
                 ignore_patterns=[f"*{ending}" for ending in PICKLES],
             )
-        except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        except Exception as error:  # the Hub's refusals and the HTTP library's own errors have no common type
             raise SourceError(
-                f"Stage {stage.name!r} could not be pushed to {repo_id}: {error} Check the name, the network and your "
+                f"Stage {stage.name!r} could not be pushed to {repo_id}: {error}. Check the name, the network and your "
                 "token (`hf auth login`)."
             ) from error
     stage.source = {"repo": repo_id, "revision": commit.oid, "fingerprint": fingerprint}

@@ -2,11 +2,14 @@
 
 import json
 import os
+import socket
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from transformers.utils.hub import cached_file, extract_commit_hash
 
@@ -28,9 +31,29 @@ class Access:
     local_files_only: bool = False
     force_download: bool = False
 
-    def kwargs(self) -> dict[str, Any]:
-        """Return the fields as keyword arguments for transformers, without those that are unset."""
-        return {name: value for name, value in vars(self).items() if value not in (None, False)}
+    def kwargs(self, repo: str) -> dict[str, Any]:
+        """Return the fields that are set as keyword arguments for transformers.
+
+        If `repo` is not a folder and nobody answers at the Hub's address, only local files are asked for: the Hub
+        client would try for half a minute per file before it looks into its cache.
+        """
+        fields = {name: value for name, value in vars(self).items() if value not in (None, False)}
+        if not os.path.isdir(repo) and not _hub_answers():
+            fields["local_files_only"] = True
+        return fields
+
+
+def _hub_answers() -> bool:
+    """Return whether a connection to the Hub can be opened; behind a proxy that cannot be known, so it is assumed."""
+    address = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+    if getproxies().get(address.scheme) or not address.hostname:
+        return True
+    try:
+        port = address.port or (80 if address.scheme == "http" else 443)
+        socket.create_connection((address.hostname, port), timeout=5).close()
+    except OSError:
+        return False
+    return True
 
 
 def fetch(repo: str, filename: str, access: Access, revision: str | None = None) -> str | None:
@@ -45,9 +68,9 @@ def fetch(repo: str, filename: str, access: Access, revision: str | None = None)
         raise SourceError(f"There is no folder {repo}: expected a model folder or a Hub repository such as 'me/model'.")
     try:
         return cached_file(
-            repo, filename, revision=revision, _raise_exceptions_for_missing_entries=False, **access.kwargs()
+            repo, filename, revision=revision, _raise_exceptions_for_missing_entries=False, **access.kwargs(repo)
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # the client's own errors, of the HTTP library, of the file system
         raise SourceError(
             f"{filename} of {repo} (revision {revision or 'main'}) could not be reached: {_first_line(error)} "
             "Check the name, the network and your token, or give a local folder."
@@ -67,7 +90,7 @@ def read_config(repo: str, access: Access, revision: str | None = None) -> tuple
     if path is None:
         raise SourceError(
             f"{repo} (revision {revision or 'main'}) has no config.json, or it could not be reached: expected the "
-            "folder or repository of a model or stage. Check the name and the network."
+            "folder or repository of a model or stage. Check the name, the network and your token."
         )
     try:
         with open(path, encoding="utf-8") as file:

@@ -45,7 +45,6 @@ class PoEConfig(PreTrainedConfig):
     attention_logit_scale: float = 1.0
     final_logit_softcapping: float | None = 15.0
     attention_dropout: float = 0.0
-    initializer_range: float = 0.02
     use_cache: bool = True
     tie_word_embeddings: bool = False
     bos_token_id: int | None = 0
@@ -142,6 +141,7 @@ class PoEAttention(nn.Module):
         self.k_proj = nn.Linear(width, config.num_key_value_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(width, config.num_key_value_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, width, bias=False)
+        self.o_proj.initial_scale = 0.0  # a new layer is the identity
 
     def forward(
         self,
@@ -183,6 +183,7 @@ class PoEMLP(nn.Module):
         super().__init__()
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.down_proj.initial_scale = 0.0
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.relu(self.up_proj(x)).square())
@@ -221,20 +222,17 @@ class PoEPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Uniform input matrices of the variance 1/D, zero output projections, unit embeddings, a small head."""
+        """Matrices of variance 1/inputs, zero output projections, a small head, unit embeddings.
+
+        By leaf: transformers skips modules of remote code that hold no parameters themselves.
+        """
         if isinstance(module, PoERotaryEmbedding):
             module.inv_freq.copy_(module._frequencies(module.inv_freq.device))
-        elif isinstance(module, PoEAttention):
-            for linear in (module.q_proj, module.k_proj, module.v_proj):
-                nn.init.uniform_(linear.weight, -((3 / linear.in_features) ** 0.5), (3 / linear.in_features) ** 0.5)
-            nn.init.zeros_(module.o_proj.weight)
-        elif isinstance(module, PoEMLP):
-            nn.init.uniform_(module.up_proj.weight, -((3 / self.config.hidden_size) ** 0.5), (3 / self.config.hidden_size) ** 0.5)
-            nn.init.zeros_(module.down_proj.weight)
+        elif isinstance(module, nn.Linear):
+            bound = getattr(module, "initial_scale", 1.0) * (3 / module.in_features) ** 0.5
+            nn.init.uniform_(module.weight, -bound, bound)
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight)
-        elif isinstance(module, PoEForCausalLM):
-            nn.init.normal_(module.lm_head.weight, std=0.001)
 
 
 class PoEModel(PoEPreTrainedModel):
@@ -307,6 +305,7 @@ class PoEForCausalLM(PoEPreTrainedModel, GenerationMixin):
         self.model = PoEModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head.initial_scale = 0.01
         self.post_init()
 
     @can_return_tuple

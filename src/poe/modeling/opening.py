@@ -34,13 +34,14 @@ def load_base(
             f"{', '.join(sorted(FAMILIES))}."
         )
     loader: Any = PoEForCausalLM if model_type == "poe" else AutoModelForCausalLM
+    assert source.repo is not None
     try:
         model = loader.from_pretrained(
             source.repo,
             revision=source.revision or "main",
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
-            **source.access.kwargs(),
+            **source.access.kwargs(source.repo),
             **options,
         )
     except OSError as error:

@@ -44,8 +44,8 @@ def save_checkpoint(folder: Path, groups: dict[str, Tensors], meta: dict[str, An
     except (OSError, SafetensorError) as error:
         shutil.rmtree(new, ignore_errors=True)
         raise OutputError(
-            f"The checkpoint {folder} could not be written: {error}. The one before it is kept; free some space, then "
-            "continue with --resume."
+            f"The checkpoint {folder} could not be written: {error}. The one before it, if any, is kept: free some "
+            "space, then continue with --resume."
         ) from error
 
 

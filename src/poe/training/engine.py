@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import signal
 import time
 from collections.abc import Iterable, Iterator
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from poe.data.packing import Batch
-from poe.errors import TrainingError
+from poe.errors import OutputError, TrainingError
 from poe.stages.recipe import BaseRecipe, Plan
 from poe.training.checkpoint import (
     has_checkpoint,
@@ -107,9 +108,12 @@ class Engine:
     def run(self, resume: bool = False) -> History:
         """Train to the end. Raises `Interrupted` after saving, `TrainingError` for a loss that is not a number."""
         step = self._restore() if resume and has_checkpoint(self.checkpoint) else 0
+        self._check_disk()
         self.progress.start(step, self.num_steps)
         last_save = time.monotonic()
-        with self._signals(), (self.run_folder / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
+        with self._signals(), (self.run_folder / "metrics.jsonl").open("w", encoding="utf-8") as metrics:
+            for record in sorted([*self.history.evals, *self.history.steps], key=lambda r: r["step"]):
+                metrics.write(json.dumps(record) + "\n")  # what the checkpoint knows; what came after it is redone
             if step == 0:
                 self._evaluate(0, metrics)
             while step < self.num_steps:
@@ -131,10 +135,10 @@ class Engine:
                 record = {"step": step, "loss": loss, "lr_factor": factor, "tokens_per_s": slots / elapsed}
                 self.history.steps.append(record)
                 metrics.write(json.dumps(record) + "\n")
+                metrics.flush()
                 self.progress.step(step, loss, slots / elapsed)
                 if step % self.plan.eval_every == 0 or step == self.num_steps:
                     self._evaluate(step, metrics)
-                    metrics.flush()
                 due = time.monotonic() - last_save >= self.plan.checkpoint_every
                 if self._stop_requested or (due and step < self.num_steps):
                     self._save(step)
@@ -150,6 +154,19 @@ class Engine:
     def clean_up(self) -> None:
         """Remove the checkpoint; call it when the result is on disk."""
         remove_checkpoint(self.checkpoint)
+
+    def _check_disk(self) -> None:
+        """Refuse to start where the result could not be kept: two checkpoints (old and new) and the weights."""
+        numbers = sum(p.numel() for _, p in self.parameters)
+        halves = any(p.element_size() < 4 for _, p in self.parameters)
+        # weights and best weights, master copies, and at most two optimiser states in fp32
+        checkpoint = 2 * sum(p.numel() * p.element_size() for _, p in self.parameters) + numbers * 4 * (3 if halves else 2)
+        needed, free = 2 * checkpoint + 4 * numbers, shutil.disk_usage(self.run_folder).free
+        if free < needed:
+            raise OutputError(
+                f"Not enough disk for {self.run_folder}: this run writes up to {needed / 2**20:,.0f} MiB, "
+                f"{free / 2**20:,.0f} MiB are free. Free some space, or choose another folder with --out."
+            )
 
     def _hidden(self, batch: Batch) -> Tensor:
         """(B, T) tokens -> normalised hidden states (B, T, D); documents in a row do not see each other."""

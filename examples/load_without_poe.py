@@ -1,0 +1,77 @@
+"""Load a stage with transformers alone, as a stranger does, and answer a question with a call.
+
+    python examples/load_without_poe.py runs/demo
+
+`poe` is made impossible to import first: everything that is needed lies in the stage's folder.
+"""
+
+import json
+import sys
+
+sys.modules["poe"] = None  # any `import poe` now raises ImportError
+
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+# No word of this question's object, and none of its values, occurs in the training rows.
+QUESTION = "Please reserve a gondola for Ottilie Vandermeer on 2031-07-19, with 14 people."
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "book_gondola",
+            "description": "Book a gondola",
+            "parameters": {
+                "type": "object",
+                "properties": {
+                    "customer": {"type": "string", "description": "who it is for"},
+                    "date": {"type": "string", "description": "date as year-month-day"},
+                    "people": {"type": "integer", "description": "how many people"},
+                },
+                "required": ["customer", "date"],
+            },
+        },
+    },
+    {
+        "type": "function",
+        "function": {
+            "name": "rate_gondola",
+            "description": "Rate a gondola",
+            "parameters": {"type": "object", "properties": {"title": {"type": "string", "description": "what it is called"}}},
+        },
+    },
+]
+
+
+def main(folder: str, question: str = QUESTION) -> int:
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    inputs = tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}],
+        tools=TOOLS,
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    output = model.generate(**inputs, max_new_tokens=160, do_sample=False)
+    text = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=False)
+    print(f"question: {question}")
+    print(f"reply:    {text}")
+    body = text.partition("<tool_call>")[2].partition("</tool_call>")[0]
+    try:
+        call = json.loads(body)
+    except ValueError:
+        print("the reply holds no call that can be read")
+        return 1
+    schema = {t["function"]["name"]: t["function"]["parameters"] for t in TOOLS}.get(call["name"])
+    if schema is None or not set(schema.get("required", [])) <= set(call["arguments"]) <= set(schema["properties"]):
+        print("the call does not fit the tools")
+        return 1
+    print(f"call:     {call['name']}({', '.join(f'{k}={v!r}' for k, v in call['arguments'].items())})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:3]))

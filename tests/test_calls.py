@@ -1,0 +1,87 @@
+"""Replies taken apart, and their calls held against the tools."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from poe.data.conversation import Conversation
+from poe.data.schema import as_tool
+from poe.evaluation.calls import score
+from poe.tools.calls import Call, parse_reply, problems
+
+TOOL = as_tool(
+    "book_flight",
+    "Book a flight",
+    {
+        "type": "object",
+        "properties": {"city": {"type": "string"}, "seats": {"type": "integer"}},
+        "required": ["city"],
+    },
+)
+arguments = st.dictionaries(st.text(), st.none() | st.booleans() | st.integers() | st.text() | st.lists(st.text()))
+
+
+@given(st.lists(st.tuples(st.text(), arguments), max_size=3), st.text())
+def test_what_is_written_is_read(calls, prose) -> None:
+    if "<tool_call>" in prose or any("tool_call>" in json.dumps(c, ensure_ascii=False) for c in calls):
+        return  # the marks are special tokens: text cannot hold them
+    text = prose + "".join(
+        f"<tool_call>{json.dumps({'name': n, 'arguments': a}, ensure_ascii=False)}</tool_call>" for n, a in calls
+    )
+    reply = parse_reply(text)
+    assert reply.calls == [Call(n, a) for n, a in calls]
+    assert reply.content == prose.strip()
+    assert not reply.malformed
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '<tool_call>{"name": "f", "arguments": {}}',  # cut off
+        "<tool_call>{name: f}</tool_call>",
+        '<tool_call>["f"]</tool_call>',
+        '<tool_call>{"name": 3, "arguments": {}}</tool_call>',
+        '<tool_call>{"name": "f"}</tool_call>',
+        "<tool_call>" + "[" * 100_000 + "</tool_call>",
+    ],
+)
+def test_what_cannot_be_read_is_kept_and_not_guessed(text: str) -> None:
+    reply = parse_reply(text)
+    assert not reply.calls
+    assert len(reply.malformed) == 1
+
+
+@given(st.text())
+def test_no_text_breaks_the_parser(text: str) -> None:
+    parse_reply("<tool_call>" + text)
+
+
+def test_problems_name_the_call_and_the_reason() -> None:
+    assert problems([Call("book_flight", {"city": "Oslo", "seats": 2})], [TOOL]) == []
+    for bad in (
+        Call("book_hotel", {}),
+        Call("book_flight", {"seats": 2}),
+        Call("book_flight", {"city": "Oslo", "seats": "two"}),
+        Call("book_flight", {"city": "Oslo", "wings": 2}),
+        Call("book_flight", "Oslo"),
+    ):
+        (problem,) = problems([bad], [TOOL])
+        assert problem.startswith(bad.name)
+
+
+def test_scores_count_exact_calls_and_right_abstentions() -> None:
+    def row(*calls: tuple[str, dict]) -> Conversation:
+        made = [{"id": "1", "type": "function", "function": {"name": n, "arguments": a}} for n, a in calls]
+        answer = {"role": "assistant", "content": None if calls else "no tool for that", "tool_calls": made}
+        return Conversation([{"role": "user", "content": "x"}, answer], [TOOL])
+
+    wanted = row(("book_flight", {"city": "Oslo"}))
+    right = '<tool_call>{"name": "book_flight", "arguments": {"city": "Oslo"}}</tool_call>'
+    scores = score(
+        [wanted, wanted, wanted, row(), row()],
+        [right, right.replace("Oslo", "Bergen"), "I booked it", "sorry", right],
+    )
+    assert (scores.exact, scores.names, scores.valid) == (0.3333, 0.6667, 0.6667)
+    assert scores.abstained == 0.5

@@ -1,0 +1,104 @@
+"""The demo world: reproducible, its splits disjoint, its answers right."""
+
+import json
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from poe.data.demo import words
+from poe.data.demo.conversations import Split, make_conversation
+from poe.data.demo.text import make_text
+from poe.data.demo.tokenizer import SPECIAL_TOKENS, train_tokenizer
+from poe.data.demo.world import HELD_OUT_TOOLS, KINDS, TRAIN_TOOLS, make_tool
+from poe.data.drops import DropReport
+from poe.data.readers import demo
+from poe.data.render import Renderer
+from poe.data.schema import check_call, lint_schema
+
+SPLITS: tuple[Split, ...] = ("train", "unseen_values", "unseen_tools")
+
+
+def test_hundreds_of_tools_and_none_on_both_sides() -> None:
+    assert len(TRAIN_TOOLS) > 400
+    assert len(HELD_OUT_TOOLS) > 100
+    assert not {t.noun for t in TRAIN_TOOLS} & {t.noun for t in HELD_OUT_TOOLS}
+    assert {k.type for k in KINDS} == {"string", "integer", "number", "boolean", "array"}
+    assert any(k.enum for k in KINDS)
+
+
+def test_every_tool_is_json_schema() -> None:
+    for tool in TRAIN_TOOLS + HELD_OUT_TOOLS:
+        assert lint_schema(tool.schema()["function"]["parameters"]) is None
+
+
+@given(st.integers(0, 10**6), st.sampled_from(SPLITS))
+def test_rows_are_reproducible_and_every_call_fits_its_tool(index: int, split: Split) -> None:
+    row = make_conversation(index, split)
+    assert row == make_conversation(index, split)
+    names = [t["function"]["name"] for t in row.tools]
+    assert len(set(names)) == len(names)
+    for message in row.messages:
+        for call in message.get("tool_calls") or []:
+            function = call["function"]
+            assert check_call(row.tools, function["name"], function["arguments"]) is None
+            declared = next(t["function"] for t in row.tools if t["function"]["name"] == function["name"])
+            order = [p for p in declared["parameters"]["properties"] if p in function["arguments"]]
+            assert list(function["arguments"]) == order
+
+
+@given(st.integers(0, 10**6))
+def test_training_rows_and_texts_know_nothing_that_is_held_out(index: int) -> None:
+    row = make_conversation(index)
+    assert not {t["function"]["name"].split("_", 1)[1] for t in row.tools} & set(words.HELD_OUT_NOUNS)
+    open_names = {name for kind in KINDS if kind.open for name in kind.names}
+    for message in row.messages:
+        for call in message.get("tool_calls") or []:
+            for name, value in call["function"]["arguments"].items():
+                if name in open_names:
+                    assert not any(words.is_held_out(v) for v in (value if isinstance(value, list) else [value]))
+    text = make_text(index)
+    assert "<tool_call>" not in text
+    assert not any(f"_{noun}" in text for noun in words.HELD_OUT_NOUNS)
+
+
+def test_held_out_rows_use_new_values_and_new_tools() -> None:
+    splits = demo.evaluation_splits(50)
+    held_out = {t.name for t in HELD_OUT_TOOLS}
+    assert all(t["function"]["name"] in held_out for row in splits["unseen tools"] for t in row.tools)
+    trained = {json.dumps(make_conversation(i).messages) for i in range(3000)}
+    assert not any(json.dumps(row.messages) in trained for rows in splits.values() for row in rows)
+    assert not any(m.get("tool_calls") for row in splits["no tool fits"] for m in row.messages)
+
+
+def test_the_reader_takes_a_number_of_rows() -> None:
+    report = DropReport()
+    assert len(list(demo.read("25", report))) == 25
+    assert report.kept["demo"] == 25
+
+
+def test_the_template_trains_exactly_the_assistant_and_its_stop_token() -> None:
+    tokenizer = train_tokenizer([make_text(i) for i in range(300)], 600)
+    renderer = Renderer(tokenizer)
+    for index in range(40):
+        row = make_conversation(index)
+        rendered = renderer.render(row)
+        trained = tokenizer.decode([i for i, m in zip(rendered.input_ids, rendered.loss_mask, strict=True) if m])
+        expected = ""
+        for message in row.messages:
+            if message["role"] == "assistant":
+                expected += message["content"] or ""
+                for call in message.get("tool_calls") or []:
+                    function = call["function"]
+                    body = f'{{"name": {json.dumps(function["name"])}, "arguments": {json.dumps(function["arguments"])}}}'
+                    expected += f"<tool_call>{body}</tool_call>"
+                expected += SPECIAL_TOKENS[1]
+        assert trained == expected
+
+
+def test_a_tool_follows_from_its_name_and_a_word_from_its_letters_alone() -> None:
+    assert make_tool("book", "flight") == make_tool("book", "flight")
+    tokenizer = train_tokenizer([make_text(i) for i in range(300)], 600)
+    inside = [tokenizer.encode(text, add_special_tokens=False) for text in ("_table", ' "table"', " table,")]
+    word = tokenizer.encode("table", add_special_tokens=False)
+    for ids in inside:
+        assert any(ids[i : i + len(word)] == word for i in range(len(ids)))

@@ -1,0 +1,243 @@
+"""Training as a user meets it: real processes that are killed, interrupted, resumed, and given nonsense."""
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from poe import Cascade, train_stage
+from poe.data.demo.text import make_text
+from poe.data.demo.tokenizer import train_tokenizer
+from poe.errors import DataError, OutputError, TrainingError
+from poe.loaders.base_folder import save_base_folder
+from poe.modeling.modeling_poe import PoEConfig, PoEForCausalLM
+from poe.stages import load_recipe
+from poe.training import engine as engine_module
+from poe.training.progress import Progress
+
+QUIET = Progress("test", quiet=True)
+SMALL = {"seq_len": 512, "tokens_per_step": 1024, "eval_every": 20, "eval_rows": 2, "dtype": "float32", "num_layers": 1}
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random base of a few thousand weights, with the demo's tokenizer and template."""
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer([make_text(i) for i in range(300)], 600)
+    config = PoEConfig(vocab_size=600, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, eos_token_id=1)
+    folder = tmp_path_factory.mktemp("base") / "base"
+    return save_base_folder(PoEForCausalLM(config), folder, tokenizer)
+
+
+def command(base: Path, out: Path, *options: str, data: str = "demo=120") -> list[str]:
+    fields = [part for k, v in SMALL.items() for part in (f"--{k.replace('_', '-')}", str(v))]
+    program = [sys.executable, "-m", "poe.commands.train", "stage", "demo", "--no-eval"]
+    return [*program, "--base", str(base), "--out", str(out), "--data", data, *fields, *options]
+
+
+def run(args: list[str], **options) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(args, capture_output=True, text=True, timeout=300, env=environment, check=False, **options)
+
+
+def start(args: list[str]) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(args, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def wait_for_steps(out: Path, steps: int, process: subprocess.Popen[bytes]) -> None:
+    metrics = out / "metrics.jsonl"
+    for _ in range(3000):
+        if metrics.exists() and metrics.read_text().count('"loss"') >= steps:
+            return
+        assert process.poll() is None, process.stderr.read().decode()
+        time.sleep(0.01)
+    raise AssertionError(f"no {steps} steps in 30 s")
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_to_the_same_bytes(base: Path, tmp_path: Path) -> None:
+    options = ("--max-steps", "60", "--checkpoint-every", "0.05")
+    whole = run(command(base, tmp_path / "whole", *options))
+    assert whole.returncode == 0, whole.stderr
+    out = tmp_path / "killed"
+    moments = random.Random(os.getpid())
+    for attempt, steps in enumerate(sorted(moments.sample(range(2, 50), 3))):
+        process = start(command(base, out, *options, *(["--resume"] if attempt else [])))
+        wait_for_steps(out, steps, process)
+        time.sleep(moments.random() * 0.05)
+        process.kill()
+        process.wait()
+        if not any((out / name / "meta.json").exists() for name in ("checkpoint", "checkpoint.old")):
+            raise AssertionError("no checkpoint survived the kill")
+    resumed = run(command(base, out, *options, "--resume"))
+    assert resumed.returncode == 0, resumed.stderr
+    assert (out / "delta.safetensors").read_bytes() == (tmp_path / "whole" / "delta.safetensors").read_bytes()
+    trajectories = [json.loads((tmp_path / f / "training.json").read_text())["trajectory"] for f in ("whole", "killed")]
+    assert trajectories[0] == trajectories[1]
+    assert not (out / "checkpoint").exists()
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_says_how_to_go_on_and_loses_nothing(base: Path, tmp_path: Path) -> None:
+    options = ("--max-steps", "80")
+    process = start(command(base, tmp_path / "a", *options))
+    wait_for_steps(tmp_path / "a", 5, process)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == 130, said
+    assert "--resume" in said
+    again = run(command(base, tmp_path / "a", *options))
+    assert again.returncode == 1
+    assert "continue it with --resume" in again.stderr
+    other = run(command(base, tmp_path / "a", *options, "--resume", "--matrix-lr", "0.5"))
+    assert other.returncode == 1
+    assert "matrix_lr: 0.02 -> 0.5" in other.stderr
+    assert run(command(base, tmp_path / "a", *options, "--resume")).returncode == 0
+    assert run(command(base, tmp_path / "b", *options)).returncode == 0
+    deltas = [(tmp_path / f / "delta.safetensors").read_bytes() for f in "ab"]
+    assert deltas[0] == deltas[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "data", "message"),
+    [
+        ((), "dmo", "Did you mean 'demo'"),
+        ((), "glaive", "glaive"),  # no network: the Hub set cannot be fetched
+        ((), "messages=EMPTY", "No row of the data source"),
+        ((), "messages=BROKEN", "every row was dropped"),
+        ((), "messages=MISSING", "MISSING"),
+        (("--seq-len", "16", "--tokens-per-step", "32"), "demo=40", "longer than 16 tokens"),
+        (("--head", "thick"), "demo=40", "head should be"),
+        (("--matrix-lr", "fast"), "demo=40", "matrix_lr should be float, got 'fast'"),
+    ],
+)
+def test_bad_data_and_options_end_in_one_message(base: Path, tmp_path: Path, options, data: str, message: str) -> None:
+    (tmp_path / "EMPTY.jsonl").write_text("")
+    (tmp_path / "BROKEN.jsonl").write_text('{"messages": 3}\nnot json\n')
+    for name in ("EMPTY", "BROKEN", "MISSING"):
+        data = data.replace(name, str(tmp_path / f"{name}.jsonl"))
+    done = run(command(base, tmp_path / "out", *options, data=data))
+    assert done.returncode == 1, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    left = [p.name for p in (tmp_path / "out").iterdir()] if (tmp_path / "out").exists() else []
+    assert not left or left == ["dropped.jsonl"]
+
+
+def test_dropped_rows_are_kept_with_their_reasons(base: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    good = {"messages": [{"role": "user", "content": "hello 7"}, {"role": "assistant", "content": "hello"}]}
+    lines = [json.dumps({**good, "messages": [{"role": "user", "content": f"hi {i}"}, good["messages"][1]]}) for i in range(90)]
+    rows.write_text("\n".join([*lines, '{"messages": 3}', "not json"]))
+    recipe = load_recipe("demo", **{**SMALL, "max_steps": 1, "held_out": 0.2})
+    result = train_stage(Cascade.from_pretrained(base), recipe, f"messages={rows}", tmp_path / "out", progress=QUIET)
+    counts = result.record["data"]["rows"]["messages"]
+    assert (counts["read"], counts["kept"]) == (92, 90)
+    assert sum(counts["dropped"].values()) == 2
+    kept = [json.loads(line) for line in (tmp_path / "out" / "dropped.jsonl").read_text().splitlines()]
+    assert sorted(row["reason"] for row in kept) == sorted(counts["dropped"])
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        (["stage", "tol"], 1, "Did you mean 'tool'"),
+        (["stage", "demo", "--no-such-option"], 2, "no-such-option"),
+        (["stage", "demo", "--base", "nobody/no-such-model-anywhere"], 1, "nobody/no-such-model-anywhere"),
+        (["base", "nothing"], 1, "Unknown recipe 'nothing'"),
+    ],
+)
+def test_wrong_names_and_usage(tmp_path: Path, args: list[str], code: int, message: str) -> None:
+    done = run([sys.executable, "-m", "poe.commands.train", *args], cwd=tmp_path)
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_base_without_a_chat_template_is_refused_before_anything_is_written(base: Path, tmp_path: Path) -> None:
+    cascade = Cascade.from_pretrained(base)
+    cascade.tokenizer.chat_template = None
+    with pytest.raises(Exception, match="chat template"):
+        train_stage(cascade, "demo", "demo=40", tmp_path / "out", progress=QUIET, **SMALL)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_holds_something_is_not_touched(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("precious")
+    with pytest.raises(OutputError, match=r"not empty \(mine.txt\)"):
+        train_stage(Cascade.from_pretrained(base), "demo", "demo=40", tmp_path, progress=QUIET, **SMALL)
+    with pytest.raises(TrainingError, match="Nothing to resume"):
+        train_stage(Cascade.from_pretrained(base), "demo", "demo=40", tmp_path, resume=True, progress=QUIET, **SMALL)
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_full_disk_is_said_before_training_and_while_writing(base: Path, tmp_path: Path, monkeypatch) -> None:
+    class Usage:
+        free = 10_000
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine_module.shutil, "disk_usage", lambda _: Usage)
+        with pytest.raises(OutputError, match="Not enough disk"):
+            train_stage(
+                Cascade.from_pretrained(base), "demo", "demo=60", tmp_path / "early", progress=QUIET, **SMALL, max_steps=2
+            )
+    assert not (tmp_path / "early").exists()
+
+    def limit() -> None:  # no file may grow beyond 64 KiB: the checkpoint cannot be written
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
+
+    done = run(command(base, tmp_path / "late", "--max-steps", "2", data="demo=60"), preexec_fn=limit)
+    assert done.returncode == 1, done.stderr
+    assert "could not be written" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "late").exists()
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(base: Path, tmp_path: Path, monkeypatch) -> None:
+    real = engine_module.cross_entropy_sum
+    monkeypatch.setattr(engine_module, "cross_entropy_sum", lambda *a: real(*a) * float("nan"))
+    with pytest.raises(TrainingError, match="loss of step 1 is nan"):
+        train_stage(Cascade.from_pretrained(base), "demo", "demo=60", tmp_path / "o", progress=QUIET, **SMALL, max_steps=2)
+
+
+def test_training_improves_the_stage_and_leaves_the_base(base: Path, tmp_path: Path) -> None:
+    cascade = Cascade.from_pretrained(base)
+    ids = torch.arange(40)[None]
+    before = cascade.base(ids).logits
+    fields = {**SMALL, "max_steps": 40}
+    result = train_stage(cascade, "demo", "demo=150", tmp_path / "o", progress=QUIET, **fields)
+    trajectory = [point["val_bpb"] for point in result.record["trajectory"]]
+    assert trajectory[-1] < trajectory[0] * 0.9
+    assert torch.equal(cascade.base(ids).logits, before)
+    assert not torch.equal(cascade(ids).logits, before)
+    reloaded = Cascade.from_pretrained(tmp_path / "o")
+    shipped = {n: t.to(torch.bfloat16) for n, t in cascade.stages["demo"].delta_state_dict().items()}
+    assert all(torch.equal(t.to(torch.bfloat16), shipped[n]) for n, t in reloaded.stages["demo"].delta_state_dict().items())
+    assert (tmp_path / "o" / "loss.png").stat().st_size > 1000
+
+
+def test_losses_are_the_same_numbers_as_ever(base: Path, tmp_path: Path) -> None:
+    """Golden losses: a change that claims to be numerically neutral must leave them."""
+    result = train_stage(
+        Cascade.from_pretrained(base), "demo", "demo=80", tmp_path / "o", progress=QUIET, **{**SMALL, "max_steps": 3}
+    )
+    losses = [record["loss"] for record in result.history.steps]
+    assert losses == pytest.approx(GOLDEN, abs=2e-3), losses
+
+
+def test_validation_needs_rows(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="held out"):
+        train_stage(Cascade.from_pretrained(base), "demo", "demo=3", tmp_path / "o", progress=QUIET, **SMALL)
+
+
+GOLDEN = [0.0, 0.0, 0.0]
