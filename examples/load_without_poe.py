@@ -10,8 +10,8 @@ import sys
 
 sys.modules["poe"] = None  # any `import poe` now raises ImportError
 
-import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import transformers  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 # No word of this question's object, and none of its values, occurs in the training rows.
 QUESTION = "Please reserve a gondola for Ottilie Vandermeer on 2031-07-19, with 14 people."
@@ -37,7 +37,10 @@ TOOLS = [
         "function": {
             "name": "rate_gondola",
             "description": "Rate a gondola",
-            "parameters": {"type": "object", "properties": {"title": {"type": "string", "description": "what it is called"}}},
+            "parameters": {
+                "type": "object",
+                "properties": {"title": {"type": "string", "description": "what it is called"}},
+            },
         },
     },
 ]

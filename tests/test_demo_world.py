@@ -89,7 +89,9 @@ def test_the_template_trains_exactly_the_assistant_and_its_stop_token() -> None:
                 expected += message["content"] or ""
                 for call in message.get("tool_calls") or []:
                     function = call["function"]
-                    body = f'{{"name": {json.dumps(function["name"])}, "arguments": {json.dumps(function["arguments"])}}}'
+                    body = (
+                        f'{{"name": {json.dumps(function["name"])}, "arguments": {json.dumps(function["arguments"])}}}'
+                    )
                     expected += f"<tool_call>{body}</tool_call>"
                 expected += SPECIAL_TOKENS[1]
         assert trained == expected

@@ -14,6 +14,7 @@ import poe.cascade
 from conftest import scramble, tiny_base, tiny_tokenizer, token_ids
 from poe import Cascade, StageConfig
 from poe.errors import DeltaError, FamilyError, FingerprintError, LineageError, SourceError
+from poe.loaders import places
 from poe.loaders.base_folder import save_base_folder
 
 
@@ -113,15 +114,15 @@ def test_base_can_be_said_and_the_fingerprint_still_decides(family: Path, saved_
 def test_the_embedded_base_stands_in_by_fingerprint(family: Path, saved_base, tmp_path, monkeypatch) -> None:
     expected = torch.load(family / "expected")
     shutil.move(family / "base", tmp_path / "assets")
-    monkeypatch.setattr(poe.cascade, "EMBEDDED_BASE", tmp_path / "assets")
+    monkeypatch.setattr(places, "EMBEDDED_BASE", tmp_path / "assets")
     cascade = Cascade.from_pretrained(family / "child")
     assert torch.equal(cascade(token_ids()).logits, expected)
     assert cascade.base_source.repo == str(tmp_path / "assets")
     assert Cascade.from_pretrained("demo").base_source.repo == str(tmp_path / "assets")
-    monkeypatch.setattr(poe.cascade, "EMBEDDED_BASE", saved_base(seed=1))
+    monkeypatch.setattr(places, "EMBEDDED_BASE", saved_base(seed=1))
     with pytest.raises(LineageError, match="ends before its base"):
         Cascade.from_pretrained(family / "child")
-    monkeypatch.setattr(poe.cascade, "EMBEDDED_BASE", tmp_path / "nothing")
+    monkeypatch.setattr(places, "EMBEDDED_BASE", tmp_path / "nothing")
     with pytest.raises(SourceError, match="embedded base is missing"):
         Cascade.from_pretrained("demo")
 

@@ -79,7 +79,9 @@ def test_overrides_reach_the_stage() -> None:
     assert load_recipe("tool", num_layers=2, head="none").stage_config() == StageConfig("tool", 2, head="none")
 
 
-@pytest.mark.parametrize(("command", "kind", "options"), [("stage", Recipe, STAGE_OPTIONS), ("base", BaseRecipe, BASE_OPTIONS)])
+@pytest.mark.parametrize(
+    ("command", "kind", "options"), [("stage", Recipe, STAGE_OPTIONS), ("base", BaseRecipe, BASE_OPTIONS)]
+)
 def test_the_command_line_is_the_recipe(command: str, kind: type, options: set[str]) -> None:
     """The command line is an interface: changing this test means changing it for everybody."""
     names = {f.name for f in dataclasses.fields(kind)}

@@ -136,7 +136,10 @@ def test_bad_data_and_options_end_in_one_message(base: Path, tmp_path: Path, opt
 def test_dropped_rows_are_kept_with_their_reasons(base: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     good = {"messages": [{"role": "user", "content": "hello 7"}, {"role": "assistant", "content": "hello"}]}
-    lines = [json.dumps({**good, "messages": [{"role": "user", "content": f"hi {i}"}, good["messages"][1]]}) for i in range(90)]
+    lines = [
+        json.dumps({**good, "messages": [{"role": "user", "content": f"hi {i}"}, good["messages"][1]]})
+        for i in range(90)
+    ]
     rows.write_text("\n".join([*lines, '{"messages": 3}', "not json"]))
     recipe = load_recipe("demo", **{**SMALL, "max_steps": 1, "held_out": 0.2})
     result = train_stage(Cascade.from_pretrained(base), recipe, f"messages={rows}", tmp_path / "out", progress=QUIET)
@@ -189,7 +192,13 @@ def test_a_full_disk_is_said_before_training_and_while_writing(base: Path, tmp_p
         patch.setattr(engine_module.shutil, "disk_usage", lambda _: Usage)
         with pytest.raises(OutputError, match="Not enough disk"):
             train_stage(
-                Cascade.from_pretrained(base), "demo", "demo=60", tmp_path / "early", progress=QUIET, **SMALL, max_steps=2
+                Cascade.from_pretrained(base),
+                "demo",
+                "demo=60",
+                tmp_path / "early",
+                progress=QUIET,
+                **SMALL,
+                max_steps=2,
             )
     assert not (tmp_path / "early").exists()
 
@@ -207,7 +216,9 @@ def test_a_loss_that_is_not_a_number_stops_the_run(base: Path, tmp_path: Path, m
     real = engine_module.cross_entropy_sum
     monkeypatch.setattr(engine_module, "cross_entropy_sum", lambda *a: real(*a) * float("nan"))
     with pytest.raises(TrainingError, match="loss of step 1 is nan"):
-        train_stage(Cascade.from_pretrained(base), "demo", "demo=60", tmp_path / "o", progress=QUIET, **SMALL, max_steps=2)
+        train_stage(
+            Cascade.from_pretrained(base), "demo", "demo=60", tmp_path / "o", progress=QUIET, **SMALL, max_steps=2
+        )
 
 
 def test_training_improves_the_stage_and_leaves_the_base(base: Path, tmp_path: Path) -> None:
@@ -222,7 +233,9 @@ def test_training_improves_the_stage_and_leaves_the_base(base: Path, tmp_path: P
     assert not torch.equal(cascade(ids).logits, before)
     reloaded = Cascade.from_pretrained(tmp_path / "o")
     shipped = {n: t.to(torch.bfloat16) for n, t in cascade.stages["demo"].delta_state_dict().items()}
-    assert all(torch.equal(t.to(torch.bfloat16), shipped[n]) for n, t in reloaded.stages["demo"].delta_state_dict().items())
+    assert all(
+        torch.equal(t.to(torch.bfloat16), shipped[n]) for n, t in reloaded.stages["demo"].delta_state_dict().items()
+    )
     assert (tmp_path / "o" / "loss.png").stat().st_size > 1000
 
 

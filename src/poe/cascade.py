@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-from poe.errors import DeltaError, SourceError, suggest
+from poe.errors import DeltaError, suggest
+from poe.loaders.places import embedded_folders, place
 from poe.modeling.families import family_of
 from poe.modeling.fingerprint import fingerprint_tensors
 from poe.modeling.growth import keep_in_step
@@ -24,7 +25,7 @@ from poe.modeling.lineage import (
 )
 from poe.modeling.modeling_poe import PoEConfig, PoEForCausalLM
 from poe.modeling.modeling_poe_stage import PoEStageConfig, PoEStageForCausalLM
-from poe.modeling.opening import absolute, load_base, load_stages
+from poe.modeling.opening import load_base, load_stages
 from poe.modeling.stage import Stage, assemble, build_stage, cut_graph_below, stop_input_gradients
 from poe.modeling.stage_config import StageConfig
 
@@ -33,7 +34,6 @@ AutoModelForCausalLM.register(PoEConfig, PoEForCausalLM, exist_ok=True)
 AutoConfig.register("poe_stage", PoEStageConfig, exist_ok=True)
 AutoModelForCausalLM.register(PoEStageConfig, PoEStageForCausalLM, exist_ok=True)
 
-EMBEDDED_BASE = Path(__file__).parent / "assets" / "demo"
 _ACTIVE = object()
 
 
@@ -78,7 +78,7 @@ class Cascade:
         `DeltaError` or `FamilyError`; `verify=False` skips the fingerprints and warns.
         """
         access = Access(token, cache_dir, local_files_only)
-        where = _place(repo)
+        where = place(repo)
         config, _ = read_config(where, access, revision)
         options |= {"dtype": dtype, "device_map": device_map, "trust_remote_code": trust_remote_code}
         if not is_stage(config):
@@ -88,8 +88,8 @@ class Cascade:
                 _tokenizer(where, source.revision, access, trust_remote_code),
                 source=source,
             )
-        override = None if base is None else _place(base)
-        lineage = resolve(where, access, revision=revision, base=override, embedded=_embedded())
+        override = None if base is None else place(base)
+        lineage = resolve(where, access, revision=revision, base=override, embedded=embedded_folders())
         if verify:
             lineage.verify()
         else:
@@ -142,7 +142,7 @@ class Cascade:
 
         `access` are token, cache_dir and local_files_only. The stage must have been trained on this very base.
         """
-        where, how = _place(repo), Access(**access)
+        where, how = place(repo), Access(**access)
         lineage = resolve(where, how, revision=revision, own=self.base_source)
         if verify:
             lineage.verify()
@@ -235,20 +235,6 @@ class Cascade:
             stage.parent.requires_grad_(False)  # what others stand on is frozen
         self.stages[stage.name] = stage
         return self
-
-
-def _place(repo: str | os.PathLike[str]) -> str:
-    """Return a folder's absolute path, the embedded base's for "demo", or a Hub name as it is."""
-    where = os.path.expanduser(os.fspath(repo))
-    if where == "demo" and not os.path.isdir(where):
-        if not _embedded():
-            raise SourceError(f"The embedded base is missing from this installation: expected {EMBEDDED_BASE}.")
-        return str(EMBEDDED_BASE)
-    return absolute(where)
-
-
-def _embedded() -> list[str]:
-    return [str(EMBEDDED_BASE)] if (EMBEDDED_BASE / "config.json").is_file() else []
 
 
 def _tokenizer(where: str, revision: str | None, access: Access, trust_remote_code: bool) -> Any:

@@ -64,7 +64,6 @@ def recipe_options(kind: type[Plan]) -> Callable[[Callable[..., Any]], Callable[
             chosen = {n: parse_field(n, v, hints[n]) for n, v in fields.items() if v is not None}
             return function(**given, fields=chosen)
 
-
         for name in names:
             option = typer.Option(
                 None,
@@ -73,7 +72,9 @@ def recipe_options(kind: type[Plan]) -> Callable[[Callable[..., Any]], Callable[
                 rich_help_panel="Recipe fields (default: the recipe's)",
                 show_default=False,
             )
-            parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=str | None))
+            parameters.append(
+                inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=str | None)
+            )
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {p.name: p.annotation for p in parameters}
         command.__doc__, command.__name__ = function.__doc__, function.__name__

@@ -81,7 +81,7 @@ def call(
 @app.command()
 def inspect(repo: Repo, base: Base = None) -> None:
     """Show what a base or a stage folder is, and what it stands on. Reads configs and headers, not weights."""
-    from poe.loaders.summary import describe
+    from poe.loaders.describe import describe
 
     table = Table(show_header=False, box=None)
     for key, value in describe(repo, base=base):

@@ -34,11 +34,11 @@ def stage(
     folder = out_folder or Path("runs") / plan.name
     device = default_device()
     cascade = Cascade.from_pretrained(base, dtype=choose_dtype(plan.dtype, device), device_map=_placement(device))
-    err.print(f"stage {plan.name} on {base}: {device.type}, {str(cascade.base.dtype).removeprefix('torch.')}", markup=False)
+    err.print(
+        f"stage {plan.name} on {base}: {device.type}, {str(cascade.base.dtype).removeprefix('torch.')}", markup=False
+    )
     try:
-        result = train_stage(
-            cascade, plan, data, folder, resume=resume, evaluate=None if no_eval else _evaluate
-        )
+        result = train_stage(cascade, plan, data, folder, resume=resume, evaluate=None if no_eval else _evaluate)
     except Interrupted:
         raise interrupted(f"poe-train stage {recipe}", folder) from None
     out.print(_bpb_table(result.record))

@@ -9,8 +9,8 @@ A SPEC is a comma list of `name[=path][*epochs][:weight]`:
 
 `name` is a reader. `epochs` (a whole number; when absent the recipe's, else 1) is how often the rows are gone through,
 `weight` (a positive number, 1 when absent) how much the source counts in the mixture; both are read from the end of the
-item and only there, so a path may hold `:`, `*` and `=`. A path that itself ends in `*8` or `:8` is written with both in full:
-`glaive=rows/*8*1:1`, `glaive=host:8*1:1`. A path cannot hold a comma: name its folder, or use a glob (`?` for the
+item and only there, so a path may hold `:`, `*` and `=`. A path that itself ends in `*8` or `:8` is written with both
+in full: `glaive=rows/*8*1:1`, `glaive=host:8*1:1`. A path cannot hold a comma: name its folder, or use a glob (`?` for the
 comma).
 """
 

@@ -10,7 +10,15 @@ from .failures import DeltaError, FamilyError
 from .stage_config import StageConfig
 
 
-class DenseHead(nn.Module):
+class HeadDelta(nn.Module):
+    """What one stage adds to the head."""
+
+    def delta(self) -> torch.Tensor | None:
+        """Return the change of the head, (vocabulary, width) in fp32; None if there is none."""
+        raise NotImplementedError
+
+
+class DenseHead(HeadDelta):
     """A head delta of full rank: `weight` (vocabulary, width), zero at first."""
 
     def __init__(self, vocabulary: int, width: int) -> None:
@@ -18,11 +26,10 @@ class DenseHead(nn.Module):
         self.weight = nn.Parameter(torch.zeros(vocabulary, width))
 
     def delta(self) -> torch.Tensor:
-        """Return the change of the head, (vocabulary, width) in fp32."""
         return self.weight.float()
 
 
-class LowRankHead(nn.Module):
+class LowRankHead(HeadDelta):
     """A head delta `b @ a`: `a` (rank, width) random, `b` (vocabulary, rank) zero at first."""
 
     def __init__(self, vocabulary: int, width: int, rank: int, generator: torch.Generator | None = None) -> None:
@@ -36,19 +43,17 @@ class LowRankHead(nn.Module):
         self.b = nn.Parameter(torch.zeros(vocabulary, rank))
 
     def delta(self) -> torch.Tensor:
-        """Return the change of the head, (vocabulary, width) in fp32."""
         return self.b.float() @ self.a.float()
 
 
-class NoHead(nn.Module):
+class NoHead(HeadDelta):
     """A stage that leaves the head as it is."""
 
     def delta(self) -> None:
-        """Return None: there is no change."""
         return
 
 
-def build_head(config: StageConfig, vocabulary: int, width: int, generator: torch.Generator | None = None) -> nn.Module:
+def build_head(config: StageConfig, vocabulary: int, width: int, generator: torch.Generator | None = None) -> HeadDelta:
     """Return a new head delta of the kind that `config.head` names, on the CPU in fp32, computing zero."""
     if config.head == "dense":
         return DenseHead(vocabulary, width)
@@ -146,7 +151,8 @@ class FoldedHead(nn.Module):
         base = self._base_weight().detach()
         weight = base.float()
         for module in self.deltas:
-            change = module.delta()  # type: ignore[operator]
+            assert isinstance(module, HeadDelta)
+            change = module.delta()
             if change is not None:
                 change = change if module is self.deltas[-1] else change.detach()
                 weight = weight + change.to(weight.device)

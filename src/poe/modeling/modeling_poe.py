@@ -1,4 +1,4 @@
-"""The PoE base: a small, plain decoder in the shape of nanochat (github.com/karpathy/nanochat), as a transformers model.
+"""The PoE base: a plain decoder in the shape of nanochat (github.com/karpathy/nanochat), as a transformers model.
 
 RoPE, then QK-norm; RMSNorm without parameters; relu^2 MLP; grouped-query attention; no biases; an untied head whose
 logits are soft-capped. Configuration and model share one file on purpose: two remote-code files can end up as two
@@ -120,7 +120,9 @@ def eager_attention(
     scores = query @ key.transpose(-1, -2) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
-    weights = F.dropout(scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype), p=dropout, training=module.training)
+    weights = F.dropout(
+        scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype), p=dropout, training=module.training
+    )
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 

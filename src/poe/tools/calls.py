@@ -33,7 +33,7 @@ class Reply:
 
 
 def parse_reply(text: str) -> Reply:
-    """Read the calls `<tool_call>{"name": ..., "arguments": {...}}</tool_call>` out of `text`, and the prose around them.
+    """Read the calls, `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, and the prose around them.
 
     The text is data: it is parsed as JSON and nothing else. A call cut off, or not JSON, or without a name, is kept in
     `malformed`, never guessed at.

@@ -101,6 +101,8 @@ def restore_optimizer(
     for name, value in [*tensors.items(), *numbers.items()]:
         parameter, _, key = name.rpartition(_SEPARATOR)
         if parameter not in index_of:
-            raise TrainingError(f"The checkpoint holds optimiser state of {parameter!r}, which this run does not train.")
+            raise TrainingError(
+                f"The checkpoint holds optimiser state of {parameter!r}, which this run does not train."
+            )
         state.setdefault(index_of[parameter], {})[key] = value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

@@ -160,7 +160,9 @@ class Engine:
         numbers = sum(p.numel() for _, p in self.parameters)
         halves = any(p.element_size() < 4 for _, p in self.parameters)
         # weights and best weights, master copies, and at most two optimiser states in fp32
-        checkpoint = 2 * sum(p.numel() * p.element_size() for _, p in self.parameters) + numbers * 4 * (3 if halves else 2)
+        checkpoint = 2 * sum(p.numel() * p.element_size() for _, p in self.parameters) + numbers * 4 * (
+            3 if halves else 2
+        )
         needed, free = 2 * checkpoint + 4 * numbers, shutil.disk_usage(self.run_folder).free
         if free < needed:
             raise OutputError(
@@ -244,7 +246,7 @@ class Engine:
     def _save(self, step: int) -> None:
         tensors, numbers = optimizer_tensors(self.optimizer, self._names)
         groups = {
-            "weights": {name: p for name, p in self.parameters},
+            "weights": dict(self.parameters),
             "best": self.best,
             "optimizer": tensors,
             "rng": {"torch": torch.get_rng_state()},
@@ -263,12 +265,14 @@ class Engine:
     def _restore(self) -> int:
         groups, meta = load_checkpoint(self.checkpoint)
         mine = {"plan": self.plan.as_dict(), "num_steps": self.num_steps, "num_rows": self.train.num_rows}
-        differing = [f"{k}: {meta['plan'].get(k)!r} -> {v!r}" for k, v in mine["plan"].items() if meta["plan"].get(k) != v]
+        differing = [
+            f"{k}: {meta['plan'].get(k)!r} -> {v!r}" for k, v in mine["plan"].items() if meta["plan"].get(k) != v
+        ]
         differing += [f"{k}: {meta[k]} -> {mine[k]}" for k in ("num_steps", "num_rows") if meta[k] != mine[k]]
         if differing:
             raise TrainingError(
-                f"The checkpoint {self.checkpoint} belongs to another run (then -> now): {'; '.join(differing)}. Resume "
-                "with the options it was started with, or choose another output folder."
+                f"The checkpoint {self.checkpoint} belongs to another run (then -> now): {'; '.join(differing)}. "
+                "Resume with the options it was started with, or choose another output folder."
             )
         for name, parameter in self.parameters:
             parameter.copy_(groups["weights"][name])

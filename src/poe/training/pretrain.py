@@ -141,7 +141,9 @@ def _rows(recipe: BaseRecipe, tokenizer: Any, num_steps: int) -> tuple[PackedRow
                     return
 
     def packed(texts: Iterator[str], tokens: int) -> PackedRows:
-        return pack(tokenised(texts, tokens), recipe.seq_len, long="split", seed=recipe.seed, pad_id=tokenizer.pad_token_id)
+        return pack(
+            tokenised(texts, tokens), recipe.seq_len, long="split", seed=recipe.seed, pad_id=tokenizer.pad_token_id
+        )
 
     if recipe.data == "demo":
         val = packed(documents("demo", seed=recipe.seed + 1), VALIDATION_ROWS * recipe.seq_len)

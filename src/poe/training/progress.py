@@ -36,7 +36,9 @@ class Progress:
         self._live = RichProgress(
             TextColumn("{task.description}"),
             BarColumn(),
-            TextColumn("{task.completed}/{task.total} steps · loss {task.fields[loss]:.3f} · {task.fields[speed]:,.0f} tok/s"),
+            TextColumn(
+                "{task.completed}/{task.total} steps · loss {task.fields[loss]:.3f} · {task.fields[speed]:,.0f} tok/s"
+            ),
             TimeRemainingColumn(),
             console=self.console,
         )

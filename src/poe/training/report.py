@@ -74,7 +74,11 @@ def plot_history(path: Path, history: Any) -> bool:
     if history.evals:
         right = axes.twinx()
         right.plot(
-            [e["step"] for e in history.evals], [e["val_bpb"] for e in history.evals], "o-", color="#c2410c", label="val"
+            [e["step"] for e in history.evals],
+            [e["val_bpb"] for e in history.evals],
+            "o-",
+            color="#c2410c",
+            label="val",
         )
         right.set(ylabel="val bits per byte", ylim=(0, None))
     figure.suptitle("training loss (grey) and validation bits per byte (orange)", fontsize=10)

@@ -1,1 +1,1 @@
-"""A procedural world of tools: the data that the embedded base and the demo stage are trained on, all of it generated."""
+"""A procedural world of tools: what the embedded base and the demo stage are trained on, all of it generated."""

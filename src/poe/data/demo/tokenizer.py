@@ -51,7 +51,8 @@ CHAT_TEMPLATE = """\
             {%- if message.tool_calls -%}
                 {%- for call in message.tool_calls -%}
                     {{- '<tool_call>{"name": ' + (call.function.name | tojson) + ', "arguments": ' -}}
-                    {{- call.function.arguments if call.function.arguments is string else call.function.arguments | tojson -}}
+                    {%- set arguments = call.function.arguments -%}
+                    {{- arguments if arguments is string else arguments | tojson -}}
                     {{- "}</tool_call>" -}}
                 {%- endfor -%}
             {%- endif -%}
