@@ -367,12 +367,12 @@ def test_a_target_that_is_a_file_is_refused(saved_base, tmp_path: Path) -> None:
 
 def test_config_and_card_say_what_the_stage_is(saved_base, tmp_path: Path) -> None:
     cascade = make_stage(saved_base, "low_rank")
+    source = {"hub_id": "me/rows", "conversations": 5, "epochs": 2.0, "licence": "mit"}
     training = {
         "license": "apache-2.0",
-        "datasets": ["me/rows"],
-        "data": [{"name": "rows", "license": "mit"}],
+        "data": {"sources": {"rows": source}},
         "recipe": {"name": "tool", "lr": 0.1},
-        "val_bpb": [[0, 3.5], [10, 2.25]],
+        "trajectory": [{"step": 0, "val_bpb": 3.5}, {"step": 10, "val_bpb": 2.25}],
     }
     prompt = {"name": "chatml", "version": "1", "stop": ["w7", "w8 w9"]}
     folder = cascade.save_stage("t", tmp_path / "t", training, prompt=prompt)

@@ -7,11 +7,11 @@ A SPEC is a comma list of `name[=path][*epochs][:weight]`:
     messages=data/*.jsonl.gz:0.5         every file a glob finds, at half weight
     demo                                 rows that are generated
 
-`name` is a reader. `epochs` (a whole number; when absent the recipe's, else 1) is how often the rows are gone through,
-`weight` (a positive number, 1 when absent) how much the source counts in the mixture; both are read from the end of the
-item and only there, so a path may hold `:`, `*` and `=`. A path that itself ends in `*8` or `:8` is written with both
-in full: `glaive=rows/*8*1:1`, `glaive=host:8*1:1`. A path cannot hold a comma: name its folder, or use a glob (`?` for the
-comma).
+`name` is a reader. `epochs` (a whole number; when absent the recipe's, else 1) is how often the rows are gone
+through, `weight` (a positive number, 1 when absent) how much the source counts in the mixture; both are read from the
+end of the item and only there, so a path may hold `:`, `*` and `=`. A path that itself ends in `*8` or `:8` is written
+with both in full: `glaive=rows/*8*1:1`, `glaive=host:8*1:1`. A path cannot hold a comma: name its folder, or use a glob
+(`?` for the comma).
 """
 
 import math

@@ -3,6 +3,7 @@
 import gzip
 import json
 from collections.abc import Iterator
+from heapq import heappop, heappush
 from itertools import count
 from pathlib import Path
 
@@ -11,23 +12,42 @@ from poe.data.spec import parse_spec
 from poe.errors import DataError
 
 TEXT_READERS = ("demo", "text")
+PART_CHARACTERS = 20_000
 END_OF_TEXT = "<|endoftext|>"  # separates documents in a .txt file, where it occurs
 
 
-def documents(spec: str, *, seed: int = 0, easy: float = 0.0) -> Iterator[str]:
+def documents(spec: str, *, seed: int = 0, easy: float = 0.0, hard: bool = False) -> Iterator[str]:
     """Yield the documents of a SPEC: `demo` (endless) or `text=FILES` (.txt, .md, .jsonl with a `text` field, .gz).
 
-    `easy` is the share of simple documents in the demo world. Raises `DataError` for files that cannot be read.
+    Several sources are interleaved so that each has given its weight's share of the characters at any time; long
+    documents come in parts. `easy` and `hard` are the demo world's (`make_text`). Raises `DataError` for files
+    that cannot be read.
     """
-    for source in parse_spec(spec, TEXT_READERS):
+    streams = []
+    for number, source in enumerate(parse_spec(spec, TEXT_READERS)):
         if source.name == "demo":
-            yield from (make_text(i, seed=seed, easy=easy) for i in count())
+            texts: Iterator[str] = (make_text(i, seed=seed, easy=easy, hard=hard) for i in count())
         elif source.path is None:
             raise DataError("The reader 'text' reads local files: text=FILE, text=FOLDER/*.jsonl.gz, ...")
         else:
-            for _ in range(source.epochs or 1):
-                for path in _files(source.path):
-                    yield from _read(path)
+            files = _files(source.path) * (source.epochs or 1)
+            texts = (text for path in files for text in _read(path))
+        streams.append((0.0, number, source.weight, _parts(texts)))
+    while streams:
+        given, number, weight, texts = heappop(streams)
+        if (text := next(texts, None)) is not None:
+            yield text
+            heappush(streams, (given + len(text) / weight, number, weight, texts))
+
+
+def _parts(texts: Iterator[str]) -> Iterator[str]:
+    """Cut what is longer than a few pages at the end of a line."""
+    for text in texts:
+        while len(text) > PART_CHARACTERS:
+            end = text.rfind("\n", PART_CHARACTERS // 2, PART_CHARACTERS) + 1 or PART_CHARACTERS
+            yield text[:end]
+            text = text[end:]
+        yield text
 
 
 def _files(pattern: str) -> list[Path]:

@@ -74,12 +74,16 @@ def _result(request: Request, rng: Random, held_out: bool) -> dict[str, Any]:
     return rng.choice(({"status": "ok", "id": code}, {"status": "ok", "result": w.invented_name(rng)}, {"id": code}))
 
 
-def pick_tools(rng: Random, split: Split, wanted: int) -> list[DemoTool]:
-    """The tools that a row offers, distinct by name: `wanted` to call first, then near and far distractors."""
+def pick_tools(rng: Random, split: Split, wanted: int, near: float = 0.4, odd: float = 0.0) -> list[DemoTool]:
+    """The tools that a row offers, distinct by name: `wanted` to call first, then near and far distractors.
+
+    `near` is the share of distractors with the same verb or the same noun as the first tool, `odd` that of odd names
+    among the invented tools (two in five of all, in training rows).
+    """
     pool = HELD_OUT_TOOLS if split == "unseen_tools" else TRAIN_TOOLS
 
     def one() -> DemoTool:
-        return invented_tool(rng) if split == "train" and rng.random() < 0.4 else rng.choice(pool)
+        return invented_tool(rng, odd) if split == "train" and rng.random() < 0.4 else rng.choice(pool)
 
     tools: dict[str, DemoTool] = {}
     while len(tools) < wanted:
@@ -87,8 +91,11 @@ def pick_tools(rng: Random, split: Split, wanted: int) -> list[DemoTool]:
         tools[tool.name] = tool
     target = next(iter(tools.values()))
     for _ in range(rng.randint(0 if wanted > 1 else 1, 2)):
-        near = [t for t in pool if (t.noun == target.noun) != (t.verb == target.verb)]
-        tool = rng.choice(near) if near and rng.random() < 0.4 else one()
+        alike = [t for t in pool if (t.noun == target.noun) != (t.verb == target.verb)]
+        if alike and rng.random() < near:
+            tool = rng.choice(alike)
+        else:
+            tool = one()
         tools.setdefault(tool.name, tool)
     return list(tools.values())
 
@@ -101,8 +108,9 @@ def make_conversation(index: int, split: Split = "train", seed: int = 0, kind: s
     """
     rng = Random(f"{seed}/{split}/{index}")
     held_out = split != "train"
-    kind = kind or rng.choices(("call", "parallel", "follow_up", "abstain", "talk"), (56, 12, 12, 17, 3))[0]
-    tools = pick_tools(rng, split, 2 if kind in ("parallel", "abstain") else 1)
+    kind = kind or rng.choices(("call", "parallel", "follow_up", "abstain", "talk"), (42, 22, 8, 26, 2))[0]
+    near, odd = (0.6, 0.5) if split == "train" else (0.4, 0.0)
+    tools = pick_tools(rng, split, 2 if kind in ("parallel", "abstain") else 1, near, odd)
     messages: list[Message]
     if kind == "talk":
         hello, answer = rng.choice(SMALL_TALK)

@@ -11,11 +11,13 @@ from typing import Any
 
 from poe.data.demo import words as w
 from poe.data.demo.conversations import capitalize, frame, pick_tools
-from poe.data.demo.world import DemoTool, Request, draw_value, make_request
+from poe.data.demo.world import DemoTool, Request, draw_value, make_request, make_tool
 
 
-def _token(rng: Random) -> str:
-    """Something to copy: an invented word, a name, a number or a code."""
+def _token(rng: Random, hard: bool = False) -> str:
+    """Something to copy: an invented word, a name, a number or a code; if `hard`, often letters in any order."""
+    if hard and rng.random() < 0.6:
+        return rng.choice((w.odd_word, lambda r: r.choice(w.NOUNS)))(rng)
     return rng.choice(
         (
             lambda: w.invented_word(rng),
@@ -27,19 +29,19 @@ def _token(rng: Random) -> str:
     )()
 
 
-def copying(rng: Random) -> str:
+def copying(rng: Random, hard: bool = False) -> str:
     """A list, said twice or more."""
-    items = [_token(rng) for _ in range(rng.randint(3, 12))]
+    items = [_token(rng, hard) for _ in range(rng.randint(3, 12))]
     separator = rng.choice((" ", ", ", "\n", " / "))
     return rng.choice((": ", " = ", "\n")).join(
         [separator.join(items)] + [separator.join(items) for _ in range(rng.randint(1, 2))]
     )
 
 
-def lookup(rng: Random) -> str:
+def lookup(rng: Random, hard: bool = False) -> str:
     """Lines of keys and values, then questions about some of them, in another notation."""
-    keys = list(dict.fromkeys(_token(rng) for _ in range(rng.randint(3, 8))))
-    table = {key: _token(rng) for key in keys}
+    keys = list(dict.fromkeys(_token(rng, hard) for _ in range(rng.randint(3, 8))))
+    table = {key: _token(rng, hard) for key in keys}
     asked = [rng.choice(keys) for _ in range(rng.randint(2, 5))]
     style = rng.randrange(4)
     if style == 0:
@@ -89,16 +91,20 @@ def _filled(request: Request, style: int) -> str:
     return json.dumps({name: arguments})
 
 
-def forms(rng: Random) -> str:
-    """Forms on offer, then notes, each followed by the form that it asks for (or by the word that none fits)."""
-    tools = pick_tools(rng, "train", rng.choice((1, 1, 2)))
+def forms(rng: Random, hard: bool = False) -> str:
+    """Forms on offer, then notes, each followed by the form that it asks for (or by the word that none fits).
+
+    `hard`: forms that resemble each other, names of any letters, and more notes for two forms or for none.
+    """
+    near, odd, rare = (0.7, 0.6, 0.35) if hard else (0.4, 0.0, 0.2)
+    tools = pick_tools(rng, "train", rng.choice((1, 1, 2)), near, odd)
     offered, style = _listing(tools, rng.choice((0, 0, 1, 2, 3))), rng.choice((0, 0, 1, 2, 3))
     notes = []
     for _ in range(rng.randint(1, 3)):
-        if rng.random() < 0.2:
-            absent = next(t for t in iter(lambda: pick_tools(rng, "train", 1)[0], None) if t not in tools)
+        if rng.random() < rare:
+            absent = _absent(tools, rng, hard)
             notes.append(f"Note: {frame(rng, make_request(absent, rng, False).clause)}\nno form fits")
-        elif rng.random() < 0.2 and len(tools) > 1:
+        elif rng.random() < rare and len(tools) > 1:
             first, second = (make_request(tool, rng, False) for tool in rng.sample(tools, 2))
             clauses = frame(rng, first.clause, second.clause)
             notes.append(f"Note: {clauses}\n{_filled(first, style)}\n{_filled(second, style)}")
@@ -107,6 +113,18 @@ def forms(rng: Random) -> str:
             notes.append(f"Note: {frame(rng, request.clause)}\n{_filled(request, style)}")
     rng.shuffle(tools)
     return "\n".join(["Forms:", offered, *notes])
+
+
+def _absent(tools: list[DemoTool], rng: Random, hard: bool) -> DemoTool:
+    """A tool that is not among `tools`; if `hard`, one with a verb or a noun of theirs."""
+    names = {tool.name for tool in tools}
+    while True:
+        other = pick_tools(rng, "train", 1)[0]
+        if hard:
+            one = rng.choice(tools)
+            other = make_tool(*rng.choice(((other.verb, one.noun), (one.verb, other.noun))))
+        if other.name not in names:
+            return other
 
 
 def records(rng: Random) -> str:
@@ -121,9 +139,16 @@ def records(rng: Random) -> str:
     return "\n".join(lines)
 
 
-def make_text(index: int, seed: int = 0, easy: float = 0.0) -> str:
-    """Document number `index`. `easy` (0 to 1) is the share of documents that only copy and look up."""
+def make_text(index: int, seed: int = 0, easy: float = 0.0, hard: bool = False) -> str:
+    """Document number `index`. `easy` (0 to 1) is the share of documents that only copy and look up.
+
+    `hard` texts are for the second part of a base's training: odd words, look-alike forms. Held-out nouns occur in
+    them as words to copy, as they would in any text; never as forms.
+    """
     rng = Random(f"{seed}/text/{index}")
     if rng.random() < easy:
-        return rng.choice((copying, lookup))(rng)
-    return rng.choices((copying, lookup, records, forms), (4, 8, 18, 70))[0](rng)
+        return rng.choice((copying, lookup))(rng, hard)
+    kind = rng.choices(("copying", "lookup", "records", "forms"), (8, 12, 5, 75) if hard else (4, 8, 18, 70))[0]
+    if kind == "records":
+        return records(rng)
+    return {"copying": copying, "lookup": lookup, "forms": forms}[kind](rng, hard)

@@ -56,6 +56,12 @@ def invented_word(rng: Random, min_syllables: int = 2, max_syllables: int = 3) -
     return "".join(rng.choice(ONSETS) + rng.choice(VOWELS) for _ in range(count)) + rng.choice(CODAS)
 
 
+def odd_word(rng: Random) -> str:
+    """Letters in any order, half of them behind a syllable: words that look like nothing seen before."""
+    letters = "".join(rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(rng.randint(3, 9)))
+    return letters if rng.random() < 0.5 else rng.choice(ONSETS) + rng.choice(VOWELS) + letters[:5]
+
+
 def invented_name(rng: Random) -> str:
     """An invented proper name, `Velora` or (one in five) `Velora Krast`."""
     first = invented_word(rng, 1, 3).capitalize()

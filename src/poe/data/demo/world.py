@@ -372,9 +372,13 @@ TRAIN_TOOLS = catalogue(w.TRAIN_NOUNS)
 HELD_OUT_TOOLS = catalogue(w.HELD_OUT_NOUNS)
 
 
-def invented_tool(rng: Random) -> DemoTool:
-    """A tool about a thing that does not exist: what makes a model read names instead of knowing them."""
-    return make_tool(rng.choice(sorted(w.VERBS)), w.invented_word(rng))
+def invented_tool(rng: Random, odd: float = 0.0) -> DemoTool:
+    """A tool about a thing that does not exist: what makes a model read names instead of knowing them.
+
+    `odd` is the share of names that are not even pronounceable.
+    """
+    verb = rng.choice(sorted(w.VERBS))
+    return make_tool(verb, w.odd_word(rng) if odd and rng.random() < odd else w.invented_word(rng))
 
 
 def draw_value(kind: Kind, rng: Random, held_out: bool) -> Any:
