@@ -55,12 +55,13 @@ def start(args: list[str]) -> subprocess.Popen[bytes]:
 
 def wait_for_steps(out: Path, steps: int, process: subprocess.Popen[bytes]) -> None:
     metrics = out / "metrics.jsonl"
-    for _ in range(3000):
+    deadline = time.monotonic() + 180  # a machine may be busy
+    while time.monotonic() < deadline:
         if metrics.exists() and metrics.read_text().count('"loss"') >= steps:
             return
         assert process.poll() is None, process.stderr.read().decode()
         time.sleep(0.01)
-    raise AssertionError(f"no {steps} steps in 30 s")
+    raise AssertionError(f"no {steps} steps in three minutes")
 
 
 @pytest.mark.slow

@@ -92,10 +92,7 @@ def pick_tools(rng: Random, split: Split, wanted: int, near: float = 0.4, odd: f
     target = next(iter(tools.values()))
     for _ in range(rng.randint(0 if wanted > 1 else 1, 2)):
         alike = [t for t in pool if (t.noun == target.noun) != (t.verb == target.verb)]
-        if alike and rng.random() < near:
-            tool = rng.choice(alike)
-        else:
-            tool = one()
+        tool = rng.choice(alike) if alike and rng.random() < near else one()
         tools.setdefault(tool.name, tool)
     return list(tools.values())
 
