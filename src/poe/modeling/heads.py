@@ -128,7 +128,7 @@ class FoldedHead(nn.Module):
         """Return (or fill into `destination`) what a plain linear layer would: `weight`, and `bias` if there is one."""
         destination = {} if destination is None else destination
         for name in ("weight", "bias"):
-            tensor = getattr(self, name)
+            tensor: torch.Tensor | None = getattr(self, name)
             if tensor is not None:
                 # A copy where there is nothing to fold: sharing a tied embedding, it would not be saved.
                 tensor = tensor.clone() if tensor is self.base.weight else tensor

@@ -6,6 +6,7 @@ different classes. Shape letters: B batch, T tokens, D hidden size, H heads, K k
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +52,7 @@ class PoEConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = 1
     pad_token_id: int | None = None
 
-    def __post_init__(self, **kwargs) -> None:
+    def __post_init__(self, **kwargs: Any) -> None:
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
@@ -64,6 +65,12 @@ class PoEConfig(PreTrainedConfig):
 def rms_norm(x: Tensor, eps: float) -> Tensor:
     """RMSNorm without parameters over the last dimension, computed in fp32 by torch."""
     return F.rms_norm(x, (x.shape[-1],), eps=eps)
+
+
+def derived(size: int | None) -> int:
+    """A size that `PoEConfig` fills in when it is left out."""
+    assert size is not None
+    return size
 
 
 class PoERMSNorm(nn.Module):
@@ -84,7 +91,7 @@ class PoERotaryEmbedding(nn.Module):
 
     def __init__(self, config: PoEConfig) -> None:
         super().__init__()
-        self.head_dim = config.head_dim
+        self.head_dim = derived(config.head_dim)
         self.theta = config.rope_theta
         self.register_buffer("inv_freq", self._frequencies(), persistent=False)
 
@@ -112,10 +119,10 @@ def eager_attention(
     attention_mask: Tensor | None,
     scaling: float,
     dropout: float = 0.0,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
     """Plain attention: (B, H, T, E) x (B, K, S, E) -> (B, T, H, E) and the weights (B, H, T, S)."""
-    groups = module.num_key_value_groups
+    groups = int(module.num_key_value_groups)  # type: ignore[arg-type]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scores = query @ key.transpose(-1, -2) * scaling
     if attention_mask is not None:
@@ -133,17 +140,18 @@ class PoEAttention(nn.Module):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
-        self.head_dim = config.head_dim
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.head_dim = derived(config.head_dim)
+        heads, key_value_heads = config.num_attention_heads, derived(config.num_key_value_heads)
+        self.num_key_value_groups = heads // key_value_heads
         self.scaling = config.attention_logit_scale * self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
-        width = config.hidden_size
-        self.q_proj = nn.Linear(width, config.num_attention_heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(width, config.num_key_value_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(width, config.num_key_value_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, width, bias=False)
-        self.o_proj.initial_scale = 0.0  # a new layer is the identity
+        self.q_proj = nn.Linear(config.hidden_size, heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, key_value_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, key_value_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(heads * self.head_dim, config.hidden_size, bias=False)
+        # a new layer is the identity
+        self.o_proj.initial_scale = 0.0  # type: ignore[assignment]
 
     def forward(
         self,
@@ -151,7 +159,7 @@ class PoEAttention(nn.Module):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query = self.q_proj(hidden_states).view(shape).transpose(1, 2)  # (B, H, T, E)
@@ -183,9 +191,9 @@ class PoEMLP(nn.Module):
 
     def __init__(self, config: PoEConfig) -> None:
         super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.down_proj.initial_scale = 0.0
+        self.up_proj = nn.Linear(config.hidden_size, derived(config.intermediate_size), bias=False)
+        self.down_proj = nn.Linear(derived(config.intermediate_size), config.hidden_size, bias=False)
+        self.down_proj.initial_scale = 0.0  # type: ignore[assignment]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.relu(self.up_proj(x)).square())
@@ -200,7 +208,7 @@ class PoEDecoderLayer(GradientCheckpointingLayer):
         self.self_attn = PoEAttention(config, layer_idx)
         self.mlp = PoEMLP(config)
 
-    def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         attended, _ = self.self_attn(rms_norm(hidden_states, self.eps), **kwargs)
         hidden_states = hidden_states + attended
         return hidden_states + self.mlp(rms_norm(hidden_states, self.eps))
@@ -213,8 +221,8 @@ class PoEPreTrainedModel(PreTrainedModel):
     config: PoEConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ("PoEDecoderLayer",)
-    _skip_keys_device_placement = ("past_key_values",)
+    _no_split_modules = ["PoEDecoderLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -258,7 +266,7 @@ class PoEModel(PoEPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -270,7 +278,7 @@ class PoEModel(PoEPreTrainedModel):
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(past, past + inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0)
-        mask = attention_mask
+        mask: Any = attention_mask
         if not isinstance(mask, dict):
             mask = create_causal_mask(
                 config=self.config,
@@ -321,7 +329,7 @@ class PoEForCausalLM(PoEPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        **kwargs,
+        **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """`labels` (B, T) as everywhere in transformers: not shifted, -100 is ignored; the loss is in nats."""
         outputs = self.model(

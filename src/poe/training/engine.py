@@ -85,7 +85,7 @@ class Engine:
         self.progress = progress
         self.rows_per_step = plan.tokens_per_step // plan.seq_len
         self.rows_per_batch = max(1, plan.max_tokens_per_batch // plan.seq_len)
-        rates: dict[str, float] = {"matrix_lr": plan.matrix_lr, "head_lr": plan.head_lr}
+        rates: dict[str, Any] = {"matrix_lr": plan.matrix_lr, "head_lr": plan.head_lr}
         if isinstance(plan, BaseRecipe):
             rates = {"matrix_lr": plan.matrix_lr, "unembed_lr": plan.head_lr, "embed_lr": plan.embed_lr}
         self.optimizer = build_optimizer(
@@ -245,7 +245,7 @@ class Engine:
 
     def _save(self, step: int) -> None:
         tensors, numbers = optimizer_tensors(self.optimizer, self._names)
-        groups = {
+        groups: dict[str, dict[str, Tensor]] = {
             "weights": dict(self.parameters),
             "best": self.best,
             "optimizer": tensors,
@@ -264,7 +264,11 @@ class Engine:
     @torch.no_grad()
     def _restore(self) -> int:
         groups, meta = load_checkpoint(self.checkpoint)
-        mine = {"plan": self.plan.as_dict(), "num_steps": self.num_steps, "num_rows": self.train.num_rows}
+        mine: dict[str, Any] = {
+            "plan": self.plan.as_dict(),
+            "num_steps": self.num_steps,
+            "num_rows": self.train.num_rows,
+        }
         differing = [
             f"{k}: {meta['plan'].get(k)!r} -> {v!r}" for k, v in mine["plan"].items() if meta["plan"].get(k) != v
         ]

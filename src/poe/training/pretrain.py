@@ -68,6 +68,7 @@ def train_base(
     num_steps = recipe.max_steps or 1000
     val, train = _rows(recipe, tokenizer, num_steps)
     progress.note(f"{train.num_rows} rows of {recipe.seq_len} tokens, prepared in {time.time() - started:.0f} s")
+    model: Any
     if recipe.init is None:
         model = PoEForCausalLM(base_config(recipe, tokenizer))
     else:

@@ -361,7 +361,7 @@ def make_tool(verb: str, noun: str) -> DemoTool:
 
 def catalogue(nouns: tuple[str, ...], verbs_per_noun: int = 8) -> list[DemoTool]:
     """`verbs_per_noun` tools for each noun, the verbs chosen by the noun."""
-    tools = []
+    tools: list[DemoTool] = []
     for noun in nouns:
         rng = Random(f"verbs of {noun}")
         tools.extend(make_tool(verb, noun) for verb in rng.sample(sorted(w.VERBS), verbs_per_noun))
