@@ -28,10 +28,13 @@ FLOORS = (
 MAY_ALSO = {("errors", "modeling"), ("tools", "data")}  # errors re-exports the failures that travel with a delta
 
 
-def imports(path: Path, top_level_only: bool = False) -> set[str]:
-    """The rooms of ours that a file imports."""
+def imports(path: Path) -> set[str]:
+    """The rooms of ours that a file imports, other than for the type checker alone."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    nodes = tree.body if top_level_only else list(ast.walk(tree))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            node.body = []
+    nodes = list(ast.walk(tree))
     names = [n.module for n in nodes if isinstance(n, ast.ImportFrom) and n.module and n.level == 0]
     names += [a.name for n in nodes if isinstance(n, ast.Import) for a in n.names]
     return {name.split(".")[1] for name in names if name.startswith("poe.")}
@@ -45,7 +48,6 @@ def test_nothing_imports_upward(path: Path) -> None:
     if room == "assets":
         return
     floor = next(i for i, rooms in enumerate(FLOORS) if room in rooms)
-    # A recipe's name is turned into a recipe where the user says it: the cascade imports stages inside the function.
     for other in imports(path) - {room}:
         above = next(i for i, rooms in enumerate(FLOORS) if other in rooms)
         assert above < floor or (room, other) in MAY_ALSO, f"{room} imports {other}"
@@ -60,8 +62,7 @@ def test_the_network_imports_only_what_a_stranger_has() -> None:
                 names = [a.name for a in node.names]
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 names = [node.module or ""]
-            if "_poe_only" not in path.name:
-                assert {n.split(".")[0] for n in names} <= allowed, f"{path.name} imports {names}"
+            assert {n.split(".")[0] for n in names} <= allowed, f"{path.name} imports {names}"
 
 
 def test_files_have_one_job() -> None:
@@ -72,7 +73,9 @@ def test_files_have_one_job() -> None:
 def test_nothing_unpickles_or_evaluates() -> None:
     for path in SOURCE.rglob("*.py"):
         text = path.read_text()
-        assert not re.search(r"\bpickle\.|torch\.load\(|(?<![\w.])eval\(|(?<![\w.])exec\(", text), path
+        assert not re.search(r"\bimport pickle|pickle\.load|torch\.load\(|(?<![\w.])eval\(|(?<![\w.])exec\(", text), (
+            path
+        )
 
 
 def test_the_embedded_base_is_small_and_loads_by_name() -> None:
@@ -90,13 +93,13 @@ def test_the_embedded_base_copies_words_it_has_never_seen() -> None:
     """What the demo stands on: a form is filled with an invented name."""
     text = (
         "Forms:\nbook_zorvex(person: string, days: integer) - Book a zorvex\n"
-        "Note: Please book a zorvex for Plumkirk for 37 days.\nbook_zorvex: person ="
+        "Note: Please book a zorvex for Plumkirk for 37 days.\nbook_zorvex: person"
     )
     cascade = Cascade.from_pretrained("demo", dtype=torch.float32)
     ids = cascade.tokenizer(text, return_tensors="pt", return_token_type_ids=False)
     output = cascade.generate(**ids, max_new_tokens=14, do_sample=False, eos_token_id=None)
     said = cascade.tokenizer.decode(output[0, ids["input_ids"].shape[1] :])
-    assert said.startswith(' "Plumkirk"; days = 37'), said
+    assert said.startswith(' = "Plumkirk"; days = 37'), said
 
 
 def test_every_error_is_one_of_ours() -> None:

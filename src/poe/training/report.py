@@ -13,6 +13,8 @@ import torch
 from poe.errors import OutputError, TrainingError
 from poe.training.checkpoint import has_checkpoint
 
+# What a run that failed early may leave; it does not make a folder taken.
+LEFTOVERS = ("dropped.jsonl", "metrics.jsonl")
 VERSIONED = ("torch", "transformers", "safetensors", "tokenizers", "poe-cascade")
 
 
@@ -21,7 +23,7 @@ def prepare_output(folder: Path, resume: bool) -> Path:
     folder = folder.expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        content = sorted(p.name for p in folder.iterdir())
+        content = sorted(p.name for p in folder.iterdir() if p.name not in LEFTOVERS)
         if not os.access(folder, os.W_OK):
             raise PermissionError(13, "no permission to write")
     except OSError as error:

@@ -19,7 +19,7 @@ from poe.errors import TemplateError
 from poe.stages import Recipe, load_recipe
 from poe.training.engine import Engine, History
 from poe.training.progress import Progress
-from poe.training.report import environment, plot_history, prepare_output
+from poe.training.report import LEFTOVERS, environment, plot_history, prepare_output
 
 # Called when training is over, with the cascade, the stage's name and the held-out questions; what it returns is kept
 # in training.json under "evaluation".
@@ -153,9 +153,8 @@ def _remove_if_unused(run: Path) -> None:
     """Remove what a failed run left, if it left neither a checkpoint nor a result: the next try finds a free folder."""
     if (run / "delta.safetensors").exists() or (run / "checkpoint").exists() or (run / "checkpoint.old").exists():
         return
-    for name in ("metrics.jsonl", "dropped.jsonl"):
-        path = run / name
-        if name == "metrics.jsonl" or (path.exists() and path.stat().st_size == 0):
-            path.unlink(missing_ok=True)
+    for path in (run / name for name in LEFTOVERS):
+        if path.name == "metrics.jsonl" or (path.exists() and path.stat().st_size == 0):
+            path.unlink(missing_ok=True)  # dropped rows may be why it failed: they stay
     if run.exists() and not any(run.iterdir()):
         run.rmdir()
