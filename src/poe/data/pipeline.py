@@ -73,7 +73,7 @@ def prepare(
         if source.name == demo.NAME:
             splits |= demo.evaluation_splits(eval_rows)
         elif kept_out:
-            splits[f"held-out {source.name}"] = _sample(kept_out, eval_rows, seed)
+            splits.setdefault(f"held-out {source.name}", []).extend(kept_out)
     if not train_documents:
         raise DataError(f"No row of {spec!r} can be trained on; dropped: {_reasons(report)}.")
     val_documents = _render_all(
@@ -87,6 +87,7 @@ def prepare(
     pad = renderer.tokenizer.pad_token_id or 0
     train = pack(train_documents, seq_len, seed=seed, pad_id=pad)
     val = pack(val_documents, seq_len, seed=seed, pad_id=pad)
+    splits = {name: _sample(conversations, eval_rows, seed) for name, conversations in splits.items()}
     summary = {
         "spec": spec,
         "sources": sources,
