@@ -7,43 +7,16 @@
 
 import json
 import sys
+from pathlib import Path
 
 sys.modules["poe"] = None  # any `import poe` now raises ImportError
 
 import transformers  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
-# No word of this question's object, and none of its values, occurs in the training rows.
-QUESTION = "Please reserve a gondola for Ottilie Vandermeer on 2031-07-19, with 14 people."
-TOOLS = [
-    {
-        "type": "function",
-        "function": {
-            "name": "book_gondola",
-            "description": "Book a gondola",
-            "parameters": {
-                "type": "object",
-                "properties": {
-                    "customer": {"type": "string", "description": "who it is for"},
-                    "date": {"type": "string", "description": "date as year-month-day"},
-                    "people": {"type": "integer", "description": "how many people"},
-                },
-                "required": ["customer", "date"],
-            },
-        },
-    },
-    {
-        "type": "function",
-        "function": {
-            "name": "rate_gondola",
-            "description": "Rate a gondola",
-            "parameters": {
-                "type": "object",
-                "properties": {"title": {"type": "string", "description": "what it is called"}},
-            },
-        },
-    },
-]
+# No training row has a gondola, or these values.
+QUESTION = "Please book a gondola for Marla for 37 people."
+TOOLS = json.loads((Path(__file__).parent / "tools.json").read_text())
 
 
 def main(folder: str, question: str = QUESTION) -> int:
