@@ -291,7 +291,7 @@ def hub_rows(dataset_id: str, name: str, split: str = "train") -> Iterator[Row]:
         ) from None
     except huggingface_hub.errors.RepositoryNotFoundError:
         raise failed("the Hub knows no such data set, or not for this account") from None
-    except Exception:
+    except Exception:  # of whatever kind: a copy in the cache may still serve, and if not the message below says so
         offline = True
     try:
         rows = _load(datasets, huggingface_hub, dataset_id, split, offline)
