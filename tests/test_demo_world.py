@@ -1,6 +1,7 @@
 """The demo world: reproducible, its splits disjoint, its answers right."""
 
 import json
+import re
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -56,9 +57,20 @@ def test_training_rows_and_texts_know_nothing_that_is_held_out(index: int) -> No
             for name, value in call["function"]["arguments"].items():
                 if name in open_names:
                     assert not any(words.is_held_out(v) for v in (value if isinstance(value, list) else [value]))
-    text = make_text(index)
+    text = make_text(index).text
     assert "<tool_call>" not in text
-    assert not any(f"_{noun}" in text for noun in words.HELD_OUT_NOUNS)
+    assert not any(f"{verb}_{noun}" in text for verb in words.VERBS for noun in words.HELD_OUT_NOUNS)
+
+
+@given(st.integers(0, 10**6))
+def test_a_text_marks_the_answers_that_follow_from_what_stands_before_them(index: int) -> None:
+    text, answers = make_text(index)
+    assert answers
+    for start, end in answers:
+        assert text[end - 1] == "\n"
+        known = {"do", "form", "fields", "no", "fits", "true", "false", "End"}
+        for word in re.findall(r"[A-Za-z]+|\d+", text[start:end]):
+            assert word in known or word in text[:start] or text[start:end].startswith('{"do"')
 
 
 def test_held_out_rows_use_new_values_and_new_tools() -> None:
@@ -77,7 +89,7 @@ def test_the_reader_takes_a_number_of_rows() -> None:
 
 
 def test_the_template_trains_exactly_the_assistant_and_its_stop_token() -> None:
-    tokenizer = train_tokenizer([make_text(i) for i in range(300)], 600)
+    tokenizer = train_tokenizer([make_text(i).text for i in range(300)], 600)
     renderer = Renderer(tokenizer)
     for index in range(40):
         row = make_conversation(index)
@@ -99,7 +111,7 @@ def test_the_template_trains_exactly_the_assistant_and_its_stop_token() -> None:
 
 def test_a_tool_follows_from_its_name_and_a_word_from_its_letters_alone() -> None:
     assert make_tool("book", "flight") == make_tool("book", "flight")
-    tokenizer = train_tokenizer([make_text(i) for i in range(300)], 600)
+    tokenizer = train_tokenizer([make_text(i).text for i in range(300)], 600)
     inside = [tokenizer.encode(text, add_special_tokens=False) for text in ("_table", ' "table"', " table,")]
     word = tokenizer.encode("table", add_special_tokens=False)
     for ids in inside:

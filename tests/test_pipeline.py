@@ -17,7 +17,7 @@ from poe.errors import DataError
 
 @pytest.fixture(scope="module")
 def renderer() -> Renderer:
-    return Renderer(train_tokenizer([make_text(i) for i in range(300)], 600))
+    return Renderer(train_tokenizer([make_text(i).text for i in range(300)], 600))
 
 
 def write(path: Path, first: int, count: int) -> Path:
@@ -80,7 +80,7 @@ def test_text_sources_are_interleaved_by_weight(tmp_path: Path) -> None:
         file.write("\n".join(json.dumps({"text": "b" * 100}) for _ in range(50)))
     texts = list(documents(f"text={tmp_path}/a.txt,text={tmp_path}/b.jsonl.gz:0.5"))
     assert len(texts) == 100
-    first = "".join(t[0] for t in texts[:30])
+    first = "".join(t.text[0] for t in texts[:30])
     assert 19 <= first.count("a") <= 21
 
 
@@ -89,7 +89,8 @@ def test_long_texts_come_in_parts_that_lose_nothing(tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text(text)
     parts = list(documents(f"text={tmp_path}/book.txt"))
     assert len(parts) > 3
-    assert "".join(parts) == text
+    assert "".join(part.text for part in parts) == text
+    assert parts[0].answers is None
 
 
 def test_text_that_is_not_there_or_not_text(tmp_path: Path) -> None:

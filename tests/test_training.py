@@ -39,7 +39,7 @@ SMALL = {
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random base of a few thousand weights, with the demo's tokenizer and template."""
     torch.manual_seed(0)
-    tokenizer = train_tokenizer([make_text(i) for i in range(300)], 600)
+    tokenizer = train_tokenizer([make_text(i).text for i in range(300)], 600)
     config = PoEConfig(vocab_size=600, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, eos_token_id=1)
     folder = tmp_path_factory.mktemp("base") / "base"
     return save_base_folder(PoEForCausalLM(config), folder, tokenizer)

@@ -3,7 +3,7 @@
 import json
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 Message = dict[str, Any]
 Tool = dict[str, Any]
@@ -35,3 +35,10 @@ class Conversation:
     def key(self) -> str:
         """A canonical text of messages and tools: equal for equal rows, whatever the source or the key order."""
         return json.dumps([self.messages, self.tools], sort_keys=True, ensure_ascii=False)
+
+
+class Text(NamedTuple):
+    """A plain document. `answers` are the parts to learn, half-open ranges of characters; None: all of it."""
+
+    text: str
+    answers: list[tuple[int, int]] | None = None

@@ -7,6 +7,7 @@ from heapq import heappop, heappush
 from itertools import count
 from pathlib import Path
 
+from poe.data.conversation import Text
 from poe.data.demo.text import make_text
 from poe.data.spec import parse_spec
 from poe.errors import DataError
@@ -16,38 +17,37 @@ PART_CHARACTERS = 20_000
 END_OF_TEXT = "<|endoftext|>"  # separates documents in a .txt file, where it occurs
 
 
-def documents(spec: str, *, seed: int = 0, easy: float = 0.0, hard: bool = False) -> Iterator[str]:
+def documents(spec: str, *, seed: int = 0, easy: float = 0.0) -> Iterator[Text]:
     """Yield the documents of a SPEC: `demo` (endless) or `text=FILES` (.txt, .md, .jsonl with a `text` field, .gz).
 
     Several sources are interleaved so that each has given its weight's share of the characters at any time; long
-    documents come in parts. `easy` and `hard` are the demo world's (`make_text`). Raises `DataError` for files
-    that cannot be read.
+    documents come in parts. `easy` is the demo world's (`make_text`). Raises `DataError` for files that cannot be
+    read.
     """
     streams = []
     for number, source in enumerate(parse_spec(spec, TEXT_READERS)):
         if source.name == "demo":
-            texts: Iterator[str] = (make_text(i, seed=seed, easy=easy, hard=hard) for i in count())
+            texts = (make_text(i, seed=seed, easy=easy) for i in count())
         elif source.path is None:
             raise DataError("The reader 'text' reads local files: text=FILE, text=FOLDER/*.jsonl.gz, ...")
         else:
             files = _files(source.path) * (source.epochs or 1)
-            texts = (text for path in files for text in _read(path))
-        streams.append((0.0, number, source.weight, _parts(texts)))
+            texts = (Text(part) for path in files for text in _read(path) for part in _parts(text))
+        streams.append((0.0, number, source.weight, texts))
     while streams:
         given, number, weight, texts = heappop(streams)
-        if (text := next(texts, None)) is not None:
-            yield text
-            heappush(streams, (given + len(text) / weight, number, weight, texts))
+        if (document := next(texts, None)) is not None:
+            yield document
+            heappush(streams, (given + len(document.text) / weight, number, weight, texts))
 
 
-def _parts(texts: Iterator[str]) -> Iterator[str]:
+def _parts(text: str) -> Iterator[str]:
     """Cut what is longer than a few pages at the end of a line."""
-    for text in texts:
-        while len(text) > PART_CHARACTERS:
-            end = text.rfind("\n", PART_CHARACTERS // 2, PART_CHARACTERS) + 1 or PART_CHARACTERS
-            yield text[:end]
-            text = text[end:]
-        yield text
+    while len(text) > PART_CHARACTERS:
+        end = text.rfind("\n", PART_CHARACTERS // 2, PART_CHARACTERS) + 1 or PART_CHARACTERS
+        yield text[:end]
+        text = text[end:]
+    yield text
 
 
 def _files(pattern: str) -> list[Path]:

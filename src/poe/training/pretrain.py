@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
+from poe.data.conversation import Text
 from poe.data.demo.conversations import make_conversation
 from poe.data.demo.tokenizer import train_tokenizer
-from poe.data.packing import Batch, PackedRows, pack
+from poe.data.demo.words import NOUNS
+from poe.data.packing import Batch, LongPolicy, PackedRows, pack
 from poe.data.render import token_bytes
 from poe.data.text import documents
-from poe.errors import DataError, RecipeError
+from poe.errors import DataError
 from poe.loaders.base_folder import save_base_folder
-from poe.loaders.places import place
 from poe.modeling.modeling_poe import PoEConfig, PoEForCausalLM
 from poe.stages.recipe import BaseRecipe
 from poe.training.engine import Engine, History
@@ -59,21 +59,13 @@ def train_base(
     progress = progress or Progress(f"base {recipe.name}")
     torch.manual_seed(recipe.seed)
     started = time.time()
-    if recipe.init is None:
-        tokenizer: Any = train_tokenizer(_tokenizer_texts(recipe), recipe.vocab_size)
-    else:
-        tokenizer = _continued(recipe, AutoTokenizer)
+    tokenizer = train_tokenizer(_tokenizer_texts(recipe), recipe.vocab_size)
     if len(tokenizer) < recipe.vocab_size:
         raise DataError(f"The text gives a vocabulary of only {len(tokenizer)} tokens: lower vocab_size or add text.")
     num_steps = recipe.max_steps or 1000
     val, train = _rows(recipe, tokenizer, num_steps)
     progress.note(f"{train.num_rows} rows of {recipe.seq_len} tokens, prepared in {time.time() - started:.0f} s")
-    model: Any
-    if recipe.init is None:
-        model = PoEForCausalLM(base_config(recipe, tokenizer))
-    else:
-        model = _continued(recipe, PoEForCausalLM)
-    model = model.to(choose_dtype(recipe.dtype))
+    model: Any = PoEForCausalLM(base_config(recipe, tokenizer)).to(choose_dtype(recipe.dtype))
     engine = Engine(
         model,
         model.named_parameters(),
@@ -91,16 +83,6 @@ def train_base(
     plot_history(run / "loss.png", history)
     engine.clean_up()
     return run
-
-
-def _continued(recipe: BaseRecipe, kind: Any) -> Any:
-    """Return the tokenizer or the model of the base that the recipe continues."""
-    assert recipe.init is not None
-    folder = place(recipe.init)
-    try:
-        return kind.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"init: {recipe.init!r} is not the folder of a PoE base: {error}") from error
 
 
 def base_config(recipe: BaseRecipe, tokenizer: Any) -> PoEConfig:
@@ -134,15 +116,16 @@ def training_record(recipe: BaseRecipe, history: History, num_steps: int) -> dic
 
 
 def _tokenizer_texts(recipe: BaseRecipe) -> Iterator[str]:
-    """Text for the tokenizer: the data, and for the demo world a few rendered calls, so that JSON is cheap."""
+    """Text for the tokenizer: the data; of the demo world also its nouns and some calls, to make them cheap."""
     seen = 0
-    for text in islice(documents(recipe.data, seed=recipe.seed), 12_000):
-        yield text
-        seen += len(text)
+    for document in islice(documents(recipe.data, seed=recipe.seed), 12_000):
+        yield document.text
+        seen += len(document.text)
         if seen > TOKENIZER_CHARACTERS:
             break
     if recipe.data == "demo":
         for index in range(1000):
+            yield " ".join(NOUNS)
             for message in make_conversation(index).messages:
                 yield message["content"] or str(message.get("tool_calls"))
 
@@ -152,23 +135,22 @@ def _rows(recipe: BaseRecipe, tokenizer: Any, num_steps: int) -> tuple[PackedRow
     rows_per_step = recipe.tokens_per_step // recipe.seq_len
     needed = num_steps * recipe.tokens_per_step
 
-    def tokenised(texts: Iterator[str], tokens: int) -> Iterator[tuple[list[int], list[bool]]]:
+    def tokenised(texts: Iterator[Text], tokens: int) -> Iterator[tuple[list[int], list[bool]]]:
         while tokens > 0 and (chunk := list(islice(texts, CHUNK))):
-            for ids in tokenizer(chunk, verbose=False)["input_ids"]:
-                yield ids, [True] * len(ids)
+            encoded = tokenizer([t.text for t in chunk], verbose=False, return_offsets_mapping=True)
+            for text, ids, offsets in zip(chunk, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+                yield ids, _learnt(text, offsets)
                 tokens -= len(ids)
                 if tokens <= 0:
                     return
 
-    def packed(texts: Iterator[str], tokens: int) -> PackedRows:
+    def packed(texts: Iterator[Text], tokens: int) -> PackedRows:
+        long: LongPolicy = "drop" if recipe.data == "demo" else "split"
         return pack(
-            tokenised(texts, tokens), recipe.seq_len, long="split", seed=recipe.seed, pad_id=tokenizer.pad_token_id
+            tokenised(texts, tokens), recipe.seq_len, long=long, seed=recipe.seed, pad_id=tokenizer.pad_token_id
         )
 
     if recipe.data == "demo":
-        if recipe.init is not None:
-            val = packed(documents("demo", seed=recipe.seed + 4, hard=True), VALIDATION_ROWS * recipe.seq_len)
-            return val, packed(documents("demo", seed=recipe.seed + 5, hard=True), needed)
         val = packed(documents("demo", seed=recipe.seed + 1), VALIDATION_ROWS * recipe.seq_len)
         easy = round(num_steps * EASY_SHARE) * rows_per_step
         first = packed(documents("demo", seed=recipe.seed + 2, easy=0.8), int(easy * recipe.seq_len * 1.01))
@@ -177,3 +159,10 @@ def _rows(recipe: BaseRecipe, tokenizer: Any, num_steps: int) -> tuple[PackedRow
     texts = documents(recipe.data, seed=recipe.seed)
     val = packed(texts, VALIDATION_ROWS * recipe.seq_len)
     return val, packed(texts, needed)
+
+
+def _learnt(text: Text, offsets: list[tuple[int, int]]) -> list[bool]:
+    """For each token, by its characters, whether the loss counts it: all, or those that touch an answer."""
+    if text.answers is None:
+        return [True] * len(offsets)
+    return [any(a < end and b > start for start, end in text.answers) for a, b in offsets]

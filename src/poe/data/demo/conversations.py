@@ -1,8 +1,8 @@
-"""Rows of the demo world: requests, parallel requests, follow-ups with results, and wishes that no tool grants."""
+"""Rows of the demo world: requests, parallel requests, results and what follows them, wishes that no tool grants."""
 
 import json
 from random import Random
-from typing import Any, Literal
+from typing import Literal
 
 from poe.data.conversation import Conversation, Message
 from poe.data.demo import words as w
@@ -16,6 +16,7 @@ from poe.data.demo.world import (
 )
 
 Split = Literal["train", "unseen_values", "unseen_tools"]
+TURNS = ("call", "parallel", "abstain", "talk")
 
 FRAMES = (
     "Please {c}.",
@@ -69,9 +70,20 @@ def call_message(requests: list[Request], first_id: int = 1) -> Message:
     return {"role": "assistant", "content": None, "tool_calls": calls}
 
 
-def _result(request: Request, rng: Random, held_out: bool) -> dict[str, Any]:
-    code = rng.randint(100, 9999)
-    return rng.choice(({"status": "ok", "id": code}, {"status": "ok", "result": w.invented_name(rng)}, {"id": code}))
+def _results(requests: list[Request], first_id: int, rng: Random) -> list[Message]:
+    """What the called tools give back, and the assistant message that tells it."""
+    messages: list[Message] = []
+    told = []
+    for number, request in enumerate(requests, first_id):
+        code = rng.randint(100, 9999)
+        result = rng.choice(({"status": "ok", "id": code}, {"result": w.invented_name(rng)}, {"id": code}))
+        content = json.dumps(result)
+        messages.append(
+            {"role": "tool", "tool_call_id": f"call_{number}", "name": request.tool.name, "content": content}
+        )
+        told += [f"{key} {value}" for key, value in result.items()]
+    confirmation = rng.choice(CONFIRMATIONS).format(r=", ".join(told))
+    return [*messages, {"role": "assistant", "content": confirmation}]
 
 
 def pick_tools(rng: Random, split: Split, wanted: int, near: float = 0.4, odd: float = 0.0) -> list[DemoTool]:
@@ -100,53 +112,40 @@ def pick_tools(rng: Random, split: Split, wanted: int, near: float = 0.4, odd: f
 def make_conversation(index: int, split: Split = "train", seed: int = 0, kind: str | None = None) -> Conversation:
     """Row number `index` of a split, the same for ever.
 
-    `kind`: "call", "parallel", "follow_up", "abstain" or "talk"; by default a mixture of them. Only "train" rows use
-    values outside `words.is_held_out`; only "unseen_tools" rows use held-out nouns.
+    `kind`: "call", "parallel", "abstain" or "talk", one turn of that kind; by default one to three turns of a mixture
+    of them, calls followed by their results. Only "train" rows use values outside `words.is_held_out`; only
+    "unseen_tools" rows use held-out nouns.
     """
     rng = Random(f"{seed}/{split}/{index}")
     held_out = split != "train"
-    kind = kind or rng.choices(("call", "parallel", "follow_up", "abstain", "talk"), (42, 22, 8, 26, 2))[0]
+    turns = [kind] if kind else rng.choices(TURNS, (48, 22, 27, 3), k=rng.choices((1, 2, 3), (45, 35, 20))[0])
     near, odd = (0.6, 0.5) if split == "train" else (0.4, 0.0)
-    tools = pick_tools(rng, split, 2 if kind in ("parallel", "abstain") else 1, near, odd)
-    messages: list[Message]
-    if kind == "talk":
-        hello, answer = rng.choice(SMALL_TALK)
-        messages = [{"role": "user", "content": hello}, {"role": "assistant", "content": answer}]
-    elif kind == "abstain":
-        absent = tools.pop(0)  # asked for, but not offered
-        messages = [
-            {"role": "user", "content": frame(rng, make_request(absent, rng, held_out).clause)},
-            {"role": "assistant", "content": rng.choice(ABSTENTIONS)},
-        ]
-    elif kind == "parallel":
-        requests = [make_request(tool, rng, held_out) for tool in tools[:2]]
-        messages = [
-            {"role": "user", "content": frame(rng, requests[0].clause, requests[1].clause)},
-            call_message(requests),
-        ]
-    else:
-        request = make_request(tools[0], rng, held_out)
-        messages = [{"role": "user", "content": frame(rng, request.clause)}, call_message([request])]
-        if kind == "follow_up":
-            result = _result(request, rng, held_out)
-            told = ", ".join(f"{key} {value}" for key, value in result.items())
-            messages += [
-                {
-                    "role": "tool",
-                    "tool_call_id": "call_1",
-                    "name": request.tool.name,
-                    "content": json.dumps(result),
-                },
-                {"role": "assistant", "content": rng.choice(CONFIRMATIONS).format(r=told)},
-            ]
-            if rng.random() < 0.5:  # a second wish in the same conversation
-                again = make_request(rng.choice(tools), rng, held_out)
-                messages += [{"role": "user", "content": frame(rng, again.clause)}, call_message([again], 2)]
+    tools = pick_tools(rng, split, ("parallel" in turns) + ("abstain" in turns) + 1, near, odd)
+    absent = tools.pop(0) if "abstain" in turns else None  # asked for, but not offered
+    messages: list[Message] = []
+    calls = 0
+    for number, turn in enumerate(turns, 1):
+        if turn == "talk":
+            hello, answer = rng.choice(SMALL_TALK)
+            messages += [{"role": "user", "content": hello}, {"role": "assistant", "content": answer}]
+        elif turn == "abstain":
+            assert absent is not None
+            wish = frame(rng, make_request(absent, rng, held_out).clause)
+            messages += [{"role": "user", "content": wish}, {"role": "assistant", "content": rng.choice(ABSTENTIONS)}]
+        else:
+            count = 2 if turn == "parallel" else 1
+            wanted = tools[:count] if number == 1 else rng.sample(tools, count)
+            requests = [make_request(tool, rng, held_out) for tool in wanted]
+            wish = frame(rng, *(request.clause for request in requests))
+            messages += [{"role": "user", "content": wish}, call_message(requests, calls + 1)]
+            if number < len(turns) or (kind is None and rng.random() < 0.1):
+                messages += _results(requests, calls + 1, rng)
+            calls += len(requests)
     rng.shuffle(tools)
     return Conversation(
         messages=messages,
         tools=[tool.schema() for tool in tools],
         source="demo",
         licence="Apache-2.0",
-        id=f"{split}-{seed}-{index}-{kind}",
+        id=f"{split}-{seed}-{index}-{turns[0]}",
     )

@@ -1,59 +1,90 @@
 """Plain text of the demo world, for pretraining the embedded base: copying, looking up, and filling forms.
 
 The base never sees a chat turn or a tool call. It learns what a caller needs underneath: repeating words that mean
-nothing, finding the line that a question is about, and writing down what a note says in the words of a form. Tools
-about held-out nouns (`words.HELD_OUT_NOUNS`) do not occur.
+nothing, finding the line that a question is about, and writing down what a note says in the words of a form. Held-out
+nouns (`words.HELD_OUT_NOUNS`) occur as words to copy, as they would in any text, but there are no forms about them.
+
+Most of such a text is drawn at random and cannot be predicted. A document therefore marks its answers, what follows
+from the text before them, and only those are learnt.
 """
 
 import json
 from random import Random
 from typing import Any
 
+from poe.data.conversation import Text
 from poe.data.demo import words as w
 from poe.data.demo.conversations import capitalize, frame, pick_tools
-from poe.data.demo.world import DemoTool, Request, draw_value, make_request, make_tool
+from poe.data.demo.world import DemoTool, Request, make_request, make_tool
+
+FORM_CHARACTERS = 1100  # a document of forms takes no further note beyond this, so that it fits in a row
 
 
-def _token(rng: Random, hard: bool = False) -> str:
-    """Something to copy: an invented word, a name, a number or a code; if `hard`, often letters in any order."""
-    if hard and rng.random() < 0.6:
-        return rng.choice((w.odd_word, lambda r: r.choice(w.NOUNS)))(rng)
+class _Writer:
+    """Builds a `Text` from what is given and what is asked."""
+
+    def __init__(self) -> None:
+        self.text = ""
+        self.answers: list[tuple[int, int]] = []
+
+    def given(self, text: str) -> None:
+        self.text += text
+
+    def answer(self, text: str) -> None:
+        self.answers.append((len(self.text), len(self.text) + len(text)))
+        self.text += text
+
+    def done(self) -> Text:
+        return Text(self.text, self.answers)
+
+
+def _token(rng: Random) -> str:
+    """Something to copy: an invented word, a name, a number, a code, a noun, or letters in any order."""
     return rng.choice(
         (
             lambda: w.invented_word(rng),
+            lambda: w.odd_word(rng),
+            lambda: w.odd_word(rng),
             lambda: w.invented_name(rng),
             lambda: str(rng.randint(2, 9999)),
             lambda: f"{rng.choice('ABCDEFGHKLMNPRSTUVWXZ')}{rng.randint(10, 9999)}",
+            lambda: rng.choice(w.NOUNS),
             lambda: rng.choice(w.THINGS),
         )
     )()
 
 
-def copying(rng: Random, hard: bool = False) -> str:
+def copying(rng: Random) -> Text:
     """A list, said twice or more."""
-    items = [_token(rng, hard) for _ in range(rng.randint(3, 12))]
-    separator = rng.choice((" ", ", ", "\n", " / "))
-    return rng.choice((": ", " = ", "\n")).join(
-        [separator.join(items)] + [separator.join(items) for _ in range(rng.randint(1, 2))]
-    )
+    items = [_token(rng) for _ in range(rng.randint(3, 12))]
+    line = rng.choice((" ", ", ", " / ", "_")).join(items) + "\n"
+    page = _Writer()
+    page.given(line)
+    for _ in range(rng.randint(1, 2)):
+        page.answer(line)
+    return page.done()
 
 
-def lookup(rng: Random, hard: bool = False) -> str:
+def lookup(rng: Random) -> Text:
     """Lines of keys and values, then questions about some of them, in another notation."""
-    keys = list(dict.fromkeys(_token(rng, hard) for _ in range(rng.randint(3, 8))))
-    table = {key: _token(rng, hard) for key in keys}
-    asked = [rng.choice(keys) for _ in range(rng.randint(2, 5))]
+    keys = list(dict.fromkeys(_token(rng) for _ in range(rng.randint(3, 8))))
+    table = {key: _token(rng) for key in keys}
+    asked = [rng.choice(keys) for _ in range(rng.randint(3, 8))]
+    page = _Writer()
     style = rng.randrange(4)
     if style == 0:
-        lines = [f"{k}: {v}" for k, v in table.items()] + [f'What is {k}? "{table[k]}"' for k in asked]
+        page.given("".join(f"{k}: {v}\n" for k, v in table.items()))
     elif style == 1:
-        lines = [json.dumps(table)] + [f"{k} = {table[k]}" for k in asked]
+        page.given(json.dumps(table) + "\n")
     elif style == 2:
-        lines = [", ".join(f"{k} is {v}" for k, v in table.items()) + "."]
-        lines.append(json.dumps({k: table[k] for k in asked}))
+        page.given(", ".join(f"{k} is {v}" for k, v in table.items()) + ".\n")
     else:
-        lines = [f"{v} belongs to {k}." for k, v in table.items()] + [f'{{"{k}": "{table[k]}"}}' for k in asked]
-    return "\n".join(lines)
+        page.given("".join(f"{v} belongs to {k}.\n" for k, v in table.items()))
+    for key in asked:
+        question, answer = rng.choice((("What is {k}? ", '"{v}"'), ("{k} = ", "{v}"), ('{{"{k}": ', '"{v}"}}')))
+        page.given(question.format(k=key))
+        page.answer(answer.format(v=table[key]) + "\n")
+    return page.done()
 
 
 def _listing(tools: list[DemoTool], style: int) -> str:
@@ -91,64 +122,56 @@ def _filled(request: Request, style: int) -> str:
     return json.dumps({name: arguments})
 
 
-def forms(rng: Random, hard: bool = False) -> str:
-    """Forms on offer, then notes, each followed by the form that it asks for (or by the word that none fits).
+def forms(rng: Random) -> Text:
+    """Forms on offer, then notes, each followed by the forms that it asks for, or by the words that none fits.
 
-    `hard`: forms that resemble each other, names of any letters, and more notes for two forms or for none.
+    Forms resemble each other, and half of the invented names are letters in any order, so that a name has to be read.
     """
-    near, odd, rare = (0.7, 0.6, 0.35) if hard else (0.4, 0.0, 0.2)
-    tools = pick_tools(rng, "train", rng.choice((1, 1, 2)), near, odd)
-    offered, style = _listing(tools, rng.choice((0, 0, 1, 2, 3))), rng.choice((0, 0, 1, 2, 3))
-    notes = []
-    for _ in range(rng.randint(1, 3)):
-        if rng.random() < rare:
-            absent = _absent(tools, rng, hard)
-            notes.append(f"Note: {frame(rng, make_request(absent, rng, False).clause)}\nno form fits")
-        elif rng.random() < rare and len(tools) > 1:
+    tools = pick_tools(rng, "train", rng.choice((1, 2, 2)), near=0.6, odd=0.5)
+    style = rng.choice((0, 0, 1, 2, 3))
+    page = _Writer()
+    page.given(f"Forms:\n{_listing(tools, rng.choice((0, 0, 1, 2, 3)))}\n")
+    for _ in range(rng.randint(3, 9)):
+        kind = rng.choices(("one", "two", "none"), (52, 28, 20))[0]
+        if kind == "none":
+            clauses, answer = frame(rng, make_request(_absent(tools, rng), rng, False).clause), "no form fits"
+        elif kind == "two" and len(tools) > 1:
             first, second = (make_request(tool, rng, False) for tool in rng.sample(tools, 2))
             clauses = frame(rng, first.clause, second.clause)
-            notes.append(f"Note: {clauses}\n{_filled(first, style)}\n{_filled(second, style)}")
+            answer = f"{_filled(first, style)}\n{_filled(second, style)}"
         else:
             request = make_request(rng.choice(tools), rng, False)
-            notes.append(f"Note: {frame(rng, request.clause)}\n{_filled(request, style)}")
-    rng.shuffle(tools)
-    return "\n".join(["Forms:", offered, *notes])
+            clauses, answer = frame(rng, request.clause), _filled(request, style)
+        page.given(f"Note: {clauses}\n")
+        page.answer(f"{answer}\nEnd.\n")
+        if len(page.text) > FORM_CHARACTERS:
+            break
+    return page.done()
 
 
-def _absent(tools: list[DemoTool], rng: Random, hard: bool) -> DemoTool:
-    """A tool that is not among `tools`; if `hard`, one with a verb or a noun of theirs."""
+def _absent(tools: list[DemoTool], rng: Random) -> DemoTool:
+    """A tool that is not among `tools`, but has (two in three) a verb or a noun of theirs."""
     names = {tool.name for tool in tools}
     while True:
-        other = pick_tools(rng, "train", 1)[0]
-        if hard:
-            one = rng.choice(tools)
-            other = make_tool(*rng.choice(((other.verb, one.noun), (one.verb, other.noun))))
+        other, one = pick_tools(rng, "train", 1, odd=0.5)[0], rng.choice(tools)
+        other = rng.choice((other, make_tool(other.verb, one.noun), make_tool(one.verb, other.noun)))
         if other.name not in names:
             return other
 
 
-def records(rng: Random) -> str:
+def records(rng: Random) -> Text:
     """Short notes and what they say, field by field, without a choice of forms."""
-    lines = []
-    for _ in range(rng.randint(1, 4)):
+    page = _Writer()
+    for _ in range(rng.randint(2, 5)):
         request = make_request(pick_tools(rng, "train", 1)[0], rng, False)
-        lines.append(f"{capitalize(request.clause)}.")
-        lines.append(json.dumps({"do": request.tool.name, **request.arguments}))
-    parameter = rng.choice(pick_tools(rng, "train", 1)[0].parameters)
-    lines.append(f"{parameter.name}: {_value(draw_value(parameter.kind, rng, False))}")
-    return "\n".join(lines)
+        page.given(f"{capitalize(request.clause)}.\n")
+        page.answer(json.dumps({"do": request.tool.name, **request.arguments}) + "\n")
+    return page.done()
 
 
-def make_text(index: int, seed: int = 0, easy: float = 0.0, hard: bool = False) -> str:
-    """Document number `index`. `easy` (0 to 1) is the share of documents that only copy and look up.
-
-    `hard` texts are for the second part of a base's training: odd words, look-alike forms. Held-out nouns occur in
-    them as words to copy, as they would in any text; never as forms.
-    """
+def make_text(index: int, seed: int = 0, easy: float = 0.0) -> Text:
+    """Document number `index`. `easy` (0 to 1) is the share of documents that only copy and look up."""
     rng = Random(f"{seed}/text/{index}")
     if rng.random() < easy:
-        return rng.choice((copying, lookup))(rng, hard)
-    kind = rng.choices(("copying", "lookup", "records", "forms"), (8, 12, 5, 75) if hard else (4, 8, 18, 70))[0]
-    if kind == "records":
-        return records(rng)
-    return {"copying": copying, "lookup": lookup, "forms": forms}[kind](rng, hard)
+        return rng.choice((copying, lookup))(rng)
+    return rng.choices((copying, lookup, records, forms), (5, 8, 7, 80))[0](rng)
