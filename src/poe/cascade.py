@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-from poe.errors import DeltaError, suggest
+from poe.errors import DeltaError, FamilyError, suggest
 from poe.loaders.places import embedded_folders, place
 from poe.modeling.families import family_of
 from poe.modeling.fingerprint import fingerprint_tensors
@@ -149,6 +149,33 @@ class Cascade:
         else:
             warn_unverified(where)
         return self._attach(lineage)
+
+    def import_stage(self, folder: str | os.PathLike[str], name: str) -> "Cascade":
+        """Attach a stage in the layout of Cognica's releases or of nanochat, on top of the active one; make it active.
+
+        Save it with `save_stage` to have it in the delta format. Raises `SourceError` for an unknown layout,
+        `FingerprintError` if it was trained on another base.
+        """
+        from poe.loaders.cognica import read_stage
+
+        if not isinstance(self.base, PoEForCausalLM):
+            raise FamilyError(f"Such stages stand on PoE bases: got a base of type {self.config.model_type!r}.")
+        parent = self.active
+        tensors = read_stage(Path(folder).expanduser(), self.model(parent), self.base.lm_head.weight)
+        config = StageConfig(
+            name,
+            num_layers=1 + max(int(key.split(".")[1]) for key in tensors if key.startswith("layers.")),
+            head="dense" if "head.weight" in tensors else "none",
+            parent=parent,
+        )
+        self.add_stage(config, dtype=next(iter(tensors.values())).dtype)
+        try:
+            self.stages[name].load_delta(tensors)
+        except DeltaError:
+            del self.stages[name]
+            self.activate(parent)
+            raise
+        return self
 
     def activate(self, name: str | None) -> "Cascade":
         """Choose the stage that `generate` and calls use; None is the base alone."""

@@ -1,8 +1,10 @@
 """The PoE base: a plain decoder in the shape of nanochat (github.com/karpathy/nanochat), as a transformers model.
 
 RoPE, then QK-norm; RMSNorm without parameters; relu^2 MLP; grouped-query attention; no biases; an untied head whose
-logits are soft-capped. Configuration and model share one file on purpose: two remote-code files can end up as two
-different classes. Shape letters: B batch, T tokens, D hidden size, H heads, K key-value heads, E head dimension.
+logits are soft-capped. What nanochat added over time is a value in the config: value embeddings with gates, scalars of
+each layer, sliding windows, smear, backout. A layer owns all that is its own, so that it can be stacked or left out.
+Configuration and model share one file on purpose: two remote-code files can end up as two different classes.
+Shape letters: B batch, T tokens, D hidden size, H heads, K key-value heads, E head dimension, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -11,10 +13,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
@@ -28,6 +30,13 @@ class PoEConfig(PreTrainedConfig):
     `attention_logit_scale` multiplies the usual `head_dim ** -0.5`: after QK-norm a logit cannot exceed
     `attention_logit_scale * head_dim ** 0.5`, so this number sets how sharp attention can become (older nanochat
     checkpoints use 1.0, newer ones 1.2 ** 2).
+
+    Off unless said: `layer_scalars` gives every layer a scale of the residual stream and one of the first hidden state;
+    `value_embedding_layers` are the layers that add `value_gate_scale * sigmoid(gate)` times an embedding of the token
+    to their values, the gate reading the first `value_gate_channels` channels (ResFormer, arXiv 2410.17897);
+    `layer_types` and `sliding_window` as everywhere in transformers; `smear_channels` lets each position take up a
+    share of the embedding before it, decided by that many channels; `backout_layer` is the layer whose output is
+    subtracted, scaled, before the final norm (also below a stage: it stays where it is when layers are stacked).
     """
 
     model_type = "poe"
@@ -45,6 +54,14 @@ class PoEConfig(PreTrainedConfig):
     rms_norm_eps: float = 1e-6
     attention_logit_scale: float = 1.0
     final_logit_softcapping: float | None = 15.0
+    layer_scalars: bool = False
+    value_embedding_layers: list[int] | None = None
+    value_gate_channels: int = 12
+    value_gate_scale: float = 3.0
+    layer_types: list[str] | None = None
+    sliding_window: int | None = None
+    smear_channels: int | None = None
+    backout_layer: int | None = None
     attention_dropout: float = 0.0
     use_cache: bool = True
     tie_word_embeddings: bool = False
@@ -152,19 +169,39 @@ class PoEAttention(nn.Module):
         self.o_proj = nn.Linear(heads * self.head_dim, config.hidden_size, bias=False)
         # a new layer is the identity
         self.o_proj.initial_scale = 0.0  # type: ignore[assignment]
+        sliding = config.layer_types is not None and config.layer_types[layer_idx] == "sliding_attention"
+        self.sliding_window = config.sliding_window if sliding else None
+        self.value_embed: nn.Embedding | None = None
+        self.value_gate: nn.Linear | None = None
+        if layer_idx in (config.value_embedding_layers or ()):
+            self.value_embed = nn.Embedding(config.vocab_size, key_value_heads * self.head_dim)
+            self.value_gate = nn.Linear(config.value_gate_channels, key_value_heads, bias=False)
+
+    def _value(self, hidden_states: Tensor, input_ids: Tensor | None) -> Tensor:
+        """Values (B, T, K, E), the token's own embedding added where this layer has one."""
+        value = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
+        if self.value_embed is None:
+            return value
+        assert self.value_gate is not None
+        if input_ids is None:
+            raise ValueError("a base with value embeddings needs input_ids: inputs_embeds are not enough")
+        gate = self.value_gate(hidden_states[..., : self.value_gate.in_features]).sigmoid()  # (B, T, K)
+        embedded = self.value_embed(input_ids).to(value.dtype).view_as(value)
+        return value + (self.config.value_gate_scale * gate)[..., None] * embedded
 
     def forward(
         self,
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
+        input_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query = self.q_proj(hidden_states).view(shape).transpose(1, 2)  # (B, H, T, E)
         key = self.k_proj(hidden_states).view(shape).transpose(1, 2)  # (B, K, T, E)
-        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        value = self._value(hidden_states, input_ids).transpose(1, 2)
         cos, sin = (t.unsqueeze(1) for t in position_embeddings)
         eps = self.config.rms_norm_eps
         query = rms_norm(apply_rotary(query, cos, sin), eps)
@@ -181,6 +218,7 @@ class PoEAttention(nn.Module):
             attention_mask,
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
+            sliding_window=self.sliding_window,
             **kwargs,
         )
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
@@ -200,18 +238,55 @@ class PoEMLP(nn.Module):
 
 
 class PoEDecoderLayer(GradientCheckpointingLayer):
-    """Pre-norm attention and MLP, each added to the residual stream (B, T, D)."""
+    """Pre-norm attention and MLP, each added to the residual stream (B, T, D).
+
+    With scalars the layer first makes its input `resid_scale * input + first_scale * first_hidden`.
+    """
 
     def __init__(self, config: PoEConfig, layer_idx: int) -> None:
         super().__init__()
         self.eps = config.rms_norm_eps
         self.self_attn = PoEAttention(config, layer_idx)
         self.mlp = PoEMLP(config)
+        self.resid_scale: nn.Parameter | None = nn.Parameter(torch.ones(1)) if config.layer_scalars else None
+        self.first_scale: nn.Parameter | None = nn.Parameter(torch.zeros(1)) if config.layer_scalars else None
 
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        first_hidden: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        if self.resid_scale is not None and self.first_scale is not None and first_hidden is not None:
+            dtype = hidden_states.dtype
+            hidden_states = self.resid_scale.to(dtype) * hidden_states + self.first_scale.to(dtype) * first_hidden
         attended, _ = self.self_attn(rms_norm(hidden_states, self.eps), **kwargs)
         hidden_states = hidden_states + attended
         return hidden_states + self.mlp(rms_norm(hidden_states, self.eps))
+
+
+class PoESmear(nn.Module):
+    """Adds to each position `scale * sigmoid(gate)` times the embedding before it: a cheap look at the last token.
+
+    The embeddings seen so far lie in a cache slot of their own after those of the layers, as keys of one head, so that
+    cropping and reordering the cache reach them.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(channels, 1, bias=False)
+        self.scale = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor, has_previous: Tensor, cache: Cache | None, slot: int) -> Tensor:
+        """`x` (B, T, D); `has_previous` (B or 1, T), False where a document begins."""
+        previous = x
+        if cache is not None:
+            while len(cache.layers) <= slot:
+                cache.layers.append(DynamicLayer())
+            previous = cache.update(x[:, None], x[:, None, :, :0], slot)[0][:, 0]  # (B, S, D)
+        previous = F.pad(previous, (0, 0, 1, 0))[:, -1 - x.shape[1] : -1]
+        share = self.scale.to(x.dtype) * self.gate(x[..., : self.gate.in_features]).sigmoid()  # (B, T, 1)
+        return x + share * previous * has_previous[..., None]
 
 
 class PoEPreTrainedModel(PreTrainedModel):
@@ -243,6 +318,13 @@ class PoEPreTrainedModel(PreTrainedModel):
             nn.init.uniform_(module.weight, -bound, bound)
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight)
+        elif isinstance(module, PoEDecoderLayer) and module.resid_scale is not None and module.first_scale is not None:
+            nn.init.ones_(module.resid_scale)
+            nn.init.zeros_(module.first_scale)
+        elif isinstance(module, PoESmear):
+            nn.init.zeros_(module.scale)
+        elif isinstance(module, PoEModel) and module.backout_scale is not None:
+            nn.init.constant_(module.backout_scale, 0.2)
 
 
 class PoEModel(PoEPreTrainedModel):
@@ -253,6 +335,10 @@ class PoEModel(PoEPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(PoEDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = PoERMSNorm(config.rms_norm_eps)
+        self.smear = PoESmear(config.smear_channels) if config.smear_channels else None
+        self.backout_scale: nn.Parameter | None = None
+        if config.backout_layer is not None:
+            self.backout_scale = nn.Parameter(torch.full((1,), 0.2))
         self.rotary_emb = PoERotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
@@ -278,30 +364,43 @@ class PoEModel(PoEPreTrainedModel):
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(past, past + inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0)
-        mask: Any = attention_mask
-        if not isinstance(mask, dict):
-            mask = create_causal_mask(
-                config=self.config,
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                position_ids=position_ids,
-            )
-        else:
-            mask = mask["full_attention"]
+        kinds = self.config.layer_types or ["full_attention"] * self.config.num_hidden_layers
+        masks: Any = attention_mask
+        if not isinstance(masks, dict):
+            makers = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+            masks = {
+                kind: makers[kind](
+                    config=self.config,
+                    inputs_embeds=inputs_embeds,
+                    attention_mask=attention_mask,
+                    past_key_values=past_key_values,
+                    position_ids=position_ids,
+                )
+                for kind in dict.fromkeys(kinds)
+            }
 
         # The embedding is normalised before the first layer, as in nanochat.
         hidden_states = rms_norm(inputs_embeds, self.config.rms_norm_eps)
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
-        for layer in self.layers[: self.config.num_hidden_layers]:
+        if self.smear is not None:
+            slot = self.config.num_hidden_layers
+            hidden_states = self.smear(hidden_states, position_ids > 0, past_key_values, slot)
+        first_hidden, middle = hidden_states, None
+        for index, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
             hidden_states = layer(
                 hidden_states,
-                attention_mask=mask,
+                attention_mask=masks[kinds[index]],
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
                 past_key_values=past_key_values,
+                first_hidden=first_hidden,
+                input_ids=input_ids,
                 **kwargs,
             )
+            if index == self.config.backout_layer:
+                middle = hidden_states
+        if middle is not None and self.backout_scale is not None:
+            hidden_states = hidden_states - self.backout_scale.to(middle.dtype) * middle
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
         )

@@ -1,0 +1,26 @@
+"""`poe import`: what others trained becomes a stage in the delta format."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from poe.commands.app import out
+
+app = typer.Typer(no_args_is_help=True, help=__doc__)
+
+
+@app.command()
+def cognica(
+    folder: Annotated[Path, typer.Argument(help="a release's folder, or a nanochat stage checkpoint's")],
+    output: Annotated[Path, typer.Argument(help="folder to write the stage to")],
+    base: Annotated[str, typer.Option(help="the PoE base, or the stage, that it stands on")],
+    name: Annotated[str, typer.Option(help="the stage's name")] = "tool",
+) -> None:
+    """Rewrite a stage in the layout of Cognica's releases. Tensors that are not known are listed and refused."""
+    from poe.cascade import Cascade
+
+    cascade = Cascade.from_pretrained(base).import_stage(folder, name)
+    cascade.save_stage(name, output)
+    size = (output / "delta.safetensors").stat().st_size
+    out.print(f"{output}: stage {name!r}, {cascade.stages[name].num_parameters():,} parameters, {size:,} bytes")

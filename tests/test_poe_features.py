@@ -1,0 +1,103 @@
+"""What nanochat added to its network over time: each feature alone, all together, and under a stage."""
+
+import itertools
+
+import pytest
+import torch
+
+from conftest import scramble
+from poe import Cascade, StageConfig
+from poe.modeling.modeling_poe import PoEConfig, PoEForCausalLM
+
+FEATURES = {
+    "scalars": {"layer_scalars": True},
+    "value embeddings": {"value_embedding_layers": [1, 3], "value_gate_channels": 8},
+    "windows": {"layer_types": ["sliding_attention"] * 3 + ["full_attention"], "sliding_window": 4},
+    "smear": {"smear_channels": 8},
+    "backout": {"backout_layer": 2},
+}
+COMBINATIONS = [(name,) for name in FEATURES] + [tuple(FEATURES)]
+IDS = torch.tensor([[1, 5, 9, 13, 17, 21, 7, 8], [1, 8, 12, 3, 40, 41, 42, 43]])
+
+
+def make(features: tuple[str, ...], **more) -> PoEForCausalLM:
+    torch.manual_seed(0)
+    chosen = dict(itertools.chain.from_iterable(FEATURES[name].items() for name in features))
+    shape = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
+    model = PoEForCausalLM(PoEConfig(**shape, num_key_value_heads=2, bos_token_id=1, eos_token_id=2, **chosen, **more))
+    scramble(model)
+    return model.eval()
+
+
+@pytest.fixture(params=COMBINATIONS, ids=" + ".join)
+def features(request) -> tuple[str, ...]:
+    return request.param
+
+
+@torch.no_grad()
+def test_a_feature_changes_the_logits(features) -> None:
+    plain, model = make(()), make(features)
+    model.load_state_dict(plain.state_dict(), strict=False)
+    assert not torch.allclose(plain(IDS).logits, model(IDS).logits)
+
+
+@torch.no_grad()
+def test_one_token_at_a_time_gives_the_same_logits(features) -> None:
+    model = make(features)
+    whole = model(IDS).logits
+    cache = None
+    for position in range(IDS.shape[1]):
+        step = model(IDS[:, position : position + 1], past_key_values=cache, use_cache=True)
+        cache = step.past_key_values
+        torch.testing.assert_close(step.logits[:, 0], whole[:, position])
+
+
+@torch.no_grad()
+def test_left_padding_and_packing_do_not_leak(features) -> None:
+    model = make(features)
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    alone = model.generate(IDS[:1], attention_mask=torch.ones(1, 8), **options)
+    padded = torch.cat([torch.zeros(2, 3, dtype=torch.long), IDS], 1)
+    together = model.generate(padded, attention_mask=(torch.arange(11) > 2).long().expand(2, -1), **options)
+    assert torch.equal(together[:1, 3:], alone)
+    packed = model(IDS.reshape(1, -1), position_ids=torch.arange(8).repeat(2)[None], use_cache=False).logits
+    torch.testing.assert_close(packed.reshape(2, 8, -1), model(IDS).logits)
+
+
+@torch.no_grad()
+def test_a_stage_on_top_starts_as_the_base_and_moves_nothing_below(features) -> None:
+    base = make(features)
+    before = base(IDS).logits
+    cascade = Cascade(base).add_stage(StageConfig("t", 2))
+    assert torch.equal(cascade(IDS).logits, before)
+    scramble(cascade.stages["t"])
+    assert not torch.allclose(cascade(IDS).logits, before)
+    assert torch.equal(cascade(IDS, stage=None).logits, before)
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    options["attention_mask"] = torch.ones_like(IDS)
+    cached, uncached = (cascade.generate(input_ids=IDS, use_cache=cache, **options) for cache in (True, False))
+    assert torch.equal(cached, uncached)
+
+
+def test_a_saved_base_comes_back(features, tmp_path) -> None:
+    model = make(features)
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(PoEForCausalLM.from_pretrained(tmp_path)(IDS).logits, model(IDS).logits)
+
+
+def test_value_embeddings_need_the_tokens() -> None:
+    with pytest.raises(ValueError, match="input_ids"):
+        make(("value embeddings",))(inputs_embeds=torch.zeros(1, 3, 32))
+
+
+def test_the_published_shape_has_the_published_size() -> None:
+    """1,384 M parameters, 604 M of them value embeddings; a stage of four layers adds 163.6 M."""
+    shape = {"vocab_size": 32768, "hidden_size": 1536, "num_hidden_layers": 24, "num_attention_heads": 12}
+    with torch.device("meta"):
+        model = PoEForCausalLM(PoEConfig(**shape, layer_scalars=True, value_embedding_layers=list(range(1, 24, 2))))
+    count = {name: p.numel() for name, p in model.named_parameters()}
+    assert round(sum(count.values()) / 1e6) == 1384
+    assert round(sum(n for name, n in count.items() if "value_embed" in name) / 1e6) == 604
+    layer = sum(p.numel() for p in model.model.layers[0].parameters())
+    assert round((4 * layer + 32768 * 1536) / 1e6, 1) == 163.6
