@@ -65,7 +65,8 @@ def train_base(
     num_steps = recipe.max_steps or 1000
     val, train = _rows(recipe, tokenizer, num_steps)
     progress.note(f"{train.num_rows} rows of {recipe.seq_len} tokens, prepared in {time.time() - started:.0f} s")
-    model: Any = PoEForCausalLM(base_config(recipe, tokenizer)).to(choose_dtype(recipe.dtype))
+    model: Any = PoEForCausalLM(base_config(recipe, tokenizer))
+    model = model.to(choose_dtype(recipe.dtype))
     engine = Engine(
         model,
         model.named_parameters(),

@@ -1,0 +1,190 @@
+"""Ten specialists on one base: memory and the time to attach them, against ten full models and ten PEFT adapters.
+
+    pip install -c constraints.txt -e ".[bench]"
+    python benchmarks/siblings.py [--siblings 10 --layers 12 --width 512 --vocab 16384 --stage-layers 4 --rounds 3]
+
+A random qwen3-shaped base in bf16, and every specialist on disk in its own format. Each arm is a process of its own
+that opens what it needs, answers once with every specialist (so that mapped pages are in memory), and reports the
+bytes of all tensors that it holds, its resident memory, and the seconds for each specialist; arms take turns, and
+medians are reported. The limit: the bytes of one base and of all deltas, read once.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from poe import Cascade, StageConfig
+
+ARMS = {
+    "stages, dense head": "dense",
+    "stages, low-rank head": "low_rank",
+    "stages, low-rank head, verify=False": "low_rank",
+    "LoRA r16 all-linear, PEFT": "lora",
+    "full models": "full",
+}
+
+
+def prepare(folder: Path, args: argparse.Namespace) -> None:
+    """Write the base and every specialist."""
+    torch.manual_seed(0)
+    base = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=args.vocab,
+            hidden_size=args.width,
+            intermediate_size=3 * args.width,
+            num_hidden_layers=args.layers,
+            num_attention_heads=args.width // 64,
+            num_key_value_heads=args.width // 64,
+            head_dim=64,
+            tie_word_embeddings=False,
+        )
+    ).to(torch.bfloat16)
+    base.save_pretrained(folder / "base")
+    for number in range(args.siblings):
+        for head in ("dense", "low_rank"):
+            cascade = Cascade.from_pretrained(folder / "base")
+            cascade.add_stage(StageConfig(f"s{number}", args.stage_layers, head=head), seed=number)
+            with torch.no_grad():
+                for parameter in cascade.stages[f"s{number}"].parameters():
+                    parameter.add_(torch.randn_like(parameter) * 0.02)
+            cascade.save_stage(f"s{number}", folder / head / str(number))
+            if head == "dense":
+                cascade.export_native(f"s{number}", folder / "full" / str(number))
+        from peft import LoraConfig, get_peft_model
+
+        adapted = get_peft_model(
+            AutoModelForCausalLM.from_pretrained(folder / "base"), LoraConfig(r=16, target_modules="all-linear")
+        )
+        adapted.save_pretrained(folder / "lora" / str(number))
+
+
+def openers(arm: str, folder: Path, count: int) -> tuple[Callable[[], Any], Callable[[Any, int], Callable[..., Any]]]:
+    """Return how an arm opens its base, and how it attaches specialist `i` and gives something to call."""
+    kind = ARMS[arm]
+
+    def attach(held: Any, number: int) -> Callable[..., Any]:
+        if kind == "full":
+            held.append(AutoModelForCausalLM.from_pretrained(folder / "full" / str(number)))
+            return held[-1]
+        if kind == "lora":
+            from peft import PeftModel
+
+            if not isinstance(held[0], PeftModel):
+                held[0] = PeftModel.from_pretrained(held[0], folder / "lora" / "0", adapter_name="s0")
+            else:
+                held[0].load_adapter(folder / "lora" / str(number), adapter_name=f"s{number}")
+            held[0].set_adapter(f"s{number}")
+            return held[0]
+        held[0].load_stage(folder / kind / str(number), verify="verify=False" not in arm)
+        return held[0].model(f"s{number}")
+
+    def base() -> Any:
+        if kind == "full":
+            return []
+        return [(AutoModelForCausalLM if kind == "lora" else Cascade).from_pretrained(folder / "base")]
+
+    return base, attach
+
+
+def tensor_bytes(modules: Iterable[torch.nn.Module]) -> int:
+    """The bytes of all distinct storages of parameters and buffers."""
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for module in modules
+        for tensor in (*module.parameters(), *module.buffers())
+    }
+    return sum(storages.values())
+
+
+def run_arm(arm: str, folder: Path, count: int) -> dict[str, Any]:
+    """Attach every specialist and answer once with each."""
+    base, attach = openers(arm, folder, count)
+    ids = torch.arange(1, 33)[None]
+    before = resident()
+    started = time.perf_counter()
+    held = base()
+    opened = time.perf_counter() - started
+    seconds, models = [], []
+    with torch.no_grad():
+        for number in range(count):
+            started = time.perf_counter()
+            model = attach(held, number)
+            seconds.append(time.perf_counter() - started)
+            model(input_ids=ids, use_cache=False)
+            models.append(model)
+    return {
+        "open_s": opened,
+        "attach_s": seconds,
+        "tensor_bytes": tensor_bytes({id(m): m for m in models}.values()),
+        "resident_bytes": resident() - before,
+    }
+
+
+def resident() -> int:
+    """The process's resident memory, bytes; its peak where the system does not tell the present."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    shape = {"siblings": 10, "layers": 12, "width": 512, "vocab": 16384, "stage_layers": 4, "rounds": 3}
+    for name, value in shape.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
+    parser.add_argument("--json", type=Path, default=Path("runs/bench/siblings.json"))
+    parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.arm:
+        print(json.dumps(run_arm(args.arm, args.folder, args.siblings)))
+        return
+    with tempfile.TemporaryDirectory(prefix="poe-siblings-") as scratch:
+        folder = Path(scratch)
+        prepare(folder, args)
+        runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
+        for _ in range(args.rounds):
+            for arm in ARMS:
+                command = [sys.executable, __file__, "--arm", arm, "--folder", str(folder)]
+                command += ["--siblings", str(args.siblings)]
+                printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+                runs[arm].append(json.loads(printed.splitlines()[-1]))
+        on_disk = {
+            arm: sum(f.stat().st_size for f in (folder / kind).rglob("*.safetensors")) for arm, kind in ARMS.items()
+        }
+    rows = []
+    for arm, results in runs.items():
+        rows.append(
+            {
+                "arm": arm,
+                "tensor_mib": round(statistics.median(r["tensor_bytes"] for r in results) / 2**20, 1),
+                "resident_mib": round(statistics.median(r["resident_bytes"] for r in results) / 2**20, 1),
+                "disk_mib": round(on_disk[arm] / 2**20, 1),
+                "open_base_s": round(statistics.median(r["open_s"] for r in results), 3),
+                "attach_first_s": round(statistics.median(r["attach_s"][0] for r in results), 3),
+                "attach_last_s": round(statistics.median(r["attach_s"][-1] for r in results), 3),
+            }
+        )
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    content = {"shape": {name: getattr(args, name) for name in shape}, "rows": rows, "runs": runs}
+    args.json.write_text(json.dumps(content, indent=2) + "\n")
+    print("| arm | tensors MiB | resident MiB | on disk MiB | open base s | attach first s | attach last s |")
+    print("|---|---:|---:|---:|---:|---:|---:|")
+    for row in rows:
+        print("| " + " | ".join(str(value) for value in row.values()) + " |")
+
+
+if __name__ == "__main__":
+    main()
