@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import poe.modeling
-from conftest import BASES, scramble, token_ids
+from conftest import EXEMPLARS, scramble, token_ids
 from poe import Cascade, StageConfig
 from poe.errors import SourceError
 from poe.loaders.stage_folder import network_files
@@ -82,7 +82,7 @@ def prompts() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def stages(saved_base, tmp_path_factory) -> dict[str, str]:
     """A scrambled stage on every base in every dtype with every head, and a chain of two per base; name -> folder."""
     root, folders = tmp_path_factory.mktemp("stages"), {}
-    for name in BASES:
+    for name in EXEMPLARS:
         for label, dtype in DTYPES.items():
             cascade = Cascade.from_pretrained(saved_base(name, dtype))
             for head in HEADS:

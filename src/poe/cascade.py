@@ -10,7 +10,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from poe.errors import DeltaError, FamilyError, suggest
 from poe.loaders.places import embedded_folders, place
-from poe.modeling.families import family_of
 from poe.modeling.fingerprint import fingerprint_tensors
 from poe.modeling.growth import keep_in_step
 from poe.modeling.lineage import (
@@ -26,6 +25,7 @@ from poe.modeling.lineage import (
 from poe.modeling.modeling_poe import PoEConfig, PoEForCausalLM
 from poe.modeling.modeling_poe_stage import PoEStageConfig, PoEStageForCausalLM
 from poe.modeling.opening import load_base, load_stages
+from poe.modeling.recognition import recognise
 from poe.modeling.stage import Stage, assemble, build_stage, cut_graph_below, stop_input_gradients
 from poe.modeling.stage_config import StageConfig
 
@@ -46,7 +46,7 @@ class Cascade:
     """
 
     def __init__(self, base_model: PreTrainedModel, tokenizer: Any = None, *, source: BaseSource | None = None) -> None:
-        family_of(base_model.config)
+        recognise(base_model)
         self.base = base_model.requires_grad_(False)
         self.tokenizer = tokenizer
         self.stages: dict[str, Stage] = {}

@@ -2,12 +2,16 @@
 
 A flat family is a causal language model whose backbone is an embedding, a list of decoder layers that it runs one
 after the other, a final norm and an output head. Appending layers of its own class to such a model gives a deeper
-model of the same kind, so a declaration is all that a new family needs: one line in `FAMILIES`.
+model of the same kind, so a declaration is all that a new family needs: one line in `FAMILIES`. A family that is not
+declared is found by its structure and then tried (recognition.py).
 """
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -16,11 +20,14 @@ from .failures import FamilyError
 
 @dataclass(frozen=True)
 class Family:
-    """Where the parts of one `model_type` are, as attribute paths.
+    """Where the parts of one `model_type` are, by name.
 
-    `backbone`, `head` count from the model, `layers`, `norm` from the backbone, `outputs` from one decoder layer:
-    these are the projections that write into the residual stream, zero in a new stage. `layer_type` is the entry of
-    `config.layer_types` that a new layer gets, where the config has that list.
+    `backbone`, `head` are children of the model, `layers`, `norm` of the backbone. `outputs` are paths within a decoder
+    layer to the modules that write into the residual stream, silent in a new stage: projections, or the norms that
+    follow them. (A zero projection below a norm would be the identity too, but only until its first step: the norm
+    makes a vector of full size of the smallest change.) A new layer is like the base's last layer of type `layer_type`,
+    where `config.layer_types` has that type, else like its last one: it takes that layer's entry of every list in the
+    config that has one per layer, unless `per_layer` names the entry.
     """
 
     model_type: str
@@ -30,6 +37,7 @@ class Family:
     head: str = "lm_head"
     outputs: tuple[str, ...] = ("self_attn.o_proj", "mlp.down_proj")
     layer_type: str = "full_attention"
+    per_layer: Mapping[str, Any] = field(default_factory=dict)
 
     def backbone_of(self, model: PreTrainedModel) -> nn.Module:
         """Return the module that holds the embedding, the layers and the final norm."""
@@ -45,36 +53,101 @@ class Family:
         """Return the module that turns hidden states (..., width) into logits (..., vocabulary)."""
         return model.get_submodule(self.head)
 
+    def pattern_of(self, config: PreTrainedConfig) -> int:
+        """Return the index of the base's layer that new layers are like."""
+        types = list(getattr(config, "layer_types", None) or ())[: config.num_hidden_layers]
+        alike = [index for index, kind in enumerate(types) if kind == self.layer_type]
+        return alike[-1] if alike else config.num_hidden_layers - 1
+
+
+_POST_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
 
 FAMILIES: dict[str, Family] = {
-    family.model_type: family for family in (Family("llama"), Family("poe"), Family("qwen2"), Family("qwen3"))
+    family.model_type: family
+    for family in (
+        Family("gemma2", outputs=_POST_NORMS),
+        Family("gemma3_text", outputs=_POST_NORMS),
+        Family("granite"),
+        Family("llama"),
+        Family("mistral"),
+        Family("nanochat", outputs=("self_attn.o_proj", "mlp.fc2")),
+        Family("olmo2", outputs=_POST_NORMS),
+        Family("phi3"),
+        Family("poe"),
+        Family("qwen2"),
+        Family("qwen3"),
+        Family("smollm3", per_layer={"no_rope_layers": 1}),  # 1 is a layer with rotary positions, 0 one without any
+    )
+}
+
+# Flat in name only: no layer could be added that does what a stage's must. model type -> why.
+CANNOT_GROW = {
+    "hrm_text": "it is recurrent, its layers run again in every cycle, and so would new ones",
 }
 
 
-def family_of(config: PreTrainedConfig) -> Family:
-    """Return the declaration for a config's `model_type`; raises `FamilyError` naming the known ones."""
-    family = FAMILIES.get(config.model_type)
+def family_of(base: PreTrainedModel) -> Family:
+    """Return a base's declaration, or what `recognition.recognise` found; raises `FamilyError` if there is neither."""
+    family = FAMILIES.get(base.config.model_type) or vars(base).get("_poe_family")
     if family is None:
         raise FamilyError(
-            f"A base of model type {config.model_type!r} cannot be grown: expected "
-            f"{', '.join(sorted(FAMILIES))}. "
-            "If its decoder layers run one after the other, declare it in poe/modeling/families.py."
+            f"A base of model type {base.config.model_type!r} is not known to grow: expected one of "
+            f"{', '.join(sorted(FAMILIES))}, or a base that recognise() has accepted."
         )
     return family
 
 
-def grown_config(config: PreTrainedConfig, below: int, count: int) -> PreTrainedConfig:
+def grown_config(config: PreTrainedConfig, family: Family, below: int, count: int) -> PreTrainedConfig:
     """Return a copy of a base's config for a model of `below` layers and `count` new ones on top, head untied.
 
     `below` may be smaller than the base's depth (the layers above it are skipped) or larger (other stages' layers
-    lie in between, which are of the family's full-attention type, as the new ones are).
+    lie in between, which are like the new ones).
     """
-    family = family_of(config)
     grown = copy.deepcopy(config)
-    types = getattr(config, "layer_types", None)
-    grown.num_hidden_layers = below + count
-    if types is not None:
-        padding = [family.layer_type] * max(0, below + count - len(types[:below]))
-        grown.layer_types = list(types[:below]) + padding
+    depth, total, pattern = config.num_hidden_layers, below + count, family.pattern_of(config)
+    for name, values in _lists_per_layer(config, family).items():
+        kept = list(values[: min(below, depth)])
+        entry = family.per_layer.get(name, values[pattern])
+        setattr(grown, name, type(values)([*kept, *[entry] * (total - len(kept))]))
+    if (getattr(config, "max_window_layers", None) or 0) >= depth:
+        # "No layer has a window": it must not come to mean that the new ones do.
+        grown.max_window_layers = max(config.max_window_layers, total)
+    grown.num_hidden_layers = total
     grown.tie_word_embeddings = False
     return grown
+
+
+@dataclass(frozen=True)
+class Logits:
+    """What a family does to its head's output x: `softcap * tanh(scale * x / softcap)`, without a cap `scale * x`."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Map what the head returns (..., vocabulary) to logits of the same shape."""
+        outputs = outputs if self.scale == 1.0 else outputs * self.scale
+        return outputs if self.softcap is None else self.softcap * torch.tanh(outputs / self.softcap)
+
+
+def logits_of(config: PreTrainedConfig) -> Logits:
+    """Return how a model's logits follow from its head, read from the names that the ecosystem reads.
+
+    `final_logit_softcapping` caps, `logit_scale` multiplies (Cohere), `logits_scaling` divides (Granite).
+    """
+    scale = getattr(config, "logit_scale", None) or 1.0
+    divisor = getattr(config, "logits_scaling", None) or 1.0
+    return Logits(scale / divisor, getattr(config, "final_logit_softcapping", None))
+
+
+def _lists_per_layer(config: PreTrainedConfig, family: Family) -> dict[str, Any]:
+    """Return the config's lists that have one entry per layer, by name."""
+    depth = config.num_hidden_layers
+    named = {"layer_types", *family.per_layer}
+    found = {}
+    for name, value in vars(config).items():
+        if not isinstance(value, (list, tuple)) or hasattr(PreTrainedConfig, name) or name.endswith("token_id"):
+            continue
+        if len(value) == depth or (name in named and len(value) > depth):
+            found[name] = value
+    return found

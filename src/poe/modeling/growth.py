@@ -23,16 +23,17 @@ def build_layers(
     """Return `count` new decoder layers of the base's own class, to stand on `below` layers.
 
     They are initialised as the family does it, from `seed` alone and on the CPU, so the values do not depend on the
-    device; then the projections that write into the residual stream are set to zero, which makes the new layers the
+    device; then the modules that write into the residual stream are made to write zero, so the new layers are the
     identity. They are in `dtype` (default: the base's) on the device of the base's last layer.
     """
-    family = family_of(base.config)
+    family = family_of(base)
     base_layers = family.layers_of(base)
-    config = grown_config(base.config, below, count)
+    layer_class = type(base_layers[family.pattern_of(base.config)])
+    config = grown_config(base.config, family, below, count)
     layers_config = _layers_config(base)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
         torch.manual_seed(seed)
-        layers = nn.ModuleList(type(base_layers[-1])(config, below + index) for index in range(count))
+        layers = nn.ModuleList(layer_class(config, below + index) for index in range(count))
         for module in layers.modules():
             base._init_weights(module)
             if getattr(module, "config", None) is config:
@@ -40,8 +41,7 @@ def build_layers(
                 setattr(module, "config", layers_config)  # noqa: B010
         for layer in layers:
             for path in family.outputs:
-                for tensor in layer.get_submodule(path).parameters(recurse=False):
-                    tensor.zero_()
+                _silence(layer.get_submodule(path))
     layers.to(device=_device_of(base_layers[min(below, len(base_layers)) - 1]), dtype=dtype or base.dtype)
     if len(set(getattr(base, "hf_device_map", {}).values())) > 1:
         for layer in layers:
@@ -57,11 +57,11 @@ def shell(
     Everything but `layers` and `head` is the base's own module, not a copy; the config is a grown copy with an untied
     head. The new model has the base's generation config and training mode.
     """
-    family = family_of(base.config)
+    family = family_of(base)
     base_layers = family.layers_of(base)
     below = len(base_layers) if below is None else below
     with torch.device("meta"):
-        model = type(base)(grown_config(base.config, below, len(layers)))
+        model = type(base)(grown_config(base.config, family, below, len(layers)))
     backbone, base_backbone = family.backbone_of(model), family.backbone_of(base)
     _record_outputs_once(base_backbone, backbone, family.layers, layers)
     _share(base_backbone, backbone, {family.layers})
@@ -78,7 +78,7 @@ def shell(
 
 def keep_in_step(base: PreTrainedModel, model: PreTrainedModel) -> None:
     """Make `set_attn_implementation` on a shell, its siblings or the base reach all that share layers with it."""
-    backbone = family_of(base.config).backbone_of(model)
+    backbone = family_of(base).backbone_of(model)
     backbone.register_forward_pre_hook(SameAttention(model.config, _layers_config(base)))
 
 
@@ -87,7 +87,7 @@ def settle(base: PreTrainedModel, model: PreTrainedModel) -> PreTrainedModel:
 
     The folded head becomes an `nn.Linear` with a weight of its own. `base` must not be used afterwards.
     """
-    family = family_of(base.config)
+    family = family_of(base)
     folded = family.head_of(model)
     assert isinstance(folded, FoldedHead)
     with torch.no_grad():
@@ -126,11 +126,20 @@ class SameAttention:
 
 def _layers_config(base: PreTrainedModel) -> PreTrainedConfig:
     """Return the config object that the base's own layers read."""
-    for module in family_of(base.config).layers_of(base).modules():
+    for module in family_of(base).layers_of(base).modules():
         config = getattr(module, "config", None)
         if isinstance(config, PreTrainedConfig):
             return config
     return base.config
+
+
+def _silence(module: nn.Module) -> None:
+    """Set a module's own parameters to zero, or to minus one in a norm that multiplies by one plus its weight."""
+    parameters = list(module.parameters(recurse=False))
+    for tensor in parameters:
+        tensor.zero_()
+    if not isinstance(module, nn.Linear) and parameters and module(torch.ones_like(parameters[0])).any():
+        parameters[0].fill_(-1.0)
 
 
 def _share(source: nn.Module, target: nn.Module, without: set[str]) -> None:

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from .delta_file import read_delta
 from .failures import FamilyError, SourceError
-from .families import FAMILIES
+from .families import CANNOT_GROW, FAMILIES
 from .lineage import BaseSource, Lineage, fetch
 from .modeling_poe import PoEConfig, PoEForCausalLM
 from .stage import Stage, build_stage
@@ -25,13 +25,13 @@ def load_base(
     """Load a base in evaluation mode; `options` are those of `from_pretrained` (dtype, device_map, ...).
 
     A PoE base is loaded by the class that lies beside this file, any other by its transformers class. Raises
-    `FamilyError` before reading weights if it cannot be grown, `SourceError` if they cannot be read.
+    `FamilyError` before reading weights if it is known that it cannot be grown or if it is no causal language model,
+    `SourceError` if they cannot be read. Whether a base of an undeclared family can be grown, `recognise` says.
     """
     model_type = str(config.get("model_type"))
-    if model_type not in FAMILIES:
+    if model_type in CANNOT_GROW:
         raise FamilyError(
-            f"{source.repo} is of model type {model_type!r}, which cannot be grown: expected one of "
-            f"{', '.join(sorted(FAMILIES))}."
+            f"{source.repo} is of model type {model_type!r}, which cannot be grown: {CANNOT_GROW[model_type]}."
         )
     loader: Any = PoEForCausalLM if model_type == "poe" else AutoModelForCausalLM
     assert source.repo is not None
@@ -46,6 +46,12 @@ def load_base(
         )
     except OSError as error:
         raise SourceError(f"The base {source.repo} could not be loaded: {error}") from error
+    except ValueError as error:
+        if model_type in FAMILIES:
+            raise
+        raise FamilyError(
+            f"{source.repo} is of model type {model_type!r}, which AutoModelForCausalLM does not open: {error}"
+        ) from error
     assert isinstance(model, PreTrainedModel)
     return model.eval()
 

@@ -13,6 +13,7 @@ from .failures import DeltaError
 from .families import family_of
 from .growth import build_layers, shell
 from .heads import FoldedHead, build_head
+from .recognition import recognise
 from .stage_config import StageConfig
 
 
@@ -105,7 +106,7 @@ def build_stage(
     Its values depend on `seed` alone. They are in `dtype` (default: the base's), next to the base's last layer and
     the base's head. Raises `FamilyError` for a base that cannot be grown, `DeltaError` for a config that does not fit.
     """
-    family = family_of(base.config)
+    family = recognise(base)
     depth = len(family.layers_of(base)) if parent is None else parent.below + len(parent.layers)
     below = config.attachment(depth)
     base_head = family.head_of(base)
@@ -124,7 +125,7 @@ def assemble(base: PreTrainedModel, stage: Stage) -> PreTrainedModel:
     """
     chain = stage.chain
     layers = [layer for link in chain for layer in link.layers]
-    head = FoldedHead(family_of(base.config).head_of(base), [link.head for link in chain])
+    head = FoldedHead(family_of(base).head_of(base), [link.head for link in chain])
     model = shell(base, layers, head, below=chain[0].below)
     if stage.generation_config is not None:
         model.generation_config = copy.deepcopy(stage.generation_config)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from poe.data.packing import Batch
 from poe.errors import OutputError, TrainingError
+from poe.modeling.families import logits_of
 from poe.stages.recipe import BaseRecipe, Plan
 from poe.training.checkpoint import (
     has_checkpoint,
@@ -81,6 +82,7 @@ class Engine:
         self.model, self.plan, self.train, self.val, self.run_folder = model, plan, train, val, run
         self.parameters = list(parameters)
         self.token_bytes = token_bytes
+        self.logits = logits_of(model.config)
         self.num_steps = num_steps
         self.progress = progress
         self.rows_per_step = plan.tokens_per_step // plan.seq_len
@@ -175,9 +177,6 @@ class Engine:
         backbone = getattr(self.model, self.model.base_model_prefix)
         return backbone(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).last_hidden_state
 
-    def _softcap(self) -> float | None:
-        return getattr(self.model.config, "final_logit_softcapping", None)
-
     def _batches(self, batch: Batch) -> Iterator[Batch]:
         device = self.model.device
         for parts in zip(*(t.split(self.rows_per_batch) for t in batch), strict=True):
@@ -190,7 +189,7 @@ class Engine:
         trained = int((batch.labels != -100).sum())
         total = 0.0
         for part in self._batches(batch):
-            loss = cross_entropy_sum(self._hidden(part), self._head_weight(), part.labels, self._softcap())
+            loss = cross_entropy_sum(self._hidden(part), self._head.weight, part.labels, self.logits, self._head.bias)
             (loss / max(trained, 1)).backward()
             total += loss.item()
         loss_per_token = total / max(trained, 1)
@@ -205,8 +204,9 @@ class Engine:
         self.optimizer.zero_grad(set_to_none=True)
         return loss_per_token, batch.input_ids.numel()
 
-    def _head_weight(self) -> Tensor:
-        return self.model.get_output_embeddings().weight
+    @property
+    def _head(self) -> nn.Module:
+        return self.model.get_output_embeddings()
 
     @torch.no_grad()
     def _evaluate(self, step: int, metrics: Any) -> None:
@@ -220,7 +220,9 @@ class Engine:
             count = min(self.rows_per_batch, self.val.num_rows - start)
             rows = [self.val.batch(start + i, 1) for i in range(count)]
             part = Batch(*(torch.cat(tensors).to(self.model.device) for tensors in zip(*rows, strict=True)))
-            losses = per_label_losses(self._hidden(part), self._head_weight(), part.labels, self._softcap()).double()
+            losses = per_label_losses(
+                self._hidden(part), self._head.weight, part.labels, self.logits, self._head.bias
+            ).double()
             sizes = self.token_bytes.to(part.labels.device)[part.labels[part.labels != -100]]
             nats += losses.sum().item()
             labels_seen += losses.numel()

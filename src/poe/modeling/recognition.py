@@ -1,0 +1,238 @@
+"""Bases of families that nobody declared: found by their structure, then tried, and only then accepted.
+
+The structure says where the parts are: the backbone by `base_model_prefix`, its one list of decoder layers, the output
+embeddings, and, from the order of calls in one small forward pass, the final norm and the modules that write into the
+residual stream. The trial grows the base by one layer and asks for what every stage relies on.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .failures import FamilyError
+from .families import CANNOT_GROW, FAMILIES, Family, family_of, grown_config, logits_of
+from .growth import build_layers, shell
+from .heads import FoldedHead
+
+
+def recognise(base: PreTrainedModel) -> Family:
+    """Return a base's family: the declared one, or for another model type what its structure says, once it is tried.
+
+    The trial costs nine forward passes over two rows of six tokens or fewer, once per base object. Raises
+    `FamilyError` saying what is missing; the base is then as it was.
+    """
+    if base.config.model_type in FAMILIES or "_poe_family" in vars(base):
+        return family_of(base)
+    if base.config.model_type in CANNOT_GROW:
+        raise _refusal(base, CANNOT_GROW[base.config.model_type])
+    training = [module for module in base.modules() if module.training]
+    try:
+        base.eval()
+        with torch.no_grad():
+            _try(base)
+    except FamilyError:
+        vars(base).pop("_poe_family", None)
+        raise
+    except Exception as error:  # whatever a network that we do not know raises when it is used as a flat one
+        vars(base).pop("_poe_family", None)
+        raise _refusal(base, f"the trial ended with {type(error).__name__}: {error}") from error
+    finally:
+        for module in training:
+            module.training = True
+    return family_of(base)
+
+
+def _try(base: PreTrainedModel) -> None:
+    """Find a base's family, note it on the base, and check it; raises `FamilyError`, or anything."""
+    backbone, layers, head = _parts(base)
+    family = Family(str(base.config.model_type), backbone=backbone, layers=layers, head=head)
+    ids = _some_ids(base)
+    with _watch(base, family) as seen:
+        expected = _in_two_steps(base, ids)
+    seen.check(base)
+    base._poe_family = Family(  # type: ignore[assignment]
+        family.model_type, backbone, layers, seen.norm(base), head, outputs=seen.outputs(base)
+    )
+    depth = len(family.layers_of(base))
+    new = build_layers(base, 1, depth)
+    grown = shell(base, new, FoldedHead(family.head_of(base), [])).eval()
+    if not torch.equal(_in_two_steps(grown, ids), expected):
+        raise _refusal(
+            base,
+            f"a new layer with {' and '.join(family_of(base).outputs)} at zero changes the "
+            "logits (as where experts or other modules write into the residual stream too)",
+        )
+    generator = torch.Generator().manual_seed(0)
+    for parameter in new.parameters():
+        noise = torch.randn(parameter.shape, generator=generator) * base.config.hidden_size**-0.5
+        parameter.add_(noise.to(parameter))
+    changed = _in_two_steps(grown, ids)
+    effect = (changed - expected).abs().amax(dim=(0, 2))
+    if not (effect > 0).all():
+        raise _refusal(base, "a new layer with random weights does not change the logits")
+    uncached = grown(ids, use_cache=False).logits.float()
+    if (changed - uncached).abs().max() > 0.1 * effect.max():
+        raise _refusal(base, "with a new layer, the key-value cache gives other logits than none")
+    _check_packing(base, ids)
+
+
+def _parts(base: PreTrainedModel) -> tuple[str, str, str]:
+    """Return the names of the backbone, of its list of layers, and of the head."""
+    config = base.config
+    if getattr(config, "is_encoder_decoder", False):
+        raise _refusal(base, "it has an encoder")
+    depth = getattr(config, "num_hidden_layers", None)
+    if not isinstance(depth, int):
+        raise _refusal(base, "its config has no num_hidden_layers")
+    backbone = dict(base.named_children()).get(base.base_model_prefix)
+    if backbone is None:
+        raise _refusal(base, f"it has no child {base.base_model_prefix!r}, which base_model_prefix names")
+    lists = [n for n, child in backbone.named_children() if isinstance(child, nn.ModuleList) and len(child) == depth]
+    if len(lists) != 1:
+        raise _refusal(base, f"{base.base_model_prefix!r} holds {len(lists)} lists of {depth} layers, not one")
+    output = base.get_output_embeddings()
+    heads = [name for name, child in base.named_children() if child is output]
+    if output is None or not heads:
+        raise _refusal(base, "it has no output embeddings of its own")
+    return base.base_model_prefix, lists[0], heads[0]
+
+
+@dataclass
+class _Seen:
+    """What a base did in one forward pass: names in the order of the calls, and the values at its seams."""
+
+    family: Family
+    in_backbone: list[str] = field(default_factory=list)
+    layers: list[int] = field(default_factory=list)
+    writers: dict[str, str] = field(default_factory=dict)  # block of a layer -> its last module, a path in the layer
+    written: tuple[str, torch.Tensor] | None = None  # the block that ran last, and the output of its last module
+    tensors: bool = True
+    hidden: torch.Tensor | None = None
+    head_input: torch.Tensor | None = None
+    head_output: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+
+    def norm(self, base: PreTrainedModel) -> str:
+        """Return the name of the module that runs after the last layer."""
+        if self.in_backbone[-1] == self.family.layers:
+            raise _refusal(base, "no norm runs after its last layer")
+        return self.in_backbone[-1]
+
+    def outputs(self, base: PreTrainedModel) -> tuple[str, ...]:
+        """Return the last module to be called in each block of a layer (attention, MLP)."""
+        if not self.writers:
+            raise _refusal(base, "its layers have no nn.Linear that writes into the residual stream")
+        return tuple(self.writers.values())
+
+    def linear_ran(self, name: str, args: tuple[Any, ...], output: torch.Tensor) -> None:
+        """Take note of a projection: the last one of a block writes, unless a norm follows it."""
+        block = name.rpartition(".")[0].partition(".")[0]
+        self.writers[block], self.written = name, (block, output)
+
+    def norm_ran(self, name: str, args: tuple[Any, ...], output: torch.Tensor) -> None:
+        """Take note of a norm of a layer: one that reads what a block's projection wrote stands at that block's end."""
+        if self.written is not None and args and args[0].data_ptr() == self.written[1].data_ptr():
+            self.writers[self.written[0]] = name
+
+    def check(self, base: PreTrainedModel) -> None:
+        """Raise `FamilyError` unless the layers ran in order, once each, and the logits follow from the head."""
+        depth = base.config.num_hidden_layers
+        if self.layers != list(range(depth)):
+            raise _refusal(base, f"its {depth} layers do not run once each, in order: {self.layers[:8]}")
+        if not self.tensors:
+            raise _refusal(base, "its layers do not take the hidden states first and return them alone")
+        if self.hidden is None or self.head_input is None or not torch.equal(self.hidden, self.head_input):
+            raise _refusal(base, "its head does not read the backbone's last_hidden_state")
+        assert self.head_output is not None
+        assert self.logits is not None
+        expected, logits = logits_of(base.config)(self.head_output), self.logits
+        if logits.shape != expected.shape or not torch.allclose(logits, expected, rtol=1e-2, atol=1e-3):
+            raise _refusal(
+                base,
+                "its logits are not its head's output, scaled and capped as logit_scale, logits_scaling and "
+                "final_logit_softcapping in its config say",
+            )
+
+
+@contextmanager
+def _watch(base: PreTrainedModel, family: Family) -> Iterator[_Seen]:
+    """Record the first forward pass of a base."""
+    seen, layers = _Seen(family), family.layers_of(base)
+    pattern = family.pattern_of(base.config)
+    with torch.device("meta"):  # a quantised base has other classes where a new layer has nn.Linear
+        config = grown_config(base.config, family, len(layers), 1)
+        fresh = type(layers[pattern])(config, pattern)
+        linear = [name for name, module in fresh.named_modules() if isinstance(module, nn.Linear)]
+        norms = [
+            name for name, child in fresh.named_children() if [p.dim() for p in child.parameters()] in ([1], [1, 1])
+        ]
+    hooks = []
+
+    def on(module: nn.Module, record: Any) -> None:
+        hooks.append(
+            module.register_forward_hook(lambda m, args, out: None if seen.logits is not None else record(args, out))
+        )
+
+    def layer_ran(index: int, args: tuple[Any, ...], output: Any) -> None:
+        seen.in_backbone.append(family.layers)
+        seen.layers.append(index)
+        seen.tensors &= bool(args) and isinstance(args[0], torch.Tensor) and isinstance(output, torch.Tensor)
+        seen.tensors &= seen.tensors and args[0].shape == output.shape
+
+    def set_head(args: tuple[Any, ...], output: Any) -> None:
+        seen.head_input, seen.head_output = args[0], output
+
+    for index, layer in enumerate(layers):
+        on(layer, lambda args, output, index=index: layer_ran(index, args, output))
+    for name in linear:
+        on(layers[pattern].get_submodule(name), lambda args, output, name=name: seen.linear_ran(name, args, output))
+    for name in norms:
+        on(layers[pattern].get_submodule(name), lambda args, output, name=name: seen.norm_ran(name, args, output))
+    backbone = family.backbone_of(base)
+    for name, child in backbone.named_children():
+        if name != family.layers:
+            on(child, lambda args, output, name=name: seen.in_backbone.append(name))
+    on(backbone, lambda args, output: setattr(seen, "hidden", getattr(output, "last_hidden_state", output[0])))
+    on(family.head_of(base), set_head)
+    on(base, lambda args, output: setattr(seen, "logits", output.logits))
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _check_packing(base: PreTrainedModel, ids: torch.Tensor) -> None:
+    """Raise `FamilyError` unless positions that start anew keep the documents of a row apart, as training needs it."""
+    half = ids.shape[1] // 2
+    positions = torch.arange(half, device=ids.device).repeat(2)[None].expand_as(ids)
+    packed = base(ids, position_ids=positions, use_cache=False).logits[:, half:].float()
+    alone = base(ids[:, half:], use_cache=False).logits.float()
+    if (packed - alone).abs().max() > 0.05 * alone.abs().max():
+        raise _refusal(base, "documents in one row see each other although their position_ids start anew")
+
+
+def _some_ids(base: PreTrainedModel) -> torch.Tensor:
+    """Return two rows of six tokens that do not depend on any state."""
+    ids = torch.randint(0, base.config.vocab_size, (2, 6), generator=torch.Generator().manual_seed(0))
+    return ids.to(base.get_input_embeddings().weight.device)
+
+
+def _in_two_steps(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """Return logits (rows, tokens, vocabulary) in fp32, the last token's through the key-value cache."""
+    first = model(ids[:, :-1], use_cache=True)
+    last = model(ids[:, -1:], past_key_values=first.past_key_values, use_cache=True)
+    return torch.cat([first.logits, last.logits], dim=1).float()
+
+
+def _refusal(base: PreTrainedModel, reason: str) -> FamilyError:
+    return FamilyError(
+        f"A base of model type {base.config.model_type!r} cannot be grown: {reason}. Expected one of "
+        f"{', '.join(sorted(FAMILIES))}, or a model whose layers run one after the other, each once, between an "
+        "embedding and a norm with a head. If it is one, declare it in poe/modeling/families.py."
+    )

@@ -1,0 +1,160 @@
+"""Which families can be grown, tried on tiny models, and the page that says so.
+
+`python tests/families_table.py` writes docs/families.md; a test fails when that page is out of date.
+"""
+
+import functools
+from pathlib import Path
+
+import transformers
+from transformers import T5Config, T5ForConditionalGeneration
+
+from conftest import BASES, VOCABULARY, tiny_base, tiny_model
+from poe.errors import FamilyError
+from poe.modeling.families import FAMILIES, Family, Logits, logits_of
+from poe.modeling.recognition import recognise
+
+PAGE = Path(__file__).parents[1] / "docs" / "families.md"
+DEEPER = {"num_hidden_layers": 3}
+# model type -> fields of the config of a tiny one. Not declared; the trial accepts them.
+ACCEPTED: dict[str, dict] = {
+    "apertus": {},
+    "arcee": {},
+    "cohere": {},
+    "cohere2": {},
+    "cwm": {},
+    "ernie4_5": {},
+    "exaone4": {},
+    "gemma": {"head_dim": 8},
+    "glm": {"head_dim": 8},
+    "glm4": {"head_dim": 8},
+    "gpt_neox": {},
+    "helium": {"head_dim": 8},
+    "hunyuan_v1_dense": {"head_dim": 8},
+    "nemotron": {},
+    "olmo": {},
+    "olmo3": {},
+    "persimmon": {},
+    "phi": {"num_key_value_heads": 4},
+    "seed_oss": {"head_dim": 8},
+    "stablelm": {},
+    "starcoder2": {},
+}
+HYBRID = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
+# Refused, with a part of the reason.
+REFUSED: dict[str, tuple[dict, str]] = {
+    "bloom": ({}, "do not take the hidden states first and return them alone"),
+    "falcon": ({}, "do not take the hidden states first and return them alone"),
+    "gpt2": ({}, "no nn.Linear that writes"),
+    "gpt_oss": ({}, "write into the residual stream too"),
+    "hrm_text": ({}, "recurrent"),
+    "lfm2": ({"layer_types": ["conv", "full_attention", "conv"]}, "documents in one row see each other"),
+    "mamba": ({}, "the trial ended with"),
+    "minicpm3": (
+        {
+            "qk_nope_head_dim": 8,
+            "qk_rope_head_dim": 4,
+            "v_head_dim": 8,
+            "q_lora_rank": 8,
+            "kv_lora_rank": 8,
+            "num_key_value_heads": 4,
+        },
+        "does not read the backbone's last_hidden_state",
+    ),
+    "mixtral": ({}, "write into the residual stream too"),
+    "opt": ({}, "holds 0 lists of 3 layers"),
+    "qwen3_moe": ({}, "write into the residual stream too"),
+    "qwen3_next": (HYBRID, "write into the residual stream too"),
+    "t5": ({}, "it has an encoder"),
+    "xglm": ({}, "documents in one row see each other"),
+}
+
+
+def exists(model_type: str) -> bool:
+    """Return whether the installed transformers has this family."""
+    return model_type in transformers.CONFIG_MAPPING
+
+
+@functools.cache
+def outcome(model_type: str) -> tuple[Family, Logits] | str:
+    """Try a tiny model of an undeclared family: what was found, or why it was refused."""
+    if model_type == "t5":
+        config = T5Config(vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+        model = T5ForConditionalGeneration(config)
+    else:
+        fields = ACCEPTED[model_type] if model_type in ACCEPTED else REFUSED[model_type][0]
+        model = tiny_model(model_type, {**DEEPER, **fields})
+    try:
+        return recognise(model), logits_of(model.config)
+    except FamilyError as error:
+        return str(error)
+
+
+def page() -> str:
+    """Return docs/families.md as it should be."""
+    lines = [
+        "# Families",
+        "",
+        f"Written by `python tests/families_table.py` with transformers {transformers.__version__}; do not edit.",
+        "",
+        "A base can be grown if its decoder layers run one after the other. What holds for each: a new stage is",
+        "exactly the model below it, and its first step is a small one; off, it is gone; the logits are one matmul of",
+        "the folded head; greedy tokens do not depend on cache or left padding; documents packed into a row do not see",
+        "each other; training's loss is that of the model's own logits; files come back as the same bytes, alone and",
+        "in a chain.",
+        "",
+        "## Declared",
+        "",
+        "New layers are of the full-attention type where a family has several, with rotary positions where some of",
+        "its layers have none. *Silent* are the modules that write nothing in a new layer: projections at zero, or,",
+        "where a norm follows the projection, that norm.",
+        "",
+        "| model type | silent in a new layer | tested as |",
+        "|---|---|---|",
+    ]
+    for name, family in sorted(FAMILIES.items()):
+        tested = ", ".join(base for base, (model_type, _) in BASES.items() if model_type == name)
+        lines.append(f"| {name} | {_names(family)} | {tested} |")
+    lines += [
+        "",
+        "## Found by structure",
+        "",
+        "A base of another family is taken apart and tried when it is opened (nine forward passes over two rows of",
+        "six tokens), and accepted only if a silent new layer leaves its logits equal to the last bit, a loud one",
+        "changes them, the key-value cache agrees, packed documents stay apart, and the logits are the head's output,",
+        "scaled and capped as its config says. These were tried as tiny models; others may well pass.",
+        "",
+        "| model type | silent in a new layer | logits |",
+        "|---|---|---|",
+    ]
+    for name in ACCEPTED:
+        found = outcome(name)
+        assert not isinstance(found, str), found
+        lines.append(f"| {name} | {_names(found[0])} | {_logits(found[1])} |")
+    lines += ["", "## Refused", "", "| model type | why |", "|---|---|"]
+    for name in REFUSED:
+        reason = str(outcome(name)).partition("cannot be grown: ")[2].partition(". Expected one of")[0]
+        lines.append(f"| {name} | {reason} |")
+    return "\n".join(lines) + "\n"
+
+
+def _names(family: Family) -> str:
+    return ", ".join(f"`{name}`" for name in family.outputs)
+
+
+def _logits(logits: Logits) -> str:
+    parts = [f"scaled by {logits.scale:g}"] if logits.scale != 1.0 else []
+    return ", ".join(parts + ([f"capped at {logits.softcap:g}"] if logits.softcap else [])) or "plain"
+
+
+def declared_and_found(name: str) -> tuple[Family, Family]:
+    """Return a declaration, and what the trial finds in a base of that family when it is not declared."""
+    declared = FAMILIES.pop(BASES[name][0])
+    try:
+        return declared, recognise(tiny_base(name))
+    finally:
+        FAMILIES[declared.model_type] = declared
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
