@@ -250,6 +250,18 @@ class Cascade:
         stage = self._stage(name)
         return save_stage_folder(self, stage, Path(folder), training=training, dtype=dtype, prompt=prompt)
 
+    def export_native(self, name: str, folder: str | os.PathLike[str], *, max_shard_size: int | str = "5GB") -> Path:
+        """Write the model that ends in a stage as an ordinary checkpoint of the base's family and return its path.
+
+        Plain `AutoModelForCausalLM.from_pretrained(folder)` then gives the same logits without this package (a PoE
+        base needs `trust_remote_code=True`: its file travels along). Weights are in the base's dtype, in files of at
+        most `max_shard_size`. Raises `FamilyError` for a quantised or offloaded base, `OutputError` for a folder that
+        is not empty or a disk that is full.
+        """
+        from poe.loaders.native import export_native
+
+        return export_native(self, self._stage(name), Path(folder), max_shard_size=max_shard_size)
+
     def push_to_hub(self, repo_id: str, stage: str | None = None, **options: Any) -> str:
         """Upload a stage (default: the active one) to a Hub repository and return its address."""
         from poe.loaders.hub import push_stage

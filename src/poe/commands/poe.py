@@ -90,6 +90,22 @@ def inspect(repo: Repo, base: Base = None) -> None:
 
 
 @app.command()
+def export(
+    repo: Repo,
+    native: Annotated[Path, typer.Option(help="new folder for an ordinary checkpoint of the base's family")],
+    base: Base = None,
+    max_shard_size: Annotated[str, typer.Option(help="largest weight file: a number and a unit")] = "5GB",
+) -> None:
+    """Write a stage and all it stands on as an ordinary checkpoint, for programs that know nothing of stages.
+
+    The base's layers, the stages' on top, and the folded head: plain transformers loads it with the same logits.
+    """
+    cascade = _open_stage(repo, base)
+    folder = cascade.export_native(cascade.active, native, max_shard_size=max_shard_size)
+    out.print(f"{folder}: {cascade.config.model_type}, {_size(folder)}", markup=False)
+
+
+@app.command()
 def fold(
     repo: Repo,
     to: Annotated[Path, typer.Option("--out", help="folder for the stage that carries the whole chain")],
