@@ -410,4 +410,4 @@ def test_reading_returns_what_was_written(tmp_path: Path) -> None:
     assert all(torch.equal(got[name], tensor) for name, tensor in tensors.items())
     assert read_delta_header(path).self_fingerprint == fingerprint
     with pytest.raises(DeltaError, match="float32, bfloat16 or float16"):
-        write_delta(path, tensors, stage="t", base_fingerprint="b", dtype=torch.int8)
+        write_delta(path, tensors, stage="t", base_fingerprint="b", dtype=torch.int16)

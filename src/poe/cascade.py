@@ -1,7 +1,9 @@
 """The object a user holds: a frozen base and its named stages."""
 
+import contextlib
 import dataclasses
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,8 @@ from poe.modeling.opening import load_base, load_stages
 from poe.modeling.recognition import recognise
 from poe.modeling.stage import Stage, assemble, build_stage, cut_graph_below, stop_input_gradients
 from poe.modeling.stage_config import StageConfig
+from poe.stages.compress import HeadReport, compress_head
+from poe.stages.fold import fold_chain
 
 AutoConfig.register("poe", PoEConfig, exist_ok=True)
 AutoModelForCausalLM.register(PoEConfig, PoEForCausalLM, exist_ok=True)
@@ -129,8 +133,7 @@ class Cascade:
             config = StageConfig(**fields)
         else:
             config = recipe.stage_config(**fields)
-        if config.name in self.stages:
-            raise DeltaError(f"There is a stage {config.name!r} already: choose another name, or build a new cascade.")
+        self._refuse_known(config.name)
         parent = None if config.parent is None else self._stage(config.parent)
         stage = build_stage(self.base, config, parent, seed=seed, dtype=dtype)
         return self._insert(stage).activate(config.name)
@@ -172,10 +175,58 @@ class Cascade:
         try:
             self.stages[name].load_delta(tensors)
         except DeltaError:
-            del self.stages[name]
-            self.activate(parent)
+            self.remove_stage(name)
             raise
         return self
+
+    def fold(self, stage: str, name: str | None = None) -> "Cascade":
+        """Add a stage that carries a whole chain (default name: STAGE-folded) and make it active.
+
+        It stands on the base itself and computes what `stage` computes, so it can be published without the parents.
+        The chain stays as it is. `poe.stages.fold` says how exact the sum of the heads is.
+        """
+        own, name = self._stage(stage), name or f"{stage}-folded"
+        self._refuse_known(name)
+        return self._insert(fold_chain(self.base, own, name)).activate(name)
+
+    @torch.no_grad()
+    def compress_head(self, name: str, rank: int, input_ids: torch.Tensor | None = None) -> HeadReport:
+        """Replace a stage's head delta by the nearest one of a lower rank, and say what that cost.
+
+        With `input_ids` (batch, tokens) the report has the largest and the mean absolute change of their logits.
+        Raises `DeltaError` while another stage stands on it, or if the head would not get smaller.
+        """
+        stage = self._stage(name)
+        self._refuse_parent(stage, "changed")
+        before = None if input_ids is None else self.model(name)(input_ids).logits.float()
+        report = compress_head(stage, rank)
+        self._models.pop(name, None)
+        if before is None:
+            return report
+        change = (self.model(name)(input_ids).logits.float() - before).abs()
+        return dataclasses.replace(report, max_logit_error=float(change.max()), mean_logit_error=float(change.mean()))
+
+    def remove_stage(self, name: str) -> "Cascade":
+        """Forget a stage; if it was active, what lies below it becomes active. What it stood on stays frozen.
+
+        Raises `DeltaError` while another stage stands on it.
+        """
+        stage = self._stage(name)
+        self._refuse_parent(stage, "removed")
+        del self.stages[name]
+        self._models.pop(name, None)
+        if self.active == name:
+            self.active = None if stage.parent is None else stage.parent.name
+        return self
+
+    @contextlib.contextmanager
+    def activated(self, name: str | None) -> Iterator["Cascade"]:
+        """Make a stage (None: the base) the active one inside a `with` block."""
+        before = self.active
+        try:
+            yield self.activate(name)
+        finally:
+            self.active = before if before in self.stages else None
 
     def activate(self, name: str | None) -> "Cascade":
         """Choose the stage that `generate` and calls use; None is the base alone."""
@@ -216,12 +267,26 @@ class Cascade:
         """Write a stage as a complete folder in the delta format and return its path.
 
         `training` becomes training.json and feeds the model card; `prompt` is `{name, version, stop}` of the prompt
-        format. `dtype` is bf16, or that of the files the stage came from. Raises `OutputError`, leaving what was there.
+        format. `dtype` is bf16, or that of the files the stage came from; `torch.int8` stores matrices in int8 with a
+        scale per row (`stages[name].storage_error(torch.int8)` says how exact that is). Raises `OutputError`, leaving
+        what was there.
         """
         from poe.loaders.stage_folder import save_stage_folder
 
         stage = self._stage(name)
         return save_stage_folder(self, stage, Path(folder), training=training, dtype=dtype, prompt=prompt)
+
+    def export_native(self, name: str, folder: str | os.PathLike[str], *, max_shard_size: int | str = "5GB") -> Path:
+        """Write the model that ends in a stage as an ordinary checkpoint of the base's family and return its path.
+
+        Plain `AutoModelForCausalLM.from_pretrained(folder)` then gives the same logits without this package (a PoE
+        base needs `trust_remote_code=True`: its file travels along). Weights are in the base's dtype, in files of at
+        most `max_shard_size`. Raises `FamilyError` for a quantised or offloaded base, `OutputError` for a folder that
+        is not empty or a disk that is full.
+        """
+        from poe.loaders.native import export_native
+
+        return export_native(self, self._stage(name), Path(folder), max_shard_size=max_shard_size)
 
     def push_to_hub(self, repo_id: str, stage: str | None = None, **options: Any) -> str:
         """Upload a stage (default: the active one) to a Hub repository and return its address."""
@@ -241,6 +306,15 @@ class Cascade:
         if name not in self.stages:
             raise DeltaError(f"There is no stage {name!r} here.{suggest(name, self.stages)}")
         return self.stages[name]
+
+    def _refuse_known(self, name: str) -> None:
+        if name in self.stages:
+            raise DeltaError(f"There is a stage {name!r} already: choose another name, or build a new cascade.")
+
+    def _refuse_parent(self, stage: Stage, what: str) -> None:
+        children = [other.name for other in self.stages.values() if other.parent is stage]
+        if children:
+            raise DeltaError(f"Stage {stage.name!r} cannot be {what}: {', '.join(children)} stand(s) on it.")
 
     def _attach(self, lineage: Lineage) -> "Cascade":
         known = {s.source["fingerprint"]: s for s in self.stages.values() if s.source is not None}

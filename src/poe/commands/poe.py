@@ -11,7 +11,7 @@ from rich.table import Table
 
 from poe.commands import imports
 from poe.commands.app import FAILED, err, out, run
-from poe.errors import DataError, PoEError
+from poe.errors import DataError, DeltaError, PoEError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode="rich")
 app.add_typer(imports.app, name="import")
@@ -89,6 +89,84 @@ def inspect(repo: Repo, base: Base = None) -> None:
     for key, value in describe(repo, base=base):
         table.add_row(f"[bold]{key}[/bold]", value)
     out.print(table)
+
+
+@app.command()
+def export(
+    repo: Repo,
+    native: Annotated[Path, typer.Option(help="new folder for an ordinary checkpoint of the base's family")],
+    base: Base = None,
+    max_shard_size: Annotated[str, typer.Option(help="largest weight file: a number and a unit")] = "5GB",
+) -> None:
+    """Write a stage and all it stands on as an ordinary checkpoint, for programs that know nothing of stages.
+
+    The base's layers, the stages' on top, and the folded head: plain transformers loads it with the same logits.
+    """
+    cascade = _open_stage(repo, base)
+    folder = cascade.export_native(cascade.active, native, max_shard_size=max_shard_size)
+    out.print(f"{folder}: {cascade.config.model_type}, {_size(folder)}", markup=False)
+
+
+@app.command()
+def fold(
+    repo: Repo,
+    to: Annotated[Path, typer.Option("--out", help="folder for the stage that carries the whole chain")],
+    base: Base = None,
+    name: Annotated[str | None, typer.Option(help="its name; default: the stage's, and -folded")] = None,
+) -> None:
+    """Make one stage of a chain of stages: the same answers from one delta, that needs no parent."""
+    from poe.loaders.stage_folder import folded_record
+
+    cascade = _open_stage(repo, base)
+    chain = cascade.stages[cascade.active].chain
+    cascade.fold(cascade.active, name)
+    folder = cascade.save_stage(cascade.active, to, folded_record(chain))
+    out.print(f"{folder}: {len(chain)} stages in one, {_size(folder)}", markup=False)
+
+
+@app.command()
+def compress(
+    repo: Repo,
+    to: Annotated[Path, typer.Option("--out", help="folder for the smaller stage")],
+    rank: Annotated[int | None, typer.Option(help="replace the head delta by the nearest one of this rank")] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="store matrices in 8 bits per weight")] = False,
+    base: Base = None,
+) -> None:
+    """Make a stage's files smaller, and say what that costs."""
+    import torch
+
+    from poe.loaders.stage_folder import training_record
+
+    if rank is None and not int8:
+        raise typer.BadParameter("expected --rank, --int8 or both")
+    cascade = _open_stage(repo, base)
+    name = cascade.active
+    stage, training = cascade.stages[name], training_record(cascade.stages[name])
+    if rank is not None:
+        report = cascade.compress_head(name, rank)
+        out.print(
+            f"head: {report.parameters_before:,} -> {report.parameters_after:,} parameters, "
+            f"relative error {report.relative_error:.2e}, {report.energy:.2%} of its energy kept"
+        )
+    dtype = torch.int8 if int8 else None
+    if int8:
+        out.print(f"int8: relative error {stage.storage_error(torch.int8):.2e}")
+    folder = cascade.save_stage(name, to, training, dtype=dtype)
+    out.print(f"{folder}: {_size(folder)}", markup=False)
+
+
+def _size(folder: Path) -> str:
+    return f"{sum(path.stat().st_size for path in folder.glob('*.safetensors')):,} bytes of weights"
+
+
+def _open_stage(repo: str, base: str | None) -> Any:
+    """Open a stage in the dtype in which its base is stored, in main memory: to write it, not to run it."""
+    from poe.cascade import Cascade
+
+    cascade = Cascade.from_pretrained(repo, base=base)
+    if cascade.active is None:
+        raise DeltaError(f"{repo} is a base: expected a stage's folder or repository.")
+    return cascade
 
 
 def _open(repo: str, base: str | None) -> Any:

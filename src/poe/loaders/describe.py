@@ -24,15 +24,14 @@ def describe(repo: str, base: str | None = None, access: Access | None = None) -
     rows = [("stage", f"{own.name} ({where})")]
     for link in reversed(lineage.links):
         stage, header = link.config["stage"], link.header
-        numbers = sum(_count(t.shape) for t in header.tensors.values())
         head = f"rank {stage['head_rank']}" if stage["head"] == "low_rank" else stage["head"]
         size = Path(link.delta_path).stat().st_size
         label = "  is" if link is own else "  stands on"
         rows.append(
             (
                 label,
-                f"{link.name}: {stage['num_layers']} layers above {stage['attach_at']}, head {head}, {numbers:,} "
-                f"parameters, {size:,} bytes, fingerprint {header.self_fingerprint[:12]}",
+                f"{link.name}: {stage['num_layers']} layers above {stage['attach_at']}, head {head}, "
+                f"{header.num_parameters:,} parameters, {size:,} bytes, fingerprint {header.self_fingerprint[:12]}",
             )
         )
     rows.append(("  on base", lineage.base.describe()))
@@ -64,10 +63,3 @@ def _training(path: Path) -> list[tuple[str, str]]:
         shares = {k: v for k, v in models["stage"].items() if v is not None and k != "rows"}
         rows.append((split, ", ".join(f"{k} {v:.3f}" for k, v in shares.items())))
     return rows
-
-
-def _count(shape: Any) -> int:
-    numbers = 1
-    for size in shape:
-        numbers *= size
-    return numbers

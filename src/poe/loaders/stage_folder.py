@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +16,9 @@ from poe.errors import DeltaError
 from poe.loaders.card import notice, stage_card
 from poe.loaders.output import staged
 from poe.modeling import modeling_poe_stage
-from poe.modeling.delta_file import DELTA_NAME, POE_FORMAT, write_delta
+from poe.modeling.delta_file import DELTA_NAME, POE_FORMAT, as_stored, write_delta
 from poe.modeling.fingerprint import fingerprint_tensors
-from poe.modeling.lineage import read_config
+from poe.modeling.lineage import Access, fetch, read_config
 from poe.modeling.stage import Stage
 
 if TYPE_CHECKING:
@@ -79,6 +79,37 @@ def network_files() -> list[Path]:
     return sorted({entry, *(Path(path) for path in get_relative_import_files(entry))})
 
 
+def training_record(stage: Stage) -> dict[str, Any] | None:
+    """Return the training.json beside a stage's files, None if it has no files or they have none."""
+    if stage.source is None or stage.source["repo"] is None:
+        return None
+    path = fetch(stage.source["repo"], "training.json", Access(), stage.source["revision"])
+    return None if path is None else dict(json.loads(Path(path).read_text(encoding="utf-8")))
+
+
+def folded_record(chain: Sequence[Stage]) -> dict[str, Any] | None:
+    """Return the record of a stage that carries a chain: the last one's, with the data of all, None if none has one.
+
+    A licence is stated only where all of them state the same.
+    """
+    records = {link.name: training_record(link) or {} for link in chain}
+    if not any(records.values()):
+        return None
+    own = records[chain[-1].name]
+    sources = {
+        f"{name}/{source}": facts
+        for name, record in records.items()
+        for source, facts in record.get("data", {}).get("sources", {}).items()
+    }
+    licences = {record.get("license") for record in records.values()}
+    return {
+        **own,
+        "data": {**own.get("data", {}), "sources": sources},
+        "license": licences.pop() if len(licences) == 1 else None,
+        "folded": list(records),
+    }
+
+
 def stage_config_json(cascade: "Cascade", stage: Stage, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
     """Return config.json of a stage that will lie in `folder`."""
     base, parent = cascade.base_source, _saved(stage.parent)
@@ -117,8 +148,8 @@ def _saved(parent: Stage | None) -> dict[str, str | None] | None:
         raise DeltaError(f"Its parent {parent.name!r} has no files yet: save_stage({parent.name!r}, ...) first.")
     tensors = parent.delta_state_dict()
     in_memory = next(iter(tensors.values())).dtype
-    if torch.finfo(in_memory).bits >= torch.finfo(parent.saved_dtype).bits:
-        now = fingerprint_tensors({name: tensor.to(parent.saved_dtype) for name, tensor in tensors.items()})
+    if in_memory.itemsize >= parent.saved_dtype.itemsize:
+        now = fingerprint_tensors(as_stored(tensors, parent.saved_dtype))
         if now != parent.source["fingerprint"]:
             raise DeltaError(
                 f"Its parent {parent.name!r} has changed since it was saved in {parent.source['repo']}: save it again "

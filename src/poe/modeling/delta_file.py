@@ -1,5 +1,6 @@
 """`delta.safetensors`: what one stage trained, written so that a crash leaves the old file or none, read with doubt."""
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from safetensors.torch import load_file
 
 from .failures import DeltaError, FingerprintError
 from .fingerprint import fingerprint_files, fingerprint_tensors
+from .int8 import SCALE, dequantise, quantise
 from .tensor_file import DTYPES, Entry, read_header, write_tensors
 
 DELTA_NAME = "delta.safetensors"
@@ -28,6 +30,18 @@ class DeltaHeader:
     self_fingerprint: str
     tensors: Mapping[str, Entry]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which the stage was saved: int8 if its matrices are, else that of its tensors."""
+        names = {entry.dtype for entry in self.tensors.values()}
+        stored = "I8" if "I8" in names else next(iter(self.tensors.values())).dtype
+        return next(dtype for dtype, name in DTYPES.items() if name == stored)
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers the stage has; the scales of int8 matrices are not counted."""
+        return sum(math.prod(e.shape) for name, e in self.tensors.items() if not _is_scale(name, self.tensors))
+
 
 def write_delta(
     path: str | os.PathLike[str],
@@ -40,11 +54,14 @@ def write_delta(
 ) -> str:
     """Write a stage's tensors in `dtype`, atomically and with the same bytes every time; return their fingerprint.
 
+    With `torch.int8` matrices are stored as int8 with a scale per row, everything else in bfloat16.
     Raises `DeltaError` before writing if a value is not finite in that dtype, `OSError` if the disk refuses.
     """
-    if DTYPES.get(dtype) not in _FLOATS:
-        raise DeltaError(f"A delta is saved in float32, bfloat16 or float16, got {dtype}.")
-    stored = {name: tensor.detach().to(device="cpu", dtype=dtype) for name, tensor in tensors.items()}
+    if DTYPES.get(dtype) not in (*_FLOATS, "I8"):
+        raise DeltaError(f"A delta is saved in float32, bfloat16 or float16, or in int8, got {dtype}.")
+    if dtype == torch.int8:
+        check_finite(stage, tensors)
+    stored = as_stored(tensors, dtype)
     check_finite(stage, stored)
     fingerprint = fingerprint_tensors(stored)
     metadata = {
@@ -57,6 +74,37 @@ def write_delta(
     }
     write_tensors(path, stored, metadata)
     return fingerprint
+
+
+def as_stored(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Return a stage's tensors as a delta file of `dtype` holds them, on the CPU."""
+    stored: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        if dtype == torch.int8 and tensor.dim() == 2:
+            stored[name], stored[name + SCALE] = quantise(tensor.detach().cpu())
+        else:
+            kept = torch.bfloat16 if dtype == torch.int8 else dtype
+            stored[name] = tensor.detach().to(device="cpu", dtype=kept)
+    return stored
+
+
+def from_stored(stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a delta file's tensors as the stage's own: int8 matrices become fp32 ones, the others stay."""
+    return {
+        name: dequantise(tensor, stored[name + SCALE]) if tensor.dtype == torch.int8 else tensor
+        for name, tensor in stored.items()
+        if not _is_scale(name, stored)
+    }
+
+
+def storage_error(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> float:
+    """Return the relative error of storing tensors in `dtype`: Frobenius norm of the change over that of the values."""
+    change = values = 0.0
+    for name, tensor in tensors.items():
+        exact = tensor.detach().cpu().double()
+        change += float((from_stored(as_stored({name: tensor}, dtype))[name].double() - exact).square().sum())
+        values += float(exact.square().sum())
+    return math.sqrt(change / values) if values else 0.0
 
 
 def read_delta_header(path: str | os.PathLike[str]) -> DeltaHeader:
@@ -72,9 +120,7 @@ def read_delta_header(path: str | os.PathLike[str]) -> DeltaHeader:
     missing = [field for field in _FIELDS if field not in metadata]
     if missing:
         raise DeltaError(f"{path} does not say its {', '.join(missing)}. Fetch it again.")
-    odd = sorted({entry.dtype for entry in entries.values()} - set(_FLOATS))
-    if odd:
-        raise DeltaError(f"{path} holds tensors of type {', '.join(odd)}; expected {', '.join(_FLOATS)}.")
+    _check_types(path, entries)
     return DeltaHeader(**{field: metadata[field] for field in _FIELDS}, tensors=entries)
 
 
@@ -89,13 +135,41 @@ def verify_delta(path: str | os.PathLike[str], header: DeltaHeader) -> None:
 
 
 def read_delta(path: str | os.PathLike[str], stage: str) -> dict[str, torch.Tensor]:
-    """Return a delta file's tensors on the CPU; raises `DeltaError` if one holds a value that is not finite."""
+    """Return a stage's tensors from a delta file, on the CPU, int8 matrices as fp32 ones.
+
+    Raises `DeltaError` if a tensor holds a value that is not finite, or a scale is not positive.
+    """
     try:
         tensors = load_file(os.fspath(path))
     except Exception as error:  # the library raises its own type, which is not exported everywhere
         raise DeltaError(f"{path} cannot be read as safetensors ({error}). Fetch it again.") from error
     check_finite(stage, tensors)
-    return tensors
+    for name, tensor in tensors.items():
+        if _is_scale(name, tensors) and not (tensor > 0).all():
+            raise DeltaError(f"Stage {stage!r}: {name} should hold positive scales. Fetch it again.")
+    return from_stored(tensors)
+
+
+def _is_scale(name: str, tensors: Mapping[str, object]) -> bool:
+    """Return whether a name is that of the scales of another tensor."""
+    return name.endswith(SCALE) and name.removesuffix(SCALE) in tensors
+
+
+def _check_types(path: str | os.PathLike[str], entries: Mapping[str, Entry]) -> None:
+    """Raise `DeltaError` unless every tensor is in floating point, or an int8 matrix with a scale per row."""
+    for name, entry in entries.items():
+        if entry.dtype == "I8":
+            scale = entries.get(name + SCALE)
+            if len(entry.shape) != 2 or scale is None or (scale.dtype, scale.shape) != ("F32", entry.shape[:1]):
+                got = "none" if scale is None else f"{scale.dtype} {list(scale.shape)}"
+                raise DeltaError(
+                    f"{path}: {name} is of type I8 and shape {list(entry.shape)}; expected a matrix "
+                    f"with {name}{SCALE}, an F32 per row, got {got}. Fetch it again."
+                )
+        elif entry.dtype not in _FLOATS:
+            raise DeltaError(f"{path}: {name} is of type {entry.dtype}; expected {', '.join(_FLOATS)} or I8.")
+        elif _is_scale(name, entries) and entries[name.removesuffix(SCALE)].dtype != "I8":
+            raise DeltaError(f"{path}: {name} belongs to no int8 matrix. Fetch it again.")
 
 
 def check_finite(stage: str, tensors: Mapping[str, torch.Tensor]) -> None:

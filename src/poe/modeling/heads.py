@@ -58,8 +58,17 @@ def build_head(config: StageConfig, vocabulary: int, width: int, generator: torc
     if config.head == "dense":
         return DenseHead(vocabulary, width)
     if config.head == "low_rank":
+        assert config.head_rank != "auto"  # build_stage has chosen one: it knows the layers
         return LowRankHead(vocabulary, width, config.head_rank, generator)
     return NoHead()
+
+
+def automatic_rank(vocabulary: int, width: int, layer_parameters: int) -> int:
+    """Return the rank that `head_rank="auto"` means: the largest power of two whose head delta, rank x (vocabulary +
+    width), holds no more numbers than the stage's layers; at least 8, at most the width and the vocabulary."""
+    fair = layer_parameters // (vocabulary + width)
+    wanted = max(8, 1 << max(0, fair.bit_length() - 1))
+    return min(wanted, 1 << (min(vocabulary, width).bit_length() - 1))
 
 
 class FoldedHead(nn.Module):

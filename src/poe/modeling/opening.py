@@ -3,7 +3,6 @@
 import os
 from typing import Any
 
-import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from .delta_file import read_delta
@@ -12,7 +11,6 @@ from .families import CANNOT_GROW, FAMILIES
 from .lineage import BaseSource, Lineage, fetch
 from .modeling_poe import PoEConfig, PoEForCausalLM
 from .stage import Stage, build_stage
-from .tensor_file import DTYPES
 
 # A PoE model saved with save_pretrained then carries the file that defines it, and its auto_map.
 PoEConfig.register_for_auto_class()
@@ -70,7 +68,7 @@ def load_stages(base: PreTrainedModel, lineage: Lineage, known: dict[str, Stage]
             stage = build_stage(base, link.stage_config(parent.name if parent else None), parent)
             stage.load_delta(read_delta(link.delta_path, link.name))
             stage.source = {"repo": link.repo, "revision": link.revision, "fingerprint": link.header.self_fingerprint}
-            stage.saved_dtype = _torch_dtype(next(iter(link.header.tensors.values())).dtype)
+            stage.saved_dtype = link.header.dtype
             stage.prompt = link.config.get("prompt")
             if fetch(link.repo, "generation_config.json", link.access, link.revision) is not None:
                 stage.generation_config = GenerationConfig.from_pretrained(link.folder)
@@ -81,7 +79,3 @@ def load_stages(base: PreTrainedModel, lineage: Lineage, known: dict[str, Stage]
 def absolute(repo: str) -> str:
     """Return a folder as an absolute path, a Hub name as it is."""
     return os.path.abspath(repo) if os.path.isdir(repo) else repo
-
-
-def _torch_dtype(name: str) -> torch.dtype:
-    return next(dtype for dtype, known in DTYPES.items() if known == name)

@@ -1,6 +1,7 @@
 """One stage in memory: its layers, its head delta, and the wiring that lets it learn while everything below rests."""
 
 import copy
+import dataclasses
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -9,10 +10,11 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
+from .delta_file import storage_error
 from .failures import DeltaError
 from .families import family_of
 from .growth import build_layers, shell
-from .heads import FoldedHead, build_head
+from .heads import FoldedHead, automatic_rank, build_head
 from .recognition import recognise
 from .stage_config import StageConfig
 
@@ -65,6 +67,10 @@ class Stage(nn.Module):
         """Return the stage's own tensors under the names of the delta format (views, not copies)."""
         return dict(self.state_dict())
 
+    def storage_error(self, dtype: torch.dtype) -> float:
+        """Return the relative error (Frobenius norms) of saving the stage in `dtype`, such as `torch.int8`."""
+        return storage_error(self.delta_state_dict(), dtype)
+
     @torch.no_grad()
     def load_delta(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Copy `tensors` into the stage; names and shapes must be exactly its own (`DeltaError` before any write)."""
@@ -112,6 +118,9 @@ def build_stage(
     base_head = family.head_of(base)
     folded = FoldedHead(base_head, [])  # refuses a head that cannot carry a delta, before anything is built
     layers = build_layers(base, config.num_layers, below, seed=seed, dtype=dtype)
+    if config.head == "low_rank" and config.head_rank == "auto":
+        rank = automatic_rank(folded.out_features, folded.in_features, sum(p.numel() for p in layers.parameters()))
+        config = dataclasses.replace(config, head_rank=rank)
     generator = torch.Generator().manual_seed(seed)
     head = build_head(config, folded.out_features, folded.in_features, generator)
     head.to(device=folded.weight.device, dtype=dtype or base.dtype)

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from .failures import DeltaError
 
@@ -17,7 +17,8 @@ class StageConfig:
     name        letters, digits, `.`, `_`, `-`; it names the stage in a cascade and in its files
     num_layers  new decoder layers, at least 1
     head        "dense" (vocabulary x width), "low_rank" (`head_rank`), or "none"
-    head_rank   rank of a low-rank head delta; ignored by the other kinds
+    head_rank   rank of a low-rank head delta, or "auto": the largest power of two, at least 8 and at most the width,
+                with which the head holds no more numbers than the layers; ignored by the other kinds
     parent      name of the stage it stands on; None for the base itself
     attach_at   how many of the base's layers lie below it; None for all. Only for stages without a parent
     """
@@ -25,7 +26,7 @@ class StageConfig:
     name: str
     num_layers: int = 4
     head: str = "dense"
-    head_rank: int = 64
+    head_rank: int | Literal["auto"] = 64
     parent: str | None = None
     attach_at: int | None = None
 
@@ -37,9 +38,11 @@ class StageConfig:
             )
         for field, least in (("num_layers", 1), ("head_rank", 1)):
             value = getattr(self, field)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            automatic = field == "head_rank" and value == "auto"
+            if not automatic and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+                other = " or 'auto'" if field == "head_rank" else ""
                 raise DeltaError(
-                    f"Stage {self.name!r}: {field} must be a whole number of at least {least}, got {value!r}."
+                    f"Stage {self.name!r}: {field} must be a whole number of at least {least}{other}, got {value!r}."
                 )
         if self.head not in HEADS:
             raise DeltaError(f"Stage {self.name!r}: head must be one of {', '.join(HEADS)}, got {self.head!r}.")

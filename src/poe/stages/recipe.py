@@ -81,7 +81,7 @@ class Recipe(Plan):
 
     num_layers: int = 4
     head: Literal["dense", "low_rank", "none"] = "dense"
-    head_rank: int = 64
+    head_rank: int | Literal["auto"] = 64
     epochs: dict[str, int] = field(default_factory=dict)  # passes per data reader, unless the SPEC says so
     held_out: float = 0.02  # share of the queries kept for validation
     eval_rows: int = 200  # rows of each held-out split that are answered after training

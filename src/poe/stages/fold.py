@@ -1,0 +1,59 @@
+"""A chain of stages becomes one stage: one delta to publish, that needs no parent."""
+
+from collections.abc import Sequence
+from functools import reduce
+
+import torch
+from transformers import PreTrainedModel
+
+from poe.modeling.heads import HeadDelta, LowRankHead, NoHead
+from poe.modeling.stage import Stage, build_stage
+from poe.modeling.stage_config import StageConfig
+
+
+def fold_chain(base: PreTrainedModel, stage: Stage, name: str) -> Stage:
+    """Return a new stage `name` on the base itself that computes what the chain ending in `stage` computes.
+
+    It has copies of every layer of the chain and the sum of its head deltas, in the widest dtype of the chain, and
+    attaches where the chain does. `fold_heads` says how exact the head is; the layers are copied as they are.
+    """
+    chain = stage.chain
+    head, rank, tensors = fold_heads([link.head for link in chain])  # type: ignore[misc]
+    config = StageConfig(name, sum(len(link.layers) for link in chain), head, rank, attach_at=chain[0].config.attach_at)
+    dtype = reduce(torch.promote_types, (p.dtype for link in chain for p in link.parameters()))
+    folded = build_stage(base, config, dtype=dtype)
+    offset = 0
+    for link in chain:
+        for path, tensor in link.layers.state_dict().items():
+            index, rest = path.split(".", 1)
+            tensors[f"layers.{int(index) + offset}.{rest}"] = tensor
+        offset += len(link.layers)
+    folded.load_delta(tensors)
+    folded.prompt, folded.generation_config = stage.prompt, stage.generation_config
+    folded.saved_dtype = reduce(torch.promote_types, (s.saved_dtype or torch.bfloat16 for s in chain), torch.bfloat16)
+    return folded
+
+
+@torch.no_grad()
+def fold_heads(heads: Sequence[HeadDelta]) -> tuple[str, int, dict[str, torch.Tensor]]:
+    """Return kind, rank (1 if it has none) and tensors (`head.*`) of one head delta that is the sum of several.
+
+    None is added as nothing; low-rank deltas are joined by their ranks, `[b_1 b_2] @ [a_1; a_2]`, as long as that
+    holds fewer numbers than a dense one; else the result is the dense sum in fp32, in chain order. One delta among
+    nothing stays as it is, bit for bit. With more, the folded head W + (d_1 + ... + d_k) differs from the chain's
+    (W + d_1) + ... + d_k by the rounding of sums in another order, in each element at most
+    2 n 2^-24 (|W| + |d_1| + ... + |d_k|), n the number of sums and ranks; a dense sum also by its rounding to
+    the stage's dtype, and both by theirs to the base's.
+    """
+    parts = [head for head in heads if not isinstance(head, NoHead)]
+    if not parts:
+        return "none", 1, {}
+    low = [part for part in parts if isinstance(part, LowRankHead)]
+    if len(low) == len(parts):
+        rank = sum(len(part.a) for part in low)
+        (vocabulary, _), (_, width) = low[0].b.shape, low[0].a.shape
+        if len(low) == 1 or rank * (vocabulary + width) < vocabulary * width:
+            a, b = torch.cat([part.a for part in low]), torch.cat([part.b for part in low], dim=1)
+            return "low_rank", rank, {"head.a": a, "head.b": b}
+    changes = [change for part in parts if (change := part.delta()) is not None]
+    return "dense", 1, {"head.weight": sum(changes[1:], changes[0])}

@@ -1,0 +1,300 @@
+"""Native export: what a program that knows nothing of stages reads, and what is refused before anything is written."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from conftest import BASES, scramble, tiny_base, tiny_tokenizer, token_ids
+from poe import Cascade, StageConfig
+from poe.errors import FamilyError, OutputError
+from poe.loaders import native
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+# What a stranger runs: `poe` cannot be imported, and remote code is trusted only where a folder brings some.
+STRANGER = """
+import hashlib, json, os, sys
+sys.modules["poe"] = None
+import torch, transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+torch.set_num_threads(1)
+job = json.load(sys.stdin)
+ids = torch.tensor(job["ids"])
+answers = {}
+for folder in job["folders"]:
+    remote = {"trust_remote_code": True} if os.path.exists(folder + "/modeling_poe.py") else {}
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **remote)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    with torch.no_grad():
+        logits = model(ids).logits.float().numpy().tobytes()
+    answers[folder] = {
+        "class": type(model).__name__,
+        "missing": sorted(info["missing_keys"]) + sorted(info["unexpected_keys"]),
+        "logits": hashlib.sha256(logits).hexdigest(),
+        "tokens": model.generate(input_ids=ids, max_new_tokens=10, do_sample=False, eos_token_id=None).tolist(),
+        "words": tokenizer("w5 w6").input_ids,
+        "template": tokenizer.chat_template,
+        "stops": model.generation_config.eos_token_id,
+        "dtype": str(model.dtype),
+        "tied": model.lm_head.weight is model.model.embed_tokens.weight,
+    }
+try:
+    import poe
+except ImportError:
+    json.dump(answers, sys.stdout)
+"""
+
+
+@pytest.fixture(scope="module")
+def exports(saved_base, tmp_path_factory) -> dict[str, tuple[Path, Cascade, str]]:
+    """Name -> (folder, cascade, stage): every base in every dtype, a chain of two, sharded and attached low too."""
+    root, made = tmp_path_factory.mktemp("exports"), {}
+    prompt = {"name": "p", "version": "1", "stop": ["w7"]}
+    for base in BASES:
+        for label, dtype in DTYPES.items():
+            cascade = Cascade.from_pretrained(saved_base(base, dtype))
+            cascade.add_stage(StageConfig("parent", 2, "dense", attach_at=1 if label == "bf16" else None))
+            cascade.add_stage(StageConfig("child", 1, "low_rank", 4, parent="parent"))
+            cascade.add_stage(StageConfig("plain", 1, "none"))
+            for seed, stage in enumerate(cascade.stages.values()):
+                scramble(stage, seed)
+            cascade.model("parent")  # assembled before its stop tokens are known
+            cascade.save_stage("parent", root / "stages" / f"{base}-{label}", prompt=prompt)
+            for stage, size in (("parent", "5GB"), ("child", "8KB"), ("plain", 20_000)):
+                name = f"{base}-{label}-{stage}"
+                made[name] = (cascade.export_native(stage, root / name, max_shard_size=size), cascade, stage)
+    return made
+
+
+@pytest.fixture(scope="module")
+def seen(exports) -> dict:
+    """What a stranger sees in each export."""
+    job = {"ids": token_ids().tolist(), "folders": [str(folder) for folder, _, _ in exports.values()]}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", STRANGER],
+        input=json.dumps(job),
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("stage", ["parent", "child", "plain"])
+@pytest.mark.parametrize("label", list(DTYPES))
+def test_plain_transformers_computes_the_same_logits(base_name, label, stage, exports, seen) -> None:
+    folder, cascade, _ = exports[f"{base_name}-{label}-{stage}"]
+    answer = seen[str(folder)]
+    with torch.no_grad():
+        logits = cascade(token_ids(), stage=stage).logits
+    assert answer["logits"] == hashlib.sha256(logits.float().numpy().tobytes()).hexdigest()
+    tokens = cascade.generate(input_ids=token_ids(), stage=stage, max_new_tokens=10, do_sample=False, eos_token_id=None)
+    assert answer["tokens"] == tokens.tolist()
+    assert answer["class"] == type(cascade.base).__name__
+    assert answer["missing"] == []
+    assert not answer["tied"]
+    assert answer["dtype"] == str(DTYPES[label])
+    assert answer["words"] == cascade.tokenizer("w5 w6").input_ids
+    assert answer["template"] == cascade.tokenizer.chat_template
+    own = cascade.stages[stage].generation_config
+    assert answer["stops"] == (2 if own is None else own.eos_token_id)
+    if base_name == "qwen3":
+        assert answer["stops"] == ([2, 7] if stage == "parent" else 2)
+
+
+@pytest.mark.parametrize("label", list(DTYPES))
+def test_the_files_are_those_of_an_ordinary_checkpoint(base_name, label, exports, tmp_path) -> None:
+    for stage in ("parent", "child", "plain"):
+        folder, cascade, _ = exports[f"{base_name}-{label}-{stage}"]
+        config = json.loads((folder / "config.json").read_text())
+        assert config["model_type"] == cascade.config.model_type
+        assert config["architectures"] == [type(cascade.base).__name__]
+        assert config["tie_word_embeddings"] is False
+        depth = cascade.stages[stage].below + len(cascade.stages[stage].layers)
+        assert config["num_hidden_layers"] == depth
+        if "layer_types" in config:
+            assert config["layer_types"] == ["full_attention"] * depth
+        assert config["dtype"] == str(DTYPES[label]).removeprefix("torch.")
+        assert (folder / "modeling_poe.py").exists() == ("auto_map" in config) == (base_name == "poe")
+        assert str(tmp_path.parent) not in "".join(
+            p.read_text() for p in folder.glob("*.*") if p.suffix in (".json", ".md")
+        )
+        files = sorted(folder.glob("*.safetensors"))
+        stored = {name: tensor for path in files for name, tensor in load_file(path).items()}
+        expected = cascade.model(stage).state_dict()
+        assert stored.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert torch.equal(stored[name], tensor), name
+        index = folder / "model.safetensors.index.json"
+        if stage == "parent":
+            assert [path.name for path in files] == ["model.safetensors"]
+            assert not index.exists()
+            with safe_open(files[0], "pt") as file:
+                assert file.metadata() == {"format": "pt"}
+        else:
+            assert len(files) > 1
+            content = json.loads(index.read_text())
+            assert content["metadata"]["total_size"] == sum(t.nbytes for t in stored.values())
+            assert {name: path.name for path in files for name in load_file(path)} == content["weight_map"]
+            limit = 8_000 if stage == "child" else 20_000
+            assert all(sum(t.nbytes for t in load_file(p).values()) <= limit or len(load_file(p)) == 1 for p in files)
+
+
+def test_an_export_is_a_base_to_build_on(exports) -> None:
+    folder, cascade, stage = exports["qwen3-tied-fp32-child"]
+    again = Cascade.from_pretrained(folder).add_stage(StageConfig("next", 1, "low_rank", 4))
+    assert torch.equal(again(token_ids()).logits, cascade(token_ids(), stage=stage).logits)
+    scramble(again.stages["next"])
+    assert len(again.model("next").model.layers) == 6
+
+
+def test_the_base_and_the_cascade_stay_as_they_were(exports) -> None:
+    _, cascade, _ = exports["qwen3-tied-fp32-child"]
+    assert cascade.config.tie_word_embeddings
+    assert cascade.config.num_hidden_layers == 2
+    for (name, mine), theirs in zip(
+        cascade.base.state_dict().items(), tiny_base("qwen3-tied").state_dict().values(), strict=True
+    ):
+        assert torch.equal(mine, theirs), name
+
+
+def test_stages_of_another_dtype_are_stored_in_the_bases(saved_base, tmp_path: Path) -> None:
+    cascade = Cascade.from_pretrained(saved_base(dtype=torch.bfloat16)).add_stage(
+        StageConfig("t", 1), dtype=torch.float32
+    )
+    scramble(cascade.stages["t"])
+    stored = load_file(cascade.export_native("t", tmp_path / "out") / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+    own = cascade.stages["t"].layers[0].mlp.up_proj.weight
+    assert torch.equal(stored["model.layers.2.mlp.up_proj.weight"], own.to(torch.bfloat16))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    cascade.stages["t"].layers.to(torch.bfloat16)
+    assert torch.equal(loaded(token_ids()).logits, cascade(token_ids()).logits)
+
+
+def test_the_config_keeps_the_bases_spelling(saved_base, tmp_path: Path) -> None:
+    """Programs that know the older names (`rope_theta`, `torch_dtype`) read them from the export as from the base."""
+    shutil.copytree(saved_base("llama"), tmp_path / "base")
+    path = tmp_path / "base" / "config.json"
+    config = json.loads(path.read_text())
+    del config["rope_parameters"], config["dtype"]
+    path.write_text(json.dumps({**config, "rope_theta": 1234.0, "torch_dtype": "float32", "mine": [1]}))
+    cascade = Cascade.from_pretrained(tmp_path / "base", dtype=torch.bfloat16, max_position_embeddings=64)
+    cascade.add_stage(StageConfig("t", 1))
+    folder = cascade.export_native("t", tmp_path / "out")
+    written = json.loads((folder / "config.json").read_text())
+    before = json.loads(path.read_text())
+    changed = {name: written.get(name) for name in written.keys() | before if written.get(name) != before.get(name)}
+    assert changed == {"num_hidden_layers": 3, "torch_dtype": "bfloat16", "max_position_embeddings": 64}
+    again = AutoModelForCausalLM.from_pretrained(folder)
+    assert again.config.rope_parameters["rope_theta"] == 1234.0
+    assert torch.equal(again(token_ids()).logits, cascade(token_ids()).logits)
+
+
+def test_no_more_than_one_tensor_is_in_memory_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every tensor but the head that reaches the writer is the very memory of the model."""
+    cascade = Cascade(tiny_base("qwen3-tied")).add_stage(StageConfig("t", 1))
+    scramble(cascade.stages["t"])
+    shared = {p.data_ptr() for p in (*cascade.base.parameters(), *cascade.stages["t"].layers.parameters())}
+    written, real = {}, native.write_tensors
+
+    def write(path: Path, tensors: dict, metadata: dict) -> None:
+        written.update({name: tensor.data_ptr() for name, tensor in tensors.items()})
+        real(path, tensors, metadata)
+
+    monkeypatch.setattr(native, "write_tensors", write)
+    cascade.export_native("t", tmp_path / "out", max_shard_size="8KB")
+    assert {name for name, pointer in written.items() if pointer not in shared} == {"lm_head.weight"}
+
+
+def quantise_config(base) -> None:
+    base.config.quantization_config = {"quant_method": "bitsandbytes"}
+
+
+def quantise_weights(base) -> None:
+    layer = base.model.layers[0].mlp.up_proj
+    layer.weight = torch.nn.Parameter(torch.zeros(4, 4, dtype=torch.uint8), requires_grad=False)
+
+
+def offload(base) -> None:
+    base.model.layers[0].mlp.to("meta")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (quantise_config, "quantised .its config says so.*floating point"),
+        (quantise_weights, r"quantised \(torch.uint8\)"),
+        (offload, "offloaded"),
+    ],
+)
+def test_a_base_without_plain_weights_is_refused(change, message: str, tmp_path: Path) -> None:
+    cascade = Cascade(tiny_base()).add_stage(StageConfig("t", 1))
+    change(cascade.base)
+    with pytest.raises(FamilyError, match=message):
+        cascade.export_native("t", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cascade = Cascade(tiny_base(), tiny_tokenizer()).add_stage(StageConfig("t", 1))
+    out = tmp_path / "deep" / "out"
+    usage = namedtuple("usage", "total used free")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, native._SMALL_FILES + 1000))
+        with pytest.raises(OutputError, match=r"needs .* GB, but its disk has .* GB free"):
+            cascade.export_native("t", out)
+    assert not out.parent.exists()
+    with pytest.raises(OutputError, match="max_shard_size should be bytes or text such as '5GB', got 'big'"):
+        cascade.export_native("t", out, max_shard_size="big")
+    for fails_at in range(0, 12, 3):
+        calls, real = [], os.fsync
+
+        def fsync(handle: int, calls=calls, real=real, fails_at=fails_at) -> None:
+            calls.append(handle)
+            if len(calls) > fails_at:
+                raise OSError(28, "No space left on device")
+            real(handle)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", fsync)
+            with pytest.raises(OutputError, match="No space left on device"):
+                cascade.export_native("t", out, max_shard_size="8KB")
+        assert not list(out.parent.iterdir())
+    out.mkdir()
+    cascade.export_native("t", out)
+    with pytest.raises(OutputError, match="is not empty"):
+        cascade.export_native("t", out)
+    assert (out / "model.safetensors").exists()
+
+
+def test_the_command_exports(saved_base, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from poe.commands.poe import app
+
+    cascade = Cascade.from_pretrained(saved_base("qwen3-tied", torch.bfloat16)).add_stage(StageConfig("t", 1))
+    scramble(cascade.stages["t"])
+    cascade.save_stage("t", tmp_path / "t")
+    done = CliRunner().invoke(app, ["export", str(tmp_path / "t"), "--native", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.dtype == torch.bfloat16
+    assert torch.equal(model(token_ids()).logits, Cascade.from_pretrained(tmp_path / "t")(token_ids()).logits)
+    done = CliRunner().invoke(app, ["export", str(saved_base()), "--native", str(tmp_path / "base")])
+    assert "is a base: expected a stage" in str(done.exception)
