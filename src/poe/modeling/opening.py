@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
+from .access import fetch
 from .delta_file import read_delta
 from .failures import FamilyError, SourceError
 from .families import FAMILIES
-from .lineage import BaseSource, Lineage, fetch
+from .lineage import BaseSource, Lineage
 from .modeling_poe import PoEConfig, PoEForCausalLM
 from .stage import Stage, build_stage
 from .tensor_file import DTYPES
