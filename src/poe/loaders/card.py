@@ -103,6 +103,7 @@ def _metadata(config: Mapping[str, Any], training: Mapping[str, Any]) -> ModelCa
             task_type="text-generation",
             dataset_type=hub_ids[0] if len(hub_ids) == 1 else "held-out",
             dataset_name=split,
+            dataset_split=split,  # results of one data set and split are one entry of the index
             metric_type=kind.replace(" ", "_"),
             metric_name=kind,
             metric_value=value,

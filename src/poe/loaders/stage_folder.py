@@ -67,7 +67,7 @@ def save_stage_folder(
         generation.save_pretrained(temporary)
         details = dict(training or {})
         if training is not None:
-            _write_json(temporary / "training.json", details)
+            _write_json(temporary / "training.json", details, sort=False)  # the card is made again in this order
         card = stage_card(
             config,
             details,
@@ -159,5 +159,5 @@ def _generation_config(cascade: "Cascade", stage: Stage) -> GenerationConfig:
     return config
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+def _write_json(path: Path, content: Mapping[str, Any], sort: bool = True) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=sort, ensure_ascii=False) + "\n", encoding="utf-8")
