@@ -1,4 +1,4 @@
-"""Tiny bases of every family, with random weights on which an error cannot hide; nothing touches the user's caches."""
+"""Tiny bases of every family, with random weights on which an error cannot hide; no user's cache, no real Hub."""
 
 import atexit
 import copy
@@ -11,7 +11,14 @@ from pathlib import Path
 _CACHE = tempfile.mkdtemp(prefix="poe-tests-")
 atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
 os.environ.update(HF_HOME=_CACHE, HF_MODULES_CACHE=f"{_CACHE}/modules", HF_HUB_DISABLE_PROGRESS_BARS="1")
-os.environ.pop("POE_BASE", None)
+for _name in ("POE_BASE", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE"):
+    os.environ.pop(_name, None)
+
+from hub_server import FakeHub  # noqa: E402
+
+# The client reads the Hub's address when it is imported; no test asks the real one.
+HUB = FakeHub()
+os.environ.update(HF_ENDPOINT=HUB.url, HF_HUB_DISABLE_XET="1", NO_PROXY="127.0.0.1", no_proxy="127.0.0.1")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -132,6 +139,13 @@ def token_ids(rows: int = 2, length: int = 9, seed: int = 0) -> torch.Tensor:
 def base_name(request: pytest.FixtureRequest) -> str:
     """One base of every kind, tied and untied."""
     return str(request.param)
+
+
+@pytest.fixture
+def hub() -> FakeHub:
+    """An empty Hub on loopback; HF_ENDPOINT names it."""
+    HUB.reset()
+    return HUB
 
 
 @pytest.fixture(scope="session")

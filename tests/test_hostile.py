@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import scramble
 
+from conftest import scramble
 from poe import Cascade, StageConfig
 from poe.errors import PoEError
+from poe.modeling.access import Access
 from poe.modeling.delta_file import DELTA_NAME, read_delta
-from poe.modeling.lineage import Access, resolve
+from poe.modeling.lineage import resolve
 
 FLIPS = 10_000
 

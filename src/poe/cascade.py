@@ -12,18 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from poe.errors import DeltaError, FamilyError, suggest
 from poe.loaders.places import embedded_folders, place
+from poe.modeling.access import Access, read_config
 from poe.modeling.fingerprint import fingerprint_tensors
 from poe.modeling.growth import keep_in_step
-from poe.modeling.lineage import (
-    Access,
-    BaseSource,
-    Lineage,
-    base_source,
-    is_stage,
-    read_config,
-    resolve,
-    warn_unverified,
-)
+from poe.modeling.lineage import BaseSource, Lineage, base_source, is_stage, resolve, warn_unverified
 from poe.modeling.modeling_poe import PoEConfig, PoEForCausalLM
 from poe.modeling.modeling_poe_stage import PoEStageConfig, PoEStageForCausalLM
 from poe.modeling.opening import load_base, load_stages

@@ -1,4 +1,4 @@
-"""`poe`: generate text, make calls, look inside."""
+"""`poe`: generate text, make calls, look inside, check, publish."""
 
 import json
 import os
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from poe.commands import imports
@@ -87,7 +88,7 @@ def inspect(repo: Repo, base: Base = None) -> None:
 
     table = Table(show_header=False, box=None)
     for key, value in describe(repo, base=base):
-        table.add_row(f"[bold]{key}[/bold]", value)
+        table.add_row(f"[bold]{escape(key)}[/bold]", escape(value))
     out.print(table)
 
 
@@ -153,6 +154,60 @@ def compress(
         out.print(f"int8: relative error {stage.storage_error(torch.int8):.2e}")
     folder = cascade.save_stage(name, to, training, dtype=dtype)
     out.print(f"{folder}: {_size(folder)}", markup=False)
+
+
+@app.command()
+def verify(
+    repo: Repo,
+    base: Base = None,
+    revision: Annotated[str | None, typer.Option(help="branch, tag or commit of a repository")] = None,
+) -> None:
+    """Check whether every byte of a base or stage is what it says; a line per check, exit code 1 if one fails.
+
+    Reads all weights; those of a repository are fetched. What may be a pickle is refused by name, never fetched.
+    """
+    from poe.loaders.verify import verify as checks
+
+    failed = 0
+    for check in checks(repo, base=base, revision=revision):
+        failed += not check.ok
+        mark = "[green]ok  [/green]" if check.ok else "[red]FAIL[/red]"
+        out.print(f"{mark} {escape(check.name)}: {escape(check.detail)}")
+    if failed:
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="folder of a stage or base", show_default=False)],
+    repo: Annotated[str, typer.Argument(help="Hub repository, me/name; it is made if need be", show_default=False)],
+    base: Annotated[str | None, typer.Option(help="where the stage's base is on the Hub, if it names a folder")] = None,
+    parent: Annotated[str | None, typer.Option(help="where its parent is on the Hub, if it names a folder")] = None,
+    private: Annotated[bool, typer.Option("--private", help="make the repository private")] = False,
+    revision: Annotated[str | None, typer.Option(help="branch to push to; it is made if need be")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check, show files and sizes, upload nothing")] = False,
+) -> None:
+    """Check a stage's or base's folder, then upload it in one commit.
+
+    Files that do not belong to a stage are refused by name; checkpoints and rows that a run left beside it stay here.
+    """
+    from poe.loaders.hub import pack, upload
+
+    shipment = pack(folder, repo, base=base, parent=parent)
+    table = Table(box=None, show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    for name, size in shipment.sizes().items():
+        note = " (changed for others to find what it stands on)" if isinstance(shipment.files[name], bytes) else ""
+        table.add_row(escape(name) + note, f"{size:,}")
+    table.add_row(f"{len(shipment.files)} files to {repo}", f"{sum(shipment.sizes().values()):,} bytes")
+    out.print(table)
+    if shipment.stays:
+        out.print(f"stays here: {escape(', '.join(shipment.stays))}")
+    if dry_run:
+        out.print("dry run: nothing was uploaded")
+        return
+    out.print(f"pushed: {upload(shipment, private=private or None, revision=revision).commit_url}")
 
 
 def _size(folder: Path) -> str:

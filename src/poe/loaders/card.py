@@ -1,68 +1,59 @@
-"""The model card and the notice of a stage folder, from what is known about the run."""
+"""The model card and the notice of a stage folder, from its config.json and what training.json says about the run."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import yaml
-from huggingface_hub import ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
 
-from poe.modeling.stage import Stage
+SHARES = {"exact": "exact calls", "names": "right tools", "valid": "valid calls", "abstained": "right abstention"}
+EXAMPLE = [{"role": "user", "content": "What is the weather in Lisbon?"}]
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "The weather in a city",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
 
 
-def stage_card(stage: Stage, config: Mapping[str, Any], training: Mapping[str, Any]) -> str:
-    """Return README.md: card metadata that the Hub reads, then how to use the stage and how it was made.
+def stage_card(
+    config: Mapping[str, Any],
+    training: Mapping[str, Any],
+    *,
+    parameters: int,
+    example: str | None = None,
+    plot: str | None = None,
+    repo: str | None = None,
+) -> str:
+    """Return README.md: metadata that the Hub reads, how to use the stage, how it was made, and what it cannot do.
 
-    Of `training` (the record that becomes training.json) it uses, where present: `license`, `recipe`, `data`
-    (`sources`), `trajectory` (rows with `step` and `val_bpb`) and `evaluation` (split -> model -> shares).
+    `config` is the stage's config.json. Of `training` (training.json) it uses, where present: `license`, `recipe`,
+    `data` (`sources`, `rows`), `trajectory`, `evaluation`, and the counts of the run. `example` is a rendered prompt,
+    `plot` the file name of a plot in the same folder, `repo` where the stage will be found.
     """
-    base = config["base"]
-    sources: Mapping[str, Any] = training.get("data", {}).get("sources", {})
-    on_hub = base["repo"] and not base["repo"].startswith(".")
-    data = ModelCardData(
-        base_model=base["repo"] if on_hub else None,
-        base_model_relation="adapter" if on_hub else None,
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        license=training.get("license"),
-        datasets=[hub for source in sources.values() if (hub := source.get("hub_id"))] or None,
-        tags=["poe", "poe-stage", config["base_config"].get("model_type", "unknown")],
-    )
+    stage, base = config["stage"], config["base"]
     head = {"dense": "a dense head delta", "none": "the head unchanged"}.get(
-        stage.config.head, f"a head delta of rank {stage.config.head_rank}"
+        stage["head"], f"a head delta of rank {stage['head_rank']}"
     )
+    below = f"the stage `{config['parent']['repo']}` and " if config.get("parent") else ""
     parts = [
-        f"---\n{data.to_yaml()}\n---",
-        f"# {stage.name}",
-        f"A specialist of {stage.config.num_layers} new decoder layers and {head} ({stage.num_parameters():,} "
-        f"parameters) on the frozen base `{base['repo'] or 'that was never saved'}`. It changes nothing in the base: "
+        f"---\n{_metadata(config, training).to_yaml()}\n---",
+        f"# {stage['name']}",
+        *_restrictions(training),
+        f"A specialist of {stage['num_layers']} new decoder layers and {head} ({parameters:,} parameters) on {below}"
+        f"the frozen base `{base['repo'] or 'that was never saved'}`. It changes nothing in the base: "
         "loading it makes the base a deeper model of its own kind.",
-        "## Use",
-        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("<this repository>", trust_remote_code=True)\n'
-        'tokenizer = AutoTokenizer.from_pretrained("<this repository>", trust_remote_code=True)\n```',
-        'With the package: `poe.Cascade.from_pretrained("<this repository>")`.',
+        *_doors(repo or "<this repository>", base),
+        *_prompt(config.get("prompt") or {}, example),
+        *_recipe(training),
+        *_data(training.get("data") or {}),
+        *_validation(training.get("trajectory") or [], plot),
+        *_evaluation(training.get("evaluation") or {}),
+        *_limits(config, training),
     ]
-    if training.get("recipe"):
-        recipe = yaml.safe_dump(_plain(training["recipe"]), sort_keys=False, allow_unicode=True).strip()
-        parts += ["## Recipe", f"```yaml\n{recipe}\n```"]
-    if sources:
-        lines = [
-            f"| {name} | {source['conversations']:,} | {source['epochs']} | {source['licence']} |"
-            for name, source in sources.items()
-        ]
-        parts += ["## Data", "| source | conversations | epochs | licence |\n|---|---:|---:|---|\n" + "\n".join(lines)]
-    if training.get("trajectory"):
-        points = "\n".join(f"| {point['step']} | {point['val_bpb']:.4f} |" for point in training["trajectory"])
-        parts += ["## Validation", f"| step | bits per byte |\n|---:|---:|\n{points}"]
-    if training.get("evaluation"):
-        shares = ("exact", "names", "valid", "abstained")
-        lines = [
-            f"| {split} | {model} | {s['rows']} | " + " | ".join("-" if s[k] is None else f"{s[k]:.3f}" for k in shares)
-            for split, models in training["evaluation"].items()
-            for model, s in models.items()
-        ]
-        head = "| split | model | rows | exact calls | right tools | valid calls | right abstention |"
-        parts += ["## Held-out questions", head + "\n|---|---|---:|---:|---:|---:|---:|\n" + "\n".join(lines)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -74,10 +65,200 @@ def notice(config: Mapping[str, Any], training: Mapping[str, Any]) -> str:
         f"fingerprint {base['fingerprint']}. Its licence applies to it and may apply to this stage.",
         f"Licence of this stage: {training.get('license') or 'not stated'}.",
     ]
-    for name, source in training.get("data", {}).get("sources", {}).items():
-        lines.append(f"Training data: {name}, licence {source['licence']}.")
+    for name, source in _sources(training).items():
+        where = f" ({source['hub_id']})" if source.get("hub_id") else ""
+        lines.append(f"Training data: {name}, licence {source.get('licence') or 'not stated'}{where}.")
+    lines += [f"NOT FOR COMMERCIAL USE: the licence of {name} forbids it." for name in non_commercial(training)]
     lines.append("The Python files beside this one are part of PoE, Apache-2.0.")
     return "\n".join(lines) + "\n"
+
+
+def non_commercial(training: Mapping[str, Any]) -> list[str]:
+    """Return the sources, and \"this stage\" itself, whose licence forbids commercial use by its name."""
+    named = {name: source.get("licence") for name, source in _sources(training).items()}
+    named["this stage"] = training.get("license")
+    return [name for name, text in named.items() if re.search(r"\bnc\b|non[- ]?commercial", str(text), re.IGNORECASE)]
+
+
+def example_prompt(tokenizer: Any) -> str | None:
+    """Return a question as the tokenizer's chat template renders it, with a tool if the template knows tools."""
+    if tokenizer is None or not tokenizer.chat_template:
+        return None
+    for tools in ([TOOL], None):
+        try:
+            text = tokenizer.apply_chat_template(EXAMPLE, tools=tools, tokenize=False, add_generation_prompt=True)
+        except Exception:  # a template is a program of somebody else's: it may refuse in any way
+            continue
+        return str(text)
+    return None
+
+
+def _metadata(config: Mapping[str, Any], training: Mapping[str, Any]) -> ModelCardData:
+    base = config["base"]["repo"]
+    on_hub = base is not None and not base.startswith(".")
+    sources = _sources(training)
+    hub_ids = [source["hub_id"] for source in sources.values() if source.get("hub_id")]
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=hub_ids[0] if len(hub_ids) == 1 else "held-out",
+            dataset_name=split,
+            dataset_split=split,  # results of one data set and split are one entry of the index
+            metric_type=kind.replace(" ", "_"),
+            metric_name=kind,
+            metric_value=value,
+        )
+        for split, kind, value in _measured(training)
+    ]
+    return ModelCardData(
+        base_model=base if on_hub else None,
+        base_model_relation="adapter" if on_hub else None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        license=training.get("license"),
+        datasets=hub_ids or None,
+        tags=["poe", "poe-stage", config["base_config"].get("model_type", "unknown")],
+        metrics=list(dict.fromkeys(result.metric_type for result in results)) or None,
+        model_name=config["stage"]["name"] if results else None,
+        eval_results=results or None,
+    )
+
+
+def _measured(training: Mapping[str, Any]) -> list[tuple[str, str, float]]:
+    rows = [
+        (split, kind, models["stage"][share])
+        for split, models in (training.get("evaluation") or {}).items()
+        for share, kind in SHARES.items()
+        if models.get("stage", {}).get(share) is not None
+    ]
+    if training.get("val_bpb") is not None:
+        rows.append(("validation rows", "bits per byte", round(training["val_bpb"], 6)))
+    return rows
+
+
+def _restrictions(training: Mapping[str, Any]) -> list[str]:
+    if not (names := non_commercial(training)):
+        return []
+    return [f"> **Not for commercial use:** the licence of {' and '.join(names)} forbids it. See [NOTICE](NOTICE)."]
+
+
+def _doors(repo: str, base: Mapping[str, Any]) -> list[str]:
+    text = (
+        "With transformers alone:\n\n"
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("{repo}", trust_remote_code=True)\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{repo}")\n```\n\n'
+        "With the package (`pip install poe-cascade`), where stages can be stacked, combined and switched off:\n\n"
+        f'```python\nfrom poe import Cascade\n\ncascade = Cascade.from_pretrained("{repo}")\n```\n\n'
+        "As an ordinary checkpoint, for everything that knows neither:\n\n"
+        f"```bash\npoe export {repo} --native out\n```"
+    )
+    if base["repo"] is None or base["repo"].startswith("."):
+        text += (
+            "\n\nIts base is not on the Hub: say where it lies with `base=...` or the environment variable `POE_BASE`. "
+            f"The right one has the fingerprint `{base['fingerprint']}`."
+        )
+    return ["## Use", text]
+
+
+def _prompt(prompt: Mapping[str, Any], example: str | None) -> list[str]:
+    parts = []
+    if prompt:
+        stops = ", ".join(f"`{stop}`" for stop in prompt.get("stop", [])) or "the end of the text"
+        parts.append(f"Format `{prompt.get('name')}`, version `{prompt.get('version')}`; an answer ends at {stops}.")
+    if example:
+        fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", example))])
+        parts.append(
+            "`tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True)` renders a question so:"
+            f"\n\n{fence}text\n{example}\n{fence}"
+        )
+    return ["## Prompt format", *parts] if parts else []
+
+
+def _recipe(training: Mapping[str, Any]) -> list[str]:
+    if not training.get("recipe"):
+        return []
+    recipe = yaml.safe_dump(_plain(training["recipe"]), sort_keys=False, allow_unicode=True).strip()
+    parts = ["## Recipe", f"```yaml\n{recipe}\n```"]
+    if training.get("steps"):
+        machine = training.get("environment") or {}
+        versions = ", ".join(f"{name} {version}" for name, version in machine.get("versions", {}).items())
+        parts.append(
+            f"{training['steps']:,} steps over {training.get('tokens', 0):,} tokens in {training.get('seconds', 0):,} "
+            f"seconds on {machine.get('device', 'an unknown device')} ({versions or 'versions not recorded'}). "
+            "[training.json](training.json) holds everything that was recorded."
+        )
+    return parts
+
+
+def _data(data: Mapping[str, Any]) -> list[str]:
+    sources = data.get("sources") or {}
+    if not sources:
+        return []
+    counts = data.get("rows") or {}
+    lines = ["| source | rows read | conversations trained on | epochs | licence |\n|---|---:|---:|---:|---|"]
+    for name, source in sources.items():
+        read = counts.get(name, {}).get("read")
+        label = f"{name} (`{source['hub_id']}`)" if source.get("hub_id") else name
+        lines.append(
+            f"| {label} | {'-' if read is None else f'{read:,}'} | {source.get('conversations', 0):,} | "
+            f"{source.get('epochs', '-')} | {source.get('licence') or 'not stated'} |"
+        )
+    parts = ["## Data", "\n".join(lines)]
+    drops = [
+        f"- {name}: {reason}: {number:,}"
+        for name, count in counts.items()
+        for reason, number in (count.get("dropped") or {}).items()
+    ]
+    return [*parts, "Rows that were left out, and why:\n\n" + "\n".join(drops)] if drops else parts
+
+
+def _validation(trajectory: list[Mapping[str, Any]], plot: str | None) -> list[str]:
+    if not trajectory:
+        return []
+    points = "\n".join(f"| {point['step']} | {point['val_bpb']:.4f} |" for point in trajectory)
+    picture = [f"![Training loss and validation bits per byte]({plot})"] if plot else []
+    return ["## Validation", f"| step | bits per byte |\n|---:|---:|\n{points}", *picture]
+
+
+def _evaluation(evaluation: Mapping[str, Any]) -> list[str]:
+    if not evaluation:
+        return []
+    lines = [
+        "| split | model | rows | " + " | ".join(SHARES.values()) + " |\n|---|---|---:" + "|---:" * len(SHARES) + "|"
+    ]
+    for split, models in evaluation.items():
+        for model, scores in models.items():
+            shares = ["-" if scores.get(key) is None else f"{scores[key]:.3f}" for key in SHARES]
+            lines.append(f"| {split} | {model} | {scores.get('rows', '-')} | " + " | ".join(shares) + " |")
+    return [
+        "## Held-out questions",
+        "\n".join(lines),
+        "A call is exact only if its name and arguments equal the reference as JSON values. `base` is the same model "
+        "with the stage switched off.",
+    ]
+
+
+def _limits(config: Mapping[str, Any], training: Mapping[str, Any]) -> list[str]:
+    base, longest = config["base"], (training.get("data") or {}).get("seq_len")
+    lines = [
+        f"- It needs exactly its base (fingerprint `{base['fingerprint'][:12]}`): other weights of the same name are "
+        "refused. What the base cannot do or says wrongly, this model inherits."
+    ]
+    if longest:
+        lines.append(f"- It was trained on conversations of up to {longest:,} tokens; longer ones are untested.")
+    if training.get("evaluation"):
+        lines.append("- It was measured on the held-out questions above and on nothing else.")
+    else:
+        lines.append("- How well it answers has not been measured.")
+    lines.append(
+        "- It may call a wrong tool, or a right one wrongly: check calls against their schema before running them."
+    )
+    return ["## Limits", "\n".join(lines)]
+
+
+def _sources(training: Mapping[str, Any]) -> Mapping[str, Any]:
+    return (training.get("data") or {}).get("sources") or {}
 
 
 def _plain(value: Any) -> Any:

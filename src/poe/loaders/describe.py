@@ -1,11 +1,14 @@
 """What a folder or repository is, from its configs and headers alone: no weight is read."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from poe.loaders.places import embedded_folders, place
-from poe.modeling.lineage import Access, base_source, is_stage, read_config, resolve
+from poe.loaders.remote import delta_header
+from poe.modeling.access import Access, fetch, read_config
+from poe.modeling.lineage import BaseSource, base_source, is_stage, resolve
 
 
 def describe(repo: str, base: str | None = None, access: Access | None = None) -> list[tuple[str, str]]:
@@ -18,14 +21,13 @@ def describe(repo: str, base: str | None = None, access: Access | None = None) -
     config, _ = read_config(where, access)
     if not is_stage(config):
         source, config = base_source(where, access)
-        return [("base", where), *_shape(config), ("fingerprint", source.fingerprint[:12])]
+        return [("base", where), *_shape(config), ("fingerprint", _fingerprint(source))]
     lineage = resolve(where, access, base=None if base is None else place(base), embedded=embedded_folders())
     own = lineage.links[-1]
     rows = [("stage", f"{own.name} ({where})")]
     for link in reversed(lineage.links):
-        stage, header = link.config["stage"], link.header
+        stage, (header, size) = link.config["stage"], delta_header(link)
         head = f"rank {stage['head_rank']}" if stage["head"] == "low_rank" else stage["head"]
-        size = Path(link.delta_path).stat().st_size
         label = "  is" if link is own else "  stands on"
         rows.append(
             (
@@ -34,13 +36,15 @@ def describe(repo: str, base: str | None = None, access: Access | None = None) -
                 f"{header.num_parameters:,} parameters, {size:,} bytes, fingerprint {header.self_fingerprint[:12]}",
             )
         )
-    rows.append(("  on base", lineage.base.describe()))
+    named = own.config["base"]["fingerprint"][:12]
+    rows.append(("  on base", f"{lineage.base.repo} (revision {lineage.base.revision or 'none'})"))
+    rows.append(("  fingerprint", f"named {named}, found {_fingerprint(lineage.base)}"))
     rows += _shape(lineage.base_config)
     prompt = own.config.get("prompt") or {}
     rows.append(
         ("prompt", f"{prompt.get('name')} {prompt.get('version')}, stops at {' '.join(prompt.get('stop', []))}")
     )
-    rows += _training(Path(own.folder) / "training.json")
+    rows += _training(fetch(own.repo, "training.json", access, own.revision))
     return rows
 
 
@@ -51,15 +55,25 @@ def _shape(config: dict[str, Any]) -> list[tuple[str, str]]:
     return [("network", f"{kind}, {layers} layers of width {width}, vocabulary {vocabulary}")]
 
 
-def _training(path: Path) -> list[tuple[str, str]]:
-    if not path.is_file():
+def _fingerprint(base: BaseSource) -> str:
+    """Return a folder's fingerprint; a repository's weights would have to be fetched for it."""
+    if base.repo is None or os.path.isdir(base.repo):
+        return base.fingerprint[:12]
+    return "out of reach without the weights: `poe verify` fetches them"
+
+
+def _training(path: str | None) -> list[tuple[str, str]]:
+    if path is None:
         return []
-    record = json.loads(path.read_text(encoding="utf-8"))
-    rows = [
-        ("trained", f"{record['steps']} steps, {record['tokens']:,} tokens, data {record['data']['spec']}"),
-        ("val bpb", f"{record['val_bpb']:.4f} (step {record['best_step']})"),
-    ]
-    for split, models in record.get("evaluation", {}).items():
-        shares = {k: v for k, v in models["stage"].items() if v is not None and k != "rows"}
-        rows.append((split, ", ".join(f"{k} {v:.3f}" for k, v in shares.items())))
+    try:
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+        rows = [
+            ("trained", f"{record['steps']} steps, {record['tokens']:,} tokens, data {record['data']['spec']}"),
+            ("val bpb", f"{record['val_bpb']:.4f} (step {record['best_step']})"),
+        ]
+        for split, models in record.get("evaluation", {}).items():
+            shares = {k: v for k, v in models["stage"].items() if v is not None and k != "rows"}
+            rows.append((split, ", ".join(f"{k} {v:.3f}" for k, v in shares.items())))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return [("trained", "training.json is not the record of a run of poe-train")]
     return rows

@@ -17,8 +17,8 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from poe.errors import FamilyError, OutputError
 from poe.loaders.output import staged
+from poe.modeling.access import read_config
 from poe.modeling.families import family_of
-from poe.modeling.lineage import read_config
 from poe.modeling.stage import Stage
 from poe.modeling.tensor_file import write_tensors
 

@@ -13,18 +13,20 @@ from transformers import GenerationConfig
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from poe.errors import DeltaError
-from poe.loaders.card import notice, stage_card
+from poe.loaders.card import example_prompt, notice, stage_card
 from poe.loaders.output import staged
 from poe.modeling import modeling_poe_stage
+from poe.modeling.access import Access, fetch, read_config
 from poe.modeling.delta_file import DELTA_NAME, POE_FORMAT, as_stored, write_delta
 from poe.modeling.fingerprint import fingerprint_tensors
-from poe.modeling.lineage import Access, fetch, read_config
 from poe.modeling.stage import Stage
 
 if TYPE_CHECKING:
     from poe.cascade import Cascade
 
 ENTRY = "modeling_poe_stage"
+PLOT = "loss.png"
+AUTO_MAP = {"AutoConfig": f"{ENTRY}.PoEStageConfig", "AutoModelForCausalLM": f"{ENTRY}.PoEStageForCausalLM"}
 
 
 def save_stage_folder(
@@ -65,8 +67,15 @@ def save_stage_folder(
         generation.save_pretrained(temporary)
         details = dict(training or {})
         if training is not None:
-            _write_json(temporary / "training.json", details)
-        (temporary / "README.md").write_text(stage_card(stage, config, details), encoding="utf-8")
+            _write_json(temporary / "training.json", details, sort=False)  # the card is made again in this order
+        card = stage_card(
+            config,
+            details,
+            parameters=stage.num_parameters(),
+            example=example_prompt(cascade.tokenizer),
+            plot=PLOT if (folder / PLOT).is_file() else None,
+        )
+        (temporary / "README.md").write_text(card, encoding="utf-8")
         (temporary / "NOTICE").write_text(notice(config, details), encoding="utf-8")
     stage.source = {"repo": str(folder), "revision": None, "fingerprint": fingerprint}
     stage.saved_dtype, stage.generation_config = dtype, generation
@@ -120,7 +129,7 @@ def stage_config_json(cascade: "Cascade", stage: Stage, folder: Path, dtype: tor
     base_config.pop("_name_or_path", None)
     return {
         "architectures": ["PoEStageForCausalLM"],
-        "auto_map": {"AutoConfig": f"{ENTRY}.PoEStageConfig", "AutoModelForCausalLM": f"{ENTRY}.PoEStageForCausalLM"},
+        "auto_map": AUTO_MAP,
         "model_type": "poe_stage",
         "poe_format": POE_FORMAT,
         "stage": {
@@ -181,5 +190,5 @@ def _generation_config(cascade: "Cascade", stage: Stage) -> GenerationConfig:
     return config
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+def _write_json(path: Path, content: Mapping[str, Any], sort: bool = True) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=sort, ensure_ascii=False) + "\n", encoding="utf-8")

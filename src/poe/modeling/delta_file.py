@@ -111,7 +111,13 @@ def read_delta_header(path: str | os.PathLike[str]) -> DeltaHeader:
     """Return what a delta file declares; raises `DeltaError` if it is missing, truncated or of another format."""
     if not os.path.isfile(path):
         raise DeltaError(f"There is no {path}: expected a stage folder with {DELTA_NAME} in it.")
-    entries, metadata = read_header(path)
+    return parse_delta_header(*read_header(path), path)
+
+
+def parse_delta_header(
+    entries: Mapping[str, Entry], metadata: Mapping[str, str], path: str | os.PathLike[str]
+) -> DeltaHeader:
+    """Return what a safetensors header says as a delta's; `path` is for messages. Raises `DeltaError`."""
     if metadata.get("poe_format") != POE_FORMAT:
         raise DeltaError(
             f"{path} is of delta format {metadata.get('poe_format')!r}, expected {POE_FORMAT!r}. "

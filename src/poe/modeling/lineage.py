@@ -2,17 +2,15 @@
 
 import json
 import os
-import socket
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
-from transformers.utils.hub import cached_file, extract_commit_hash
+from transformers.utils.hub import extract_commit_hash
 
+from .access import Access, fetch, is_path, read_config
 from .delta_file import DELTA_NAME, POE_FORMAT, DeltaHeader, read_delta_header, refuse_pickles, verify_delta
 from .failures import DeltaError, FingerprintError, LineageError, SourceError
 from .fingerprint import fingerprint_files_cached
@@ -20,86 +18,6 @@ from .stage_config import StageConfig
 
 LONGEST_CHAIN = 16
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-
-
-@dataclass(frozen=True)
-class Access:
-    """How repositories are reached; the names are those of `from_pretrained`."""
-
-    token: str | bool | None = None
-    cache_dir: str | None = None
-    local_files_only: bool = False
-    force_download: bool = False
-
-    def kwargs(self, repo: str) -> dict[str, Any]:
-        """Return the fields that are set as keyword arguments for transformers.
-
-        If `repo` is not a folder and nobody answers at the Hub's address, only local files are asked for: the Hub
-        client would try for half a minute per file before it looks into its cache.
-        """
-        fields = {name: value for name, value in vars(self).items() if value not in (None, False)}
-        if not os.path.isdir(repo) and not _hub_answers():
-            fields["local_files_only"] = True
-        return fields
-
-
-def _hub_answers() -> bool:
-    """Return whether a connection to the Hub can be opened; behind a proxy that cannot be known, so it is assumed."""
-    address = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
-    if getproxies().get(address.scheme) or not address.hostname:
-        return True
-    try:
-        port = address.port or (80 if address.scheme == "http" else 443)
-        socket.create_connection((address.hostname, port), timeout=5).close()
-    except OSError:
-        return False
-    return True
-
-
-def fetch(repo: str, filename: str, access: Access, revision: str | None = None) -> str | None:
-    """Return the local path of a file in a folder or Hub repository, None if the repository has no such file.
-
-    Raises `SourceError` when the folder or repository is not there or cannot be reached.
-    """
-    if os.path.isdir(repo):
-        path = os.path.join(repo, filename)
-        return path if os.path.isfile(path) else None
-    if is_path(repo):
-        raise SourceError(f"There is no folder {repo}: expected a model folder or a Hub repository such as 'me/model'.")
-    try:
-        return cached_file(
-            repo, filename, revision=revision, _raise_exceptions_for_missing_entries=False, **access.kwargs(repo)
-        )
-    except Exception as error:  # the client's own errors, of the HTTP library, of the file system
-        raise SourceError(
-            f"{filename} of {repo} (revision {revision or 'main'}) could not be reached: {_first_line(error)} "
-            "Check the name, the network and your token, or give a local folder."
-        ) from error
-
-
-def is_path(repo: str) -> bool:
-    """Return whether a name can only mean a folder (a Hub name is `name` or `owner/name`)."""
-    return (
-        repo.startswith((".", "~")) or os.path.isabs(repo) or repo.count("/") > 1 or (os.sep != "/" and os.sep in repo)
-    )
-
-
-def read_config(repo: str, access: Access, revision: str | None = None) -> tuple[dict[str, Any], str]:
-    """Return a repository's config.json and its local path; `SourceError` if there is none or it is not JSON."""
-    path = fetch(repo, "config.json", access, revision)
-    if path is None:
-        raise SourceError(
-            f"{repo} (revision {revision or 'main'}) has no config.json, or it could not be reached: expected the "
-            "folder or repository of a model or stage. Check the name, the network and your token."
-        )
-    try:
-        with open(path, encoding="utf-8") as file:
-            config = json.load(file)
-    except (OSError, ValueError) as error:
-        raise SourceError(f"{path} is not readable JSON ({_first_line(error)}). Fetch it again.") from error
-    if not isinstance(config, dict):
-        raise SourceError(f"{path} should hold a JSON object, got {type(config).__name__}.")
-    return config, path
 
 
 @dataclass(frozen=True)
@@ -130,8 +48,16 @@ class BaseSource:
                 f"{self.repo} has no {_SINGLE} (nor shards of one): expected a base in safetensors. "
                 "Convert it first; nothing here unpickles weights."
             )
-        with open(index, encoding="utf-8") as file:
-            names = sorted(set(json.load(file)["weight_map"].values()))
+        try:
+            with open(index, encoding="utf-8") as file:
+                names = sorted({str(name) for name in json.load(file)["weight_map"].values()})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise SourceError(f"{index} is not an index of safetensors shards ({error}). Fetch it again.") from error
+        for name in names:
+            if not name.endswith(".safetensors") or os.path.basename(name) != name:
+                raise SourceError(
+                    f"{self.repo}: {_INDEX} names {name!r}; expected safetensors files of its own folder."
+                )
         paths = [fetch(self.repo, name, self.access, self.revision) for name in names]
         if None in paths:
             raise SourceError(f"{self.repo} lacks {names[paths.index(None)]}, which {_INDEX} names. Fetch it again.")
@@ -199,6 +125,11 @@ class Link:
             )
         return header
 
+    @property
+    def parent(self) -> dict[str, Any]:
+        """What config.json says about the stage below, empty if it stands on the base."""
+        return self.config.get("parent") or {}
+
 
 @dataclass(frozen=True)
 class Lineage:
@@ -210,9 +141,14 @@ class Lineage:
 
     def verify(self) -> None:
         """Check base, parents and the stage itself by fingerprint; raises `FingerprintError` or `DeltaError`."""
-        expected = self.links[-1].config["base"]
-        check_base(self.base, expected, self.links[-1].repo)
-        below = ""
+        check_base(self.base, self.links[-1].config["base"], self.links[-1].repo)
+        self.verify_links()
+        for link in self.links:
+            verify_delta(link.delta_path, link.header)
+
+    def verify_links(self) -> None:
+        """Check that every stage names the one below it and the same base; reads headers, not weights."""
+        expected, below = self.links[-1].config["base"], ""
         for link in self.links:
             if link.header.base_fingerprint != expected["fingerprint"]:
                 raise FingerprintError(
@@ -220,15 +156,13 @@ class Lineage:
                     f"{expected['fingerprint'][:12]} ({expected.get('repo')}), "
                     f"got {link.header.base_fingerprint[:12]}. The stages of a chain share one base."
                 )
-            parent = link.config.get("parent") or {}
-            if not parent.get("fingerprint", "") == link.header.parent_fingerprint == below:
+            if not link.parent.get("fingerprint", "") == link.header.parent_fingerprint == below:
                 raise FingerprintError(
-                    f"Stage {link.name!r} ({link.repo}) stands on parent {parent.get('repo')} "
-                    f"(revision {parent.get('revision') or 'none'}): expected "
+                    f"Stage {link.name!r} ({link.repo}) stands on parent {link.parent.get('repo')} "
+                    f"(revision {link.parent.get('revision') or 'none'}): expected "
                     f"{link.header.parent_fingerprint[:12] or 'none'}, got {below[:12] or 'none'}. "
                     "Fetch the parent's revision that is named, or train the stage again."
                 )
-            verify_delta(link.delta_path, link.header)
             below = link.header.self_fingerprint
 
 
@@ -277,9 +211,8 @@ def resolve(
     where = override or named.get("repo")
     if not where:
         raise LineageError(f"{chain} -> a base that was never saved: say where it is with base=... or POE_BASE.")
-    if not override:
-        where = _beside(links[0], where)
     try:
+        where = override or _named_place(links[0], where)
         # A base that was overridden is another place: the revision that was named means nothing there.
         source, config = base_source(where, access, None if override else named.get("revision"))
     except SourceError as error:
@@ -316,15 +249,20 @@ def _climb(repo: str, access: Access, revision: str | None) -> tuple[Link, ...]:
             raise LineageError(f"The chain {_print_chain(links[::-1])} -> {where} is broken: {error}") from error
         folder = os.path.dirname(path)
         refuse_pickles(folder)
-        _check_stage_config(config, path)
+        check_stage_config(config, path)
         commit = None if os.path.isdir(where) else extract_commit_hash(path, None) or revision
         links.append(Link(where, commit, folder, config, access))
-        parent = config.get("parent")
-        where, revision = (_beside(links[-1], parent["repo"]), parent.get("revision")) if parent else (None, None)
+        where, revision = None, None
+        if parent := links[-1].parent:
+            try:
+                where, revision = _named_place(links[-1], parent["repo"]), parent.get("revision")
+            except SourceError as error:
+                raise LineageError(f"The chain {_print_chain(links[::-1])} ends before its parent: {error}") from error
     return tuple(links[::-1])
 
 
-def _check_stage_config(config: dict[str, Any], path: str) -> None:
+def check_stage_config(config: dict[str, Any], path: str) -> None:
+    """Raise `LineageError` or `DeltaError` unless a config.json has all that a stage's must have, as it must be."""
     if not is_stage(config):
         raise LineageError(
             f"{path} is not a stage's: expected model_type 'poe_stage', got {config.get('model_type')!r}."
@@ -333,20 +271,40 @@ def _check_stage_config(config: dict[str, Any], path: str) -> None:
         raise DeltaError(
             f"{path} is of format {config.get('poe_format')!r}, expected {POE_FORMAT!r}. Update poe-cascade to read it."
         )
-    for name, keys in (("stage", ("name", "num_layers", "attach_at", "head")), ("base", ("fingerprint",))):
-        missing = [key for key in keys if key not in (config.get(name) or {})]
+    needed = {"stage": ("name", "num_layers", "attach_at", "head"), "base": ("fingerprint",)}
+    if config.get("parent"):
+        needed["parent"] = ("repo", "fingerprint")
+    for name, keys in needed.items():
+        value = config.get(name) or {}
+        missing = [key for key in keys if value.get(key) is None] if isinstance(value, dict) else keys
         if missing:
             raise DeltaError(f"{path}: {name!r} lacks {', '.join(missing)}. Fetch it again.")
+        for key in ("name", "repo", "revision", "fingerprint"):
+            if not isinstance(value.get(key, ""), str | None):
+                raise DeltaError(f"{path}: {key!r} of {name!r} should be text, got {value[key]!r}. Fetch it again.")
 
 
-def _beside(link: Link, repo: str) -> str:
-    """Return where a parent or base is: a path is relative to the stage's own folder."""
-    return os.path.normpath(os.path.join(os.path.realpath(link.folder), repo)) if repo.startswith(".") else repo
+def _named_place(link: Link, repo: str) -> str:
+    """Return where the parent or base is that a stage names; raises `SourceError` if it may not lead there.
+
+    A path is relative to the stage's own folder, never absolute. What comes from the Hub leads to the Hub alone: a
+    stranger's repository must not choose which folder of this machine is read.
+    """
+    if not is_path(repo):
+        if os.path.isdir(repo):
+            raise SourceError(
+                f"{link.repo} names the repository {repo}, but the working directory holds a folder of that name, "
+                "which would be read instead. Work in another directory."
+            )
+        return repo
+    if not os.path.isdir(link.repo):
+        raise SourceError(
+            f"{link.repo} comes from the Hub and names a folder, {repo!r}; it may name repositories only."
+        )
+    if not repo.startswith("."):
+        raise SourceError(f"{link.repo} names the folder {repo!r}; expected a path that is relative to its own.")
+    return os.path.normpath(os.path.join(os.path.realpath(link.folder), repo))
 
 
 def _print_chain(links: Sequence[Link]) -> str:
     return " -> ".join(f"{link.name} ({link.repo})" for link in reversed(links)) or "(empty)"
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

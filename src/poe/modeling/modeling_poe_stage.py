@@ -9,9 +9,10 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .access import Access
 from .failures import SourceError
 from .growth import settle
-from .lineage import Access, resolve, warn_unverified
+from .lineage import resolve, warn_unverified
 from .opening import load_base, load_stages
 from .stage import assemble
 

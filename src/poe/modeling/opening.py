@@ -5,10 +5,11 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
+from .access import fetch
 from .delta_file import read_delta
 from .failures import FamilyError, SourceError
 from .families import CANNOT_GROW, FAMILIES
-from .lineage import BaseSource, Lineage, fetch
+from .lineage import BaseSource, Lineage
 from .modeling_poe import PoEConfig, PoEForCausalLM
 from .stage import Stage, build_stage
 

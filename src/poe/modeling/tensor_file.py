@@ -51,28 +51,38 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Entry], dict[st
     """
     size = os.path.getsize(path)
     with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or not 2 <= length <= min(_LONGEST_HEADER, size - 8):
-            raise DeltaError(f"{path} is not a safetensors file, or is truncated ({size} bytes). Fetch it again.")
-        try:
-            header = json.loads(file.read(length))
-            metadata = header.pop("__metadata__", {})
-            entries = {
-                name: Entry(
-                    value["dtype"],
-                    tuple(int(n) for n in value["shape"]),
-                    8 + length + int(value["data_offsets"][0]),
-                    8 + length + int(value["data_offsets"][1]),
-                )
-                for name, value in header.items()
-            }
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise DeltaError(
-                f"{path} has a safetensors header that cannot be read ({error}). Fetch it again."
-            ) from error
-    if max((entry.end for entry in entries.values()), default=8 + length) != size:
-        raise DeltaError(f"{path} is truncated or has bytes that no tensor owns ({size} bytes). Fetch it again.")
-    return entries, {str(key): str(value) for key, value in metadata.items()}
+        return parse_header(file.read(header_length(file.read(8), size, path)), size, path)
+
+
+def header_length(start: bytes, size: int, name: str | os.PathLike[str]) -> int:
+    """Return how many bytes of header follow the first 8 of a file of `size` bytes; raises `DeltaError`."""
+    length = int.from_bytes(start, "little")
+    if size < 8 or not 2 <= length <= min(_LONGEST_HEADER, size - 8):
+        raise DeltaError(f"{name} is not a safetensors file, or is truncated ({size} bytes). Fetch it again.")
+    return length
+
+
+def parse_header(text: bytes, size: int, name: str | os.PathLike[str]) -> tuple[dict[str, Entry], dict[str, str]]:
+    """Return what the header of a file of `size` bytes declares; `name` is for messages. Raises `DeltaError`."""
+    first = 8 + len(text)
+    try:
+        header = json.loads(text)
+        metadata = header.pop("__metadata__", {})
+        entries = {
+            key: Entry(
+                value["dtype"],
+                tuple(int(n) for n in value["shape"]),
+                first + int(value["data_offsets"][0]),
+                first + int(value["data_offsets"][1]),
+            )
+            for key, value in header.items()
+        }
+        metadata = {str(key): str(value) for key, value in metadata.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise DeltaError(f"{name} has a safetensors header that cannot be read ({error}). Fetch it again.") from error
+    if max((entry.end for entry in entries.values()), default=first) != size:
+        raise DeltaError(f"{name} is truncated or has bytes that no tensor owns ({size} bytes). Fetch it again.")
+    return entries, metadata
 
 
 def digest_entries(path: str | os.PathLike[str], entries: Mapping[str, Entry]) -> dict[str, str]:

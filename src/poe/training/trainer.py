@@ -108,8 +108,8 @@ def train_stage(
         record = _record(plan, spec, prepared, history, num_steps)
         if evaluate is not None:
             record["evaluation"] = evaluate(cascade, plan.name, prepared.held_out)
+        plot_history(run / "loss.png", history)  # before the folder: the card shows it
         cascade.save_stage(plan.name, run, training=record, prompt=prompt_format(cascade.tokenizer, renderer))
-        plot_history(run / "loss.png", history)
         engine.clean_up()
     return StageRun(run, history, record)
 

@@ -1,0 +1,175 @@
+"""The model card says what was recorded, reads back as metadata, and links to nothing that is not there."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conftest import scramble, tiny_tokenizer
+from poe import Cascade, StageConfig
+from poe.loaders.card import example_prompt, non_commercial, notice, stage_card
+from poe.loaders.hub import pack, upload
+
+ROOT = Path(__file__).parents[1]
+CONFIG = {
+    "stage": {"name": "tool", "num_layers": 4, "head": "low_rank", "head_rank": 64},
+    "parent": None,
+    "base": {"repo": "me/base", "revision": "c0ffee", "fingerprint": "f" * 64},
+    "base_config": {"model_type": "qwen3"},
+    "prompt": {"name": "chat_template", "version": "123456789abc", "stop": ["<|im_end|>"]},
+}
+TRAINING = {
+    "license": "apache-2.0",
+    "recipe": {"name": "tool", "lr": 0.02},
+    "data": {
+        "seq_len": 2048,
+        "sources": {
+            "glaive": {"hub_id": "x/glaive", "licence": "Apache-2.0", "conversations": 1000, "epochs": 4},
+            "own": {"hub_id": None, "licence": None, "conversations": 5, "epochs": 1},
+        },
+        "rows": {"glaive": {"read": 1234, "kept": 1000, "dropped": {"cannot be parsed": 234}}},
+    },
+    "steps": 380,
+    "tokens": 3112960,
+    "seconds": 277.2,
+    "environment": {"device": "a processor", "versions": {"torch": "2.13.0"}},
+    "trajectory": [{"step": 0, "val_bpb": 2.2194}, {"step": 380, "val_bpb": 0.05993}],
+    "val_bpb": 0.05993467,
+    "evaluation": {
+        "new values": {
+            "base": {"rows": 150, "exact": 0.0, "names": 0.0, "valid": 0.0, "abstained": None},
+            "stage": {"rows": 150, "exact": 0.6333, "names": 0.86, "valid": 0.7533, "abstained": None},
+        },
+        "no tool fits": {"stage": {"rows": 150, "exact": None, "names": None, "valid": None, "abstained": 0.76}},
+    },
+}
+
+
+def card(training: dict = TRAINING, **changes) -> str:
+    return stage_card({**CONFIG, **changes}, training, parameters=1_234_567, repo="me/tool", example="<user>hello")
+
+
+def test_the_front_matter_reads_back() -> None:
+    content = ModelCard(card())
+    data = content.data
+    assert (data.base_model, data.base_model_relation, data.library_name) == ("me/base", "adapter", "transformers")
+    assert (data.license, data.datasets, data.model_name) == ("apache-2.0", ["x/glaive"], "tool")
+    got = {(result.dataset_name, result.metric_name): result.metric_value for result in data.eval_results}
+    assert got == {
+        ("new values", "exact calls"): 0.6333,
+        ("new values", "right tools"): 0.86,
+        ("new values", "valid calls"): 0.7533,
+        ("no tool fits", "right abstention"): 0.76,
+        ("validation rows", "bits per byte"): 0.059935,
+    }
+    assert ModelCard(str(content)).data.to_dict() == data.to_dict()
+    assert "<!--" not in content.text
+
+
+def test_the_card_says_what_was_recorded() -> None:
+    text = card()
+    for part in (
+        "1,234,567 parameters",
+        "lr: 0.02",
+        "| glaive (`x/glaive`) | 1,234 | 1,000 | 4 | Apache-2.0 |",
+        "| own | - | 5 | 1 | not stated |",
+        "- glaive: cannot be parsed: 234",
+        "| 380 | 0.0599 |",
+        "| new values | stage | 150 | 0.633 | 0.860 | 0.753 | - |",
+        '`Cascade.from_pretrained("me/tool")`'.strip("`"),
+        'AutoModelForCausalLM.from_pretrained("me/tool", trust_remote_code=True)',
+        "poe export me/tool --native out",
+        "<user>hello",
+        "`<|im_end|>`",
+        "up to 2,048 tokens",
+        "torch 2.13.0",
+    ):
+        assert part in text, part
+    assert "Not for commercial use" not in text
+    assert "has not been measured" in card({})
+    assert "say where it lies" in card(base={**CONFIG["base"], "repo": "../base"})
+    assert "base_model" not in card(base={**CONFIG["base"], "repo": "../base"})
+
+
+@pytest.mark.parametrize("licence", ["CC-BY-NC-4.0", "cc-by-nc-sa-3.0", "non-commercial", "Noncommercial research"])
+def test_what_may_not_be_sold_is_said_first(licence: str) -> None:
+    data = {"sources": {"good": {"licence": "Apache-2.0"}, "bad": {"licence": licence, "hub_id": "x/bad"}}}
+    assert non_commercial({"data": data}) == ["bad"]
+    body = ModelCard(card({"data": data})).text
+    assert body.index("Not for commercial use:** the licence of bad") < body.index("## ")
+    text = notice(CONFIG, {"data": data})
+    assert "NOT FOR COMMERCIAL USE: the licence of bad" in text
+    assert f"Training data: bad, licence {licence} (x/bad)." in text
+
+
+@pytest.mark.parametrize("licence", ["Apache-2.0", "mit", "CC-BY-4.0", "encumbered", None])
+def test_other_licences_forbid_nothing(licence: str | None) -> None:
+    assert non_commercial({"license": licence}) == []
+
+
+words = st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), min_size=1, max_size=12)
+
+
+@settings(max_examples=40, deadline=None)
+@given(name=words, licence=words, reason=words, example=words)
+def test_whatever_was_recorded_leaves_a_card_that_can_be_read(name, licence, reason, example) -> None:
+    training = {
+        "license": licence,
+        "recipe": {name: reason},
+        "data": {
+            "sources": {name: {"licence": licence, "conversations": 1, "epochs": 1, "hub_id": "x/y"}},
+            "rows": {name: {"read": 2, "dropped": {reason: 1}}},
+        },
+        "evaluation": {name: {"stage": {"rows": 1, "exact": 0.5}}},
+    }
+    content = ModelCard(stage_card(CONFIG, training, parameters=1, example=example * 3))
+    assert content.data.license == licence
+    assert content.data.eval_results[0].dataset_name == name
+
+
+def test_a_prompt_is_rendered_with_a_tool_if_the_template_knows_tools() -> None:
+    tokenizer = tiny_tokenizer()
+    assert "Lisbon" in example_prompt(tokenizer)
+    tokenizer.chat_template = "{{ tools[0].function.name }}{% if add_generation_prompt %}<go>{% endif %}"
+    assert example_prompt(tokenizer) == "get_weather<go>"
+    tokenizer.chat_template = "{% if tools %}{{ raise_exception('no tools') }}{% endif %}{{ messages[0].role }}"
+    assert example_prompt(tokenizer) == "user"
+    tokenizer.chat_template = None
+    assert example_prompt(tokenizer) is None
+    assert example_prompt(None) is None
+
+
+def links(text: str) -> list[str]:
+    return [link for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text) if not link.startswith("http")]
+
+
+def test_every_link_of_a_card_leads_somewhere(hub, saved_base, tmp_path: Path) -> None:
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "loss.png").write_bytes(b"\x89PNG")
+    data = {"sources": {"bad": {"licence": "cc-by-nc-4.0", "conversations": 1, "epochs": 1}}}
+    cascade = Cascade.from_pretrained(saved_base()).add_stage(StageConfig("t", 1))
+    scramble(cascade.stages["t"])
+    folder = cascade.save_stage("t", tmp_path / "t", {**TRAINING, "data": data})
+    found = links((folder / "README.md").read_text())
+    assert {"loss.png", "training.json", "NOTICE"} <= set(found)
+    assert all((folder / link).is_file() for link in found)
+    # The card of the same stage elsewhere, without a plot, does not show one.
+    again = Cascade.from_pretrained(folder).save_stage("t", tmp_path / "u", json.loads(json.dumps(TRAINING)))
+    assert "loss.png" not in links((again / "README.md").read_text())
+    upload(pack(saved_base(), "me/base", token="hf_me"), token="hf_me")
+    shipment = pack(folder, "me/t", base="me/base", token="hf_me")
+    published = shipment.files["README.md"]
+    assert isinstance(published, bytes)
+    assert 'from_pretrained("me/t")' in published.decode()
+    assert "base_model: me/base" in published.decode()
+    assert set(links(published.decode())) <= shipment.files.keys()
+
+
+def test_every_link_of_the_readme_leads_somewhere() -> None:
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for link in links(page.read_text()):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
