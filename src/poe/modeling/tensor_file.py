@@ -69,20 +69,23 @@ def parse_header(text: bytes, size: int, name: str | os.PathLike[str]) -> tuple[
         header = json.loads(text)
         metadata = header.pop("__metadata__", {})
         entries = {
-            key: Entry(
-                value["dtype"],
-                tuple(int(n) for n in value["shape"]),
-                first + int(value["data_offsets"][0]),
-                first + int(value["data_offsets"][1]),
-            )
+            key: Entry(str(value["dtype"]), _whole(value["shape"]), *(first + n for n in _whole(value["data_offsets"])))
             for key, value in header.items()
         }
         metadata = {str(key): str(value) for key, value in metadata.items()}
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise DeltaError(f"{name} has a safetensors header that cannot be read ({error}). Fetch it again.") from error
-    if max((entry.end for entry in entries.values()), default=first) != size:
+    ends = [entry.end for entry in entries.values()]
+    if max(ends, default=first) != size or any(entry.start > entry.end for entry in entries.values()):
         raise DeltaError(f"{name} is truncated or has bytes that no tensor owns ({size} bytes). Fetch it again.")
     return entries, metadata
+
+
+def _whole(values: object) -> tuple[int, ...]:
+    """Return a JSON list of whole numbers of at least 0; raises `TypeError` for anything else."""
+    if not isinstance(values, list) or not all(type(value) is int and value >= 0 for value in values):
+        raise TypeError(f"expected whole numbers, got {values!r}")
+    return tuple(values)
 
 
 def digest_entries(path: str | os.PathLike[str], entries: Mapping[str, Entry]) -> dict[str, str]:
