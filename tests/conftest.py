@@ -113,6 +113,9 @@ def tiny_model(
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config).to(dtype).eval()
     scramble(model, seed)
+    embedding = model.get_input_embeddings()
+    with torch.no_grad():  # a family that scales its embedding up would, tied, only repeat its last token
+        embedding.weight.div_(float(getattr(embedding, "embed_scale", 1.0)))
     return model
 
 

@@ -25,7 +25,6 @@ CASE = pytest.mark.parametrize(
     [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow) for case in ALL],
     ids=[f"{name}-{head}-{str(dtype).removeprefix('torch.')}" for name, head, dtype in ALL],
 )
-GREEDY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
 
 
 def grown(name: str, head: str = "low_rank", dtype: torch.dtype = torch.float32) -> Cascade:
@@ -76,21 +75,33 @@ def test_the_logits_are_one_matmul_of_the_folded_head(name: str, head: str, dtyp
         assert torch.equal(logits, expected)
 
 
+def greedy(cascade: Cascade, ids: torch.Tensor, **options) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what greedy decoding gives: tokens (rows, T), and the logits of every new one (rows, new, vocabulary)."""
+    options |= {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    out = cascade.generate(input_ids=ids, return_dict_in_generate=True, output_logits=True, **options)
+    return out.sequences, torch.stack(out.logits, dim=1)
+
+
 @CASE
-def test_greedy_tokens_do_not_depend_on_cache_or_padding(name: str, head: str, dtype: torch.dtype) -> None:
-    cascade, ids = grown(name, head, dtype), token_ids(1, 7)
-    tokens = cascade.generate(input_ids=ids, **GREEDY)
+def test_greedy_decoding_does_not_depend_on_cache_or_padding(name: str, head: str, dtype: torch.dtype) -> None:
+    cascade, short, long = grown(name, head, dtype), token_ids(1, 7), token_ids(1, 10, seed=1)
+    tokens, logits = greedy(cascade, short)
     assert tokens.shape == (1, 15)
+    assert not torch.equal(logits, greedy(cascade, short, stage=None)[1])
     if dtype != torch.float32:
         return  # another order of sums may break a tie the other way
-    assert torch.equal(tokens, cascade.generate(input_ids=ids, use_cache=False, **GREEDY))
-    other = token_ids(1, 10, seed=1)
-    both = torch.cat([torch.cat([torch.zeros(1, 3, dtype=ids.dtype), ids], dim=1), other])
+    pads = torch.zeros(1, 3, dtype=short.dtype)
+    both = torch.cat([torch.cat([pads, short], dim=1), long])
     mask = torch.ones_like(both)
     mask[0, :3] = 0
-    together = cascade.generate(input_ids=both, attention_mask=mask, **GREEDY)
-    assert torch.equal(tokens[0], together[0, 3:])
-    assert torch.equal(cascade.generate(input_ids=other, **GREEDY)[0], together[1])
+    together, together_logits = greedy(cascade, both, attention_mask=mask)
+    other, other_logits = greedy(cascade, long)
+    assert torch.equal(together[0, 3:], tokens[0])
+    assert torch.equal(together[1], other[0])
+    torch.testing.assert_close(together_logits, torch.cat([logits, other_logits]), rtol=1e-4, atol=1e-4)
+    uncached, uncached_logits = greedy(cascade, short, use_cache=False)
+    assert torch.equal(uncached, tokens)
+    torch.testing.assert_close(uncached_logits, logits, rtol=1e-4, atol=1e-4)
 
 
 @FAMILY

@@ -60,7 +60,7 @@ def _try(base: PreTrainedModel) -> None:
     )
     depth = len(family.layers_of(base))
     new = build_layers(base, 1, depth)
-    grown = shell(base, new, FoldedHead(family.head_of(base), [])).eval()
+    grown = shell(base, list(new), FoldedHead(family.head_of(base), [])).eval()
     if not torch.equal(_in_two_steps(grown, ids), expected):
         raise _refusal(
             base,
@@ -220,7 +220,7 @@ def _check_packing(base: PreTrainedModel, ids: torch.Tensor) -> None:
 def _some_ids(base: PreTrainedModel) -> torch.Tensor:
     """Return two rows of six tokens that do not depend on any state."""
     ids = torch.randint(0, base.config.vocab_size, (2, 6), generator=torch.Generator().manual_seed(0))
-    return ids.to(base.get_input_embeddings().weight.device)
+    return ids.to(next(base.get_input_embeddings().parameters()).device)
 
 
 def _in_two_steps(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:

@@ -205,7 +205,8 @@ class Engine:
         return loss_per_token, batch.input_ids.numel()
 
     @property
-    def _head(self) -> nn.Module:
+    def _head(self) -> Any:
+        """The output embeddings: `weight` (V, D), folded in a grown model, and `bias` (V,) or None."""
         return self.model.get_output_embeddings()
 
     @torch.no_grad()
