@@ -9,6 +9,7 @@ import base64
 import hashlib
 import json
 import re
+import sys
 import threading
 import time
 from dataclasses import dataclass, field
@@ -45,8 +46,10 @@ class Repo:
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
-    def handle_error(self, *_: Any) -> None:
-        """A client that hangs up is what some tests are about."""
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that hangs up is what some tests are about; anything else is a mistake of this file."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class FakeHub:
@@ -113,7 +116,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer({"error": "trouble"}, self.hub.answer_all)
         for verbs, pattern, action in _ROUTES:
             if method in verbs and (match := re.fullmatch(pattern, path)):
-                return action(self, *(unquote(group) for group in match.groups()))
+                return action(self, *(unquote(group or "") for group in match.groups()))
         self._body()
         return self._answer({"error": "not found"}, 404)
 
@@ -213,11 +216,13 @@ class _Handler(BaseHTTPRequestHandler):
             siblings = [{"rfilename": path} for path in found[1]]
             self._answer({"id": name, "sha": found[0], "private": repo.private, "siblings": siblings, "tags": []})
 
-    def _tree(self, name: str, revision: str, *_: str) -> None:
+    def _tree(self, name: str, revision: str, folder: str) -> None:
         if (repo := self._repo(name)) is not None and (found := self._revision(repo, revision)):
-            self._answer(
-                [{"type": "file", "path": p, "size": len(c), "oid": _git_oid(c)} for p, c in sorted(found[1].items())]
-            )
+            inside = sorted((path, content) for path, content in found[1].items() if path.startswith(folder))
+            if not inside:
+                return self._answer({"error": "no such folder"}, 404, {"X-Error-Code": "EntryNotFound"})
+            self._answer([{"type": "file", "path": p, "size": len(c), "oid": _git_oid(c)} for p, c in inside])
+        return None
 
     def _resolve(self, name: str, revision: str, path: str) -> None:
         if (repo := self._repo(name)) is None or not (found := self._revision(repo, revision)):
