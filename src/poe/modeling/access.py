@@ -69,8 +69,8 @@ def read_config(repo: str, access: Access, revision: str | None = None) -> tuple
             config = json.load(file)
     except (OSError, ValueError) as error:
         raise SourceError(f"{path} is not readable JSON ({first_line(error)}). Fetch it again.") from error
-    if not isinstance(config, dict):
-        raise SourceError(f"{path} should hold a JSON object, got {type(config).__name__}.")
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise SourceError(f"{path} is not a model's: expected a JSON object with the text `model_type`. Fetch it again.")
     return config, path
 
 
