@@ -330,7 +330,7 @@ def forge(path: Path, change) -> None:
 def test_scales_that_fit_nothing_are_refused(change, message: str, tmp_path: Path) -> None:
     path = tmp_path / "delta.safetensors"
     tensors = {"a": torch.randn(4, 3), "b": torch.randn(3)}
-    write_delta(path, tensors, stage="t", base_fingerprint="", dtype=INT8)
+    write_delta(path, tensors, stage="t", attach_at=2, base_fingerprint="", dtype=INT8)
     assert read_delta(path, "t").keys() == tensors.keys()
     forge(path, change)
     with pytest.raises(DeltaError, match=message):
@@ -341,7 +341,7 @@ def test_scales_that_fit_nothing_are_refused(change, message: str, tmp_path: Pat
 def test_values_that_are_not_finite_are_named_before_they_are_written(value: float, tmp_path: Path) -> None:
     path = tmp_path / "delta.safetensors"
     with pytest.raises(DeltaError, match="'t': a holds values that are not finite"):
-        write_delta(path, {"a": torch.full((2, 2), value)}, stage="t", base_fingerprint="", dtype=INT8)
+        write_delta(path, {"a": torch.full((2, 2), value)}, stage="t", attach_at=2, base_fingerprint="", dtype=INT8)
     assert not path.exists()
 
 

@@ -197,7 +197,7 @@ def test_a_fingerprint_is_remembered_until_the_file_changes(tmp_path: Path, monk
 @given(fraction=st.floats(0, 1, exclude_max=True))
 def test_a_truncated_file_is_refused(fraction: float, tmp_path_factory) -> None:
     path = tmp_path_factory.mktemp("t") / "delta.safetensors"
-    write_delta(path, {"layers.0.w": torch.randn(5, 3)}, stage="t", base_fingerprint="0" * 64)
+    write_delta(path, {"layers.0.w": torch.randn(5, 3)}, stage="t", attach_at=2, base_fingerprint="0" * 64)
     whole = path.read_bytes()
     path.write_bytes(whole[: int(len(whole) * fraction)])
     with pytest.raises(DeltaError, match=r"truncated|not a safetensors|cannot be read"):
@@ -211,7 +211,7 @@ def test_a_truncated_file_is_refused(fraction: float, tmp_path_factory) -> None:
 @given(position=st.integers(0, 10**6), bit=st.integers(0, 7))
 def test_one_changed_bit_of_a_delta_is_refused(position: int, bit: int, tmp_path_factory) -> None:
     path = tmp_path_factory.mktemp("b") / "delta.safetensors"
-    write_delta(path, {"layers.0.w": torch.randn(5, 3)}, stage="t", base_fingerprint="0" * 64)
+    write_delta(path, {"layers.0.w": torch.randn(5, 3)}, stage="t", attach_at=2, base_fingerprint="0" * 64)
     data = bytearray(path.read_bytes())
     start = min(entry.start for entry in read_header(path)[0].values())
     data[start + position % (len(data) - start)] ^= 1 << bit
@@ -405,9 +405,9 @@ def test_config_and_card_say_what_the_stage_is(saved_base, tmp_path: Path) -> No
 def test_reading_returns_what_was_written(tmp_path: Path) -> None:
     tensors = {"layers.0.w": torch.randn(4, 2), "head.b": torch.randn(3, 1)}
     path = tmp_path / "delta.safetensors"
-    fingerprint = write_delta(path, tensors, stage="t", base_fingerprint="b", dtype=torch.float32)
+    fingerprint = write_delta(path, tensors, stage="t", attach_at=2, base_fingerprint="b", dtype=torch.float32)
     got = read_delta(path, "t")
     assert all(torch.equal(got[name], tensor) for name, tensor in tensors.items())
     assert read_delta_header(path).self_fingerprint == fingerprint
     with pytest.raises(DeltaError, match="float32, bfloat16 or float16"):
-        write_delta(path, tensors, stage="t", base_fingerprint="b", dtype=torch.int16)
+        write_delta(path, tensors, stage="t", attach_at=2, base_fingerprint="b", dtype=torch.int16)

@@ -54,6 +54,7 @@ def save_stage_folder(
             temporary / DELTA_NAME,
             stage.delta_state_dict(),
             stage=stage.name,
+            attach_at=stage.below,
             base_fingerprint=cascade.base_source.fingerprint,
             parent_fingerprint=str(parent["fingerprint"]) if parent else "",
             dtype=dtype,

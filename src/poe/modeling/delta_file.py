@@ -16,15 +16,19 @@ from .tensor_file import DTYPES, Entry, read_header, write_tensors
 DELTA_NAME = "delta.safetensors"
 POE_FORMAT = "1"
 PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib", ".npy", ".npz", ".dill", ".h5", ".msgpack")
-_FIELDS = ("stage", "base_fingerprint", "parent_fingerprint", "self_fingerprint")
+_FIELDS = ("stage", "attach_at", "base_fingerprint", "parent_fingerprint", "self_fingerprint")
 _FLOATS = ("F32", "BF16", "F16")
 
 
 @dataclass(frozen=True)
 class DeltaHeader:
-    """What a delta file says about itself; fingerprints are 64 hexadecimal digits, `parent_fingerprint` "" if none."""
+    """What a delta file says about itself; fingerprints are 64 hexadecimal digits, `parent_fingerprint` "" if none.
+
+    `attach_at` is the number of layers below the stage, in decimal: no tensor's name or shape tells it.
+    """
 
     stage: str
+    attach_at: str
     base_fingerprint: str
     parent_fingerprint: str
     self_fingerprint: str
@@ -48,6 +52,7 @@ def write_delta(
     tensors: Mapping[str, torch.Tensor],
     *,
     stage: str,
+    attach_at: int,
     base_fingerprint: str,
     parent_fingerprint: str = "",
     dtype: torch.dtype = torch.bfloat16,
@@ -68,6 +73,7 @@ def write_delta(
         "format": "pt",
         "poe_format": POE_FORMAT,
         "stage": stage,
+        "attach_at": str(attach_at),
         "base_fingerprint": base_fingerprint,
         "parent_fingerprint": parent_fingerprint,
         "self_fingerprint": fingerprint,

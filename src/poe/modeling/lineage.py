@@ -123,6 +123,11 @@ class Link:
                 f"{self.repo}: config.json names stage {self.name!r}, {DELTA_NAME} names {header.stage!r}. "
                 "The two files are not from one save."
             )
+        if header.attach_at != str(self.config["stage"]["attach_at"]):
+            raise DeltaError(
+                f"{self.repo}: config.json attaches stage {self.name!r} at {self.config['stage']['attach_at']!r}, "
+                f"{DELTA_NAME} at {header.attach_at}. The two files are not from one save."
+            )
         return header
 
     @property
