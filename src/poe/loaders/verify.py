@@ -20,7 +20,6 @@ from poe.modeling.delta_file import PICKLES, check_finite, read_delta, verify_de
 from poe.modeling.lineage import BaseSource, Link, base_source, check_base, is_stage, resolve
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
-Action = Callable[[], str]
 
 
 @dataclass(frozen=True)
@@ -118,16 +117,18 @@ def _stage(folder: _Folder, path: Path, base: str | None) -> Iterator[Check]:
     yield _check("lineage", lambda: " -> ".join([*(k.name for k in reversed(lineage.links)), str(lineage.base.repo)]))
     for link in reversed(lineage.links):
         yield from _delta(link)
-    yield _check("fingerprints agree", lambda: lineage.verify_links() or "every stage names the one below and the base")
+    yield _check("fingerprints agree", lineage.verify_links, lambda: "every stage names the one below and the base")
     expected = folder.config["base"]
-    yield _check("base", lambda: check_base(lineage.base, expected, own.name) or lineage.base.describe())
+    yield _check("base", lambda: check_base(lineage.base, expected, own.name), lineage.base.describe)
 
 
 def _delta(link: Link) -> Iterator[Check]:
     name = str((link.config.get("stage") or {}).get("name"))
     yield _check(f"{name}: header", lambda: f"{len(link.header.tensors)} tensors of stage {link.header.stage}")
     yield _check(
-        f"{name}: fingerprint", lambda: verify_delta(link.delta_path, link.header) or link.header.self_fingerprint
+        f"{name}: fingerprint",
+        lambda: verify_delta(link.delta_path, link.header),
+        lambda: link.header.self_fingerprint,
     )
     yield _check(f"{name}: weights are finite", lambda: f"{len(read_delta(link.delta_path, name))} tensors")
 
@@ -147,8 +148,10 @@ def _finite(source: BaseSource) -> str:
     return f"{count} tensors"
 
 
-def _check(name: str, action: Action) -> Check:
+def _check(name: str, action: Callable[[], object], detail: Callable[[], str] | None = None) -> Check:
+    """Do something that raises if all is not well; `detail`, else what it returns, is what was found."""
     try:
-        return Check(name, True, action())
+        found = action()
+        return Check(name, True, str(found) if detail is None else detail())
     except PoEError as error:
         return Check(name, False, str(error))

@@ -3,7 +3,7 @@
 import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -186,7 +186,7 @@ def warn_unverified(what: str) -> None:
     warnings.warn(f"{what}: verify=False, the weights were not compared with their fingerprints.", stacklevel=3)
 
 
-def is_stage(config: dict[str, Any]) -> bool:
+def is_stage(config: Mapping[str, Any]) -> bool:
     """Return whether a config.json is a stage's."""
     return config.get("model_type") == "poe_stage"
 
