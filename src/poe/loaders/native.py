@@ -89,7 +89,7 @@ def _refuse_what_has_no_plain_weights(base: PreTrainedModel) -> None:
 
 def _stored_dtype(base: PreTrainedModel, name: str, tensor: torch.Tensor, below: int) -> torch.dtype:
     """Return the dtype in the file: a stage's layers are in the base's, what is the base's own stays as it is."""
-    family = family_of(base.config)
+    family = family_of(base)
     prefix = f"{family.backbone}.{family.layers}."
     if name.startswith(prefix) and int(name.removeprefix(prefix).split(".")[0]) >= below:
         return base.dtype

@@ -70,7 +70,7 @@ def read_config(repo: str, access: Access, revision: str | None = None) -> tuple
     except (OSError, ValueError) as error:
         raise SourceError(f"{path} is not readable JSON ({first_line(error)}). Fetch it again.") from error
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise SourceError(f"{path} is not a model's: expected a JSON object with the text `model_type`. Fetch it again.")
+        raise SourceError(f"{path} is no config of a model: expected a JSON object with `model_type`. Fetch it again.")
     return config, path
 
 

@@ -284,7 +284,7 @@ def check_stage_config(config: dict[str, Any], path: str) -> None:
         missing = [key for key in keys if value.get(key) is None] if isinstance(value, dict) else keys
         if missing:
             raise DeltaError(f"{path}: {name!r} lacks {', '.join(missing)}. Fetch it again.")
-        for key in ("name", "repo", "revision", "fingerprint"):
+        for key in ("name", "head", "dtype", "repo", "revision", "fingerprint"):
             if not isinstance(value.get(key, ""), str | None):
                 raise DeltaError(f"{path}: {key!r} of {name!r} should be text, got {value[key]!r}. Fetch it again.")
 
