@@ -127,8 +127,11 @@ def test_the_files_are_those_of_an_ordinary_checkpoint(base_name, label, exports
         assert config["tie_word_embeddings"] is False
         depth = cascade.stages[stage].below + len(cascade.stages[stage].layers)
         assert config["num_hidden_layers"] == depth
-        if "layer_types" in config:
-            assert config["layer_types"] == ["full_attention"] * depth
+        if config.get("layer_types"):
+            assert config["layer_types"] == cascade.model(stage).config.layer_types
+            assert config["layer_types"][cascade.stages[stage].below :] == ["full_attention"] * (
+                depth - cascade.stages[stage].below
+            )
         assert config["dtype"] == str(DTYPES[label]).removeprefix("torch.")
         assert (folder / "modeling_poe.py").exists() == ("auto_map" in config) == (base_name == "poe")
         assert str(tmp_path.parent) not in "".join(
