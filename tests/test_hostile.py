@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import scramble
 
+from conftest import scramble
 from poe import Cascade, StageConfig
 from poe.errors import PoEError
 from poe.modeling.delta_file import DELTA_NAME, read_delta
