@@ -1,5 +1,6 @@
 """The demo world: reproducible, its splits disjoint, its answers right."""
 
+import itertools
 import json
 import re
 
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 
 from poe.data.demo import words
 from poe.data.demo.conversations import Split, make_conversation
-from poe.data.demo.text import make_text
+from poe.data.demo.text import KEYS, make_text
 from poe.data.demo.tokenizer import SPECIAL_TOKENS, train_tokenizer
 from poe.data.demo.world import HELD_OUT_TOOLS, KINDS, TRAIN_TOOLS, make_tool
 from poe.data.drops import DropReport
@@ -59,7 +60,7 @@ def test_training_rows_and_texts_know_nothing_that_is_held_out(index: int) -> No
                     assert not any(words.is_held_out(v) for v in (value if isinstance(value, list) else [value]))
     text = make_text(index).text
     assert "<tool_call>" not in text
-    assert not any(f"{verb}_{noun}" in text for verb in words.VERBS for noun in words.HELD_OUT_NOUNS)
+    assert not {t.name for t in HELD_OUT_TOOLS} & set(re.findall(r"[a-z]+_[a-z]+", text))
 
 
 @given(st.integers(0, 10**6))
@@ -67,10 +68,11 @@ def test_a_text_marks_the_answers_that_follow_from_what_stands_before_them(index
     text, answers = make_text(index)
     assert answers
     for start, end in answers:
-        assert text[end - 1] == "\n"
-        known = {"do", "form", "fields", "no", "fits", "true", "false", "End"}
-        for word in re.findall(r"[A-Za-z]+|\d+", text[start:end]):
-            assert word in known or word in text[:start] or text[start:end].startswith('{"do"')
+        assert text[:end].endswith(("\nEnd.\n", "<|assistant_end|>"))
+        answer = text[start:end].removesuffix("<|assistant_end|>")
+        known = {"do", "no", "form", "fits", "true", "false", "End", *itertools.chain(*KEYS)}
+        for word in re.findall(r"[A-Za-z]+|\d+", answer):
+            assert word in known or word in text[:start] or answer.startswith('{"do"')
 
 
 def test_held_out_rows_use_new_values_and_new_tools() -> None:

@@ -19,7 +19,7 @@ PLAN_FIELDS = (
 STAGE_OPTIONS = {*PLAN_FIELDS, *"num_layers head head_rank epochs held_out eval_rows".split()}
 BASE_OPTIONS = {
     *PLAN_FIELDS,
-    *"vocab_size hidden_size num_layers num_heads num_kv_heads attention_logit_scale embed_lr".split(),
+    *"vocab_size hidden_size num_layers num_heads num_kv_heads attention_logit_scale embed_lr init".split(),
 }
 
 

@@ -106,6 +106,7 @@ class BaseRecipe(Plan):
     embed_lr: float = 0.2
     warmdown: float = 0.5
     start: float = 0.0
+    init: str | None = None  # a base folder to continue from, with its shape and its tokenizer
 
 
 def list_recipes(kind: type[Plan] = Recipe) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoTokenizer
 
 from poe.data.conversation import Text
 from poe.data.demo.conversations import make_conversation
@@ -16,8 +17,9 @@ from poe.data.demo.words import NOUNS
 from poe.data.packing import Batch, LongPolicy, PackedRows, pack
 from poe.data.render import token_bytes
 from poe.data.text import documents
-from poe.errors import DataError
+from poe.errors import DataError, RecipeError
 from poe.loaders.base_folder import save_base_folder
+from poe.loaders.places import place
 from poe.modeling.modeling_poe import PoEConfig, PoEForCausalLM
 from poe.stages.recipe import BaseRecipe
 from poe.training.engine import Engine, History
@@ -59,13 +61,18 @@ def train_base(
     progress = progress or Progress(f"base {recipe.name}")
     torch.manual_seed(recipe.seed)
     started = time.time()
-    tokenizer = train_tokenizer(_tokenizer_texts(recipe), recipe.vocab_size)
+    if recipe.init is None:
+        tokenizer: Any = train_tokenizer(_tokenizer_texts(recipe), recipe.vocab_size)
+    else:
+        tokenizer = _continued(recipe, AutoTokenizer)
     if len(tokenizer) < recipe.vocab_size:
         raise DataError(f"The text gives a vocabulary of only {len(tokenizer)} tokens: lower vocab_size or add text.")
     num_steps = recipe.max_steps or 1000
     val, train = _rows(recipe, tokenizer, num_steps)
     progress.note(f"{train.num_rows} rows of {recipe.seq_len} tokens, prepared in {time.time() - started:.0f} s")
-    model: Any = PoEForCausalLM(base_config(recipe, tokenizer))
+    model: Any = (
+        PoEForCausalLM(base_config(recipe, tokenizer)) if recipe.init is None else _continued(recipe, PoEForCausalLM)
+    )
     model = model.to(choose_dtype(recipe.dtype))
     engine = Engine(
         model,
@@ -84,6 +91,16 @@ def train_base(
     plot_history(run / "loss.png", history)
     engine.clean_up()
     return run
+
+
+def _continued(recipe: BaseRecipe, kind: Any) -> Any:
+    """Return the tokenizer or the model of the base that the recipe continues."""
+    assert recipe.init is not None
+    folder = place(recipe.init)
+    try:
+        return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"init: {recipe.init!r} is not the folder of a PoE base: {error}") from error
 
 
 def base_config(recipe: BaseRecipe, tokenizer: Any) -> PoEConfig:
@@ -153,10 +170,12 @@ def _rows(recipe: BaseRecipe, tokenizer: Any, num_steps: int) -> tuple[PackedRow
 
     if recipe.data == "demo":
         val = packed(documents("demo", seed=recipe.seed + 1), VALIDATION_ROWS * recipe.seq_len)
-        easy = round(num_steps * EASY_SHARE) * rows_per_step
+        easy = round(num_steps * EASY_SHARE) * rows_per_step if recipe.init is None else 0
+        rows = packed(documents("demo", seed=recipe.seed + 3), needed)
+        if not easy:
+            return val, rows
         first = packed(documents("demo", seed=recipe.seed + 2, easy=0.8), int(easy * recipe.seq_len * 1.01))
-        second = packed(documents("demo", seed=recipe.seed + 3), needed)
-        return val, Chained(first, second)
+        return val, Chained(first, rows)
     texts = documents(recipe.data, seed=recipe.seed)
     val = packed(texts, VALIDATION_ROWS * recipe.seq_len)
     return val, packed(texts, needed)

@@ -421,6 +421,6 @@ def make_request(tool: DemoTool, rng: Random, held_out: bool) -> Request:
             mentions.append(mention(parameter, arguments[parameter.name], rng))
     rng.shuffle(mentions)
     article = rng.choice((w.with_article(tool.noun), f"the {tool.noun}"))
-    asked = rng.choice(w.VERBS[tool.verb])
+    asked = rng.choice(w.VERBS.get(tool.verb) or w.BASE_VERBS[tool.verb])
     asked = asked.replace("a new {n}", f"a new {tool.noun}").replace("{n}", article)
     return Request(tool, " ".join([asked, *mentions]), arguments)
