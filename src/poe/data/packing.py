@@ -110,6 +110,11 @@ class PackedRows:
         return self.stats.fill
 
     @property
+    def target_ids(self) -> np.ndarray:
+        """The token ids that occur as a label, sorted."""
+        return np.unique(self._tokens[:, 1:][self._trained])
+
+    @property
     def trained_tokens(self) -> int:
         """Labels other than -100 in all rows."""
         return self.stats.trained_tokens

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from poe.cascade import Cascade
@@ -16,6 +17,7 @@ from poe.data.drops import DropReport
 from poe.data.pipeline import TrainingData, prepare
 from poe.data.render import Renderer, token_bytes
 from poe.errors import TemplateError
+from poe.modeling.stage import Stage
 from poe.stages import Recipe, load_recipe
 from poe.training.engine import Engine, History
 from poe.training.progress import Progress
@@ -87,6 +89,7 @@ def train_stage(
             cascade.add_stage(plan, seed=plan.seed)
         stage = cascade.stages[plan.name]
         stage.requires_grad_(True)
+        stack.callback(_keep_unseen_tokens(stage, prepared.train.target_ids))
         torch.manual_seed(plan.seed)
         rows_per_step = plan.tokens_per_step // plan.seq_len
         num_steps = plan.max_steps or prepared.train.num_steps(rows_per_step)
@@ -112,6 +115,21 @@ def train_stage(
         cascade.save_stage(plan.name, run, training=record, prompt=prompt_format(cascade.tokenizer, renderer))
         engine.clean_up()
     return StageRun(run, history, record)
+
+
+def _keep_unseen_tokens(stage: Stage, target_ids: np.ndarray) -> Callable[[], None]:
+    """Let the head delta learn only the rows of tokens that the data asks for; returns what undoes it.
+
+    Every other token is wrong at every step: its gradient is tiny but always of one sign, and Adam, which divides by
+    the gradient's own size, would push it down at the full rate. A word that no training row uses would then be
+    unspeakable, however clearly the question names it. With its row at zero its logit stays the base's.
+    """
+    rows = next((tensor for name, tensor in stage.head.named_parameters() if name in ("weight", "b")), None)
+    if rows is None:
+        return lambda: None
+    seen = torch.zeros(rows.shape[0], 1, dtype=rows.dtype, device=rows.device)
+    seen[torch.from_numpy(target_ids).long()] = 1
+    return rows.register_hook(lambda gradient: gradient * seen).remove
 
 
 def prompt_format(tokenizer: Any, renderer: Renderer) -> dict[str, Any]:
