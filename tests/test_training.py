@@ -16,11 +16,13 @@ import torch
 from poe import Cascade, train_stage
 from poe.data.demo.text import make_text
 from poe.data.demo.tokenizer import train_tokenizer
-from poe.errors import DataError, OutputError, TrainingError
+from poe.errors import DataError, OutputError, RecipeError, TrainingError
 from poe.loaders.base_folder import save_base_folder
 from poe.modeling.modeling_poe import PoEConfig, PoEForCausalLM
 from poe.stages import load_recipe
+from poe.stages.recipe import load_base_recipe
 from poe.training import engine as engine_module
+from poe.training.pretrain import train_base
 from poe.training.progress import Progress
 
 QUIET = Progress("test", quiet=True)
@@ -261,6 +263,31 @@ def test_losses_are_the_same_numbers_as_ever(base: Path, tmp_path: Path) -> None
     )
     losses = [record["loss"] for record in result.history.steps]
     assert losses == pytest.approx(GOLDEN, abs=2e-3), losses
+
+
+@pytest.mark.parametrize("head", ["dense", "low_rank", "none"])
+def test_tokens_that_the_data_never_asks_for_keep_the_logits_of_the_base(base, head: str, tmp_path: Path) -> None:
+    cascade = Cascade.from_pretrained(base)
+    fields = {**SMALL, "max_steps": 3, "head": head, "head_rank": 4}
+    train_stage(cascade, "demo", "demo=80", tmp_path / "o", progress=QUIET, **fields)
+    stage = cascade.stages["demo"]
+    folded = cascade.model("demo").lm_head.weight.detach()
+    changed = (folded != cascade.base.lm_head.weight).any(dim=1)
+    assert changed.any() == (head != "none")
+    assert changed[cascade.tokenizer.convert_tokens_to_ids("<tool_call>")] == (head != "none")
+    assert not changed[cascade.tokenizer.convert_tokens_to_ids("<|user_start|>")]  # never the assistant's to say
+    assert all(not tensor._backward_hooks for tensor in stage.head.parameters())  # nothing stays behind
+
+
+def test_a_base_can_be_continued_with_its_shape_and_its_words(base: Path, tmp_path: Path) -> None:
+    recipe = load_base_recipe("demo", init=str(base), max_steps=2, seq_len=1024, tokens_per_step=1024)
+    folder = train_base(recipe, tmp_path / "more", progress=QUIET)
+    before, after = (PoEForCausalLM.from_pretrained(f) for f in (base, folder))
+    assert after.config.hidden_size == 32
+    assert (folder / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
+    assert not torch.equal(before.lm_head.weight, after.lm_head.weight.float())
+    with pytest.raises(RecipeError, match="init"):
+        train_base(load_base_recipe("demo", init=str(tmp_path), max_steps=1), tmp_path / "no", progress=QUIET)
 
 
 def test_validation_needs_rows(base: Path, tmp_path: Path) -> None:

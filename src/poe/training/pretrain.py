@@ -65,7 +65,7 @@ def train_base(
         tokenizer: Any = train_tokenizer(_tokenizer_texts(recipe), recipe.vocab_size)
     else:
         tokenizer = _continued(recipe, AutoTokenizer)
-    if len(tokenizer) < recipe.vocab_size:
+    if recipe.init is None and len(tokenizer) < recipe.vocab_size:
         raise DataError(f"The text gives a vocabulary of only {len(tokenizer)} tokens: lower vocab_size or add text.")
     num_steps = recipe.max_steps or 1000
     val, train = _rows(recipe, tokenizer, num_steps)
