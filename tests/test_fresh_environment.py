@@ -51,10 +51,10 @@ def test_a_stranger_sees_the_same(version, saved_base, tmp_path: Path) -> None:
     for base, head in FOLDERS.items():
         cascade = Cascade.from_pretrained(saved_base(base)).add_stage(StageConfig("parent", 1, head, 4))
         scramble(cascade.stages["parent"])
-        cascade.save_stage("parent", tmp_path / base / "parent")
+        cascade.save_stage("parent", tmp_path / f"on-{base}" / "parent")
         cascade.add_stage(StageConfig("child", 1, "low_rank", 4, parent="parent"))
         scramble(cascade.stages["child"], seed=1)
-        folder = str(cascade.save_stage("child", tmp_path / base / "child"))
+        folder = str(cascade.save_stage("child", tmp_path / f"on-{base}" / "child"))
         ids = token_ids()
         tokens = cascade.generate(input_ids=ids, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
         saved = Cascade.from_pretrained(folder)
