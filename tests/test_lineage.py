@@ -160,7 +160,7 @@ def test_another_parent_is_refused(family: Path) -> None:
     edit(family / "child", parent=stage["parent"], stage={**stage["stage"], "attach_at": 1})
     with (
         pytest.warns(UserWarning, match="verify=False"),
-        pytest.raises(DeltaError, match="attaches stage .child. at 1"),
+        pytest.raises(DeltaError, match="attaches stage"),
     ):
         Cascade.from_pretrained(family / "child", verify=False)
 
