@@ -69,7 +69,7 @@ def prepare(folder: Path, args: argparse.Namespace) -> None:
         adapted.save_pretrained(folder / "lora" / str(number))
 
 
-def openers(arm: str, folder: Path, count: int) -> tuple[Callable[[], Any], Callable[[Any, int], Callable[..., Any]]]:
+def openers(arm: str, folder: Path) -> tuple[Callable[[], Any], Callable[[Any, int], Callable[..., Any]]]:
     """Return how an arm opens its base, and how it attaches specialist `i` and gives something to call."""
     kind = ARMS[arm]
 
@@ -109,7 +109,7 @@ def tensor_bytes(modules: Iterable[torch.nn.Module]) -> int:
 
 def run_arm(arm: str, folder: Path, count: int) -> dict[str, Any]:
     """Attach every specialist and answer once with each."""
-    base, attach = openers(arm, folder, count)
+    base, attach = openers(arm, folder)
     ids = torch.arange(1, 33)[None]
     before = resident()
     started = time.perf_counter()
