@@ -1,19 +1,29 @@
 """The data readers, by name, and the way from a `--data` SPEC to conversations.
 
 A reader of files is a module with `NAME`, `HUB_ID` (or None), `LICENCE` and `read(rows, report)`, which gets
-`(id, row)` pairs and yields `Conversation`s. A generator has `read(path, report)` and needs no file. `READERS` holds
-both behind one interface.
+`(id, row)` pairs and yields `Conversation`s. It may have `HUB_CONFIGS`, where the Hub holds the set in several
+configurations, and `read_path(path, report)`, where rows need more than themselves (a pool of tools beside them). A
+generator has `read(path, report)` and needs no file. `READERS` holds both behind one interface.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
-from itertools import islice
+from itertools import chain, islice
 from types import ModuleType
 
 from poe.data.conversation import Conversation
 from poe.data.drops import DropReport
-from poe.data.readers import glaive, messages, xlam
+from poe.data.readers import (
+    glaive,
+    hammer,
+    hermes,
+    messages,
+    sealtools,
+    toolalpaca,
+    toolrl,
+    xlam,
+)
 from poe.data.sources import file_rows, hub_rows
 from poe.data.spec import DataSource, parse_spec
 from poe.errors import DataError, suggest
@@ -40,14 +50,19 @@ class Loaded:
 
 
 def _of_rows(module: ModuleType) -> Reader:
-    name, hub_id = module.NAME, module.HUB_ID
+    name, hub_id, configs = module.NAME, module.HUB_ID, getattr(module, "HUB_CONFIGS", (None,))
+
+    def rows_of_path(path: str, report: DropReport) -> Iterator[Conversation]:
+        return module.read(file_rows(path, name, report), report)
+
+    read_path = getattr(module, "read_path", rows_of_path)
 
     def read(path: str | None, report: DropReport) -> Iterator[Conversation]:
         if path is not None:
-            return module.read(file_rows(path, name, report), report)
+            return read_path(path, report)
         if hub_id is None:
             raise DataError(f"The reader {name!r} has no public data set of its own; give a file: {name}=rows.jsonl.")
-        return module.read(hub_rows(hub_id, name), report)
+        return module.read(chain.from_iterable(hub_rows(hub_id, name, config=c) for c in configs), report)
 
     return Reader(name, hub_id, module.LICENCE, read)
 
@@ -57,9 +72,20 @@ def _generated(path: str | None, report: DropReport) -> Iterator[Conversation]:
     return import_module("poe.data.readers.demo").read(path, report)
 
 
+_MODULES = (
+    glaive,
+    hammer,
+    hermes,
+    messages,
+    sealtools,
+    toolalpaca,
+    toolrl,
+    xlam,
+)
+
 READERS: dict[str, Reader] = {
     "demo": Reader("demo", None, "Apache-2.0", _generated),
-    **{module.NAME: _of_rows(module) for module in (glaive, messages, xlam)},
+    **{module.NAME: _of_rows(module) for module in _MODULES},
 }
 
 
