@@ -248,3 +248,56 @@ def test_coercion_never_changes_what_fits(kind: str, value: Any) -> None:
         assert result == value
     else:
         assert result is value or schema.fits_type(kind, result)
+
+
+def test_typed_content() -> None:
+    """LLaMA-Factory's parts: reasoning goes, calls are calls, one tool message answers them all."""
+    declared = {
+        "name": "bake",
+        "description": "",
+        "parameters": {"type": "dict", "properties": {"flour": {"type": "str, optional"}, "grams": {"type": "int"}}},
+        "required": ["grams"],
+    }
+    flat = {"name": "nap", "description": "", "parameters": {"minutes": {"type": "int", "default": ""}}}
+    calls = ['{"name": "bake", "arguments": {"grams": "5"}}', '{"name": "nap", "arguments": {}}']
+    results = [{"tool_call_id": "x", "name": "bake", "content": {"ok": 1}}, {"name": "nap", "content": "rested"}]
+
+    def said(role: str, *parts: tuple[str, str]) -> dict[str, Any]:
+        return {"role": role, "content": [{"type": kind, "value": value} for kind, value in parts]}
+
+    row = {
+        "tools": json.dumps([{"type": "function", "function": tool} for tool in (declared, flat)]),
+        "messages": [
+            said("system", ("text", "Be brief.")),
+            said("user", ("text", "Go")),
+            said("assistant", ("reasoning", "Both."), *(("tool_call", call) for call in calls)),
+            said("tool", ("text", json.dumps(results))),
+            said("assistant", ("reasoning", "Say so."), ("text", "Done.")),
+        ],
+    }
+    conversation, repairs = kept(messages, row)
+    assert shape(conversation) == [
+        ("system", "Be brief.", []),
+        ("user", "Go", []),
+        ("assistant", None, [("bake", {"grams": 5}), ("nap", {})]),
+        ("tool", '{"ok": 1}', []),
+        ("tool", "rested", []),
+        ("assistant", "Done.", []),
+    ]
+    bake, nap = (tool["function"]["parameters"] for tool in conversation.tools)
+    assert bake == {
+        "type": "object",
+        "properties": {"flour": {"type": "string"}, "grams": {"type": "integer"}},
+        "required": ["grams"],
+    }
+    assert nap == {"type": "object", "properties": {"minutes": {"type": "integer"}}, "required": []}
+    assert repairs["flat parameters written as an object schema"] == 1
+    for parts, why in (
+        ([("tool_call", calls[0]), ("text", "after")], "text after a call"),
+        ([("image", "a")], "part of an unknown kind ('image')"),
+        ([("tool_call", "bake()")], "call not JSON"),
+        ([("text", "a"), ("text", None)], "content that is not text"),
+    ):
+        assert reason(messages, {**row, "messages": [row["messages"][1], said("assistant", *parts)]}) == why
+    asked = said("user", ("tool_call", calls[0]))
+    assert reason(messages, {**row, "messages": [asked]}) == "part of an unknown kind ('tool_call')"

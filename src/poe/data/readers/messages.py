@@ -56,7 +56,7 @@ def _convert(row: dict[str, Any], note: Note) -> Turns:
 
 def _add(turns: Turns, message: dict[str, Any], prune: bool) -> None:
     role, content = message.get("role"), message.get("content")
-    if _is_typed(content):
+    if isinstance(content, list) and any(isinstance(part, dict) and "value" in part for part in content):
         _add_typed(turns, role, content)
         return
     text = content_text(content)
@@ -81,13 +81,10 @@ def _add(turns: Turns, message: dict[str, Any], prune: bool) -> None:
         raise Unfaithful(f"message of an unknown role ({str(role)[:40]!r})")
 
 
-def _is_typed(content: Any) -> bool:
-    return isinstance(content, list) and any(isinstance(part, dict) and "value" in part for part in content)
-
-
 def _add_typed(turns: Turns, role: Any, parts: list[Any]) -> None:
     """A message whose content is typed parts; its reasoning is not carried over."""
-    texts, calls = [], []
+    texts: list[str] = []
+    calls: list[tuple[Any, Any, None]] = []
     for part in parts:
         kind, value = (part.get("type"), part.get("value")) if isinstance(part, dict) else (None, None)
         if not isinstance(value, str):

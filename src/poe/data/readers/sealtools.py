@@ -110,16 +110,15 @@ def _read_pool(file: Path) -> Pool:
 
 
 def _convert(row: dict[str, Any], note: Note, pool: Pool) -> Turns:
+    entries: list[dict[str, Any]] | None = None
+    query, calling = row.get("query"), row.get("calling")
     if "conversations" in row:
         entries, query, calling = _prompted(row["conversations"])
-    else:
-        query, calling = row.get("query"), row.get("calling")
-        entries = []
     if not isinstance(query, str) or not isinstance(calling, list) or not calling:
         raise Unfaithful("row is of no known format")
     if not all(isinstance(call, dict) and isinstance(call.get("api"), str) for call in calling):
         raise Unfaithful("call without a name or arguments")
-    if "conversations" not in row:
+    if entries is None:
         entries = candidates(str(row.get("id") or query), [call["api"] for call in calling], pool)
     turns = Turns(unique_tools([_tool(entry, note) for entry in entries], note), note)
     turns.user(query.strip())
@@ -138,13 +137,12 @@ def _prompted(conversation: Any) -> tuple[list[dict[str, Any]], str, Any]:
     """The tools, the question and the calls of a fine-tuning row."""
     turns = conversation if isinstance(conversation, list) else []
     values = [turn.get("value") for turn in turns if isinstance(turn, dict)]
-    if len(values) != 2 or not all(isinstance(value, str) for value in values):
-        raise Unfaithful("row is of no known format")
-    prompt = _PROMPT.search(values[0])
-    if prompt is None:
+    asked, answer = values if len(values) == 2 else (None, None)
+    prompt = _PROMPT.search(asked) if isinstance(asked, str) else None
+    if prompt is None or not isinstance(answer, str):
         raise Unfaithful("row is of no known format")
     try:
-        entries, calling = parse_literal(prompt[1]), parse_literal(values[1])
+        entries, calling = parse_literal(prompt[1]), parse_literal(answer)
     except ValueError:
         raise Unfaithful("tools or calls not in Python notation") from None
     if not all(isinstance(entry, dict) for entry in entries):

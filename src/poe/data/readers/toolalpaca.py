@@ -136,13 +136,13 @@ def _parameters(item: dict[str, Any], operation: dict[str, Any], document: dict[
     content = body.get("content") if isinstance(body, dict) else None
     if content and isinstance(content, dict):
         medium = content.get("application/json") or next(iter(content.values()))
-        schema = medium.get("schema") if isinstance(medium, dict) else None
-        if not isinstance(schema, dict) or not isinstance(schema.get("properties"), dict):
+        whole = medium.get("schema") if isinstance(medium, dict) else None
+        if not isinstance(whole, dict) or not isinstance(whole.get("properties"), dict):
             raise Unfaithful("request body that is not an object")
-        if set(schema["properties"]) & set(properties):
+        if set(whole["properties"]) & set(properties):
             raise Unfaithful("one parameter name, two places")
-        properties |= schema["properties"]
-        required += _listed(schema.get("required")) if body.get("required") is True else []
+        properties |= whole["properties"]
+        required += _listed(whole.get("required")) if body.get("required") is True else []
     return {"type": "object", "properties": properties, "required": required}
 
 
