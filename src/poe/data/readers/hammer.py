@@ -25,14 +25,13 @@ Traps, and what is done about each:
 The prompt around the masked rows says only how to write a call: it is no system message.
 """
 
-import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from poe.data.conversation import Conversation
 from poe.data.drops import DropReport, Unfaithful
 from poe.data.readers.flat import read_tool
-from poe.data.readers.turns import Turns, named_call, parse_field, read_rows
+from poe.data.readers.turns import Turns, named_call, parse_field, read_rows, sections
 from poe.data.schema import Note, unique_tools
 from poe.data.sources import Row
 
@@ -42,8 +41,7 @@ LICENCE = "Apache-2.0"
 
 _FIELDS = ("query", "tools", "answers", "instruction", "input", "output")
 _REQUEST = "Generate API Request:"
-_FENCE = re.compile(r"\A\s*```(?:json)?\s*(.*?)\s*```\s*\Z", re.DOTALL)
-_SECTION = re.compile(r"\[BEGIN OF ([A-Z ]+)\]\n(.*?)\n?\[END OF \1\]", re.DOTALL)
+_FENCE = "```"
 
 
 def read(rows: Iterable[Row], report: DropReport) -> Iterator[Conversation]:
@@ -116,19 +114,24 @@ def _dialogue(messages: list[Any], turns: Turns) -> None:
 
 
 def _unfenced(text: str) -> str:
-    fenced = _FENCE.match(text)
-    return fenced[1] if fenced else text
+    return text.strip().removeprefix(_FENCE).removeprefix("json").removesuffix(_FENCE)
 
 
 def _masked(row: dict[str, Any], note: Note) -> Turns:
     instruction, output = row.get("instruction"), row.get("output")
     if not isinstance(instruction, str) or not isinstance(output, str) or row.get("input"):
         raise Unfaithful("row is of no known format")
-    sections = dict(_SECTION.findall(instruction))
-    declared = parse_field(sections.get("AVAILABLE TOOLS"), "tools")
-    if not isinstance(declared, list) or "QUERY" not in sections:
-        raise Unfaithful("row is of no known format")
+    declared = parse_field(_section(instruction, "AVAILABLE TOOLS"), "tools")
+    if not isinstance(declared, list):
+        raise Unfaithful("tools are not a list")
     turns = Turns(unique_tools([read_tool(tool, note) for tool in declared], note), note)
-    turns.user(sections["QUERY"].strip())
+    turns.user(_section(instruction, "QUERY").strip())
     turns.calls(_calls(_unfenced(output)))
     return turns
+
+
+def _section(instruction: str, name: str) -> str:
+    found, _ = sections(instruction, f"[BEGIN OF {name}]", f"[END OF {name}]")
+    if len(found) != 1:
+        raise Unfaithful("row is of no known format")
+    return found[0]

@@ -31,7 +31,7 @@ from typing import Any
 from poe.data.conversation import Conversation, Tool
 from poe.data.drops import DropReport, Unfaithful
 from poe.data.readers.messages import read_tool
-from poe.data.readers.turns import Turns, named_call, parse_notation, read_rows
+from poe.data.readers.turns import Turns, named_call, parse_notation, read_rows, sections
 from poe.data.schema import Note, unique_tools
 from poe.data.sources import Row
 
@@ -47,9 +47,9 @@ HUB_CONFIGS = (
 LICENCE = "Apache-2.0"
 
 _FIELDS = ("conversations", "tools")
-_TOOLS = re.compile(r"<tools>(.*?)</tools>", re.DOTALL)
-_RESPONSE = re.compile(r"<tool_response>(.*?)</tool_response>", re.DOTALL)
-_EDGES = re.compile(r"\A(?:\s|\\n)+|(?:\s|\\n)+\Z")
+_TOOLS = ("<tools>", "</tools>")
+_CALL = ("<tool_call>", "</tool_call>")
+_RESPONSE = ("<tool_response>", "</tool_response>")
 _BOILERPLATE = re.compile(
     "|".join(
         [
@@ -59,9 +59,9 @@ _BOILERPLATE = re.compile(
             r"You may call one or more functions to assist with the user query\.",
             r"Don't make assumptions about what values to plug into (?:functions|json schema)\.",
             r"Here are the available tools: ?",
-            r"Use the following pydantic model json schema for each tool call you will make:.*?(?=For each |\Z)",
-            r"For each (?:extraction )?function call return a json object .*?(?:schema|follows):\s*"
-            r"<tool_call>.*?</tool_call>",
+            r"Use the following pydantic model json schema for each tool call you will make:.{0,2000}?(?=For each |\Z)",
+            r"For each (?:extraction )?function call return a json object .{0,200}?(?:schema|follows):\s*"
+            r"<tool_call>.{0,200}?</tool_call>",
             r"<tools></tools>",
         ]
     ),
@@ -108,13 +108,14 @@ def _add(turns: Turns, speaker: Any, value: str, note: Note) -> None:
 
 def read_system(text: str) -> tuple[str, str]:
     """What a system turn says besides the format of tools and calls, and the text of its list of tools."""
-    listed = [block.strip() for block in _TOOLS.findall(text) if block.strip()]
+    blocks, said = sections(text, *_TOOLS)
+    if not blocks:
+        return text.strip(), ""
+    listed = [block.strip() for block in blocks if block.strip()]
     if len(listed) > 1:
         raise Unfaithful("several lists of tools")
-    if "<tools>" not in text:
-        return text.strip(), ""
-    said = _BOILERPLATE.sub("", _TOOLS.sub("<tools></tools>", text))
-    return re.sub(r"\s*\n\s*", "\n", said).strip(), "".join(listed)
+    said = _BOILERPLATE.sub("", said)
+    return re.sub(r"\n{3,}", "\n\n", said).strip(), "".join(listed)
 
 
 def _tools(own: Any, listed: str, note: Note) -> list[Tool]:
@@ -139,12 +140,12 @@ def _as_list(value: Any) -> list[Any]:
 
 def read_turn(text: str, note: Note) -> tuple[str, list[tuple[Any, Any, None]]]:
     """The text and the calls of an assistant turn."""
-    said, *blocks = text.split("<tool_call>")
+    said, *blocks = text.split(_CALL[0])
     if not blocks:
         return text.strip(), []
     calls = []
     for block in blocks:
-        inside, end, behind = block.partition("</tool_call>")
+        inside, end, behind = block.partition(_CALL[1])
         if not end:
             raise Unfaithful("call breaks off")
         if _bare(behind, note):
@@ -162,17 +163,19 @@ def _holds_name(arguments: Any) -> bool:
 
 def _responses(text: str, note: Note) -> list[str]:
     """The results in a tool turn: one per block, or the whole turn where there is none."""
-    blocks = _RESPONSE.findall(text)
+    blocks, rest = sections(text, *_RESPONSE)
     if not blocks:
         return [text.strip()]
-    if _bare(_RESPONSE.sub("", text), note):
+    if _bare(rest.replace("".join(_RESPONSE), ""), note):
         raise Unfaithful("text outside of a response")
     return [_bare(block, note) for block in blocks]
 
 
 def _bare(text: str, note: Note) -> str:
     """The text without white space around it, real or written as a backslash and an n."""
-    bare = _EDGES.sub("", text)
+    bare = text.strip()
+    while bare.startswith("\\n") or bare.endswith("\\n"):
+        bare = bare.removeprefix("\\n").removesuffix("\\n").strip()
     if bare != text.strip():
         note("literal backslash-n around a block taken off")
     return bare

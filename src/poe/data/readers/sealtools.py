@@ -56,7 +56,7 @@ NOT_CALLED = 2
 Pool = dict[str, dict[str, Any]]
 
 _FIELDS = ("id", "query", "calling", "conversations")
-_PROMPT = re.compile(r'\napi_list = (\[.*\])\ntask_instruction = "(.*)"\nOutput:\s*\Z', re.DOTALL)
+_PROMPT = ("\napi_list = ", '\ntask_instruction = "', '"\nOutput:')
 _RESULT = re.compile(r"API_call_\d+")
 _JSON_LINES = (".jsonl", ".jsonl.gz")
 
@@ -138,16 +138,19 @@ def _prompted(conversation: Any) -> tuple[list[dict[str, Any]], str, Any]:
     turns = conversation if isinstance(conversation, list) else []
     values = [turn.get("value") for turn in turns if isinstance(turn, dict)]
     asked, answer = values if len(values) == 2 else (None, None)
-    prompt = _PROMPT.search(asked) if isinstance(asked, str) else None
-    if prompt is None or not isinstance(answer, str):
+    if not isinstance(asked, str) or not isinstance(answer, str):
+        raise Unfaithful("row is of no known format")
+    before_tools, before_query, end = _PROMPT
+    listed, mark, query = asked.partition(before_tools)[2].partition(before_query)
+    if not mark or not query.rstrip().endswith(end):
         raise Unfaithful("row is of no known format")
     try:
-        entries, calling = parse_literal(prompt[1]), parse_literal(answer)
+        entries, calling = parse_literal(listed), parse_literal(answer)
     except ValueError:
         raise Unfaithful("tools or calls not in Python notation") from None
-    if not all(isinstance(entry, dict) for entry in entries):
-        raise Unfaithful("tool is not an object")
-    return entries, prompt[2], calling
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise Unfaithful("tools are not a list of objects")
+    return entries, query.rstrip().removesuffix(end), calling
 
 
 def candidates(seed: str, called: list[str], pool: Pool) -> list[dict[str, Any]]:

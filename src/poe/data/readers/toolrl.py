@@ -28,7 +28,7 @@ from typing import Any
 from poe.data.conversation import Conversation, Tool
 from poe.data.drops import DropReport, Unfaithful
 from poe.data.readers.flat import read_tool
-from poe.data.readers.turns import Turns, named_call, parse_field, parse_values, read_rows
+from poe.data.readers.turns import Turns, named_call, parse_field, parse_values, read_rows, sections
 from poe.data.schema import Note, unique_tools
 from poe.data.sources import Row
 
@@ -37,7 +37,7 @@ HUB_ID = None
 LICENCE = "Apache-2.0"
 
 _FIELDS = ("instruction", "input", "output")
-_SECTION = re.compile(r"^\*\*Available Tools\*\*$(.*?)^\*\*Steps for Each Turn\*\*$", re.DOTALL | re.MULTILINE)
+_TOOLS = ("**Available Tools**\n", "\n**Steps for Each Turn**")
 _NUMBER = re.compile(r"^(\d{1,4})\. Name: ", re.MULTILINE)
 _ENTRY = re.compile(r"(.*?)\nDescription: (.*)\nParameters: (.*)", re.DOTALL)
 _HISTORY = "**Dialogue Records History**"
@@ -90,10 +90,10 @@ def _texts(value: Any) -> Iterator[str]:
 
 def read_tools(instruction: str, note: Note) -> list[Tool]:
     """The numbered tools of an `instruction`."""
-    section = _SECTION.search(instruction)
-    if section is None:
+    listed, _ = sections(instruction, *_TOOLS)
+    if len(listed) != 1:
         raise Unfaithful("row is of no known format")
-    _, *parts = _NUMBER.split(section[1])
+    _, *parts = _NUMBER.split(listed[0])
     if [int(number) for number in parts[::2]] != list(range(1, len(parts) // 2 + 1)):
         raise Unfaithful("tools are not numbered one by one")
     tools = []

@@ -85,6 +85,18 @@ def parse_values(text: str, what: str) -> list[Any]:
     return values
 
 
+def sections(text: str, start: str, end: str) -> tuple[list[str], str]:
+    """What stands between the marks, and the text without it: of `a(b)c` with round brackets, `["b"]` and `a()c`."""
+    inside: list[str] = []
+    outside: list[str] = []
+    at = 0
+    while (opened := text.find(start, at)) >= 0 and (closed := text.find(end, opened + len(start))) >= 0:
+        outside += [text[at:opened], start, end]
+        inside.append(text[opened + len(start) : closed])
+        at = closed + len(end)
+    return inside, "".join([*outside, text[at:]])
+
+
 def named_call(value: Any, name: str = "name", arguments: str = "arguments") -> tuple[Any, Any, None]:
     """A call written as an object, whatever its two keys are called; as `Turns.calls` takes it."""
     if not isinstance(value, dict):
