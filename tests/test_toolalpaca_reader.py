@@ -137,7 +137,8 @@ def test_documents_without_a_faithful_form(document: Any, why: str) -> None:
 
 
 def test_references_that_multiply_at_every_step_are_refused() -> None:
-    steps = {f"S{i}": {"properties": {k: {"$ref": f"#/components/schemas/S{i + 1}"} for k in "abcdef"}} for i in range(8)}
+    nexts = [{"$ref": f"#/components/schemas/S{i + 1}"} for i in range(8)]
+    steps = {f"S{i}": {"properties": dict.fromkeys("abcdef", after)} for i, after in enumerate(nexts)}
     document = changed(Loaf={"$ref": "#/components/schemas/S0"}, **steps, S8={"type": "object", "properties": {}})
     assert reason(toolalpaca, api(LOOK, document=document)) == "schema that contains itself"
 
