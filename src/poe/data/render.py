@@ -4,6 +4,7 @@ The loss covers exactly what the model must produce itself: each assistant turn'
 the stop token. A text is tokenised once, whole; which tokens are the assistant's follows from their offsets in it.
 """
 
+import hashlib
 import json
 import re
 from bisect import bisect_left
@@ -76,6 +77,12 @@ class Renderer:
     def stop_token_ids(self) -> tuple[int, ...]:
         """What ends a turn, and generation must stop at: EOS, those given, and the template's end-of-turn token."""
         return self._stop_token_ids
+
+    def fingerprint(self) -> str:
+        """A hash of all that decides what a conversation renders to: tokenizer, template, options and stop tokens."""
+        tokenizer: Any = self.tokenizer
+        parts = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, self._options, self._stop_token_ids]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
     def render(self, conversation: Conversation) -> RenderedRow:
         """Render to one row that trains every assistant turn; a row without any has a mask of only False.

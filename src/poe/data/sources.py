@@ -267,6 +267,15 @@ def _parquet_rows(file: Path) -> Iterator[Row]:
 
 def hub_rows(dataset_id: str, name: str, split: str = "train") -> Iterator[Row]:
     """Every row of a public data set, through `datasets` (its cache is used when the Hub cannot be reached)."""
+    yield from ((f"{dataset_id}[{i}]", row) for i, row in enumerate(_hub_dataset(dataset_id, name, split)))
+
+
+def hub_fingerprint(dataset_id: str, name: str, split: str = "train") -> str:
+    """What `datasets` knows a public data set's rows by."""
+    return str(getattr(_hub_dataset(dataset_id, name, split), "_fingerprint", ""))
+
+
+def _hub_dataset(dataset_id: str, name: str, split: str) -> Any:
     try:
         import datasets
         import huggingface_hub
@@ -294,11 +303,10 @@ def hub_rows(dataset_id: str, name: str, split: str = "train") -> Iterator[Row]:
     except Exception:  # of whatever kind: a copy in the cache may still serve, and if not the message below says so
         offline = True
     try:
-        rows = _load(datasets, huggingface_hub, dataset_id, split, offline)
+        return _load(datasets, huggingface_hub, dataset_id, split, offline)
     except Exception as error:
         first_line = next(iter(str(error).splitlines()), type(error).__name__)
         raise failed("the Hub cannot be reached and no copy is cached" if offline else first_line) from error
-    yield from ((f"{dataset_id}[{i}]", row) for i, row in enumerate(rows))
 
 
 def _load(datasets: Any, hub: Any, dataset_id: str, split: str, offline: bool) -> Any:

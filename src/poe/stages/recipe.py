@@ -84,6 +84,8 @@ class Recipe(Plan):
     head_rank: int | Literal["auto"] = 64
     epochs: dict[str, int] = field(default_factory=dict)  # passes per data reader, unless the SPEC says so
     held_out: float = 0.02  # share of the queries kept for validation
+    eval_data: str = ""  # a SPEC of questions to answer after training; rows that share a query or a call are left out
+    near_duplicates: float | None = 0.9  # the similarity from which a row repeats another; None: only exact repetitions
     eval_rows: int = 200  # rows of each held-out split that are answered after training
 
     def stage_config(self, **fields: Any) -> StageConfig:

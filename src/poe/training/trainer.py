@@ -80,6 +80,8 @@ def train_stage(
                 seq_len=plan.seq_len,
                 epochs=plan.epochs,
                 held_out=plan.held_out,
+                near_duplicates=plan.near_duplicates,
+                evaluation=plan.eval_data,
                 eval_rows=plan.eval_rows,
                 seed=plan.seed,
                 report=report,

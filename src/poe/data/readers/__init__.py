@@ -8,35 +8,30 @@ both behind one interface.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
-from itertools import islice
 from types import ModuleType
 
 from poe.data.conversation import Conversation
 from poe.data.drops import DropReport
 from poe.data.readers import glaive, messages, xlam
 from poe.data.sources import file_rows, hub_rows
-from poe.data.spec import DataSource, parse_spec
+from poe.data.spec import DataSource
 from poe.errors import DataError, suggest
 
-__all__ = ["READERS", "Loaded", "Reader", "get_reader", "load_conversations", "read_source"]
+__all__ = ["READERS", "Reader", "get_reader", "read_source"]
 
 
 @dataclass(frozen=True, slots=True)
 class Reader:
-    """One way to get conversations. `read(path, report)`: a file, folder or glob, or None for the public data set."""
+    """One way to get conversations. `read(path, report)`: a file, folder or glob, or None for the public data set.
+
+    `generated`: the rows come from code, and `path` is no file but says which.
+    """
 
     name: str
     hub_id: str | None
     licence: str
     read: Callable[[str | None, DropReport], Iterator[Conversation]]
-
-
-@dataclass(frozen=True, slots=True)
-class Loaded:
-    """A source of a SPEC and what was read of it: each row once. Epochs and weight are for the packer to apply."""
-
-    source: DataSource
-    conversations: list[Conversation]
+    generated: bool = False
 
 
 def _of_rows(module: ModuleType) -> Reader:
@@ -58,7 +53,7 @@ def _generated(path: str | None, report: DropReport) -> Iterator[Conversation]:
 
 
 READERS: dict[str, Reader] = {
-    "demo": Reader("demo", None, "Apache-2.0", _generated),
+    "demo": Reader("demo", None, "Apache-2.0", _generated, generated=True),
     **{module.NAME: _of_rows(module) for module in (glaive, messages, xlam)},
 }
 
@@ -71,25 +66,15 @@ def get_reader(name: str) -> Reader:
 
 
 def read_source(source: DataSource, report: DropReport) -> Iterator[Conversation]:
-    """The conversations of one source, one at a time."""
-    return get_reader(source.name).read(source.path, report)
-
-
-def load_conversations(
-    spec: str | list[DataSource], report: DropReport | None = None, limit: int | None = None
-) -> list[Loaded]:
-    """Read every source of a SPEC (at most `limit` rows each). A source of which nothing is left is a DataError."""
-    sources = parse_spec(spec, READERS) if isinstance(spec, str) else spec
-    report = DropReport() if report is None else report
-    loaded = []
-    for source in sources:
-        dropped = sum(report.dropped.get(source.name, {}).values())
-        conversations = list(islice(read_source(source, report), limit))
-        if not conversations:
-            reasons = report.dropped.get(source.name)
-            why = "it holds no rows"
-            if reasons and sum(reasons.values()) > dropped:
-                why = "every row was dropped: " + ", ".join(f"{r} ({n})" for r, n in reasons.most_common(3))
-            raise DataError(f"No row of the data source '{source}' can be used; {why}.")
-        loaded.append(Loaded(source, conversations))
-    return loaded
+    """The conversations of one source, one at a time, each once. A source of which nothing is left is a DataError."""
+    dropped = sum(report.dropped.get(source.name, {}).values())
+    empty = True
+    for conversation in get_reader(source.name).read(source.path, report):
+        empty = False
+        yield conversation
+    if empty:
+        reasons = report.dropped.get(source.name)
+        why = "it holds no rows"
+        if reasons and sum(reasons.values()) > dropped:
+            why = "every row was dropped: " + ", ".join(f"{r} ({n})" for r, n in reasons.most_common(3))
+        raise DataError(f"No row of the data source '{source}' can be used; {why}.")
