@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from poe.errors import DeltaError, FamilyError, suggest
 from poe.loaders.places import embedded_folders, place
+from poe.loaders.tokenizer import load_tokenizer
 from poe.modeling.access import Access, read_config
 from poe.modeling.fingerprint import fingerprint_tensors
 from poe.modeling.growth import keep_in_step
@@ -81,7 +82,7 @@ class Cascade:
             source, config = base_source(where, access, revision)
             return cls(
                 load_base(source, config, **options),
-                _tokenizer(where, source.revision, access, trust_remote_code),
+                load_tokenizer(where, source.revision, access, trust_remote_code),
                 source=source,
             )
         override = None if base is None else place(base)
@@ -91,7 +92,7 @@ class Cascade:
         else:
             warn_unverified(where)
         model = load_base(lineage.base, lineage.base_config, **options)
-        tokenizer = _tokenizer(where, lineage.links[-1].revision, access, trust_remote_code)
+        tokenizer = load_tokenizer(where, lineage.links[-1].revision, access, trust_remote_code)
         cascade = cls(model, tokenizer, source=lineage.base)
         return cascade._attach(lineage)
 
@@ -328,14 +329,3 @@ class Cascade:
             stage.parent.requires_grad_(False)  # what others stand on is frozen
         self.stages[stage.name] = stage
         return self
-
-
-def _tokenizer(where: str, revision: str | None, access: Access, trust_remote_code: bool) -> Any:
-    """Return the tokenizer that lies beside a model, None if there is none."""
-    try:
-        # Said explicitly, because left unsaid transformers asks on the terminal for models it does not know.
-        return AutoTokenizer.from_pretrained(
-            where, revision=revision or "main", trust_remote_code=trust_remote_code, **access.kwargs(where)
-        )
-    except (OSError, ValueError, KeyError):
-        return None
