@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from poe.data.conversation import Conversation
-from poe.data.drops import DropReport
+from poe.data.drops import DropReport, Unfaithful
 from poe.data.packing import PackedRows, pack
 from poe.data.readers import READERS, demo, load_conversations
 from poe.data.render import Renderer
@@ -118,6 +118,9 @@ def _render_all(
 
         try:
             parts = renderer.render_all(conversation)
+        except Unfaithful as error:
+            drop(error.reason)
+            continue
         except DataError:
             drop("the chat template refuses it")
             continue
