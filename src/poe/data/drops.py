@@ -7,9 +7,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from poe.errors import DataError
 
-class Unfaithful(ValueError):
-    """Raised while a row is read that has no faithful `Conversation`; `reason` is what the report counts."""
+
+class Unfaithful(DataError):
+    """Raised for a row that has no faithful `Conversation`, or text in its form; `reason` is what the report counts."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)

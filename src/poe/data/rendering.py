@@ -8,7 +8,7 @@ import numpy as np
 
 from poe.data.conversation import Conversation
 from poe.data.corpus import Corpus
-from poe.data.drops import DropReport
+from poe.data.drops import DropReport, Unfaithful
 from poe.data.render import Renderer
 from poe.data.store import RowStore
 from poe.errors import DataError, TemplateError
@@ -47,6 +47,8 @@ class RenderRows:
     def _render(self, conversation: Conversation, row: int, epoch: int) -> Rendered:
         try:
             parts = self.renderer.render_all(conversation)
+        except Unfaithful as error:
+            return Rendered(row, epoch, [], error.reason)
         except DataError:
             return Rendered(row, epoch, [], REFUSED)
         except TemplateError as error:

@@ -77,11 +77,11 @@ def answer(
 
 
 def score(conversations: Sequence[Conversation], replies: Sequence[str]) -> CallScores:
-    """Compare replies with the reference answers of `conversations`."""
+    """Compare replies, read in the call form of their conversation, with the reference answers of `conversations`."""
     exact = names = valid = calls_wanted = abstained = abstentions_wanted = 0
     for conversation, text in zip(conversations, replies, strict=True):
         wanted = question(conversation)[1]
-        reply = parse_reply(text)
+        reply = parse_reply(text, conversation.form.calls) if conversation.form else parse_reply(text)
         got = [(call.name, call.arguments) for call in reply.calls]
         if wanted:
             calls_wanted += 1
@@ -108,6 +108,6 @@ def evaluate_calls(
     renderer = Renderer(cascade.tokenizer)
     scores = {}
     for name, conversations in splits.items():
-        prompts = [renderer.prompt_ids(question(c)[0], c.tools) for c in conversations]
+        prompts = [renderer.prompt_ids(question(c)[0], c.tools, c.form) for c in conversations]
         scores[name] = score(conversations, answer(cascade, stage, prompts, renderer.stop_token_ids, **options))
     return scores
