@@ -6,12 +6,13 @@ packed into files that training maps into memory: a million rows take no more me
 
 import hashlib
 import random
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from poe.data.augment import Augmentation, ToolPool
 from poe.data.cache import fingerprint, made_once
 from poe.data.conversation import Conversation
 from poe.data.corpus import DROPPED, EVALUATION, HELD_OUT, TRAIN, Corpus, read_corpus
@@ -47,6 +48,7 @@ def prepare(
     held_out: float = 0.02,
     near_duplicates: float | None = None,
     evaluation: str = "",
+    augmentation: Augmentation | None = None,
     eval_rows: int = 200,
     seed: int = 0,
     report: DropReport | None = None,
@@ -55,8 +57,8 @@ def prepare(
     """Read `spec` and pack it into rows of `seq_len` tokens.
 
     `epochs` are the passes per reader where the SPEC does not say; `held_out`, `near_duplicates` and `evaluation` are
-    those of `read_corpus`; `eval_rows` is how many conversations of each held-out split are kept to be answered. A
-    conversation that is too long or cannot be rendered is dropped and counted in `report`. `workers` processes render
+    those of `read_corpus`; training rows, and no others, go through `augmentation` in every pass anew. `eval_rows` is how
+    many conversations of each held-out split are kept to be answered. A conversation that is too long or cannot be rendered is dropped and counted in `report`. `workers` processes render
     (default: one per core, at most eight; few rows are rendered here); their number does not change the result. Raises
     `DataError` when nothing is left to train on, or `TemplateError` when the chat template cannot show the assistant's
     tokens in any row.
@@ -69,14 +71,14 @@ def prepare(
         for n, source in enumerate(corpus.sources)
     }
     items = _shuffled(corpus, {n: passes[n] * corpus.sources[n].weight for n in own}, seed)
-    work = RenderRows(corpus.folder, renderer, seq_len)
+    options = augmentation or Augmentation()
     items_digest = hashlib.sha256(items.tobytes()).hexdigest()
-    key = fingerprint("packed", corpus.key, renderer.fingerprint(), seq_len, seed, items_digest)
+    key = fingerprint("packed", corpus.key, renderer.fingerprint(), seq_len, seed, items_digest, asdict(options))
 
     def make(folder: Path) -> dict[str, Any]:
         mine = DropReport(folder / DROPPED)
         try:
-            return _pack(folder, items, work, corpus, seed, mine, workers)
+            return _pack(folder, items, renderer, options, seq_len, corpus, seed, mine, workers)
         except (DataError, TemplateError):
             mine.close()
             report.absorb(mine.as_dict(), folder / DROPPED)
@@ -117,6 +119,8 @@ def prepare(
         "tokens": train.stats.tokens,
         "trained_tokens": train.trained_tokens,
         "validation_rows": val.num_rows,
+        "augmentation": asdict(options),
+        "augmented_rows_left_plain": said["left_plain"],
     }
     return TrainingData(train, val, _splits(corpus, own, eval_rows, seed), summary)
 
@@ -141,7 +145,9 @@ def _shuffled(corpus: Corpus, times: dict[int, float], seed: int) -> np.ndarray:
 def _pack(
     folder: Path,
     items: np.ndarray,
-    work: RenderRows,
+    renderer: Renderer,
+    augmentation: Augmentation,
+    seq_len: int,
     corpus: Corpus,
     seed: int,
     report: DropReport,
@@ -149,18 +155,30 @@ def _pack(
 ) -> dict[str, Any]:
     """Render and pack the training items, and a sample of the held-out rows, into `folder`."""
     tally = Tally(corpus, report)
-    options: dict[str, Any] = {"seed": seed, "pad_id": work.renderer.tokenizer.pad_token_id or 0}
+    pool = None
+    if augmentation.draws_tools:
+        training = np.flatnonzero(corpus.side == TRAIN)
+        pool = ToolPool.from_conversations(corpus.rows[i] for i in training.tolist())
+    work = RenderRows(corpus.folder, renderer, seq_len, augmentation, pool, seed)
+    options: dict[str, Any] = {"seed": seed, "pad_id": renderer.tokenizer.pad_token_id or 0}
     chunks = (items[i : i + CHUNK] for i in range(0, len(items), CHUNK))
     results = ordered_map(work, chunks, 1 if len(items) < FEW else workers or default_workers())
-    train = pack_to(folder / "train", tally.documents(results), work.seq_len, **options)
+    train = pack_to(folder / "train", tally.documents(results), seq_len, **options)
     if not train.rows:
         tally.raise_if_hidden()
     held = np.flatnonzero(corpus.side == HELD_OUT)
     if len(held) > MAX_VALIDATION_CONVERSATIONS:
         held = np.sort(np.random.default_rng(seed).choice(held, MAX_VALIDATION_CONVERSATIONS, replace=False))
-    documents = (d for one in work(np.stack([held, np.zeros_like(held)], axis=1)) for d in one.documents)
-    val = pack_to(folder / "val", documents, work.seq_len, **options)
-    return {"sources": tally.sources, "dropped": report.as_dict(), "packed": train.rows, "validation": val.rows}
+    plainly = RenderRows(corpus.folder, renderer, seq_len)
+    documents = (d for one in plainly(np.stack([held, np.zeros_like(held)], axis=1)) for d in one.documents)
+    val = pack_to(folder / "val", documents, seq_len, **options)
+    return {
+        "sources": tally.sources,
+        "dropped": report.as_dict(),
+        "left_plain": dict(tally.left_plain),
+        "packed": train.rows,
+        "validation": val.rows,
+    }
 
 
 def _splits(corpus: Corpus, own: list[int], eval_rows: int, seed: int) -> dict[str, list[Conversation]]:

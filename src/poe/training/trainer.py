@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from poe.cascade import Cascade
+from poe.data.augment import Augmentation
 from poe.data.conversation import Conversation
 from poe.data.drops import DropReport
 from poe.data.pipeline import TrainingData, prepare
@@ -63,6 +64,7 @@ def train_stage(
     """
     plan = (load_recipe(recipe) if isinstance(recipe, str) else recipe).replace(**fields)
     spec = data or plan.data
+    augmentation = Augmentation.from_dict(plan.augment)
     run = Path(output_dir or f"runs/{plan.name}")
     if cascade.tokenizer is None:
         raise TemplateError("The base has no tokenizer: put its tokenizer files, with a chat template, beside it.")
@@ -82,6 +84,7 @@ def train_stage(
                 held_out=plan.held_out,
                 near_duplicates=plan.near_duplicates,
                 evaluation=plan.eval_data,
+                augmentation=augmentation,
                 eval_rows=plan.eval_rows,
                 seed=plan.seed,
                 report=report,
