@@ -1,7 +1,7 @@
 """The data readers, by name, and the way from a `--data` SPEC to conversations.
 
 A reader of files is a module with `NAME`, `HUB_ID` (or None), `LICENCE` and `read(rows, report)`, which gets
-`(id, row)` pairs and yields `Conversation`s. A generator has `read(path, report)` and needs no file. `READERS` holds
+`(id, row)` pairs and yields `Conversation`s; `HUB_CONFIG` where the Hub holds the set in several configurations. A generator has `read(path, report)` and needs no file. `READERS` holds
 both behind one interface.
 """
 
@@ -13,7 +13,23 @@ from types import ModuleType
 
 from poe.data.conversation import Conversation
 from poe.data.drops import DropReport
-from poe.data.readers import glaive, messages, xlam
+from poe.data.readers import (
+    alpaca,
+    apibank,
+    codealpaca,
+    droidcall,
+    glaive,
+    gpteacher_toolformer,
+    gsm8k,
+    magicoder,
+    mathinstruct,
+    mbpp,
+    messages,
+    nexusraven,
+    rotbench,
+    toolbench,
+    xlam,
+)
 from poe.data.sources import file_rows, hub_rows
 from poe.data.spec import DataSource, parse_spec
 from poe.errors import DataError, suggest
@@ -47,7 +63,7 @@ def _of_rows(module: ModuleType) -> Reader:
             return module.read(file_rows(path, name, report), report)
         if hub_id is None:
             raise DataError(f"The reader {name!r} has no public data set of its own; give a file: {name}=rows.jsonl.")
-        return module.read(hub_rows(hub_id, name), report)
+        return module.read(hub_rows(hub_id, name, config=getattr(module, "HUB_CONFIG", None)), report)
 
     return Reader(name, hub_id, module.LICENCE, read)
 
@@ -57,9 +73,27 @@ def _generated(path: str | None, report: DropReport) -> Iterator[Conversation]:
     return import_module("poe.data.readers.demo").read(path, report)
 
 
+_MODULES = (
+    alpaca,
+    apibank,
+    codealpaca,
+    droidcall,
+    glaive,
+    gpteacher_toolformer,
+    gsm8k,
+    magicoder,
+    mathinstruct,
+    mbpp,
+    messages,
+    nexusraven,
+    rotbench,
+    toolbench,
+    xlam,
+)
+
 READERS: dict[str, Reader] = {
     "demo": Reader("demo", None, "Apache-2.0", _generated),
-    **{module.NAME: _of_rows(module) for module in (glaive, messages, xlam)},
+    **{module.NAME: _of_rows(module) for module in _MODULES},
 }
 
 
