@@ -1,8 +1,8 @@
 """The data readers, by name, and the way from a `--data` SPEC to conversations.
 
 A reader of files is a module with `NAME`, `HUB_ID` (or None), `LICENCE` and `read(rows, report)`, which gets
-`(id, row)` pairs and yields `Conversation`s; `HUB_CONFIG` where the Hub holds the set in several configurations. A generator has `read(path, report)` and needs no file. `READERS` holds
-both behind one interface.
+`(id, row)` pairs and yields `Conversation`s; `HUB_CONFIG` where the Hub holds the set in several configurations. A
+generator has `read(path, report)` and needs no file. `READERS` holds both behind one interface.
 """
 
 from collections.abc import Callable, Iterator

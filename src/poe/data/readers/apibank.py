@@ -14,7 +14,7 @@ Three forms are read.
 Traps, and what is done about each:
 
 * Calls are Python-like. Unquoted words (`location=New York`, `id=ABC123`), quotes inside quotes and whatever else is
-  not Python notation: dropped, nothing is guessed, wherever in the row it stands. A missing pair of brackets is no harm.
+  not Python notation, wherever in the row it stands: dropped, nothing is guessed. Missing brackets do no harm.
 * An API that `ToolSearcher` finds is declared in its result. It is offered from the first turn on, since a conversation
   has one list of tools; a tool that is found again is offered once, as first declared.
 * Rows of the second and third form do not declare `ToolSearcher`, which takes `keywords` everywhere: it is declared
@@ -58,7 +58,7 @@ _HEADING = re.compile(r"^(User|AI|API-Request|Generate API Request|Generate AI R
 _REQUEST = re.compile(r"\s*(\[?.*?\)\]?)->(.*)", re.DOTALL)
 _NOW = re.compile(r"^The current (?:time|year) is [^{}\n]+\.[ \t]*$", re.MULTILINE)
 _TIME = re.compile(r"TIME: (\d[\d :-]*)\Z")
-_INLINE_REQUEST = re.compile(r"\[\w+\([^\]]*\)\]")
+_REQUEST_IN_TEXT = re.compile(r"\[\w+\([^\]]*\)\]")
 
 
 def read(rows: Iterable[Row], report: DropReport) -> Iterator[Conversation]:
@@ -70,8 +70,17 @@ def _convert(row: dict[str, Any], note: Note) -> Turns:
     if "turns" in row:
         return _dialogue(row["turns"], note)
     if "apis" in row:
-        apis = row["apis"] if isinstance(row["apis"], list) else [None]
-        calls = [{**api, "role": "API", "param_dict": api.get("input"), "result": api.get("output")} if isinstance(api, dict) else api for api in apis]  # fmt: skip
+        if not isinstance(row["apis"], list) or not all(isinstance(api, dict) for api in row["apis"]):
+            raise Unfaithful("row is of no known format")
+        calls = [
+            {
+                "role": "API",
+                "api_name": api.get("api_name"),
+                "param_dict": api.get("input"),
+                "result": api.get("output"),
+            }
+            for api in row["apis"]
+        ]
         question, answer = row.get("requirement"), row.get("response")
         return _dialogue([{"role": "User", "text": question}, *calls, {"role": "AI", "text": answer}], note)
     return _step(row, note)
@@ -88,7 +97,9 @@ def _step(row: dict[str, Any], note: Note) -> Turns:
         raise Unfaithful("row is of no known format")
     requests = [_request(body) if head == "API-Request" else None for head, body in spoken]
     declared = [*_lines(instruction.partition("API descriptions:")[2]), *_lines(before)]
-    tools = _offered(declared, [result for request, result in filter(None, requests) if "ToolSearcher" in request], note)
+    tools = _offered(
+        declared, [result for request, result in filter(None, requests) if "ToolSearcher" in request], note
+    )
 
     turns = Turns(tools, note)
     turns.system(_now(instruction, spoken, note))
@@ -140,6 +151,8 @@ def _offered(declared: list[Any], search_results: list[Any], note: Note) -> list
     tools = unique_tools([_tool(tool, note) for tool in declared], note)
     for result in search_results:
         for found in result if isinstance(result, list) else [result]:
+            if not isinstance(found, dict):
+                raise Unfaithful("search result that declares no tool")
             tool = _tool(found, note)
             if find_tool(tools, tool["function"]["name"]) is None:
                 tools.append(tool)
@@ -195,7 +208,7 @@ def _result(turn: dict[str, Any]) -> Any:
     return result["output"] if result.get("exception") is None else result["exception"]
 
 
-def _answered_call(turns: Turns, calls: list[Call] | list[tuple[str, Any, None]], result: Any) -> None:
+def _answered_call(turns: Turns, calls: list[Call], result: Any) -> None:
     if len(calls) != 1:
         raise Unfaithful("one result for several calls")
     if problem := check_value(result):
@@ -205,6 +218,6 @@ def _answered_call(turns: Turns, calls: list[Call] | list[tuple[str, Any, None]]
 
 
 def _say(turns: Turns, text: str) -> None:
-    if _INLINE_REQUEST.search(text):
+    if _REQUEST_IN_TEXT.search(text):
         raise Unfaithful("request inside a text")
     turns.assistant(text)

@@ -16,12 +16,13 @@ Traps, and what is done about each:
 * Absent values are written as null, `""`, `"None"` or `{}`, in any field: left out.
 * `mime` is an object in places, `{"image/*": ""}`: its one key is meant. With several keys: dropped.
 * `mime` is quoted twice in places, `"\\"text/plain\\""`: once is meant.
-* A number or a truth value written as text: coerced as everywhere; an extra of another type, or one that the intent does
-  not have: dropped.
+* A number or a truth value written as text: coerced as everywhere; an extra of another type, or one that the intent
+  does not have: dropped.
 * Rows make up values that the wish does not give (`content://media/19`). They cannot be told from others and are kept.
 """
 
 from collections.abc import Iterable, Iterator
+from copy import deepcopy
 from typing import Any
 
 from poe.data.conversation import Conversation, Tool
@@ -116,7 +117,7 @@ GROUPS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
         "ACTION_RESERVE_TAXI_RESERVATION": (
             "Book a taxi",
             {
-                **{name: _TEXT for name in ("pickup_location", "destination", "pickup_time", "special_requests")},
+                **dict.fromkeys(("pickup_location", "destination", "pickup_time", "special_requests"), _TEXT),
                 "passengers": _NUMBER,
                 "group_size": _NUMBER,
             },
@@ -155,7 +156,7 @@ def _convert(row: dict[str, Any], note: Note) -> Turns:
     if intent not in _TOOLS:
         raise Unfaithful("intent that is not known")
     arguments = {"uri": row.get("uri"), "mime": read_mime(row.get("mime"), note), **extras}
-    turns = Turns(_TOOLS[intent].copy(), note)
+    turns = Turns(deepcopy(_TOOLS[intent]), note)
     turns.user(query.strip())
     turns.calls([(intent, {name: value for name, value in arguments.items() if not _is_absent(value)}, None)])
     return turns

@@ -2,8 +2,8 @@
 
 Hub: `ise-uiuc/Magicoder-OSS-Instruct-75K` (75,197 rows). Licence: MIT; the texts come from an OpenAI model.
 
-A row is `{"problem", "solution"}` among other fields (`lang`, `seed`, ...), which are not read. Solutions are prose with
-fenced code, kept as they stand.
+A row is `{"problem", "solution"}` among other fields (`lang`, `seed`, ...), which are not read. Solutions are prose
+with fenced code, kept as they stand.
 """
 
 from collections.abc import Iterable, Iterator

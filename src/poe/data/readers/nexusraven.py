@@ -15,8 +15,11 @@ Traps, and what is done about each:
 
 * Tools become JSON Schema as in `signatures`; in `toolllm` every parameter has an example as its default, so all are
   optional there. Bodies of functions are not read.
-* An example may be of another type than its parameter (25.3 for `int`): the default goes; a call that does so is dropped.
-* Several golden calls are one turn of parallel calls. `None` for a parameter without a default is dropped.
+* An example may be of another type than its parameter (25.3 for `int`): the default goes; a call that does so is
+  dropped.
+* `golden_answer` is a JSON list of calls: one turn of parallel calls.
+* In `toolalpaca` every parameter is labelled required, and golden calls give `None` for those that are not. What tells
+  is the word `Required.` before a description: the others are optional here, and their nulls are left out.
 """
 
 import re
@@ -26,7 +29,7 @@ from typing import Any
 from poe.data.conversation import Conversation, Tool
 from poe.data.drops import DropReport, Unfaithful
 from poe.data.readers.signatures import read_calls, read_definition
-from poe.data.readers.turns import Turns, read_rows
+from poe.data.readers.turns import Turns, parse_field, read_rows
 from poe.data.schema import Note, unique_tools
 from poe.data.sources import Row
 
@@ -66,7 +69,7 @@ def _convert(row: dict[str, Any], note: Note) -> Turns:
             raise Unfaithful("row is of no known format")
         tools = [read_definition(source, note) for source in sources]
     elif "docstring" in row:
-        question, answer = row.get("instruction"), _joined(row.get("golden_answer"))
+        question, answer = row.get("instruction"), _joined(parse_field(row.get("golden_answer"), "golden answer"))
         tools = read_options(row["docstring"], note)
     elif "reference" in row:
         raise Unfaithful("no declaration of tools")
@@ -94,4 +97,7 @@ def read_options(prompt: Any, note: Note) -> list[Tool]:
 def _option(signature: str, text: str, note: Note) -> Tool:
     about, _, parameters = text.partition("Parameters:\n")
     details = {name: detail.strip() for name, detail in _PARAMETER.findall(parameters) if detail.strip()}
-    return read_definition(f"{signature.strip()}: ...", note, about.strip(), details)
+    tool = read_definition(f"{signature.strip()}: ...", note, about.strip(), details)
+    schema = tool["function"]["parameters"]
+    schema["required"] = [name for name in schema["required"] if details.get(name, "").startswith("Required.")]
+    return tool

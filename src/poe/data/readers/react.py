@@ -10,7 +10,10 @@ from poe.data.readers.turns import parse_field
 from poe.data.schema import Note, as_tool, check_value, unique_tools
 from poe.data.sources import parse_json
 
-_STEP = re.compile(r"\s*(?:Thought:(?P<thought>.*?))?\s*^Action:(?P<name>[^\n]*)\n\s*Action Input:(?P<arguments>.*)\Z", re.DOTALL | re.MULTILINE)  # fmt: skip
+_STEP = re.compile(
+    r"\s*(?:Thought:(?P<thought>.*?))?^Action:(?P<name>[^\n]*)\n\s*Action Input:(?P<arguments>.*)\Z",
+    re.DOTALL | re.MULTILINE,
+)
 
 
 class Step(NamedTuple):

@@ -14,7 +14,8 @@ from poe.data.literals import PythonCall, Variable, parse_calls, parse_definitio
 from poe.data.readers.xlam import python_type
 from poe.data.schema import Note, as_tool, coerce, find_tool, fits_type
 
-Call = tuple[str, dict[str, Any], None]
+Call = tuple[str, Any, None]
+"""Name, arguments and no id, as `Turns.calls` takes them."""
 
 _TIMES = frozenset({"datetime", "date", "time", "datetime.datetime", "datetime.date", "datetime.time"})
 
