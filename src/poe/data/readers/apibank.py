@@ -87,10 +87,11 @@ def _convert(row: dict[str, Any], note: Note) -> Turns:
 
 
 def _step(row: dict[str, Any], note: Note) -> Turns:
-    texts = [row.get("instruction"), row.get("input"), row.get("output", row.get("expected_output"))]
-    if not all(isinstance(text, str) for text in texts):
-        raise Unfaithful("row is of no known format")
-    instruction, history, answer = texts
+    match row.get("instruction"), row.get("input"), row.get("output", row.get("expected_output")):
+        case str() as instruction, str() as history, str() as answer:
+            pass
+        case _:
+            raise Unfaithful("row is of no known format")
     before, *parts = _HEADING.split(history)
     spoken = [(head, body.strip()) for head, body in zip(parts[::2], parts[1::2], strict=True)]
     if not spoken or not spoken[-1][0].startswith("Generate"):

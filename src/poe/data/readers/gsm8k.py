@@ -25,7 +25,7 @@ HUB_ID = "openai/gsm8k"
 HUB_CONFIG = "main"
 LICENCE = "MIT"
 
-_CALCULATOR = re.compile(r"<<[^<>\n]*>>")
+_CALCULATOR = re.compile(r"<<[^<>\n]*=[^<>\n]*>>")
 
 
 def read(rows: Iterable[Row], report: DropReport) -> Iterator[Conversation]:

@@ -33,13 +33,14 @@ def read(rows: Iterable[Row], report: DropReport) -> Iterator[Conversation]:
 
 
 def _convert(row: dict[str, Any], note: Note) -> Turns:
-    texts = [row.get("question", row.get("text")), row.get("code")]
-    tests = row.get("test_list")
-    if not isinstance(tests, list) or not tests or not all(isinstance(text, str) for text in [*texts, *tests]):
-        raise Unfaithful("row is of no known format")
-    if "\r\n" in texts[1]:
+    match row.get("question", row.get("text")), row.get("test_list"), row.get("code"):
+        case str() as task, [*tests], str() as code if tests and all(isinstance(test, str) for test in tests):
+            pass
+        case _:
+            raise Unfaithful("row is of no known format")
+    if "\r\n" in code:
         note("CRLF written as a line feed")
-    task, code, *tests = (text.replace("\r\n", "\n") for text in [*texts, *tests])
+    task, code, *tests = (text.replace("\r\n", "\n") for text in [task, code, *tests])
     if not task.strip():
         raise Unfaithful("empty turn")
     return answered("\n".join([task.strip(), "It must pass these tests:", *tests]), code, note)
