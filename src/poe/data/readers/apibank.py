@@ -1,7 +1,8 @@
 """API-Bank: dialogues with API requests, some of which must first search for the API.
 
-Hub: `liminghao1630/API-Bank`. Licence: Apache-2.0 (repository; the Hub says MIT). Among the training files,
-`lvN-train.json` is the union of `lvN-api-train.json` and `lvN-response-train.json`: read one or the other.
+Hub: `liminghao1630/API-Bank`. Its files differ in their columns, so they do not load as one table: download them and
+give a file. `lvN-train.json` is the union of `lvN-api-train.json` and `lvN-response-train.json`: read one or the other.
+Licence: Apache-2.0 (the repository; the Hub says MIT).
 
 Three forms are read.
 
@@ -41,7 +42,7 @@ from poe.data.schema import Note, as_tool, check_value, find_tool, unique_tools
 from poe.data.sources import Row
 
 NAME = "apibank"
-HUB_ID = "liminghao1630/API-Bank"
+HUB_ID = None
 LICENCE = "Apache-2.0"
 
 _FIELDS = (
