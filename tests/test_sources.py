@@ -217,8 +217,9 @@ class FakeHub:
 
 
 def test_the_hub_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    FakeHub(monkeypatch, lambda *a, **k: None, lambda name, split: [{"name": name, "split": split}])
-    assert list(hub_rows("me/rows", "glaive")) == [("me/rows[0]", {"name": "me/rows", "split": "train"})]
+    FakeHub(monkeypatch, lambda *a, **k: None, lambda *asked, split: [{"asked": asked, "split": split}])
+    assert list(hub_rows("me/rows", "glaive")) == [("me/rows[0]", {"asked": ("me/rows", None), "split": "train"})]
+    assert next(hub_rows("me/rows", "gsm8k", config="main"))[1]["asked"] == ("me/rows", "main")
 
 
 def test_the_hub_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,7 +95,7 @@ def _identity(source: DataSource) -> list[Any]:
     if source.path is not None and not reader.generated:
         return [source.name, [(file.name, file_digest(file)) for file in expand(source.path)]]
     if reader.hub_id is not None and source.path is None:
-        return [source.name, reader.hub_id, hub_fingerprint(reader.hub_id, source.name)]
+        return [source.name, reader.hub_id, hub_fingerprint(reader.hub_id, source.name, config=reader.hub_config)]
     return [source.name, source.path]
 
 

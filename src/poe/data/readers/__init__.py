@@ -1,8 +1,8 @@
 """The data readers, by name, and the way from a `--data` SPEC to conversations.
 
 A reader of files is a module with `NAME`, `HUB_ID` (or None), `LICENCE` and `read(rows, report)`, which gets
-`(id, row)` pairs and yields `Conversation`s. A generator has `read(path, report)` and needs no file. `READERS` holds
-both behind one interface.
+`(id, row)` pairs and yields `Conversation`s; `HUB_CONFIG` where the Hub holds the set in several configurations. A
+generator has `read(path, report)` and needs no file. `READERS` holds both behind one interface.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,7 +12,6 @@ from types import ModuleType
 
 from poe.data.conversation import Conversation
 from poe.data.drops import DropReport
-from poe.data.readers import glaive, messages, xlam
 from poe.data.sources import file_rows, hub_rows
 from poe.data.spec import DataSource
 from poe.errors import DataError, suggest
@@ -32,19 +31,20 @@ class Reader:
     licence: str
     read: Callable[[str | None, DropReport], Iterator[Conversation]]
     generated: bool = False
+    hub_config: str | None = None
 
 
 def _of_rows(module: ModuleType) -> Reader:
-    name, hub_id = module.NAME, module.HUB_ID
+    name, hub_id, hub_config = module.NAME, module.HUB_ID, getattr(module, "HUB_CONFIG", None)
 
     def read(path: str | None, report: DropReport) -> Iterator[Conversation]:
         if path is not None:
             return module.read(file_rows(path, name, report), report)
         if hub_id is None:
             raise DataError(f"The reader {name!r} has no public data set of its own; give a file: {name}=rows.jsonl.")
-        return module.read(hub_rows(hub_id, name), report)
+        return module.read(hub_rows(hub_id, name, config=hub_config), report)
 
-    return Reader(name, hub_id, module.LICENCE, read)
+    return Reader(name, hub_id, module.LICENCE, read, hub_config=hub_config)
 
 
 def _generated(path: str | None, report: DropReport) -> Iterator[Conversation]:
@@ -52,9 +52,14 @@ def _generated(path: str | None, report: DropReport) -> Iterator[Conversation]:
     return import_module("poe.data.readers.demo").read(path, report)
 
 
+_OF_FILES = (
+    "alpaca apibank codealpaca droidcall glaive gpteacher_toolformer gsm8k magicoder mathinstruct mbpp messages "
+    "nexusraven rotbench toolbench xlam"
+).split()
+
 READERS: dict[str, Reader] = {
     "demo": Reader("demo", None, "Apache-2.0", _generated, generated=True),
-    **{module.NAME: _of_rows(module) for module in (glaive, messages, xlam)},
+    **{name: _of_rows(import_module(f"poe.data.readers.{name}")) for name in _OF_FILES},
 }
 
 
