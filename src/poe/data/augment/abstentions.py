@@ -6,18 +6,9 @@ from poe.data.augment.masking import is_identifier
 from poe.data.augment.words import base_form, is_command
 from poe.data.conversation import Tool
 
-_OPENINGS = (
-    "",
-    "",
-    "",
-    "Sorry, ",
-    "Sorry, but ",
-    "I'm sorry, ",
-    "I am sorry, but ",
-    "Unfortunately, ",
-    "Regrettably, ",
-)
-_OPENINGS += ("Apologies, ", "My apologies, but ", "I'm afraid ", "I am afraid that ")
+_OPENINGS: tuple[str, ...] = ("", "", "", "Sorry, ", "Sorry, but ", "I'm sorry, ", "I am sorry, but ")
+_OPENINGS += ("Unfortunately, ", "Regrettably, ", "Apologies, ", "My apologies, but ", "I'm afraid ")
+_OPENINGS += ("I am afraid that ",)
 _REFUSALS = (
     "I cannot {d}",
     "I can't {d}",
@@ -50,8 +41,8 @@ _WITHOUT_TOOLS = (
     "without any tools I cannot {d}",
     "I was given no tools and cannot {d}",
 )
-_ANY_DEED = ("do that", "do this", "help with that", "help you with this", "take care of that", "do what you ask")
-_ANY_DEED += ("handle this request", "carry that out", "see to that")
+_ANY_DEED: tuple[str, ...] = ("do that", "do this", "help with that", "help you with this", "do what you ask")
+_ANY_DEED += ("take care of that", "handle this request", "carry that out", "see to that")
 _LISTS = (
     "What I have is {t}.",
     "I only have {t}.",

@@ -51,12 +51,20 @@ def mask(conversation: Conversation, rng: Random) -> tuple[Conversation, Mapping
     """The row with random names, and the mapping from old names to new; the row itself and `{}` if it cannot be."""
     if not conversation.tools or not all(map(_is_told, conversation.tools)):
         return conversation, {}
-    text, mapping = conversation.key(), {}
+    text = conversation.key()
+    mapping: Mapping = {}
     for name in _names(conversation.tools):
         if name not in mapping:
             mapping[name] = _fresh_name(rng, text, mapping)
+    return rename(conversation, mapping), mapping
+
+
+def rename(conversation: Conversation, mapping: Mapping) -> Conversation:
+    """The row under the names of a mapping that has all of its own; under those it has if the mapping is empty."""
+    if not mapping:
+        return conversation
     mentions = {old: new for old, new in mapping.items() if is_identifier(old)}
-    return _Renamer(mapping, mentions).row(conversation), mapping
+    return _Renamer(mapping, mentions).row(conversation)
 
 
 def unmask(conversation: Conversation, mapping: Mapping) -> Conversation:

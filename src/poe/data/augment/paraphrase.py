@@ -1,7 +1,7 @@
 """Paraphrase: other words for the same wish, by rules, in the two places where nothing of a value can stand.
 
-At the start: a greeting (another, or one in the first text), "please", "can you ...?" or "I need you to ..." before a command and back
-again, a contraction made or undone. At the end: "please" or thanks. Nothing else is touched, and
+At the start: a greeting (another, or one in the first text), "please", "can you ...?" or "I need you to ..." before a
+command and back again, a contraction made or undone. At the end: "please" or thanks. Nothing else is touched, and
 
 * nothing inside quotes, and nothing that a call repeats (whatever its case);
 * no end of a text that a value reaches, or of one with lines or a colon in it: what follows them is often the value;

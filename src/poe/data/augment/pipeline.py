@@ -12,7 +12,7 @@ from poe.data.augment.contrast import make_pair
 from poe.data.augment.distractors import ToolPool, add_distractors
 from poe.data.augment.formats import with_random_form
 from poe.data.augment.irrelevance import make_irrelevant
-from poe.data.augment.masking import mask
+from poe.data.augment.masking import mask, rename
 from poe.data.augment.paraphrase import paraphrase
 from poe.data.augment.rows import row_digest, row_rng
 from poe.data.conversation import Conversation
@@ -69,7 +69,8 @@ class Augmentation:
         for name in options:
             if name not in known:
                 raise RecipeError(f"There is no augmentation {name!r}.{suggest(str(name), known)}")
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in options.items()})
+        fields: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in options.items()}
+        return cls(**fields)
 
 
 def augment(
@@ -79,7 +80,7 @@ def augment(
 
     In this order: paraphrase and case of the user's texts, while the calls still tell what is copied from them;
     irrelevance or contrast; distractors and shuffle of the tools that are left; mask, which renames what is there by
-    then; formats. The rows of a pair share all of it but the masks.
+    then; formats. The two rows of a pair share all of it, new names as well.
     """
     digest = row_digest(conversation)
 
@@ -99,7 +100,8 @@ def augment(
     if chosen("shuffle"):
         rows = [_shuffled(row, row_rng(digest, seed=seed, epoch=epoch, step="order")) for row in rows]
     if rng := chosen("mask"):
-        rows = [mask(row, rng)[0] for row in rows]
+        _, mapping = mask(rows[0], rng)  # it has every tool of the second row of a pair
+        rows = [rename(row, mapping) for row in rows]
     if chosen("formats"):
         names = options.tool_formats, options.call_formats
         rows = [with_random_form(row, row_rng(digest, seed=seed, epoch=epoch, step="form"), *names) for row in rows]

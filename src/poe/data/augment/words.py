@@ -38,7 +38,7 @@ _SAME = {
         "buy": "purchase order",
         "send": "mail forward",
     }.items()
-    for word in words.split()
+    for word in (meant, *words.split())
 }
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+|[^\W\d_A-Za-z]+")
 
