@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from poe.data import corpus, pipeline
+from poe.data.augment import Augmentation
 from poe.data.cache import cache_root
 from poe.data.demo.text import make_text
 from poe.data.demo.tokenizer import train_tokenizer
@@ -81,6 +82,10 @@ def test_what_is_too_long_is_dropped_counted_and_kept(tmp_path: Path, renderer: 
 
 def packed(data: TrainingData) -> list:
     return [part.tolist() for part in data.train.batch(0, data.train.num_rows)]
+
+
+def packed_val(data: TrainingData) -> list:
+    return [part.tolist() for part in data.val.batch(0, data.val.num_rows)]
 
 
 @pytest.fixture
@@ -185,6 +190,35 @@ def test_rows_that_the_evaluation_asks_are_not_trained_on(tmp_path: Path, render
     assert "Pay 7 coins" not in trained
     assert "Pay 9 coins" not in trained
     assert data.train.stats.documents == 98 - len(data.held_out["held-out messages"])
+
+
+EVERYTHING = Augmentation(
+    mask=0.5, irrelevance=0.2, contrast=0.2, distractors=0.5, shuffle=1.0, case=0.2, paraphrase=0.5, formats=0.7
+)
+
+
+def test_augmented_rows_are_the_same_for_any_number_of_workers(renderer: Renderer, fresh, monkeypatch) -> None:
+    monkeypatch.setattr(pipeline, "FEW", 0)
+    options = {"seq_len": 1024, "augmentation": EVERYTHING, "epochs": {"demo": 2}}
+    one = prepare("demo=200", renderer, workers=1, **options)
+    fresh()
+    two = prepare("demo=200", renderer, workers=2, **options)
+    assert packed(one) == packed(two)
+    assert one.summary == two.summary
+    plain = prepare("demo=200", renderer, seq_len=1024, epochs={"demo": 2})
+    assert packed(plain) != packed(one)
+    assert packed_val(plain) == packed_val(one)
+    assert plain.summary["augmented_rows_left_plain"] == {}
+
+
+def test_augmented_rows_that_do_not_fit_are_taken_plain(renderer: Renderer) -> None:
+    plain = prepare("demo=100", renderer, seq_len=512)
+    longer = prepare(
+        "demo=100", renderer, seq_len=512, augmentation=Augmentation(formats=1.0, tool_formats=("indent4",))
+    )
+    left = longer.summary["augmented_rows_left_plain"]
+    assert 0 < left["longer than 512 tokens"] < 100
+    assert longer.train.stats.documents == plain.train.stats.documents
 
 
 def test_near_duplicates_are_dropped_and_counted(tmp_path: Path, renderer: Renderer) -> None:

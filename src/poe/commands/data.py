@@ -1,6 +1,7 @@
 """`poe data`: look at rows after every step, count them, write them out."""
 
 import json
+from dataclasses import asdict
 from enum import StrEnum
 from itertools import islice
 from pathlib import Path
@@ -21,10 +22,14 @@ Base = Annotated[str, typer.Option(help="whose tokenizer and chat template: fold
 RecipeName = Annotated[str, typer.Option("--recipe", help="whose options: a shipped recipe, or a YAML file")]
 
 
+POOL_ROWS = 200  # more rows of a source that are read to show one, so that there are tools to draw from
+
+
 class Step(StrEnum):
     """The steps after which rows can be looked at."""
 
     READ = "read"
+    AUGMENT = "augment"
     RENDER = "render"
 
 
@@ -34,23 +39,26 @@ def show(
     after: Annotated[Step, typer.Option(help="the last step to be done")] = Step.RENDER,
     count: Annotated[int, typer.Option("-n", help="how many rows of each source", min=1)] = 3,
     base: Base = "demo",
+    recipe: RecipeName = "tool",
+    epoch: Annotated[int, typer.Option(help="the pass whose augmentation is shown", min=0)] = 0,
 ) -> None:
     """Print the first rows as they are after a step; in rendered rows the trained tokens are green."""
+    from poe.data.augment import Augmentation, ToolPool, augment
     from poe.data.drops import DropReport
     from poe.data.readers import READERS, read_source
     from poe.data.spec import parse_spec
 
+    plan = load_recipe(recipe)
+    options = Augmentation.from_dict({} if after is Step.READ else plan.augment)
     renderer = _renderer(base) if after is Step.RENDER else None
     report = DropReport()
     for source in parse_spec(spec, READERS):
-        for row in islice(read_source(source, report), count):
-            out.rule(f"{source} · {row.id or row.source}", align="left")
-            if renderer is None:
-                out.print_json(json.dumps({"messages": row.messages, "tools": row.tools}, ensure_ascii=False))
-                continue
-            for part in renderer.render_all(row):
-                out.print(_coloured(renderer.tokenizer, part.input_ids, part.loss_mask))
-                out.print(f"{len(part.input_ids)} tokens, {sum(part.loss_mask)} trained", style="dim")
+        rows = list(islice(read_source(source, report), count + (POOL_ROWS if options.draws_tools else 0)))
+        pool = ToolPool.from_conversations(rows)
+        for row in rows[:count]:
+            for shown in augment(row, options, epoch=epoch, seed=plan.seed, pool=pool):
+                out.rule(f"{source} · {row.id or row.source}", align="left")
+                _show(shown, renderer)
 
 
 @app.command()
@@ -98,6 +106,17 @@ def export(
     numbers = [i for n in range(len(corpus.sources)) for i in corpus.numbers(n, TRAIN).tolist()]
     written = write((corpus.rows[i] for i in numbers), file)
     out.print(f"{file}: {written:,} rows", markup=False)
+
+
+def _show(row: Any, renderer: Any) -> None:
+    """Print a row: as JSON, or as the renderer makes it."""
+    if renderer is None:
+        content = {"messages": row.messages, "tools": row.tools}
+        out.print_json(json.dumps(content | ({"form": asdict(row.form)} if row.form else {}), ensure_ascii=False))
+        return
+    for part in renderer.render_all(row):
+        out.print(_coloured(renderer.tokenizer, part.input_ids, part.loss_mask))
+        out.print(f"{len(part.input_ids)} tokens, {sum(part.loss_mask)} trained", style="dim")
 
 
 def _corpus(spec: str, recipe: Recipe, report: Any) -> Any:

@@ -57,11 +57,12 @@ def prepare(
     """Read `spec` and pack it into rows of `seq_len` tokens.
 
     `epochs` are the passes per reader where the SPEC does not say; `held_out`, `near_duplicates` and `evaluation` are
-    those of `read_corpus`; training rows, and no others, go through `augmentation` in every pass anew. `eval_rows` is how
-    many conversations of each held-out split are kept to be answered. A conversation that is too long or cannot be rendered is dropped and counted in `report`. `workers` processes render
-    (default: one per core, at most eight; few rows are rendered here); their number does not change the result. Raises
-    `DataError` when nothing is left to train on, or `TemplateError` when the chat template cannot show the assistant's
-    tokens in any row.
+    those of `read_corpus`. Training rows, and no others, go through `augmentation`, in every pass anew; where the
+    result cannot be used (too long, say) the row is taken as it is. `eval_rows` is how many conversations of each
+    held-out split are kept to be answered. A conversation that is too long or cannot be rendered is dropped and counted
+    in `report`. `workers` processes render (default: one per core, at most eight; few rows are rendered here); their
+    number does not change the result. Raises `DataError` when nothing is left to train on, or `TemplateError` when the
+    chat template cannot show the assistant's tokens in any row.
     """
     report = DropReport() if report is None else report
     corpus = read_corpus(spec, report, held_out=held_out, near=near_duplicates, evaluation=evaluation, seed=seed)

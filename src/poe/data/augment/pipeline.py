@@ -16,6 +16,8 @@ from poe.data.augment.masking import mask, rename
 from poe.data.augment.paraphrase import paraphrase
 from poe.data.augment.rows import row_digest, row_rng
 from poe.data.conversation import Conversation
+from poe.data.forms.calls import CALL_FORMS
+from poe.data.forms.tools import TOOL_FORMS
 from poe.errors import RecipeError, suggest
 
 
@@ -52,11 +54,23 @@ class Augmentation:
                     raise RecipeError(f"augment.{field.name} should be a whole number of 1 or more, got {value!r}.")
             elif not isinstance(value, tuple) or not all(isinstance(name, str) for name in value):
                 raise RecipeError(f"augment.{field.name} should be a list of names, got {value!r}.")
+        for field_name, names, known in (
+            ("tool_formats", self.tool_formats, TOOL_FORMS),
+            ("call_formats", self.call_formats, CALL_FORMS),
+        ):
+            for name in names:
+                if name not in known:
+                    raise RecipeError(f"augment.{field_name} has an unknown form {name!r}.{suggest(name, known)}")
         if self.irrelevance + self.contrast > 1:
             raise RecipeError(
                 "augment.irrelevance and augment.contrast are shares of the same rows and add up to at most 1, got "
                 f"{self.irrelevance} + {self.contrast}."
             )
+
+    @property
+    def draws_tools(self) -> bool:
+        """Whether tools of other rows are needed."""
+        return bool(self.irrelevance or self.contrast or self.distractors)
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any] | None) -> "Augmentation":
