@@ -122,8 +122,14 @@ def _show(row: Any, renderer: Any) -> None:
 def _corpus(spec: str, recipe: Recipe, report: Any) -> Any:
     from poe.data.corpus import read_corpus
 
-    options = {"held_out": recipe.held_out, "near": recipe.near_duplicates, "seed": recipe.seed}
-    return read_corpus(spec, report, evaluation=recipe.eval_data, **options)
+    return read_corpus(
+        spec,
+        report,
+        held_out=recipe.held_out,
+        near=recipe.near_duplicates,
+        evaluation=recipe.eval_data,
+        seed=recipe.seed,
+    )
 
 
 def _renderer(base: str) -> Any:
