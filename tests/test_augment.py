@@ -260,6 +260,11 @@ def test_a_value_at_an_end_keeps_the_end() -> None:
     assert {one[-11:] for one in said} == {"Monday rain"}
     whole = row("What is love", ("write_poem", {"topic": "What is love"}), tools=(POEM,))
     assert {user_texts(paraphrase(whole, Random(seed)))[0] for seed in range(200)} == {"What is love"}
+    for question, value in (("What is love to you?", "is love"), ("Compute the sum of a, b, etc.", "etc.")):
+        inside = row(question, ("write_poem", {"topic": value}), tools=(POEM,))
+        said = {user_texts(paraphrase(inside, Random(seed)))[0] for seed in range(200)}
+        assert len(said) > 5
+        assert all(value in one for one in said)
     loose = row("Write of the rain in spring.", ("write_poem", {"topic": "The Spring Rain Falls"}), tools=(POEM,))
     assert {paraphrase(loose, Random(seed)) is loose for seed in range(50)} == {True}
 
