@@ -29,6 +29,7 @@ from poe.data.augment.copied import argument_strings
 from poe.data.augment.fitting import fits, traits
 from poe.data.augment.rows import called_tools, calls, row_digest, row_rng, user_texts
 from poe.data.conversation import Conversation
+from poe.data.schema import as_tool
 from poe.errors import RecipeError
 
 any_row = rows() | demo_rows
@@ -130,7 +131,9 @@ def test_what_a_tool_does_in_words(description: str, words: str | None) -> None:
 @slow
 @given(any_row, seeds, st.integers(1, 5))
 def test_distractors_are_new_and_fit_nothing_that_is_called(conversation: Conversation, seed: int, most: int) -> None:
-    (made,) = add_distractors([conversation], Random(seed), POOL, most)
+    twins = [as_tool(f"{name}_again", "Does it once more", {}) for name in names(conversation)]
+    pool = ToolPool([*twins, *POOL.tools[:30]])
+    (made,) = add_distractors([conversation], Random(seed), pool, most)
     added = [one for one in made.tools if one not in conversation.tools]
     assert 1 <= len(added) <= most
     assert len(set(names(made))) == len(made.tools) == len(conversation.tools) + len(added)
@@ -194,6 +197,7 @@ def test_a_change_of_case_changes_copied_values_alike(conversation: Conversation
         ("Tides at Kielport", "Kiel", set()),  # inside a word
         ("Tides at https://Kiel.de", "Kiel", set()),
         ("Write Kiel in capitals", "Kiel", set()),
+        ("Use tideTimes for Kiel", "Kiel", set()),
     ],
 )
 def test_case(question: str, value: str, values: set[str]) -> None:
@@ -256,6 +260,11 @@ def test_a_value_at_an_end_keeps_the_end() -> None:
     assert {one[-11:] for one in said} == {"Monday rain"}
     whole = row("What is love", ("write_poem", {"topic": "What is love"}), tools=(POEM,))
     assert {user_texts(paraphrase(whole, Random(seed)))[0] for seed in range(200)} == {"What is love"}
+    for question, value in (("What is love to you?", "is love"), ("Compute the sum of a, b, etc.", "etc.")):
+        inside = row(question, ("write_poem", {"topic": value}), tools=(POEM,))
+        said = {user_texts(paraphrase(inside, Random(seed)))[0] for seed in range(200)}
+        assert len(said) > 5
+        assert all(value in one for one in said)
     loose = row("Write of the rain in spring.", ("write_poem", {"topic": "The Spring Rain Falls"}), tools=(POEM,))
     assert {paraphrase(loose, Random(seed)) is loose for seed in range(50)} == {True}
 

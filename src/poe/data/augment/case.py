@@ -7,7 +7,7 @@ Values that a call copies must still be derivable. So:
 * Texts that an `enum` or `const` of the tool lists do not change: the list tells how they are written.
 * A row is left alone when an argument is put together of words of the text ("Paris, France" of "Paris"), is a part of a
   longer word there, is a key of an object, or no longer fits its schema (a `pattern`); when a text holds code, markup
-  or an address (case matters there); and when it speaks of letters and case itself.
+  or an address (case matters there), names a tool, or speaks of letters and case itself.
 * Answers, results and numbers stay as they are.
 """
 
@@ -18,6 +18,7 @@ from random import Random
 from typing import Any
 
 from poe.data.augment.copied import argument_strings, occurrences
+from poe.data.augment.masking import is_identifier
 from poe.data.augment.rows import calls, map_arguments, strings, user_texts
 from poe.data.conversation import Conversation
 from poe.data.schema import check_call, find_tool
@@ -55,7 +56,8 @@ def change_case(conversation: Conversation, rng: Random) -> Conversation:
     texts = {text: change(text) for text in user_texts(conversation)}
     if any(_UNSAFE.search(text) for text in texts) or all(text == changed for text, changed in texts.items()):
         return conversation
-    if any(key in text for key in _free_keys(conversation) for text in texts):
+    kept = [*_free_keys(conversation), *(name for name in _tool_names(conversation) if is_identifier(name))]
+    if any(word in text for word in kept for text in texts):
         return conversation
     values: dict[str, str] = {}
     for value in argument_strings(conversation):
@@ -96,6 +98,10 @@ def _breaks_a_call(before: Conversation, after: Conversation) -> bool:
         if old != new and check_call(after.tools, new["name"], new["arguments"]):
             return True
     return False
+
+
+def _tool_names(conversation: Conversation) -> list[str]:
+    return [tool["function"]["name"] for tool in conversation.tools]
 
 
 def _free_keys(conversation: Conversation) -> Iterator[str]:

@@ -11,6 +11,7 @@ What is lost is a hard negative; what is avoided is a row that teaches to refuse
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 from poe.data.augment.rows import called_tools, questions_answered_in_words
@@ -57,7 +58,7 @@ def fits(one: Traits, other: Traits) -> bool:
 def without_fitting(tools: list[Tool], called: list[Tool]) -> list[Tool]:
     """The tools that could do nothing of what the called ones do."""
     wanted = [traits(tool) for tool in called]
-    return [tool for tool in tools if not any(fits(traits(tool), other) for other in wanted)]
+    return [tool for tool in tools if not any(map(partial(fits, traits(tool)), wanted))]
 
 
 def harmless_to(*rows: Conversation) -> Callable[[Traits], bool]:

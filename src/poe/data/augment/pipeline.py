@@ -25,9 +25,9 @@ from poe.errors import RecipeError, suggest
 class Augmentation:
     """Shares of the rows, each from 0 (none) to 1 (all); of those rows to which the augmentation can be done at all.
 
-    All zero, the default, changes nothing. A larger share takes in every row that a smaller one does, and the share of
-    one augmentation moves no row of another. `irrelevance` and `contrast` exclude each other, so they add up to at most
-    1; a row of `contrast` becomes two.
+    All zero, the default, changes nothing. A larger share takes in every row that a smaller one does; no share moves
+    the rows of another, save that `contrast` takes the rows next to those of `irrelevance`: they exclude each other and
+    add up to at most 1. A row of `contrast` becomes two.
     """
 
     mask: float = 0.0
