@@ -2,12 +2,9 @@
 
 import random
 import re
-import sys
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from random import Random
-from types import ModuleType
-from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -269,23 +266,25 @@ def test_a_value_at_an_end_keeps_the_end() -> None:
     assert {paraphrase(loose, Random(seed)) is loose for seed in range(50)} == {True}
 
 
-@dataclass(frozen=True)
-class Formed(Conversation):
-    form: Any = None
+def test_formats_asks_for_a_form() -> None:
+    options = Augmentation(formats=1, tool_formats=("indent2",), call_formats=("glaive", "llama"))
+    forms = set()
+    for epoch in range(40):
+        (made,) = augment(DINNER, options, epoch=epoch, seed=0, pool=NO_POOL)
+        assert made.form is not None
+        assert replace(made, form=None) == DINNER
+        forms.add((made.form.tools, made.form.calls, made.form.place))
+    assert forms == {("indent2", calls, place) for calls in ("glaive", "llama") for place in ("system", "user")}
 
 
-def test_formats_asks_for_a_form(monkeypatch: pytest.MonkeyPatch) -> None:
-    forms = ModuleType("poe.data.forms")
-    forms.random_form = lambda rng, tools=None, calls=None: (rng.random(), tools, calls)  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "poe.data.forms", forms)
-    conversation = Formed(DINNER.messages, DINNER.tools)
-    options = Augmentation(formats=1, tool_formats=("json",))
-    (made,) = augment(conversation, options, epoch=0, seed=0, pool=NO_POOL)
-    (again,) = augment(conversation, options, epoch=1, seed=0, pool=NO_POOL)
-    assert isinstance(made, Formed)
-    assert isinstance(again, Formed)
-    assert made.form[1:] == (["json"], None)
-    assert made.form[0] != again.form[0]
+def test_a_row_that_a_form_cannot_hold_gets_another_or_none() -> None:
+    odd = as_tool("no name-for Python", "", {"type": "object", "properties": {}})
+    said = row("Do it", ("no name-for Python", {}), tools=(odd,))
+    python = Augmentation(formats=1, call_formats=("python",))
+    assert [r.form for r in augment(said, python, epoch=0, seed=0, pool=NO_POOL)] == [None]
+    either = Augmentation(formats=1, call_formats=("python", "hermes"))
+    found = [augment(said, either, epoch=e, seed=0, pool=NO_POOL)[0].form for e in range(40)]
+    assert {form.calls for form in found if form} == {"hermes"}
 
 
 @slow
@@ -360,8 +359,8 @@ def test_a_share_moves_no_row_of_another() -> None:
 
 
 def test_options_come_from_a_recipe() -> None:
-    options = Augmentation.from_dict({"mask": 0.33, "max_distractors": 2, "call_formats": ["json"], "case": 1})
-    assert options == Augmentation(mask=0.33, max_distractors=2, call_formats=("json",), case=1.0)
+    options = Augmentation.from_dict({"mask": 0.33, "max_distractors": 2, "call_formats": ["xlam"], "case": 1})
+    assert options == Augmentation(mask=0.33, max_distractors=2, call_formats=("xlam",), case=1.0)
     assert Augmentation.from_dict(None) == Augmentation.from_dict({}) == Augmentation()
 
 
@@ -377,6 +376,7 @@ def test_options_come_from_a_recipe() -> None:
         ({"max_distractors": 0}, "whole number"),
         ({"max_distractors": 1.5}, "whole number"),
         ({"tool_formats": "json"}, "list of names"),
+        ({"tool_formats": ["jsn"]}, "unknown form"),
         ({"irrelevance": 0.6, "contrast": 0.6}, "at most 1"),
         ([0.3], "mapping"),
         ({3: 0.3}, "There is no augmentation 3"),
