@@ -18,7 +18,9 @@ _work: Callable[[Any], Any] | None = None
 
 
 def default_workers() -> int:
-    """One process per core that this process may use, at most eight."""
+    """`$POE_WORKERS`, else one process per core that this process may use, at most eight."""
+    if (asked := os.environ.get("POE_WORKERS", "")).isdigit():
+        return max(1, int(asked))
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(8, usable)
 
