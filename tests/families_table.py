@@ -119,7 +119,7 @@ def page() -> str:
         "",
         "## Found by structure",
         "",
-        "A base of another family is taken apart and tried when it is opened (ten forward passes over two rows of",
+        "A base of another family is taken apart and tried when it is opened (nine forward passes over two rows of",
         "six tokens), and accepted only if a silent new layer leaves its logits equal to the last bit, a loud one",
         "changes them, the key-value cache agrees, packed documents stay apart, and the logits are the head's output,",
         "scaled and capped as its config says. Before its weights are read it is built without values, where its",

@@ -1,4 +1,4 @@
-"""A base that transformers placed: on one device by name, or with layers on the disk; a stage stands on it as on any."""
+"""A base that transformers placed: on a device by name, or partly on the disk; a stage stands on it as on any."""
 
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from poe.errors import FamilyError, FingerprintError
 from poe.modeling.families import family_of
 from poe.modeling.placement import device_of
 from poe.modeling.recognition import recognise
+from poe.training.progress import Progress
 from poe.training.trainer import train_stage
 
 # What of the base lies on the disk: parts by name, `layers` all of its layers. An output head that is tied follows its
@@ -110,8 +111,8 @@ def test_a_device_map_of_one_device_changes_nothing(place, saved_base, tmp_path:
 def test_the_trainer_trains_on_an_offloaded_base(tmp_path: Path) -> None:
     def trained(out: str, **placed: Any) -> dict[str, torch.Tensor]:
         cascade = Cascade.from_pretrained("demo", **placed)
-        length = {"seq_len": 256, "tokens_per_step": 512, "max_steps": 2, "eval_rows": 1}
-        run = train_stage(cascade, "demo", "demo=200", tmp_path / out, num_layers=1, **length)
+        length = {"seq_len": 512, "tokens_per_step": 1024, "max_steps": 2, "held_out": 0.1, "num_layers": 1}
+        run = train_stage(cascade, "demo", "demo=120", tmp_path / out, progress=Progress("test", quiet=True), **length)
         return load_file(run.folder / "delta.safetensors")
 
     there = trained("there", device_map=device_map(Cascade.from_pretrained("demo").base, MAPS["embedding"]))
@@ -139,9 +140,9 @@ def test_what_needs_the_base_in_memory_is_refused(saved_base, tmp_path: Path) ->
 
 def test_where_an_offloaded_module_computes() -> None:
     class Hook:
-        execution_device = 0  # the first GPU, as accelerate names it
+        execution_device = torch.device("cuda", 0)
 
     layer = tiny_base().model.layers[0].to("meta")
     assert device_of(layer) == torch.device("cpu")  # offloaded, and nobody says where it runs
     layer.self_attn.q_proj._hf_hook = Hook()
-    assert device_of(layer) == torch.device(0)
+    assert device_of(layer) == torch.device("cuda", 0)

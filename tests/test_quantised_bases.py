@@ -18,6 +18,7 @@ from poe.errors import FamilyError, FingerprintError
 from poe.loaders.base_folder import save_base_folder
 from poe.modeling.heads import FoldedHead
 from poe.modeling.placement import quantisation_of
+from poe.training.progress import Progress
 from poe.training.trainer import train_stage
 
 
@@ -58,11 +59,9 @@ def wide_base(name: str, tmp_path: Path) -> Path:
     """Write a base of two layers and width 64 in bf16."""
     model_type, fields = BASES[name]
     wide = {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 4}
-    return save_base_folder(
-        tiny_model(model_type, {**fields, **wide, **({"head_dim": 16} if "head_dim" in fields else {})}, torch.bfloat16),
-        tmp_path / "base",
-        tiny_tokenizer(),
-    )
+    wide |= {"head_dim": 16} if "head_dim" in fields else {}
+    model = tiny_model(model_type, {**fields, **wide}, torch.bfloat16)
+    return save_base_folder(model, tmp_path / "base", tiny_tokenizer())
 
 
 def held(tensor: Any) -> bytes:
@@ -110,7 +109,8 @@ def test_a_stage_stands_beside_quantised_weights(folder: Path, how: Callable, tm
     saved = cascade.save_stage("t", tmp_path / "t")
     assert torch.equal(Cascade.from_pretrained(saved, quantization_config=how())(ids).logits, after)
     door = AutoModelForCausalLM.from_pretrained(saved, trust_remote_code=True, quantization_config=how())
-    assert torch.equal(door(ids).logits, after)
+    with torch.no_grad():  # with a graph below, bitsandbytes computes in another order
+        assert torch.equal(door(ids).logits, after)
     assert Cascade.from_pretrained(saved).base_source.fingerprint == named  # the same stage, on the base as it was
 
 
@@ -122,7 +122,7 @@ def test_stages_are_folded_and_compressed_but_never_merged(how: Callable, tmp_pa
     for name, parent in (("a", None), ("b", "a")):
         cascade.add_stage(StageConfig(name, 1, head_rank=4, parent=parent))
         scramble(cascade.stages[name], seed=1)
-    with pytest.raises(FamilyError, match=r"quantised \((torchao|bitsandbytes), \w+\).*open the stage on the base in fl"):
+    with pytest.raises(FamilyError, match=r"quantised \((torchao|bitsandbytes), \w+\).*on the base in floating"):
         cascade.export_native("b", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     expected = cascade(ids).logits
@@ -172,21 +172,19 @@ def test_the_table_says_so_and_counts_what_is_held(how: Callable, tmp_path: Path
 
 
 def test_a_quantised_head_is_refused(tmp_path: Path) -> None:
-    for index, name in enumerate(("qwen3", "qwen3-tied")):
-        how = torchao_int8()
-        how.include_input_output_embeddings = True
-        folder = wide_base(name, tmp_path / str(index))
-        cascade = Cascade.from_pretrained(folder, quantization_config=how)
-        with pytest.raises(FamilyError, match=r"output head must be a plain .*Int8Tensor.*keep it out of the quant"):
-            cascade.add_stage(StageConfig("t", 1))
-        assert not cascade.stages
+    how = torchao_int8()
+    how.modules_to_not_convert = []
+    cascade = Cascade.from_pretrained(wide_base("qwen3", tmp_path), quantization_config=how)
+    with pytest.raises(FamilyError, match=r"output head must be a plain .*Int8Tensor.*keep it out of the quant"):
+        cascade.add_stage(StageConfig("t", 1))
+    assert not cascade.stages
 
 
 def test_the_trainer_trains_beside_quantised_weights(tmp_path: Path) -> None:
     cascade = Cascade.from_pretrained("demo", quantization_config=torchao_int8())
     weights = digests(cascade.base)
-    length = {"seq_len": 256, "tokens_per_step": 512, "max_steps": 2, "eval_rows": 1}
-    run = train_stage(cascade, "demo", "demo=200", tmp_path / "out", num_layers=1, **length)
+    length = {"seq_len": 512, "tokens_per_step": 1024, "max_steps": 2, "held_out": 0.1, "num_layers": 1}
+    run = train_stage(cascade, "demo", "demo=120", tmp_path / "out", progress=Progress("test", quiet=True), **length)
     assert digests(cascade.base) == weights
     written = load_file(run.folder / "delta.safetensors")
     assert any(tensor.abs().sum() > 0 for name, tensor in written.items() if name.endswith("proj.weight"))

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from poe.cascade import Cascade
-from poe.modeling.placement import device_of
 from poe.data.conversation import Conversation
 from poe.data.render import Renderer
+from poe.modeling.placement import device_of
 from poe.tools.calls import parse_reply, problems
 
 

@@ -23,10 +23,10 @@ def build_layers(
 ) -> nn.ModuleList:
     """Return `count` new decoder layers of the base's own class, to stand on `below` layers.
 
-    They are made of plain tensors, whatever quantisation or offloading did to the base.
     They are initialised as the family does it, from `seed` alone and on the CPU, so the values do not depend on the
     device; then the modules that write into the residual stream are made to write zero, so the new layers are the
-    identity. They are in `dtype` (default: the base's) on the device of the base's last layer.
+    identity. They are in `dtype` (default: the base's) on the device where the base's layer below them computes, and
+    plain: no quantisation or offloading of the base extends to them.
     """
     family = family_of(base)
     base_layers = family.layers_of(base)

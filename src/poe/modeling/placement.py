@@ -27,7 +27,8 @@ def quantisation_of(base: PreTrainedModel) -> str | None:
     config = getattr(base.config, "quantization_config", None)
     method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
     names = [] if config is None else [str(getattr(method, "value", method))]
-    odd = {type(p).__name__ if type(p) is not nn.Parameter else str(p.dtype) for p in base.parameters() if not is_plain(p)}
+    packed = [p for p in base.parameters() if not is_plain(p)]
+    odd = {str(p.dtype) if type(p) is nn.Parameter else type(p).__name__ for p in packed}
     return ", ".join([*names, *sorted(odd)]) or None
 
 
@@ -71,7 +72,8 @@ def leave_alone(config: PreTrainedConfig, base: PreTrainedModel, names: list[str
     quantisation = getattr(config, "quantization_config", None)
     for field in _LEFT_ALONE:
         if hasattr(quantisation, field):
-            known = getattr(quantisation, field) or getattr(base.hf_quantizer, "modules_to_not_convert", None) or ()
+            chosen = getattr(getattr(base, "hf_quantizer", None), "modules_to_not_convert", None)
+            known = getattr(quantisation, field) or chosen or []
             setattr(quantisation, field, list(dict.fromkeys([*known, *names])))
 
 
