@@ -9,6 +9,7 @@ import torch
 from poe.cascade import Cascade
 from poe.data.conversation import Conversation
 from poe.data.render import Renderer
+from poe.modeling.placement import device_of
 from poe.tools.calls import parse_reply, problems
 
 
@@ -51,7 +52,7 @@ def answer(
     """Answer prompts (lists of token ids) greedily, in batches of similar length; special tokens stay in the text."""
     tokenizer = cascade.tokenizer
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_token_ids[0]
-    model = cascade.model(stage).eval()
+    device = device_of(cascade.model(stage).eval().get_input_embeddings())
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     texts = [""] * len(prompts)
     for start in range(0, len(order), batch_size):
@@ -60,8 +61,8 @@ def answer(
         ids = torch.tensor([[pad] * (width - len(prompts[i])) + list(prompts[i]) for i in part])
         mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in part])
         output = cascade.generate(
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
             stage=stage,
             max_new_tokens=max_new_tokens,
             do_sample=False,
