@@ -18,6 +18,7 @@ from poe.data.drops import DropReport
 from poe.data.pipeline import TrainingData, prepare
 from poe.data.render import Renderer, token_bytes
 from poe.errors import TemplateError
+from poe.modeling.placement import quantisation_of
 from poe.modeling.stage import Stage
 from poe.stages import Recipe, load_recipe
 from poe.training.engine import Engine, History
@@ -114,6 +115,8 @@ def train_stage(
         stage.requires_grad_(False)
         model.eval()
         record = _record(plan, spec, prepared, history, num_steps)
+        if quantised := quantisation_of(cascade.base):
+            record["base_quantised_by"] = quantised
         if evaluate is not None:
             record["evaluation"] = evaluate(cascade, plan.name, prepared.held_out)
         plot_history(run / "loss.png", history)  # before the folder: the card shows it
