@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from poe.data import schema
 from poe.data.drops import DropReport, Unfaithful
-from poe.data.readers import load_conversations, messages
+from poe.data.readers import messages, read_source
 from poe.data.schema import as_tool, check_call, coerce, lint_schema, order_arguments
+from poe.data.spec import DataSource
 from test_readers import BAKE, NAP, kept, reason, run, shape
 
 USER = {"role": "user", "content": "Go"}
@@ -87,10 +88,9 @@ def test_messages_from_parquet_come_with_nulls_everywhere(tmp_path: Any) -> None
         for tool, name, value in zip(tools, "xy", (1, "t"), strict=True)
     ]
     parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
-    got = load_conversations(f"messages={tmp_path}/x.parquet*2:0.5")[0]
-    assert (got.source.epochs, got.source.weight) == (2, 0.5)
-    assert [shape(c)[1][2] for c in got.conversations] == [[("a", {"x": 1})], [("b", {"y": "t"})]]
-    assert [c.tools[0]["function"] for c in got.conversations] == tools
+    got = list(read_source(DataSource("messages", f"{tmp_path}/x.parquet"), DropReport()))
+    assert [shape(c)[1][2] for c in got] == [[("a", {"x": 1})], [("b", {"y": "t"})]]
+    assert [c.tools[0]["function"] for c in got] == tools
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_demo_fits_the_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = ModuleType("poe.data.readers.demo")
     fake.read = lambda path, report: iter(made if path is None else [])  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "poe.data.readers.demo", fake)
-    assert load_conversations("demo", DropReport(), limit=1)[0].conversations == made
+    assert list(read_source(DataSource("demo"), DropReport())) == made
 
 
 OFFERED = [as_tool(BAKE["name"], "", BAKE["parameters"])]

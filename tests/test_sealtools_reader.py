@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from poe.data.conversation import Conversation
 from poe.data.drops import DropReport
-from poe.data.readers import get_reader, load_conversations, sealtools
+from poe.data.readers import get_reader, read_source, sealtools
+from poe.data.spec import DataSource
 from poe.errors import DataError
 from test_readers import shape
 
@@ -187,6 +188,10 @@ def write(path: Path, *rows: Any) -> Path:
     return path
 
 
+def from_path(path: Path) -> list[Conversation]:
+    return list(read_source(DataSource("sealtools", str(path)), DropReport()))
+
+
 def test_the_pool_is_found_beside_the_rows(tmp_path: Path) -> None:
     rows = write(tmp_path / "dev.jsonl", row(FIND), row(BAKE, id="dev-2"))
     write(tmp_path / "toolbox.jsonl", {"api": "another list"})
@@ -194,6 +199,7 @@ def test_the_pool_is_found_beside_the_rows(tmp_path: Path) -> None:
     list(get_reader("sealtools").read(str(rows), report))
     assert list(report.dropped["sealtools"]) == ["tools on offer not at hand (no pool of tools beside the rows)"]
     write(tmp_path / "tool.jsonl.gz", *POOL.values())
+    assert {f.name for f in get_reader("sealtools").files(str(rows))} == {"dev.jsonl", "tool.jsonl.gz"}
     report = DropReport()
     (conversation,) = get_reader("sealtools").read(str(rows), report)
     assert conversation.id == "dev.jsonl:1"
@@ -207,9 +213,9 @@ def test_a_folder_holds_more_than_rows(tmp_path: Path) -> None:
     report = DropReport()
     assert len(list(get_reader("sealtools").read(str(tmp_path), report))) == report.read["sealtools"] == 1
     with pytest.raises(DataError, match=r"no rows of Seal-Tools but its pool of tools\. Give the rows"):
-        load_conversations(f"sealtools={pool}")
+        from_path(pool)
     with pytest.raises(DataError, match="its list of fields and pool of tools"):
-        load_conversations(f"sealtools={tmp_path}/*l*.jsonl")
+        from_path(tmp_path / "*l*.jsonl")
     write(pool, POOL["bakeLoaf"], {"name": "damaged"})
     with pytest.raises(DataError, match=r"tool\.jsonl:2 has no 'api_name'"):
-        load_conversations(f"sealtools={tmp_path}/dev.jsonl")
+        from_path(tmp_path / "dev.jsonl")

@@ -4,6 +4,7 @@ The loss covers exactly what the model must produce itself: each assistant turn'
 the stop token. A text is tokenised once, whole; which tokens are the assistant's follows from their offsets in it.
 """
 
+import hashlib
 import json
 import re
 from bisect import bisect_left
@@ -17,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from poe.data.conversation import Conversation, Message, Tool
+from poe.data.forms.prompt import PromptForm, flatten
 from poe.errors import DataError, TemplateError
 
 __all__ = ["RenderedRow", "Renderer", "token_bytes"]
@@ -77,11 +79,18 @@ class Renderer:
         """What ends a turn, and generation must stop at: EOS, those given, and the template's end-of-turn token."""
         return self._stop_token_ids
 
+    def fingerprint(self) -> str:
+        """A hash of all that decides what a conversation renders to: tokenizer, template, options and stop tokens."""
+        tokenizer: Any = self.tokenizer
+        parts = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, self._options, self._stop_token_ids]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
     def render(self, conversation: Conversation) -> RenderedRow:
         """Render to one row that trains every assistant turn; a row without any has a mask of only False.
 
-        Raises `DataError` if the template refuses the messages, `TemplateError` if it cannot show which tokens are the
-        assistant's, or a turn does not end in a stop token, or no single row shows all turns (see `render_all`).
+        A row with a `form` is told in it. Raises `DataError` if the template refuses the messages (`Unfaithful` if the
+        form cannot hold them), `TemplateError` if it cannot show which tokens are the assistant's, or a turn does not
+        end in a stop token, or no single row shows all turns (see `render_all`).
         """
         rows = self.render_all(conversation)
         if len(rows) > 1:
@@ -97,7 +106,7 @@ class Renderer:
         One row for templates with `{% generation %}` marks, and for those that only ever append. Templates that rewrite
         earlier turns (Qwen3 drops their thinking) take a row per state of the history. Raises as `render` does.
         """
-        messages, tools = conversation.messages, conversation.tools
+        messages, tools = _told(conversation.messages, conversation.tools, conversation.form)
         if not messages:
             raise DataError("A conversation without messages cannot be rendered.")
         if _GENERATION_MARK.search(self._template(tools)):
@@ -126,13 +135,16 @@ class Renderer:
             text = texts[turns[-1]] if turns else ""  # shows that turn at least
         return rows[::-1]
 
-    def prompt(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> str:
-        """The text after which the model answers `messages`. Raises `DataError` as `render` does."""
-        return self._text(messages, tools, prompt=True)
+    def prompt(self, messages: Sequence[Message], tools: Sequence[Tool] = (), form: PromptForm | None = None) -> str:
+        """The text after which the model answers `messages`, told in `form`. Raises `DataError` as `render` does."""
+        return self._text(*_told(messages, tools, form), prompt=True)
 
-    def prompt_ids(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
-        """The token ids of `prompt(messages, tools)`."""
-        return list(self.tokenizer(self.prompt(messages, tools), add_special_tokens=False, verbose=False)["input_ids"])
+    def prompt_ids(
+        self, messages: Sequence[Message], tools: Sequence[Tool] = (), form: PromptForm | None = None
+    ) -> list[int]:
+        """The token ids of `prompt(messages, tools, form)`."""
+        text = self.prompt(messages, tools, form)
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _template(self, tools: Sequence[Tool]) -> str:
         return self.tokenizer.get_chat_template(None, list(tools) or None)
@@ -251,6 +263,16 @@ def _is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
         return False
     decoder = json.loads(tokenizer.backend_tokenizer.to_str())["decoder"] or {}
     return any(part.get("type") == "ByteLevel" for part in (decoder, *decoder.get("decoders", [])))
+
+
+def _told(
+    messages: Sequence[Message], tools: Sequence[Tool], form: PromptForm | None
+) -> tuple[Sequence[Message], Sequence[Tool]]:
+    """Messages and tools as the template is to see them."""
+    if form is None:
+        return messages, tools
+    told = flatten(Conversation(list(messages), list(tools)), form)
+    return told.messages, told.tools
 
 
 def _without_none(messages: Sequence[Message]) -> list[Message]:

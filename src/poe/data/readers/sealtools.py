@@ -68,6 +68,20 @@ def read(rows: Iterable[Row], report: DropReport, pool: Pool | None = None) -> I
 
 def read_path(path: str, report: DropReport) -> Iterator[Conversation]:
     """The rows of files, with the pool that is among them or beside them."""
+    given, pools = _files(path)
+    pool: Pool = {}
+    for file in pools:
+        pool |= _read_pool(file)
+    return read((row for file in given for row in file_rows(str(file), NAME, report)), report, pool)
+
+
+def files(path: str) -> list[Path]:
+    """Every file that decides which rows a path gives: its own and the pools beside them."""
+    return sorted({*expand(path), *_files(path)[1]})
+
+
+def _files(path: str) -> tuple[list[Path], list[Path]]:
+    """The files with rows that a path names, and the pools that are among them or beside them."""
     kinds = {file: _kind(file) for file in expand(path)}
     given = [file for file, kind in kinds.items() if kind == "rows"]
     if not given:
@@ -77,11 +91,7 @@ def read_path(path: str, report: DropReport) -> Iterator[Conversation]:
         )
     for folder in {file.parent for file in given}:
         kinds |= {file: _kind(file) for file in folder.iterdir() if file not in kinds and _may_be_pool(file)}
-    pool: Pool = {}
-    for file in sorted(kinds):
-        if kinds[file] == "pool of tools":
-            pool |= _read_pool(file)
-    return read((row for file in given for row in file_rows(str(file), NAME, report)), report, pool)
+    return given, sorted(file for file, kind in kinds.items() if kind == "pool of tools")
 
 
 def _may_be_pool(file: Path) -> bool:
