@@ -10,11 +10,10 @@ from hypothesis import strategies as st
 from poe.data.conversation import Conversation
 from poe.data.demo.text import make_text
 from poe.data.demo.tokenizer import train_tokenizer
-from poe.data.drops import DropReport, Unfaithful
+from poe.data.drops import Unfaithful
 from poe.data.forms.calls import CALL_FORMS, Call, Reply, call_form
 from poe.data.forms.prompt import PHRASINGS, PLACES, PromptForm, flatten, random_form
 from poe.data.forms.tools import TOOL_FORMS, write_tools
-from poe.data.pipeline import _render_all
 from poe.data.render import Renderer
 from poe.data.schema import as_tool
 from poe.errors import DataError
@@ -144,14 +143,13 @@ def test_phrasings_differ_and_begin_anew() -> None:
     assert flatten(ROW, PromptForm(phrasing=PHRASINGS)).messages[0]["content"] == texts[0]
 
 
-def test_what_a_form_cannot_hold_is_dropped_with_its_reason(renderer) -> None:
+def test_what_a_form_cannot_hold_is_refused_with_its_reason(renderer) -> None:
     row = Conversation([user("how?"), assistant("Write <functioncall> and the call.")], [NEWS], source="tests")
     with pytest.raises(Unfaithful, match="text that looks like a call in the form glaive"):
         flatten(row, PromptForm(calls="glaive"))
-    report = DropReport()
-    told = [replace(row, form=PromptForm(calls=name)) for name in ("glaive", "llama")]
-    assert len(_render_all(told, renderer, 4096, report)) == 1
-    assert report.dropped == {"tests": {"text that looks like a call in the form glaive": 1}}
+    with pytest.raises(Unfaithful, match="text that looks like a call in the form glaive"):
+        renderer.render_all(replace(row, form=PromptForm(calls="glaive")))
+    assert len(renderer.render_all(replace(row, form=PromptForm(calls="llama")))) == 1
     with pytest.raises(Unfaithful, match="no user turn"):
         flatten(replace(ROW, messages=[assistant("x")]), PromptForm(place="user"))
 

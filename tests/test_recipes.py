@@ -18,7 +18,8 @@ PLAN_FIELDS = (
 ).split()
 STAGE_OPTIONS = {
     *PLAN_FIELDS,
-    *"num_layers head head_rank epochs held_out eval_data near_duplicates augment eval_rows".split(),
+    *"num_layers head head_rank epochs held_out eval_data near_duplicates augment eval_rows train_on".split(),
+    "isolate_documents",
 }
 BASE_OPTIONS = {
     *PLAN_FIELDS,

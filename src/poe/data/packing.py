@@ -79,6 +79,7 @@ class PackedRows:
     """Rows (6 bytes a token, in memory or mapped), handed out by step number: a run resumes exactly where it stopped.
 
     `tokens` int32 (N, T + 1), `trained` bool (N, T), `starts` bool (N, T), True where a document or the padding begins.
+    With `isolated` positions restart at every document, by which attention keeps them apart; else a row counts through.
     The first pass takes the rows in order (`pack` has shuffled them), every later pass in an order of its own drawn
     from `(seed, epoch)`. `stats` says what was packed and dropped.
 
@@ -86,7 +87,13 @@ class PackedRows:
     """
 
     def __init__(
-        self, tokens: np.ndarray, trained: np.ndarray, starts: np.ndarray, stats: PackingStats, seed: int = 0
+        self,
+        tokens: np.ndarray,
+        trained: np.ndarray,
+        starts: np.ndarray,
+        stats: PackingStats,
+        seed: int = 0,
+        isolated: bool = True,
     ) -> None:
         if not len(tokens):
             raise DataError(
@@ -96,6 +103,7 @@ class PackedRows:
             )
         self.stats = stats
         self.seed = seed
+        self.isolated = isolated
         self._tokens, self._trained, self._starts = tokens, trained, starts
         self._order = (0, np.arange(len(tokens)))  # (epoch, row numbers)
 
@@ -141,7 +149,10 @@ class PackedRows:
         """
         first = step * rows_per_step
         picked = [self._row_at(i) for i in range(first, first + rows_per_step)]
-        return _batch(self._tokens[picked], self._trained[picked], self._starts[picked])
+        batch = _batch(self._tokens[picked], self._trained[picked], self._starts[picked])
+        if self.isolated:
+            return batch
+        return batch._replace(position_ids=torch.arange(self.seq_len).expand_as(batch.input_ids).contiguous())
 
     def _row_at(self, index: int) -> int:
         epoch, offset = divmod(index, self.num_rows)
@@ -203,7 +214,7 @@ def pack_to(
     return stats
 
 
-def packed_rows(folder: Path, seed: int = 0) -> PackedRows:
+def packed_rows(folder: Path, seed: int = 0, isolated: bool = True) -> PackedRows:
     """Open what `pack_to` wrote, mapped into memory. `seed` orders the passes after the first."""
     stats = PackingStats(**json.loads((folder / "stats.json").read_text()))
     shape = (stats.rows, stats.seq_len)
@@ -211,7 +222,7 @@ def packed_rows(folder: Path, seed: int = 0) -> PackedRows:
         np.memmap(folder / f"{name}.bin", kind, "r", shape=(shape[0], shape[1] + extra)) if stats.rows else np.zeros(0)
         for name, kind, extra in _FILES
     )
-    return PackedRows(tokens, trained, starts, stats, seed)
+    return PackedRows(tokens, trained, starts, stats, seed, isolated)
 
 
 def pack_stream(

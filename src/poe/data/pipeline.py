@@ -49,6 +49,7 @@ def prepare(
     near_duplicates: float | None = None,
     evaluation: str = "",
     augmentation: Augmentation | None = None,
+    isolated: bool = True,
     eval_rows: int = 200,
     seed: int = 0,
     report: DropReport | None = None,
@@ -58,7 +59,8 @@ def prepare(
 
     `epochs` are the passes per reader where the SPEC does not say; `held_out`, `near_duplicates` and `evaluation` are
     those of `read_corpus`. Training rows, and no others, go through `augmentation`, in every pass anew; where the
-    result cannot be used (too long, say) the row is taken as it is. `eval_rows` is how many conversations of each
+    result cannot be used (too long, say) the row is taken as it is. `isolated`: packed documents do not see each other.
+    `eval_rows` is how many conversations of each
     held-out split are kept to be answered. A conversation that is too long or cannot be rendered is dropped and counted
     in `report`. `workers` processes render (default: one per core, at most eight; few rows are rendered here); their
     number does not change the result. Raises `DataError` when nothing is left to train on, or `TemplateError` when the
@@ -96,7 +98,7 @@ def prepare(
             f"No row of {spec!r} is held out for validation ({said['packed']} packed rows to train on): "
             "give more rows, or a larger held_out share."
         )
-    train, val = packed_rows(folder / "train", seed), packed_rows(folder / "val", seed)
+    train, val = packed_rows(folder / "train", seed, isolated), packed_rows(folder / "val", seed)
     sources = {}
     for n in own:
         source = corpus.sources[n]

@@ -45,7 +45,8 @@ class Renderer:
 
     `stop_token_ids`: further tokens that end a turn (the model's `generation_config.eos_token_id`), beside the
     tokenizer's EOS and the token which the template puts after an answer. `template_options` are handed to every
-    rendering (Qwen3's `enable_thinking=False`, say).
+    rendering (Qwen3's `enable_thinking=False`, say). `calls_only`: of the assistant's turns, those with calls alone are
+    learnt.
 
     Raises `TemplateError` for a tokenizer without a chat template or without offsets (a slow one).
     """
@@ -56,6 +57,7 @@ class Renderer:
         *,
         stop_token_ids: Iterable[int] = (),
         template_options: Mapping[str, Any] | None = None,
+        calls_only: bool = False,
     ) -> None:
         if not tokenizer.chat_template:
             raise TemplateError(
@@ -70,6 +72,7 @@ class Renderer:
             )
         self.tokenizer = tokenizer
         self._options = dict(template_options or {})
+        self._calls_only = calls_only
         self._generation_prompt = ""
         stops = [tokenizer.eos_token_id, *stop_token_ids, self._probe()]
         self._stop_token_ids = tuple(dict.fromkeys(s for s in stops if s is not None))
@@ -83,10 +86,11 @@ class Renderer:
         """A hash of all that decides what a conversation renders to: tokenizer, template, options and stop tokens."""
         tokenizer: Any = self.tokenizer
         parts = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, self._options, self._stop_token_ids]
+        parts.append(self._calls_only)
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
     def render(self, conversation: Conversation) -> RenderedRow:
-        """Render to one row that trains every assistant turn; a row without any has a mask of only False.
+        """Render to one row that trains every assistant turn that is learnt; without any the mask is only False.
 
         A row with a `form` is told in it. Raises `DataError` if the template refuses the messages (`Unfaithful` if the
         form cannot hold them), `TemplateError` if it cannot show which tokens are the assistant's, or a turn does not
@@ -109,9 +113,18 @@ class Renderer:
         messages, tools = _told(conversation.messages, conversation.tools, conversation.form)
         if not messages:
             raise DataError("A conversation without messages cannot be rendered.")
+        said = [message for message in conversation.messages if message["role"] == "assistant"]
+        learnt = [not self._calls_only or bool(message.get("tool_calls")) for message in said]
         if _GENERATION_MARK.search(self._template(tools)):
-            return [self._row(*self._marked(messages, tools))]
+            text, spans = self._marked(messages, tools)
+            if not all(learnt) and len(spans) != len(learnt):
+                raise TemplateError(
+                    f"The chat template of {_name(self.tokenizer)} marks {len(spans)} parts for {len(learnt)} turns of "
+                    "the assistant: learning calls only takes one {% generation %} part for each turn."
+                )
+            return [self._row(text, spans if all(learnt) else [s for s, one in zip(spans, learnt, strict=True) if one])]
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        skipped = {i for i, one in zip(turns, learnt, strict=True) if not one}
         if not turns:
             return [self._row(self._text(messages, tools), [])]
         if turns[0] == 0:
@@ -129,8 +142,8 @@ class Renderer:
         text = texts[turns[-1]] if turns[-1] == len(messages) - 1 else self._text(messages, tools)
         while turns:
             shown = [i for i in turns if text.startswith(texts[i])]
-            if shown:
-                rows.append(self._row(text, [(len(prompts[i]), len(texts[i])) for i in shown]))
+            if not rows or not skipped.issuperset(shown):
+                rows.append(self._row(text, [(len(prompts[i]), len(texts[i])) for i in shown if i not in skipped]))
             turns = [i for i in turns if i not in shown]
             text = texts[turns[-1]] if turns else ""  # shows that turn at least
         return rows[::-1]

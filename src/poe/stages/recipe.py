@@ -79,6 +79,8 @@ class Plan:
 class Recipe(Plan):
     """How a stage is shaped and trained. The defaults are those published for the 1.3B stages of Cognica PoE."""
 
+    train_on: Literal["assistant", "calls"] = "assistant"  # which of the assistant's turns are learnt
+    isolate_documents: bool = True  # packed documents do not see each other
     augment: dict[str, Any] = field(default_factory=dict)  # shares of the rows, as in {mask: 0.33, formats: 0.5}
     num_layers: int = 4
     head: Literal["dense", "low_rank", "none"] = "dense"

@@ -69,7 +69,8 @@ def train_stage(
     run = Path(output_dir or f"runs/{plan.name}")
     if cascade.tokenizer is None:
         raise TemplateError("The base has no tokenizer: put its tokenizer files, with a chat template, beside it.")
-    renderer = Renderer(cascade.tokenizer)  # refuses a base without a chat template before anything is written
+    # Refuses a base without a chat template before anything is written.
+    renderer = Renderer(cascade.tokenizer, calls_only=plan.train_on == "calls")
     run = prepare_output(run, resume)
     with ExitStack() as stack:
         # until there is a checkpoint, a run that fails leaves its folder as empty as it found it
@@ -86,6 +87,7 @@ def train_stage(
                 near_duplicates=plan.near_duplicates,
                 evaluation=plan.eval_data,
                 augmentation=augmentation,
+                isolated=plan.isolate_documents,
                 eval_rows=plan.eval_rows,
                 seed=plan.seed,
                 report=report,
