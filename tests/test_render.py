@@ -216,7 +216,7 @@ def test_calls_and_tool_results():
     assert trained(renderer, renderer.render(conversation)) == [call, "noon<|eot_id|>"]
 
 
-@pytest.mark.parametrize("name", ["chatml", "marked", "widely marked", "llama3"])
+@pytest.mark.parametrize("name", ["chatml", "marked", "llama3"])
 def test_calls_alone_can_be_learnt(name):
     messages = [user("time?"), assistant(None, CALL), {"role": "tool", "content": "12:00", "name": "get_time"},
                 assistant("noon"), user("again"), assistant("said", CALL)]  # fmt: skip

@@ -139,14 +139,14 @@ class Renderer:
                     "Mark the answer with {% generation %} in the template, or set template_options."
                 )
         rows = []
-        text = texts[turns[-1]] if turns[-1] == len(messages) - 1 else self._text(messages, tools)
+        whole = text = texts[turns[-1]] if turns[-1] == len(messages) - 1 else self._text(messages, tools)
         while turns:
             shown = [i for i in turns if text.startswith(texts[i])]
-            if not rows or not skipped.issuperset(shown):
-                rows.append(self._row(text, [(len(prompts[i]), len(texts[i])) for i in shown if i not in skipped]))
+            if spans := [(len(prompts[i]), len(texts[i])) for i in shown if i not in skipped]:
+                rows.append(self._row(text, spans))
             turns = [i for i in turns if i not in shown]
             text = texts[turns[-1]] if turns else ""  # shows that turn at least
-        return rows[::-1]
+        return rows[::-1] or [self._row(whole, [])]
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[Tool] = (), form: PromptForm | None = None) -> str:
         """The text after which the model answers `messages`, told in `form`. Raises `DataError` as `render` does."""
