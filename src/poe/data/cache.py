@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from poe.errors import OutputError
+from poe.errors import OutputError, PoEError
 
 _DONE = "complete.json"
 
@@ -69,7 +69,7 @@ def made_once(kind: str, key: str, make: Callable[[Path], dict[str, Any]]) -> tu
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY) or not (folder / _DONE).is_file():
                 raise
     except OSError as error:
-        if isinstance(error, OutputError) or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        if isinstance(error, PoEError):
             raise
         raise OutputError(
             f"Prepared data could not be written to {root}: {error.strerror}. Free some space, or name another "
