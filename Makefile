@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-quick lint bench clean
+.PHONY: demo test test-quick test-quantised lint bench clean
 
 # The main job: train a stage on the embedded base and data, then load it where `poe` cannot be imported, and ask.
 demo: $(READY)
@@ -17,6 +17,11 @@ test: $(READY)
 
 test-quick: $(READY)
 	$(BIN)/python -m pytest -m "not slow"
+
+# torchao prints warnings of its own wherever transformers is imported, so it is not among what every test needs.
+test-quantised: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[quant]"
+	$(BIN)/python -m pytest tests/test_quantised_bases.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

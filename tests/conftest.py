@@ -10,7 +10,9 @@ from pathlib import Path
 
 _CACHE = tempfile.mkdtemp(prefix="poe-tests-")
 atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
-os.environ.update(HF_HOME=_CACHE, HF_MODULES_CACHE=f"{_CACHE}/modules", HF_HUB_DISABLE_PROGRESS_BARS="1")
+os.environ.update(
+    POE_CACHE=f"{_CACHE}/poe", HF_HOME=_CACHE, HF_MODULES_CACHE=f"{_CACHE}/modules", HF_HUB_DISABLE_PROGRESS_BARS="1"
+)
 for _name in ("POE_BASE", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE"):
     os.environ.pop(_name, None)
 

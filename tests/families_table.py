@@ -49,7 +49,7 @@ REFUSED: dict[str, tuple[dict, str]] = {
     "gpt_oss": ({}, "write into the residual stream too"),
     "hrm_text": ({}, "recurrent"),
     "lfm2": ({"layer_types": ["conv", "full_attention", "conv"]}, "documents in one row see each other"),
-    "mamba": ({}, "the trial ended with"),
+    "mamba": ({}, "no key-value cache, as in a recurrent network"),
     "minicpm3": (
         {
             "qk_nope_head_dim": 8,
@@ -122,7 +122,8 @@ def page() -> str:
         "A base of another family is taken apart and tried when it is opened (nine forward passes over two rows of",
         "six tokens), and accepted only if a silent new layer leaves its logits equal to the last bit, a loud one",
         "changes them, the key-value cache agrees, packed documents stay apart, and the logits are the head's output,",
-        "scaled and capped as its config says. These were tried as tiny models; others may well pass.",
+        "scaled and capped as its config says. Before its weights are read it is built without values, where its",
+        "structure alone may be reason to refuse it. These were tried as tiny models; others may well pass.",
         "",
         "| model type | silent in a new layer | logits |",
         "|---|---|---|",

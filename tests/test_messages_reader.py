@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from poe.data import schema
 from poe.data.drops import DropReport, Unfaithful
-from poe.data.readers import load_conversations, messages
+from poe.data.readers import messages, read_source
 from poe.data.schema import as_tool, check_call, coerce, lint_schema, order_arguments
+from poe.data.spec import DataSource
 from test_readers import BAKE, NAP, kept, reason, run, shape
 
 USER = {"role": "user", "content": "Go"}
@@ -87,10 +88,9 @@ def test_messages_from_parquet_come_with_nulls_everywhere(tmp_path: Any) -> None
         for tool, name, value in zip(tools, "xy", (1, "t"), strict=True)
     ]
     parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
-    got = load_conversations(f"messages={tmp_path}/x.parquet*2:0.5")[0]
-    assert (got.source.epochs, got.source.weight) == (2, 0.5)
-    assert [shape(c)[1][2] for c in got.conversations] == [[("a", {"x": 1})], [("b", {"y": "t"})]]
-    assert [c.tools[0]["function"] for c in got.conversations] == tools
+    got = list(read_source(DataSource("messages", f"{tmp_path}/x.parquet"), DropReport()))
+    assert [shape(c)[1][2] for c in got] == [[("a", {"x": 1})], [("b", {"y": "t"})]]
+    assert [c.tools[0]["function"] for c in got] == tools
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_demo_fits_the_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = ModuleType("poe.data.readers.demo")
     fake.read = lambda path, report: iter(made if path is None else [])  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "poe.data.readers.demo", fake)
-    assert load_conversations("demo", DropReport(), limit=1)[0].conversations == made
+    assert list(read_source(DataSource("demo"), DropReport())) == made
 
 
 OFFERED = [as_tool(BAKE["name"], "", BAKE["parameters"])]
@@ -248,3 +248,56 @@ def test_coercion_never_changes_what_fits(kind: str, value: Any) -> None:
         assert result == value
     else:
         assert result is value or schema.fits_type(kind, result)
+
+
+def test_typed_content() -> None:
+    """LLaMA-Factory's parts: reasoning goes, calls are calls, one tool message answers them all."""
+    declared = {
+        "name": "bake",
+        "description": "",
+        "parameters": {"type": "dict", "properties": {"flour": {"type": "str, optional"}, "grams": {"type": "int"}}},
+        "required": ["grams"],
+    }
+    flat = {"name": "nap", "description": "", "parameters": {"minutes": {"type": "int", "default": ""}}}
+    calls = ['{"name": "bake", "arguments": {"grams": "5"}}', '{"name": "nap", "arguments": {}}']
+    results = [{"tool_call_id": "x", "name": "bake", "content": {"ok": 1}}, {"name": "nap", "content": "rested"}]
+
+    def said(role: str, *parts: tuple[str, str]) -> dict[str, Any]:
+        return {"role": role, "content": [{"type": kind, "value": value} for kind, value in parts]}
+
+    row = {
+        "tools": json.dumps([{"type": "function", "function": tool} for tool in (declared, flat)]),
+        "messages": [
+            said("system", ("text", "Be brief.")),
+            said("user", ("text", "Go")),
+            said("assistant", ("reasoning", "Both."), *(("tool_call", call) for call in calls)),
+            said("tool", ("text", json.dumps(results))),
+            said("assistant", ("reasoning", "Say so."), ("text", "Done.")),
+        ],
+    }
+    conversation, repairs = kept(messages, row)
+    assert shape(conversation) == [
+        ("system", "Be brief.", []),
+        ("user", "Go", []),
+        ("assistant", None, [("bake", {"grams": 5}), ("nap", {})]),
+        ("tool", '{"ok": 1}', []),
+        ("tool", "rested", []),
+        ("assistant", "Done.", []),
+    ]
+    bake, nap = (tool["function"]["parameters"] for tool in conversation.tools)
+    assert bake == {
+        "type": "object",
+        "properties": {"flour": {"type": "string"}, "grams": {"type": "integer"}},
+        "required": ["grams"],
+    }
+    assert nap == {"type": "object", "properties": {"minutes": {"type": "integer"}}, "required": []}
+    assert repairs["flat parameters written as an object schema"] == 1
+    for parts, why in (
+        ([("tool_call", calls[0]), ("text", "after")], "text after a call"),
+        ([("image", "a")], "part of an unknown kind ('image')"),
+        ([("tool_call", "bake()")], "call not JSON"),
+        ([("text", "a"), ("text", None)], "content that is not text"),
+    ):
+        assert reason(messages, {**row, "messages": [row["messages"][1], said("assistant", *parts)]}) == why
+    asked = said("user", ("tool_call", calls[0]))
+    assert reason(messages, {**row, "messages": [asked]}) == "part of an unknown kind ('tool_call')"

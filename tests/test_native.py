@@ -241,7 +241,7 @@ def offload(base) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (quantise_config, "quantised .its config says so.*floating point"),
+        (quantise_config, "quantised .bitsandbytes.*floating point"),
         (quantise_weights, r"quantised \(torch.uint8\)"),
         (offload, "offloaded"),
     ],

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from poe.data.packing import PackingStats, pack, pack_stream
+from poe.data.packing import PackingStats, pack, pack_stream, pack_to, packed_rows
 from poe.errors import DataError
 
 PAD = 999_999
@@ -192,6 +192,29 @@ def test_a_row_by_hand():
         (1, 7, 8, 9, 1, 5, 6, 0): ([-100, 8, 9, -100, 5, -100, -100, -100], [0, 1, 2, 3, 0, 1, 2, 0]),
     }
     assert (labels, positions) == by_first[tuple(ids)]
+
+
+def test_documents_may_see_each_other_if_asked(tmp_path):
+    documents = [([1, 5, 6], [False, True, True])] * 4
+    stats = pack_to(tmp_path / "p", iter(documents), 8, pad_id=0)
+    apart, together = packed_rows(tmp_path / "p"), packed_rows(tmp_path / "p", isolated=False)
+    assert stats.rows == apart.num_rows == 2
+    one, other = apart.batch(0, 2), together.batch(0, 2)
+    assert one.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 0, 1]] * 2
+    assert other.position_ids.tolist() == [list(range(8))] * 2
+    assert one.input_ids.equal(other.input_ids)
+    assert one.labels.equal(other.labels)
+
+
+def test_files_hold_what_memory_holds(tmp_path):
+    documents = make_documents([3, 9, 4, 12, 5, 7, 2, 8] * 10)
+    stats = pack_to(tmp_path / "p", iter(documents), 12, seed=3, pad_id=PAD)
+    streamed = list(pack_stream(iter(documents), 12, 4, seed=3, pad_id=PAD))
+    rows = packed_rows(tmp_path / "p", seed=3)
+    assert rows.stats == stats
+    assert torch.cat([batch.input_ids for batch in streamed]).equal(rows.batch(0, rows.num_rows).input_ids)
+    in_memory = pack(documents, 12, seed=3, pad_id=PAD)
+    assert set(rows.target_ids) == set(in_memory.target_ids)
 
 
 def test_refusals():

@@ -1,18 +1,24 @@
 """From SPEC to packed rows: nothing lost, nothing on both sides, everything accounted for."""
 
+import errno
 import gzip
 import json
+from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 import pytest
 
+from poe.data import corpus, pipeline
+from poe.data.augment import Augmentation
+from poe.data.cache import cache_root
 from poe.data.demo.text import make_text
 from poe.data.demo.tokenizer import train_tokenizer
 from poe.data.drops import DropReport
 from poe.data.pipeline import TrainingData, prepare
 from poe.data.render import Renderer
 from poe.data.text import documents
-from poe.errors import DataError
+from poe.errors import DataError, OutputError
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +78,163 @@ def test_what_is_too_long_is_dropped_counted_and_kept(tmp_path: Path, renderer: 
     (row,) = map(json.loads, (tmp_path / "dropped.jsonl").read_text().splitlines())
     assert row["reason"] == "longer than 128 tokens"
     assert row["row"]["messages"] == long["messages"]
+
+
+def packed(data: TrainingData) -> list:
+    return [part.tolist() for part in data.train.batch(0, data.train.num_rows)]
+
+
+def packed_val(data: TrainingData) -> list:
+    return [part.tolist() for part in data.val.batch(0, data.val.num_rows)]
+
+
+@pytest.fixture
+def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Forget what was prepared before."""
+    counter = count()
+
+    def forget() -> None:
+        monkeypatch.setenv("POE_CACHE", str(tmp_path / f"cache{next(counter)}"))
+
+    forget()
+    return forget
+
+
+def test_the_number_of_workers_changes_nothing(tmp_path: Path, renderer: Renderer, fresh, monkeypatch) -> None:
+    monkeypatch.setattr(pipeline, "FEW", 0)
+    spec = f"messages={write(tmp_path / 'a.jsonl', 0, 500)}*2"
+    one = load(spec, renderer, workers=1)
+    fresh()
+    three = load(spec, renderer, workers=3)
+    assert packed(one) == packed(three)
+    assert one.summary == three.summary
+
+
+def test_what_was_made_once_is_found_again(tmp_path: Path, renderer: Renderer, fresh, monkeypatch) -> None:
+    path = write(tmp_path / "a.jsonl", 0, 80)
+    path.write_text(path.read_text() + "\nbroken")
+    reports = [DropReport(tmp_path / f"{i}.jsonl") for i in range(2)]
+    first = load(f"messages={path}", renderer, reports[0])
+    monkeypatch.setattr(pipeline, "_pack", None)  # nothing is made again
+    monkeypatch.setattr(corpus, "_build", None)
+    again = load(f"messages={path}", renderer, reports[1])
+    assert packed(first) == packed(again)
+    assert first.summary == again.summary
+    for report in reports:
+        report.close()
+    assert (tmp_path / "0.jsonl").read_text() == (tmp_path / "1.jsonl").read_text() != ""
+
+
+def test_other_rows_or_options_are_made_anew(tmp_path: Path, renderer: Renderer, fresh) -> None:
+    path = write(tmp_path / "a.jsonl", 0, 80)
+    sizes = [load(f"messages={path}", renderer).train.stats.documents]
+    write(path, 0, 90)
+    sizes.append(load(f"messages={path}", renderer).train.stats.documents)
+    sizes.append(load(f"messages={path}", renderer, epochs={"messages": 3}).train.stats.documents)
+    assert sizes[0] < sizes[1] < sizes[2]
+
+
+def test_an_interrupted_preparation_leaves_nothing_that_looks_whole(
+    tmp_path: Path, renderer: Renderer, fresh, monkeypatch
+) -> None:
+    spec = f"messages={write(tmp_path / 'a.jsonl', 0, 80)}"
+
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "pack_to", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            load(spec, renderer)
+    assert not list((cache_root() / "packed").iterdir())
+    assert load(spec, renderer).train.num_rows
+
+
+def test_a_full_disk_is_one_clear_error(tmp_path: Path, renderer: Renderer, fresh, monkeypatch) -> None:
+    def full(*args, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pipeline, "pack_to", full)
+    with pytest.raises(OutputError, match=r"No space left on device.*POE_CACHE"):
+        load(f"messages={write(tmp_path / 'a.jsonl', 0, 80)}", renderer)
+
+
+def test_rows_that_the_evaluation_asks_are_not_trained_on(tmp_path: Path, renderer: Renderer) -> None:
+    tool = {"name": "pay", "parameters": {"type": "object", "properties": {"n": {"type": "integer"}}}}
+
+    def row(question: str, n: int) -> dict:
+        call = {"function": {"name": "pay", "arguments": {"n": n}}}
+        answer = {"role": "assistant", "tool_calls": [call]}
+        return {"messages": [{"role": "user", "content": question}, answer], "tools": [tool]}
+
+    train = [row(f"Pay {n} coins", n) for n in range(100)]
+    asked = [row("Please could you pay 7", 7), row("pay  9 COINS", 1009), row("Pay a lot", 5000)]
+    for name, rows in (("train", train), ("asked", asked)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    report = DropReport()
+    data = prepare(
+        f"messages={tmp_path}/train.jsonl",
+        renderer,
+        seq_len=256,
+        held_out=0.1,
+        evaluation=f"messages={tmp_path}/asked.jsonl",
+        report=report,
+    )
+    assert report.dropped["messages"] == {"call of an evaluation row": 1, "query of an evaluation row": 1}
+    assert [c.query for c in data.held_out[f"messages={tmp_path}/asked.jsonl"]] == [
+        "please could you pay 7",
+        "pay 9 coins",
+        "pay a lot",
+    ]
+    trained = renderer.tokenizer.decode(data.train.batch(0, data.train.num_rows).input_ids.flatten())
+    assert "Pay 7 coins" not in trained
+    assert "Pay 9 coins" not in trained
+    assert data.train.stats.documents == 98 - len(data.held_out["held-out messages"])
+
+
+EVERYTHING = Augmentation(
+    mask=0.5, irrelevance=0.2, contrast=0.2, distractors=0.5, shuffle=1.0, case=0.2, paraphrase=0.5, formats=0.7
+)
+
+
+def test_augmented_rows_are_the_same_for_any_number_of_workers(renderer: Renderer, fresh, monkeypatch) -> None:
+    monkeypatch.setattr(pipeline, "FEW", 0)
+    options = {"seq_len": 1024, "augmentation": EVERYTHING, "epochs": {"demo": 2}}
+    one = prepare("demo=200", renderer, workers=1, **options)
+    fresh()
+    two = prepare("demo=200", renderer, workers=2, **options)
+    assert packed(one) == packed(two)
+    assert one.summary == two.summary
+    plain = prepare("demo=200", renderer, seq_len=1024, epochs={"demo": 2})
+    assert packed(plain) != packed(one)
+    assert packed_val(plain) == packed_val(one)
+    assert plain.summary["augmented_rows_left_plain"] == {}
+
+
+def test_augmented_rows_that_do_not_fit_are_taken_plain(renderer: Renderer) -> None:
+    plain = prepare("demo=100", renderer, seq_len=512)
+    longer = prepare(
+        "demo=100", renderer, seq_len=512, augmentation=Augmentation(formats=1.0, tool_formats=("indent4",))
+    )
+    left = longer.summary["augmented_rows_left_plain"]
+    assert 0 < left["longer than 512 tokens"] < 100
+    assert longer.train.stats.documents == plain.train.stats.documents
+
+
+def test_near_duplicates_are_dropped_and_counted(tmp_path: Path, renderer: Renderer) -> None:
+    texts = [" ".join(f"{story}{i}" for i in range(20)) for story in "abcdefghij"]
+    near = [text + " indeed" for text in texts[:4]]
+    rows = [
+        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "yes"}]}
+        for text in [*texts, *near]
+    ]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    report = DropReport()
+    load(f"messages={path}", renderer, report, near_duplicates=0.8)
+    ((reason, number),) = report.dropped["messages"].items()
+    assert number == 4
+    assert reason.startswith("almost the same")
 
 
 def test_text_sources_are_interleaved_by_weight(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from poe.data.conversation import Conversation
 from poe.data.drops import DropReport
-from poe.data.readers import glaive, messages, xlam
+from poe.data.readers import flat, glaive, messages, xlam
 from poe.data.schema import no_note
 
 WITH = "SYSTEM: You are a helpful assistant with access to the following functions. Use them if required -\n"
@@ -424,7 +424,7 @@ def test_xlam_in_the_ms_swift_form() -> None:
     ],
 )
 def test_xlam_types(text: str, schema: dict[str, Any], optional: bool, default: Any) -> None:
-    assert xlam.python_type(text) == (schema, optional, default)
+    assert flat.python_type(text) == (schema, optional, default)
 
 
 @pytest.mark.parametrize(

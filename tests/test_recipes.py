@@ -16,7 +16,11 @@ PLAN_FIELDS = (
     "seq_len tokens_per_step max_tokens_per_batch max_steps matrix_lr head_lr weight_decay momentum start warmup "
     "warmdown final max_grad_norm eval_every checkpoint_every dtype seed"
 ).split()
-STAGE_OPTIONS = {*PLAN_FIELDS, *"num_layers head head_rank epochs held_out eval_rows".split()}
+STAGE_OPTIONS = {
+    *PLAN_FIELDS,
+    *"num_layers head head_rank epochs held_out eval_data near_duplicates augment eval_rows train_on".split(),
+    "isolate_documents",
+}
 BASE_OPTIONS = {
     *PLAN_FIELDS,
     *"vocab_size hidden_size num_layers num_heads num_kv_heads attention_logit_scale embed_lr init".split(),

@@ -9,9 +9,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from conftest import BASES, scramble, tiny_model, token_ids
-from families_table import ACCEPTED, PAGE, REFUSED, declared_and_found, exists, outcome, page
+from families_table import ACCEPTED, DEEPER, PAGE, REFUSED, declared_and_found, exists, outcome, page
 from poe import Cascade, StageConfig
-from poe.errors import FamilyError
+from poe.errors import FamilyError, SourceError
 from poe.modeling.families import FAMILIES, family_of
 from poe.modeling.recognition import recognise
 
@@ -116,3 +116,17 @@ def test_a_base_of_an_undeclared_family_opens_and_says_why_not(saved_base, tmp_p
     transformers.T5Config(num_layers=1).save_pretrained(tmp_path / "t5")
     with pytest.raises(FamilyError, match="'t5', which AutoModelForCausalLM does not open"):
         Cascade.from_pretrained(tmp_path / "t5")
+
+
+@pytest.mark.parametrize("model_type", ["bloom", "falcon", "mamba", "opt"])
+def test_what_the_structure_alone_refuses_is_refused_before_weights_are_read(model_type: str, tmp_path) -> None:
+    tiny_model(model_type, {**DEEPER, **REFUSED[model_type][0]}).config.save_pretrained(tmp_path)
+    with pytest.raises(FamilyError, match=REFUSED[model_type][1].replace("(", r"\(")):
+        Cascade.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("model_type", ["stablelm", "gpt2", "mixtral"])
+def test_what_it_cannot_refuse_is_left_to_the_trial(model_type: str, tmp_path) -> None:
+    tiny_model(model_type).config.save_pretrained(tmp_path)
+    with pytest.raises(SourceError, match="could not be loaded"):  # there are no weights
+        Cascade.from_pretrained(tmp_path)

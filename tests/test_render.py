@@ -1,5 +1,6 @@
 """The loss mask, proven by decoding what it covers: exactly the assistant's text and stop token, in every template."""
 
+import dataclasses
 import json
 import unicodedata
 from functools import partial
@@ -12,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from poe.data.conversation import Conversation
+from poe.data.forms.prompt import PromptForm
 from poe.data.render import Renderer, token_bytes
 from poe.errors import DataError, TemplateError
 
@@ -212,6 +214,33 @@ def test_calls_and_tool_results():
     renderer = Renderer(TOKENIZERS["llama3"])
     call = '{"name": "get_time", "parameters": {"city": "Köln"}}<|eot_id|>'
     assert trained(renderer, renderer.render(conversation)) == [call, "noon<|eot_id|>"]
+
+
+@pytest.mark.parametrize("name", ["chatml", "marked", "llama3"])
+def test_calls_alone_can_be_learnt(name):
+    messages = [user("time?"), assistant(None, CALL), {"role": "tool", "content": "12:00", "name": "get_time"},
+                assistant("noon"), user("again"), assistant("said", CALL)]  # fmt: skip
+    everything = Renderer(TOKENIZERS[name])
+    calls = Renderer(TOKENIZERS[name], calls_only=True)
+    row = Conversation(messages, TOOLS)
+    first, words, last = trained(everything, everything.render(row))
+    assert "noon" in words
+    assert trained(calls, calls.render(row)) == [first, last]
+    told = dataclasses.replace(row, form=PromptForm(calls="xlam"))
+    first, _, last = trained(everything, everything.render(told))
+    assert trained(calls, calls.render(told)) == [first, last]
+    assert trained(calls, calls.render(Conversation([user("hi"), assistant("hello")]))) == []
+    assert calls.fingerprint() != everything.fingerprint()
+
+
+def test_calls_alone_where_earlier_turns_are_rewritten():
+    renderer = Renderer(TOKENIZERS["rewriting"], calls_only=True)
+    told = PromptForm(calls="hermes", place="user")
+    messages = [user("a"), assistant("no"), user("time?"), assistant(None, CALL), user("b"), assistant("bye")]
+    rows = renderer.render_all(Conversation(messages, TOOLS, form=told))
+    said = [text for row in rows for text in trained(renderer, row)]
+    assert len(said) == 1
+    assert "get_time" in said[0]
 
 
 def test_the_marks_agree_with_transformers():

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from poe.data.drops import DropReport
-from poe.data.readers import load_conversations
+from poe.data.readers import read_source
 from poe.data.sources import expand, file_rows, hub_rows
+from poe.data.spec import parse_spec
 from poe.errors import DataError, MissingExtraError, SourceError
 
 ROWS = [{"a": 1}, {"a": "é\u2028ü"}, {"a": [1, {"b": '],\\"['}]}]
@@ -166,23 +167,27 @@ def test_paths_that_name_nothing(tmp_path: Path) -> None:
             read(tmp_path / path)
 
 
+def load(spec: str, report: DropReport | None = None) -> list:
+    return list(read_source(parse_spec(spec)[0], report or DropReport()))
+
+
 def test_sources_with_nothing_left(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_text("no JSON\n{}\n")
     with pytest.raises(DataError, match=r"every row was dropped: not JSON \(1\), row without a list of messages \(1\)"):
-        load_conversations(f"messages={path}")
+        load(f"messages={path}")
     path.write_text("")
     with pytest.raises(DataError, match="holds no rows"):
-        load_conversations(f"messages={path}")
+        load(f"messages={path}")
     with pytest.raises(DataError, match="no public data set"):
-        load_conversations("messages")
+        load("messages")
 
 
 def test_dropped_rows_are_kept_in_a_file(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_text('{"messages": "\\ud800"}\nbroken {\n[1]\n')
     with DropReport(tmp_path / "out" / "dropped.jsonl") as report, pytest.raises(DataError):
-        load_conversations(f"messages={path}", report)
+        load(f"messages={path}", report)
     kept = [json.loads(line) for line in (tmp_path / "out" / "dropped.jsonl").read_text("utf-8").splitlines()]
     assert [(k["id"], k["reason"], k["row"]) for k in kept] == [
         ("x.jsonl:1", "text with a lone surrogate", {"messages": "\ud800"}),
@@ -212,8 +217,9 @@ class FakeHub:
 
 
 def test_the_hub_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    FakeHub(monkeypatch, lambda *a, **k: None, lambda name, split: [{"name": name, "split": split}])
-    assert list(hub_rows("me/rows", "glaive")) == [("me/rows[0]", {"name": "me/rows", "split": "train"})]
+    FakeHub(monkeypatch, lambda *a, **k: None, lambda *asked, split: [{"asked": asked, "split": split}])
+    assert list(hub_rows("me/rows", "glaive")) == [("me/rows[0]", {"asked": ("me/rows", None), "split": "train"})]
+    assert next(hub_rows("me/rows", "gsm8k", config="main"))[1]["asked"] == ("me/rows", "main")
 
 
 def test_the_hub_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,7 +61,7 @@ def test_malformed(text: str, message: str) -> None:
 def test_unknown_readers_are_met_with_a_suggestion() -> None:
     with pytest.raises(DataError, match="Did you mean 'glaive'"):
         parse_spec("glave", READERS)
-    with pytest.raises(DataError, match="Known: demo, glaive, messages, xlam"):
+    with pytest.raises(DataError, match=r"Known: .*demo, .*glaive, .*messages, .*xlam"):
         get_reader("nothing-like-it")
     assert parse_spec("anything=rows.json") == [DataSource("anything", "rows.json")]
 

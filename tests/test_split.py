@@ -7,9 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from poe.data.conversation import Conversation
-from poe.data.drops import DropReport
 from poe.data.schema import as_tool
-from poe.data.split import deduplicate, is_held_out, split
+from poe.data.split import is_held_out, repetition
 
 WEATHER = as_tool("weather", "", {"type": "object", "properties": {"city": {"type": "string"}}})
 CLOCK = as_tool("clock", "", None)
@@ -22,6 +21,19 @@ def row(
     if more is not None:
         messages += [{"role": "user", "content": more}, {"role": "assistant", "content": answer}]
     return Conversation(messages, list(tools), source=source)
+
+
+def split(rows: list[Conversation], share: float = 0.02, seed: int = 0) -> tuple[list, list]:
+    """Training rows, held-out rows."""
+    sides: tuple[list, list] = ([], [])
+    for conversation in rows:
+        sides[is_held_out(conversation, share, seed)].append(conversation)
+    return sides
+
+
+def deduplicate(rows: list[Conversation]) -> list[Conversation]:
+    seen: set[bytes] = set()
+    return [conversation for conversation in rows if repetition(conversation, seen) is None]
 
 
 texts = st.lists(st.text(min_size=1).filter(str.strip), min_size=1, max_size=40)
@@ -65,32 +77,18 @@ def test_rows_without_a_user_are_split_too() -> None:
     assert sum(map(len, split([Conversation([{"role": "assistant", "content": "x"}])]))) == 1
 
 
-def test_duplicates_are_dropped_and_counted() -> None:
-    report = DropReport()
-    report.kept["s"] = report.read["s"] = 7
+def test_a_row_repeats_another_when_it_is_the_same_or_asks_the_same() -> None:
     rows = [
-        row("Is it raining?", tools=(WEATHER, CLOCK)),
-        row("Is it raining?", tools=(WEATHER, CLOCK)),  # the same row
-        row("is it  raining?", "No.", tools=(CLOCK, WEATHER)),  # contradicts the first
-        row("Is it raining?", tools=(WEATHER,)),  # other tools
-        row("Is it raining?", tools=(WEATHER, CLOCK), more="And now?"),  # goes on
-        row("Is it raining?", tools=(WEATHER, CLOCK), more="And later?"),
-        row("Is it snowing?"),
+        (row("Is it raining?", tools=(WEATHER, CLOCK)), None),
+        (row("Is it raining?", tools=(WEATHER, CLOCK)), "duplicate row"),
+        (row("is it  raining?", "No.", tools=(CLOCK, WEATHER)), "same questions and tools"),  # contradicts the first
+        (row("Is it raining?", tools=(WEATHER,)), None),  # other tools
+        (row("Is it raining?", tools=(WEATHER, CLOCK), more="And now?"), None),  # goes on
+        (row("Is it raining?", tools=(WEATHER, CLOCK), more="And later?"), None),
+        (row("Is it snowing?"), None),
     ]
-    kept = deduplicate(rows, report)
-    assert kept == [rows[0], *rows[3:]]
-    assert report.as_dict()["s"] == {
-        "read": 7,
-        "kept": 5,
-        "dropped": {"duplicate row": 1, "same questions and tools": 1},
-    }
-
-
-def test_sources_are_compared_when_they_share_what_was_seen() -> None:
     seen: set[bytes] = set()
-    assert len(deduplicate([row("a", source="x")], seen=seen)) == 1
-    assert deduplicate([row("a", source="y")], seen=seen) == []
-    assert len(deduplicate([row("a", source="y")])) == 1
+    assert [repetition(conversation, seen) for conversation, _ in rows] == [why for _, why in rows]
 
 
 @settings(max_examples=50)

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from poe.errors import DeltaError, FamilyError, suggest
+from poe.errors import DeltaError, FamilyError, FingerprintError, suggest
 from poe.loaders.places import embedded_folders, place
+from poe.loaders.tokenizer import load_tokenizer
 from poe.modeling.access import Access, read_config
 from poe.modeling.fingerprint import fingerprint_tensors
 from poe.modeling.growth import keep_in_step
@@ -19,6 +20,7 @@ from poe.modeling.lineage import BaseSource, Lineage, base_source, is_stage, res
 from poe.modeling.modeling_poe import PoEConfig, PoEForCausalLM
 from poe.modeling.modeling_poe_stage import PoEStageConfig, PoEStageForCausalLM
 from poe.modeling.opening import load_base, load_stages
+from poe.modeling.placement import is_offloaded, quantisation_of
 from poe.modeling.recognition import recognise
 from poe.modeling.stage import Stage, assemble, build_stage, cut_graph_below, stop_input_gradients
 from poe.modeling.stage_config import StageConfig
@@ -70,8 +72,9 @@ class Cascade:
 
         `repo` is a folder, a Hub repository, or "demo" for the base inside this package. `base` says where a stage's
         base is (else POE_BASE, else what the stage names). `options` go to the base's own `from_pretrained`
-        (attn_implementation, quantization_config, ...). Raises `SourceError`, `LineageError`, `FingerprintError`,
-        `DeltaError` or `FamilyError`; `verify=False` skips the fingerprints and warns.
+        (attn_implementation, quantization_config, offload_folder, ...). A base may be quantised or offloaded; stages
+        stay in plain tensors beside it. Raises `SourceError`, `LineageError`, `FingerprintError`, `DeltaError` or
+        `FamilyError`; `verify=False` skips the fingerprints and warns.
         """
         access = Access(token, cache_dir, local_files_only)
         where = place(repo)
@@ -81,7 +84,7 @@ class Cascade:
             source, config = base_source(where, access, revision)
             return cls(
                 load_base(source, config, **options),
-                _tokenizer(where, source.revision, access, trust_remote_code),
+                load_tokenizer(where, source.revision, access, trust_remote_code),
                 source=source,
             )
         override = None if base is None else place(base)
@@ -91,7 +94,7 @@ class Cascade:
         else:
             warn_unverified(where)
         model = load_base(lineage.base, lineage.base_config, **options)
-        tokenizer = _tokenizer(where, lineage.links[-1].revision, access, trust_remote_code)
+        tokenizer = load_tokenizer(where, lineage.links[-1].revision, access, trust_remote_code)
         cascade = cls(model, tokenizer, source=lineage.base)
         return cascade._attach(lineage)
 
@@ -102,8 +105,19 @@ class Cascade:
 
     @property
     def base_source(self) -> BaseSource:
-        """Where the base is (`repo`, `revision`) and what it is (`fingerprint`)."""
+        """Where the base is (`repo`, `revision`) and what it is (`fingerprint`, that of its files as stored).
+
+        A base that was quantised while it was loaded thus has the fingerprint of the original. Raises
+        `FingerprintError` for a model in memory that is quantised or offloaded.
+        """
         if self._source is None:
+            held = "quantised" if quantisation_of(self.base) else "offloaded" if is_offloaded(self.base) else None
+            if held is not None:
+                raise FingerprintError(
+                    f"The base is {held} and was not opened by Cascade.from_pretrained, so it is not known from which "
+                    "weights it comes: expected Cascade.from_pretrained(folder or repository, with the same "
+                    "quantization_config or device_map), which takes the fingerprint of the files."
+                )
             self._source = BaseSource(None, known_fingerprint=fingerprint_tensors(self.base.state_dict()))
         return self._source
 
@@ -328,14 +342,3 @@ class Cascade:
             stage.parent.requires_grad_(False)  # what others stand on is frozen
         self.stages[stage.name] = stage
         return self
-
-
-def _tokenizer(where: str, revision: str | None, access: Access, trust_remote_code: bool) -> Any:
-    """Return the tokenizer that lies beside a model, None if there is none."""
-    try:
-        # Said explicitly, because left unsaid transformers asks on the terminal for models it does not know.
-        return AutoTokenizer.from_pretrained(
-            where, revision=revision or "main", trust_remote_code=trust_remote_code, **access.kwargs(where)
-        )
-    except (OSError, ValueError, KeyError):
-        return None

@@ -10,12 +10,13 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from poe.commands import imports
+from poe.commands import data, imports
 from poe.commands.app import FAILED, err, out, run
 from poe.errors import DataError, DeltaError, PoEError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode="rich")
 app.add_typer(imports.app, name="import")
+app.add_typer(data.app, name="data")
 
 Repo = Annotated[str, typer.Argument(help="a base or a stage: folder, Hub id, or 'demo'", show_default=False)]
 Base = Annotated[str | None, typer.Option(help="where the stage's base is, if not where the stage says")]

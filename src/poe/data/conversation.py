@@ -3,7 +3,10 @@
 import json
 import re
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from poe.data.forms.prompt import PromptForm
 
 Message = dict[str, Any]
 Tool = dict[str, Any]
@@ -18,6 +21,7 @@ class Conversation:
     an object, as chat templates expect, in the property order of the schema), a tool message `tool_call_id` and `name`.
     `tools`: `{"type": "function", "function": {"name", "description", "parameters": <JSON Schema object>}}`.
     `source`, `licence`, `id`: the reader's name, the licence of the rows, and where the row stood (for reports).
+    `form`: how tools and calls are told in text when the row is rendered; None leaves both to the chat template.
     """
 
     messages: list[Message]
@@ -25,6 +29,7 @@ class Conversation:
     source: str = ""
     licence: str = ""
     id: str = ""
+    form: "PromptForm | None" = None
 
     @property
     def query(self) -> str:
@@ -33,7 +38,7 @@ class Conversation:
         return re.sub(r"\s+", " ", text).strip().lower()
 
     def key(self) -> str:
-        """A canonical text of messages and tools: equal for equal rows, whatever the source or the key order."""
+        """A canonical text of messages and tools: equal for equal rows, whatever the source, form or key order."""
         return json.dumps([self.messages, self.tools], sort_keys=True, ensure_ascii=False)
 
 

@@ -1,14 +1,17 @@
 """Accounting for rows that are not used: counted by reason, kept in a file, never silently skipped."""
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from poe.errors import DataError
 
-class Unfaithful(ValueError):
-    """Raised while a row is read that has no faithful `Conversation`; `reason` is what the report counts."""
+
+class Unfaithful(DataError):
+    """Raised for a row that has no faithful `Conversation`, or text in its form; `reason` is what the report counts."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -49,6 +52,18 @@ class DropReport:
         """Count a repair that was made to a kept row, by the name of its rule."""
         self.repaired.setdefault(source, Counter())[rule] += count
 
+    def absorb(self, counts: dict[str, Any], path: Path | None) -> None:
+        """Add what another report counted (its `as_dict()`) and the rows in its file."""
+        for source, said in counts.items():
+            self.read[source] += said["read"]
+            self.kept[source] += said["kept"]
+            self.dropped.setdefault(source, Counter()).update(said["dropped"])
+            if "repaired" in said:
+                self.repaired.setdefault(source, Counter()).update(said["repaired"])
+        if self._file is not None and path is not None:
+            with path.open(encoding="utf-8") as lines:
+                shutil.copyfileobj(lines, self._file)
+
     def as_dict(self) -> dict[str, Any]:
         """`{source: {"read": n, "kept": n, "dropped": {reason: n}}}`, reasons by falling count.
 
@@ -61,7 +76,7 @@ class DropReport:
                 "kept": self.kept[source],
                 "dropped": dict(self.dropped.get(source, Counter()).most_common()),
             }
-            if source in self.repaired:
+            if self.repaired.get(source):
                 report[source]["repaired"] = dict(self.repaired[source].most_common())
         return report
 

@@ -116,3 +116,11 @@ def _value(node: ast.expr, *, calls: bool, depth: int) -> Any:
     if calls and isinstance(node, ast.Name):
         return Variable(node.id)
     raise ValueError("not a literal")
+
+
+def parse_definition(text: str) -> ast.FunctionDef:
+    """The one function definition that a text holds, as a syntax tree. Raises ValueError if it is anything else."""
+    match _tree(text, "exec").body:
+        case [ast.FunctionDef() as definition]:
+            return definition
+    raise ValueError("not a function definition")

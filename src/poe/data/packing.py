@@ -9,10 +9,13 @@ Best-fit packing from a bounded buffer: a row starts with a document drawn at ra
 too), then takes the longest document that still fits, until none does.
 """
 
+import json
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -20,10 +23,12 @@ import torch
 
 from poe.errors import DataError
 
-__all__ = ["Batch", "PackedRows", "PackingStats", "pack", "pack_stream"]
+__all__ = ["Batch", "PackedRows", "PackingStats", "pack", "pack_stream", "pack_to", "packed_rows"]
 
 IGNORED = -100
 BUFFER_SIZE = 1000
+_ROWS_AT_ONCE = 1024
+_FILES = (("tokens", np.int32, 1), ("trained", np.bool_, 0), ("starts", np.bool_, 0))
 
 # token ids, and for each whether the loss counts it as a target
 Document = tuple[Sequence[int] | np.ndarray, Sequence[bool] | np.ndarray]
@@ -71,16 +76,26 @@ class _Row(NamedTuple):
 
 
 class PackedRows:
-    """Rows in memory (6 bytes a token), handed out by step number, so that a run resumes exactly where it stopped.
+    """Rows (6 bytes a token, in memory or mapped), handed out by step number: a run resumes exactly where it stopped.
 
+    `tokens` int32 (N, T + 1), `trained` bool (N, T), `starts` bool (N, T), True where a document or the padding begins.
+    With `isolated` positions restart at every document, by which attention keeps them apart; else a row counts through.
     The first pass takes the rows in order (`pack` has shuffled them), every later pass in an order of its own drawn
     from `(seed, epoch)`. `stats` says what was packed and dropped.
 
     Raises `DataError` when there are no rows.
     """
 
-    def __init__(self, rows: Sequence[_Row], stats: PackingStats, seed: int = 0) -> None:
-        if not rows:
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        trained: np.ndarray,
+        starts: np.ndarray,
+        stats: PackingStats,
+        seed: int = 0,
+        isolated: bool = True,
+    ) -> None:
+        if not len(tokens):
             raise DataError(
                 f"No rows to train on: {stats.empty_documents} documents were empty and {stats.dropped_documents} "
                 f"longer than a row of {stats.seq_len} tokens. Give more data, a longer seq_len, or long='split' for "
@@ -88,10 +103,9 @@ class PackedRows:
             )
         self.stats = stats
         self.seed = seed
-        self._tokens = np.stack([r.tokens for r in rows])  # (N, T + 1)
-        self._trained = np.stack([r.trained for r in rows])  # (N, T)
-        self._starts = np.stack([r.starts for r in rows])  # (N, T)
-        self._order = (0, np.arange(len(rows)))  # (epoch, row numbers)
+        self.isolated = isolated
+        self._tokens, self._trained, self._starts = tokens, trained, starts
+        self._order = (0, np.arange(len(tokens)))  # (epoch, row numbers)
 
     def __len__(self) -> int:
         return self.num_rows
@@ -112,7 +126,11 @@ class PackedRows:
     @property
     def target_ids(self) -> np.ndarray:
         """The token ids that occur as a label, sorted."""
-        return np.unique(self._tokens[:, 1:][self._trained])
+        found = [
+            np.unique(self._tokens[i : i + _ROWS_AT_ONCE, 1:][self._trained[i : i + _ROWS_AT_ONCE]])
+            for i in range(0, self.num_rows, _ROWS_AT_ONCE)
+        ]
+        return np.unique(np.concatenate(found))
 
     @property
     def trained_tokens(self) -> int:
@@ -131,7 +149,10 @@ class PackedRows:
         """
         first = step * rows_per_step
         picked = [self._row_at(i) for i in range(first, first + rows_per_step)]
-        return _batch(self._tokens[picked], self._trained[picked], self._starts[picked])
+        batch = _batch(self._tokens[picked], self._trained[picked], self._starts[picked])
+        if self.isolated:
+            return batch
+        return batch._replace(position_ids=torch.arange(self.seq_len).expand_as(batch.input_ids).contiguous())
 
     def _row_at(self, index: int) -> int:
         epoch, offset = divmod(index, self.num_rows)
@@ -164,7 +185,44 @@ def pack(
     everything = list(documents)
     shuffled = (everything[i] for i in rng.permutation(len(everything)))
     rows = _rows(_pieces(shuffled, stats, long), stats, buffer_size, rng)
-    return PackedRows([_assemble(row, seq_len, pad_id) for row in rows], stats, seed)
+    tokens, trained, starts = _stacked([_assemble(row, seq_len, pad_id) for row in rows], seq_len)
+    return PackedRows(tokens, trained, starts, stats, seed)
+
+
+def pack_to(
+    folder: Path,
+    documents: Iterable[Document],
+    seq_len: int,
+    *,
+    seed: int = 0,
+    pad_id: int = 0,
+    buffer_size: int = BUFFER_SIZE,
+) -> PackingStats:
+    """Pack documents, in the order given, into files in a new `folder`; `packed_rows` opens them.
+
+    Memory holds `buffer_size` documents. What is longer than a row is dropped and counted. Other arguments as `pack`.
+    """
+    folder.mkdir()
+    stats = PackingStats(seq_len)
+    rows = _rows(_pieces(iter(documents), stats, "drop"), stats, buffer_size, np.random.default_rng(seed))
+    with ExitStack() as stack:
+        files = [stack.enter_context((folder / f"{name}.bin").open("wb")) for name, _, _ in _FILES]
+        for row in rows:
+            for file, part in zip(files, _assemble(row, seq_len, pad_id), strict=True):
+                file.write(part.tobytes())
+    (folder / "stats.json").write_text(json.dumps(asdict(stats)))
+    return stats
+
+
+def packed_rows(folder: Path, seed: int = 0, isolated: bool = True) -> PackedRows:
+    """Open what `pack_to` wrote, mapped into memory. `seed` orders the passes after the first."""
+    stats = PackingStats(**json.loads((folder / "stats.json").read_text()))
+    shape = (stats.rows, stats.seq_len)
+    tokens, trained, starts = (
+        np.memmap(folder / f"{name}.bin", kind, "r", shape=(shape[0], shape[1] + extra)) if stats.rows else np.zeros(0)
+        for name, kind, extra in _FILES
+    )
+    return PackedRows(tokens, trained, starts, stats, seed, isolated)
 
 
 def pack_stream(
@@ -190,8 +248,7 @@ def pack_stream(
     for _ in islice(rows, start_step * rows_per_step):
         pass
     while chunk := [_assemble(row, seq_len, pad_id) for row in islice(rows, rows_per_step)]:
-        tokens, trained, starts = (np.stack(part) for part in zip(*chunk, strict=True))
-        yield _batch(tokens, trained, starts)
+        yield _batch(*_stacked(chunk, seq_len))
 
 
 def _pieces(documents: Iterable[Document], stats: PackingStats, long: LongPolicy) -> Iterator[_Piece]:
@@ -259,6 +316,13 @@ def _assemble(row: list[_Piece], seq_len: int, pad_id: int) -> _Row:
     tokens[at:seq_len] = pad_id
     starts[at : at + 1] = True
     return _Row(tokens, trained, starts)
+
+
+def _stacked(rows: list[_Row], seq_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    if not rows:
+        return np.zeros((0, seq_len + 1), np.int32), np.zeros((0, seq_len), bool), np.zeros((0, seq_len), bool)
+    tokens, trained, starts = (np.stack(part) for part in zip(*rows, strict=True))
+    return tokens, trained, starts
 
 
 def _batch(tokens: np.ndarray, trained: np.ndarray, starts: np.ndarray) -> Batch:

@@ -1,19 +1,32 @@
-"""From a `--data` SPEC to packed rows: read, de-duplicate, split, render, pack, and account for every row."""
+"""From a `--data` SPEC to packed rows: read, divide, render, pack, and account for every row.
 
+Rows go through on disk (corpus.py), are rendered by several processes in an order that `seed` alone decides, and are
+packed into files that training maps into memory: a million rows take no more memory than a thousand.
+"""
+
+import hashlib
 import random
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from poe.data.augment import Augmentation, ToolPool
+from poe.data.cache import fingerprint, made_once
 from poe.data.conversation import Conversation
+from poe.data.corpus import DROPPED, EVALUATION, HELD_OUT, TRAIN, Corpus, read_corpus
 from poe.data.drops import DropReport
-from poe.data.packing import PackedRows, pack
-from poe.data.readers import READERS, demo, load_conversations
+from poe.data.packing import PackedRows, pack_to, packed_rows
+from poe.data.readers import READERS, demo
 from poe.data.render import Renderer
-from poe.data.split import deduplicate, split
+from poe.data.rendering import RenderRows, Tally
+from poe.data.workers import default_workers, ordered_map
 from poe.errors import DataError, TemplateError
 
 MAX_VALIDATION_CONVERSATIONS = 512  # a measure of bits per byte need not read more
+CHUNK = 128  # rows that a process renders at a time
+FEW = 2000  # rows for which starting processes takes longer than it saves
 
 
 @dataclass
@@ -33,61 +46,72 @@ def prepare(
     seq_len: int,
     epochs: dict[str, int] | None = None,
     held_out: float = 0.02,
+    near_duplicates: float | None = None,
+    evaluation: str = "",
+    augmentation: Augmentation | None = None,
+    isolated: bool = True,
     eval_rows: int = 200,
     seed: int = 0,
     report: DropReport | None = None,
+    workers: int | None = None,
 ) -> TrainingData:
     """Read `spec` and pack it into rows of `seq_len` tokens.
 
-    `epochs` are the passes per reader where the SPEC does not say; `held_out` the share of queries kept for validation;
-    `eval_rows` how many conversations of each held-out split are kept to be answered. A conversation that is too long
-    or cannot be rendered is dropped and counted in `report`. Raises `DataError` when nothing is left to train on, or
-    `TemplateError` when the chat template cannot show the assistant's tokens in any row.
+    `epochs` are the passes per reader where the SPEC does not say; `held_out`, `near_duplicates` and `evaluation` are
+    those of `read_corpus`. Training rows, and no others, go through `augmentation`, in every pass anew; where the
+    result cannot be used (too long, say) the row is taken as it is. `isolated`: packed documents do not see each other.
+    `eval_rows` is how many conversations of each
+    held-out split are kept to be answered. A conversation that is too long or cannot be rendered is dropped and counted
+    in `report`. `workers` processes render (default: one per core, at most eight; few rows are rendered here); their
+    number does not change the result. Raises `DataError` when nothing is left to train on, or `TemplateError` when the
+    chat template cannot show the assistant's tokens in any row.
     """
-    report = report or DropReport()
-    loaded = load_conversations(spec, report)
-    seen: set[bytes] = set()
-    train_documents: list[tuple[list[int], list[bool]]] = []
-    val_conversations: list[Conversation] = []
-    sources: dict[str, dict[str, Any]] = {}
-    splits: dict[str, list[Conversation]] = {}
-    for part in loaded:
-        source = part.source
-        unique = deduplicate(part.conversations, report, seen)
-        training, kept_out = split(unique, held_out, seed)
-        documents = _render_all(training, renderer, seq_len, report)
-        passes = source.epochs if source.epochs is not None else (epochs or {}).get(source.name, 1)
-        train_documents += _repeat(documents, passes * source.weight, seed)
-        val_conversations += kept_out
+    report = DropReport() if report is None else report
+    corpus = read_corpus(spec, report, held_out=held_out, near=near_duplicates, evaluation=evaluation, seed=seed)
+    own = list(range(len(corpus.sources) - corpus.asked))
+    passes = {
+        n: source.epochs if source.epochs is not None else (epochs or {}).get(source.name, 1)
+        for n, source in enumerate(corpus.sources)
+    }
+    items = _shuffled(corpus, {n: passes[n] * corpus.sources[n].weight for n in own}, seed)
+    options = augmentation or Augmentation()
+    items_digest = hashlib.sha256(items.tobytes()).hexdigest()
+    key = fingerprint("packed", corpus.key, renderer.fingerprint(), seq_len, seed, items_digest, asdict(options))
+
+    def make(folder: Path) -> dict[str, Any]:
+        mine = DropReport(folder / DROPPED)
+        try:
+            return _pack(folder, items, renderer, options, seq_len, corpus, seed, mine, workers)
+        except (DataError, TemplateError):
+            mine.close()
+            report.absorb(mine.as_dict(), folder / DROPPED)
+            raise
+        finally:
+            mine.close()
+
+    folder, said = made_once("packed", key, make)
+    report.absorb(said["dropped"], folder / DROPPED)
+    if not said["packed"]:
+        raise DataError(f"No row of {spec!r} can be trained on; dropped: {_reasons(report)}.")
+    if not said["validation"]:
+        raise DataError(
+            f"No row of {spec!r} is held out for validation ({said['packed']} packed rows to train on): "
+            "give more rows, or a larger held_out share."
+        )
+    train, val = packed_rows(folder / "train", seed, isolated), packed_rows(folder / "val", seed)
+    sources = {}
+    for n in own:
+        source = corpus.sources[n]
         sources[str(source)] = {
             "reader": source.name,
             "hub_id": READERS[source.name].hub_id if source.path is None else None,
             "licence": READERS[source.name].licence,
-            "conversations": len(training),
-            "held_out": len(kept_out),
-            "epochs": passes,
+            "conversations": len(corpus.numbers(n, TRAIN)),
+            "held_out": len(corpus.numbers(n, HELD_OUT)),
+            "epochs": passes[n],
             "weight": source.weight,
-            "documents": len(documents),
-            "tokens": sum(len(ids) for ids, _ in documents),
+            **said["sources"][n],
         }
-        if source.name == demo.NAME:
-            splits |= demo.evaluation_splits(eval_rows)
-        elif kept_out:
-            splits.setdefault(f"held-out {source.name}", []).extend(kept_out)
-    if not train_documents:
-        raise DataError(f"No row of {spec!r} can be trained on; dropped: {_reasons(report)}.")
-    val_documents = _render_all(
-        _sample(val_conversations, MAX_VALIDATION_CONVERSATIONS, seed), renderer, seq_len, DropReport()
-    )
-    if not val_documents:
-        raise DataError(
-            f"No row of {spec!r} is held out for validation ({len(train_documents)} to train on): "
-            "give more rows, or a larger held_out share."
-        )
-    pad = renderer.tokenizer.pad_token_id or 0
-    train = pack(train_documents, seq_len, seed=seed, pad_id=pad)
-    val = pack(val_documents, seq_len, seed=seed, pad_id=pad)
-    splits = {name: _sample(conversations, eval_rows, seed) for name, conversations in splits.items()}
     summary = {
         "spec": spec,
         "sources": sources,
@@ -98,54 +122,87 @@ def prepare(
         "tokens": train.stats.tokens,
         "trained_tokens": train.trained_tokens,
         "validation_rows": val.num_rows,
+        "augmentation": asdict(options),
+        "augmented_rows_left_plain": said["left_plain"],
     }
-    return TrainingData(train, val, splits, summary)
+    return TrainingData(train, val, _splits(corpus, own, eval_rows, seed), summary)
 
 
-def _render_all(
-    conversations: Iterable[Conversation], renderer: Renderer, seq_len: int, report: DropReport
-) -> list[tuple[list[int], list[bool]]]:
-    """Render to (ids, loss mask); what is too long, untrained or refused by the template is dropped and counted."""
-    documents: list[tuple[list[int], list[bool]]] = []
-    failure: TemplateError | None = None
-    rendered = False
-    for conversation in conversations:
-        row = {"messages": conversation.messages, "tools": conversation.tools}
+def _shuffled(corpus: Corpus, times: dict[int, float], seed: int) -> np.ndarray:
+    """Every training row as often as its source counts, as (row, epoch), int64 (M, 2), in an order of `seed`.
 
-        def drop(reason: str, conversation: Conversation = conversation, row: dict[str, Any] = row) -> None:
-            report.drop(conversation.source, reason, row, conversation.id)
-            report.kept[conversation.source] -= 1
+    Of a broken pass, a random part.
+    """
+    rng = np.random.default_rng(seed)
+    parts = []
+    for number, count in times.items():
+        rows = corpus.numbers(number, TRAIN)
+        for epoch in range(int(count)):
+            parts.append(np.stack([rows, np.full_like(rows, epoch)], axis=1))
+        rest = rng.choice(rows, round((count - int(count)) * len(rows)), replace=False)
+        parts.append(np.stack([rest, np.full_like(rest, int(count))], axis=1))
+    items = np.concatenate(parts)
+    return items[rng.permutation(len(items))]
 
-        try:
-            parts = renderer.render_all(conversation)
-        except DataError:
-            drop("the chat template refuses it")
-            continue
-        except TemplateError as error:
-            failure = failure or error
-            drop("the chat template hides the assistant's tokens")
-            continue
-        rendered = True
-        if any(len(part.input_ids) > seq_len for part in parts):
-            drop(f"longer than {seq_len} tokens")
-        elif not any(any(part.loss_mask) for part in parts):
-            drop("nothing of the assistant's to train on")
+
+def _pack(
+    folder: Path,
+    items: np.ndarray,
+    renderer: Renderer,
+    augmentation: Augmentation,
+    seq_len: int,
+    corpus: Corpus,
+    seed: int,
+    report: DropReport,
+    workers: int | None,
+) -> dict[str, Any]:
+    """Render and pack the training items, and a sample of the held-out rows, into `folder`."""
+    tally = Tally(corpus, report)
+    pool = None
+    if augmentation.draws_tools:
+        training = np.flatnonzero(corpus.side == TRAIN)
+        pool = ToolPool.from_conversations(corpus.rows[i] for i in training.tolist())
+    work = RenderRows(corpus.folder, renderer, seq_len, augmentation, pool, seed)
+    options: dict[str, Any] = {"seed": seed, "pad_id": renderer.tokenizer.pad_token_id or 0}
+    chunks = (items[i : i + CHUNK] for i in range(0, len(items), CHUNK))
+    results = ordered_map(work, chunks, 1 if len(items) < FEW else workers or default_workers())
+    train = pack_to(folder / "train", tally.documents(results), seq_len, **options)
+    if not train.rows:
+        tally.raise_if_hidden()
+    held = np.flatnonzero(corpus.side == HELD_OUT)
+    if len(held) > MAX_VALIDATION_CONVERSATIONS:
+        held = np.sort(np.random.default_rng(seed).choice(held, MAX_VALIDATION_CONVERSATIONS, replace=False))
+    plainly = RenderRows(corpus.folder, renderer, seq_len)
+    documents = (d for one in plainly(np.stack([held, np.zeros_like(held)], axis=1)) for d in one.documents)
+    val = pack_to(folder / "val", documents, seq_len, **options)
+    return {
+        "sources": tally.sources,
+        "dropped": report.as_dict(),
+        "left_plain": dict(tally.left_plain),
+        "packed": train.rows,
+        "validation": val.rows,
+    }
+
+
+def _splits(corpus: Corpus, own: list[int], eval_rows: int, seed: int) -> dict[str, list[Conversation]]:
+    """The questions to be asked after training, at most `eval_rows` of each split."""
+    numbers: dict[str, list[int]] = {}
+    splits: dict[str, list[Conversation]] = {}
+    for n, source in enumerate(corpus.sources):
+        if n in own and source.name == demo.NAME:
+            splits |= demo.evaluation_splits(eval_rows)
+        elif n in own:
+            numbers.setdefault(f"held-out {source.name}", []).extend(corpus.numbers(n, HELD_OUT).tolist())
         else:
-            documents += [(part.input_ids, part.loss_mask) for part in parts]
-    if failure is not None and not rendered:
-        raise failure
-    return documents
+            numbers[str(source)] = corpus.numbers(n, EVALUATION).tolist()
+    for name, rows in numbers.items():
+        if rows:
+            splits[name] = [corpus.rows[i] for i in _sample(rows, eval_rows, seed)]
+    return splits
 
 
-def _repeat(documents: list[Any], times: float, seed: int) -> list[Any]:
-    """`documents`, `times` over; of a broken pass, a random part."""
-    whole = int(times)
-    rest = round((times - whole) * len(documents))
-    return documents * whole + random.Random(seed).sample(documents, rest)
-
-
-def _sample(conversations: list[Conversation], count: int, seed: int) -> list[Conversation]:
-    return conversations if len(conversations) <= count else random.Random(seed).sample(conversations, count)
+def _sample(rows: list[int], count: int, seed: int) -> list[int]:
+    return rows if len(rows) <= count else random.Random(seed).sample(rows, count)
 
 
 def _reasons(report: DropReport) -> str:

@@ -4,6 +4,7 @@ The loss covers exactly what the model must produce itself: each assistant turn'
 the stop token. A text is tokenised once, whole; which tokens are the assistant's follows from their offsets in it.
 """
 
+import hashlib
 import json
 import re
 from bisect import bisect_left
@@ -17,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from poe.data.conversation import Conversation, Message, Tool
+from poe.data.forms.prompt import PromptForm, flatten
 from poe.errors import DataError, TemplateError
 
 __all__ = ["RenderedRow", "Renderer", "token_bytes"]
@@ -43,7 +45,8 @@ class Renderer:
 
     `stop_token_ids`: further tokens that end a turn (the model's `generation_config.eos_token_id`), beside the
     tokenizer's EOS and the token which the template puts after an answer. `template_options` are handed to every
-    rendering (Qwen3's `enable_thinking=False`, say).
+    rendering (Qwen3's `enable_thinking=False`, say). `calls_only`: of the assistant's turns, those with calls alone are
+    learnt.
 
     Raises `TemplateError` for a tokenizer without a chat template or without offsets (a slow one).
     """
@@ -54,6 +57,7 @@ class Renderer:
         *,
         stop_token_ids: Iterable[int] = (),
         template_options: Mapping[str, Any] | None = None,
+        calls_only: bool = False,
     ) -> None:
         if not tokenizer.chat_template:
             raise TemplateError(
@@ -68,6 +72,7 @@ class Renderer:
             )
         self.tokenizer = tokenizer
         self._options = dict(template_options or {})
+        self._calls_only = calls_only
         self._generation_prompt = ""
         stops = [tokenizer.eos_token_id, *stop_token_ids, self._probe()]
         self._stop_token_ids = tuple(dict.fromkeys(s for s in stops if s is not None))
@@ -77,11 +82,19 @@ class Renderer:
         """What ends a turn, and generation must stop at: EOS, those given, and the template's end-of-turn token."""
         return self._stop_token_ids
 
-    def render(self, conversation: Conversation) -> RenderedRow:
-        """Render to one row that trains every assistant turn; a row without any has a mask of only False.
+    def fingerprint(self) -> str:
+        """A hash of all that decides what a conversation renders to: tokenizer, template, options and stop tokens."""
+        tokenizer: Any = self.tokenizer
+        parts = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, self._options, self._stop_token_ids]
+        parts.append(self._calls_only)
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
-        Raises `DataError` if the template refuses the messages, `TemplateError` if it cannot show which tokens are the
-        assistant's, or a turn does not end in a stop token, or no single row shows all turns (see `render_all`).
+    def render(self, conversation: Conversation) -> RenderedRow:
+        """Render to one row that trains every assistant turn that is learnt; without any the mask is only False.
+
+        A row with a `form` is told in it. Raises `DataError` if the template refuses the messages (`Unfaithful` if the
+        form cannot hold them), `TemplateError` if it cannot show which tokens are the assistant's, or a turn does not
+        end in a stop token, or no single row shows all turns (see `render_all`).
         """
         rows = self.render_all(conversation)
         if len(rows) > 1:
@@ -97,12 +110,21 @@ class Renderer:
         One row for templates with `{% generation %}` marks, and for those that only ever append. Templates that rewrite
         earlier turns (Qwen3 drops their thinking) take a row per state of the history. Raises as `render` does.
         """
-        messages, tools = conversation.messages, conversation.tools
+        messages, tools = _told(conversation.messages, conversation.tools, conversation.form)
         if not messages:
             raise DataError("A conversation without messages cannot be rendered.")
+        said = [message for message in conversation.messages if message["role"] == "assistant"]
+        learnt = [not self._calls_only or bool(message.get("tool_calls")) for message in said]
         if _GENERATION_MARK.search(self._template(tools)):
-            return [self._row(*self._marked(messages, tools))]
+            text, spans = self._marked(messages, tools)
+            if not all(learnt) and len(spans) != len(learnt):
+                raise TemplateError(
+                    f"The chat template of {_name(self.tokenizer)} marks {len(spans)} parts for {len(learnt)} turns of "
+                    "the assistant: learning calls only takes one {% generation %} part for each turn."
+                )
+            return [self._row(text, spans if all(learnt) else [s for s, one in zip(spans, learnt, strict=True) if one])]
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        skipped = {i for i, one in zip(turns, learnt, strict=True) if not one}
         if not turns:
             return [self._row(self._text(messages, tools), [])]
         if turns[0] == 0:
@@ -117,22 +139,25 @@ class Renderer:
                     "Mark the answer with {% generation %} in the template, or set template_options."
                 )
         rows = []
-        text = texts[turns[-1]] if turns[-1] == len(messages) - 1 else self._text(messages, tools)
+        whole = text = texts[turns[-1]] if turns[-1] == len(messages) - 1 else self._text(messages, tools)
         while turns:
             shown = [i for i in turns if text.startswith(texts[i])]
-            if shown:
-                rows.append(self._row(text, [(len(prompts[i]), len(texts[i])) for i in shown]))
+            if spans := [(len(prompts[i]), len(texts[i])) for i in shown if i not in skipped]:
+                rows.append(self._row(text, spans))
             turns = [i for i in turns if i not in shown]
             text = texts[turns[-1]] if turns else ""  # shows that turn at least
-        return rows[::-1]
+        return rows[::-1] or [self._row(whole, [])]
 
-    def prompt(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> str:
-        """The text after which the model answers `messages`. Raises `DataError` as `render` does."""
-        return self._text(messages, tools, prompt=True)
+    def prompt(self, messages: Sequence[Message], tools: Sequence[Tool] = (), form: PromptForm | None = None) -> str:
+        """The text after which the model answers `messages`, told in `form`. Raises `DataError` as `render` does."""
+        return self._text(*_told(messages, tools, form), prompt=True)
 
-    def prompt_ids(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
-        """The token ids of `prompt(messages, tools)`."""
-        return list(self.tokenizer(self.prompt(messages, tools), add_special_tokens=False, verbose=False)["input_ids"])
+    def prompt_ids(
+        self, messages: Sequence[Message], tools: Sequence[Tool] = (), form: PromptForm | None = None
+    ) -> list[int]:
+        """The token ids of `prompt(messages, tools, form)`."""
+        text = self.prompt(messages, tools, form)
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _template(self, tools: Sequence[Tool]) -> str:
         return self.tokenizer.get_chat_template(None, list(tools) or None)
@@ -251,6 +276,16 @@ def _is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
         return False
     decoder = json.loads(tokenizer.backend_tokenizer.to_str())["decoder"] or {}
     return any(part.get("type") == "ByteLevel" for part in (decoder, *decoder.get("decoders", [])))
+
+
+def _told(
+    messages: Sequence[Message], tools: Sequence[Tool], form: PromptForm | None
+) -> tuple[Sequence[Message], Sequence[Tool]]:
+    """Messages and tools as the template is to see them."""
+    if form is None:
+        return messages, tools
+    told = flatten(Conversation(list(messages), list(tools)), form)
+    return told.messages, told.tools
 
 
 def _without_none(messages: Sequence[Message]) -> list[Message]:

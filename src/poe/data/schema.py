@@ -109,6 +109,15 @@ def as_tool(name: Any, description: Any, parameters: Any, note: Note = no_note) 
     }
 
 
+def required_inside(function: dict[str, Any], note: Note = no_note) -> Any:
+    """The `parameters` of a function; a `required` that stands beside them is moved into them."""
+    parameters, required = function.get("parameters"), function.get("required")
+    if parameters and isinstance(parameters, dict) and required and "required" not in parameters:
+        note("required moved into parameters")
+        return {**parameters, "required": required}
+    return parameters
+
+
 def unique_tools(tools: list[Tool], note: Note = no_note) -> list[Tool]:
     """The tools with word-for-word repetitions removed; one name with two definitions is `Unfaithful`."""
     by_name: dict[str, Tool] = {}

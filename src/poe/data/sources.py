@@ -265,8 +265,18 @@ def _parquet_rows(file: Path) -> Iterator[Row]:
         raise DataError(f"{str(file)!r} is not a parquet file that can be read: {error}.") from error
 
 
-def hub_rows(dataset_id: str, name: str, split: str = "train") -> Iterator[Row]:
+def hub_rows(dataset_id: str, name: str, split: str = "train", config: str | None = None) -> Iterator[Row]:
     """Every row of a public data set, through `datasets` (its cache is used when the Hub cannot be reached)."""
+    place = dataset_id if config is None else f"{dataset_id}/{config}"
+    yield from ((f"{place}[{i}]", row) for i, row in enumerate(_hub_dataset(dataset_id, name, split, config)))
+
+
+def hub_fingerprint(dataset_id: str, name: str, split: str = "train", config: str | None = None) -> str:
+    """What `datasets` knows a public data set's rows by."""
+    return str(getattr(_hub_dataset(dataset_id, name, split, config), "_fingerprint", ""))
+
+
+def _hub_dataset(dataset_id: str, name: str, split: str, config: str | None) -> Any:
     try:
         import datasets
         import huggingface_hub
@@ -294,19 +304,18 @@ def hub_rows(dataset_id: str, name: str, split: str = "train") -> Iterator[Row]:
     except Exception:  # of whatever kind: a copy in the cache may still serve, and if not the message below says so
         offline = True
     try:
-        rows = _load(datasets, huggingface_hub, dataset_id, split, offline)
+        return _load(datasets, huggingface_hub, dataset_id, config, split, offline)
     except Exception as error:
         first_line = next(iter(str(error).splitlines()), type(error).__name__)
         raise failed("the Hub cannot be reached and no copy is cached" if offline else first_line) from error
-    yield from ((f"{dataset_id}[{i}]", row) for i, row in enumerate(rows))
 
 
-def _load(datasets: Any, hub: Any, dataset_id: str, split: str, offline: bool) -> Any:
+def _load(datasets: Any, hub: Any, dataset_id: str, config: str | None, split: str, offline: bool) -> Any:
     """`load_dataset`, from the cache alone when offline."""
     before = datasets.config.HF_HUB_OFFLINE, hub.constants.HF_HUB_OFFLINE
     if offline:
         datasets.config.HF_HUB_OFFLINE = hub.constants.HF_HUB_OFFLINE = True
     try:
-        return datasets.load_dataset(dataset_id, split=split)
+        return datasets.load_dataset(dataset_id, config, split=split)
     finally:
         datasets.config.HF_HUB_OFFLINE, hub.constants.HF_HUB_OFFLINE = before

@@ -9,6 +9,7 @@ import torch
 from poe.cascade import Cascade
 from poe.data.conversation import Conversation
 from poe.data.render import Renderer
+from poe.modeling.placement import device_of
 from poe.tools.calls import parse_reply, problems
 
 
@@ -51,7 +52,7 @@ def answer(
     """Answer prompts (lists of token ids) greedily, in batches of similar length; special tokens stay in the text."""
     tokenizer = cascade.tokenizer
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_token_ids[0]
-    model = cascade.model(stage).eval()
+    device = device_of(cascade.model(stage).eval().get_input_embeddings())
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     texts = [""] * len(prompts)
     for start in range(0, len(order), batch_size):
@@ -60,8 +61,8 @@ def answer(
         ids = torch.tensor([[pad] * (width - len(prompts[i])) + list(prompts[i]) for i in part])
         mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in part])
         output = cascade.generate(
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
             stage=stage,
             max_new_tokens=max_new_tokens,
             do_sample=False,
@@ -77,11 +78,11 @@ def answer(
 
 
 def score(conversations: Sequence[Conversation], replies: Sequence[str]) -> CallScores:
-    """Compare replies with the reference answers of `conversations`."""
+    """Compare replies, read in the call form of their conversation, with the reference answers of `conversations`."""
     exact = names = valid = calls_wanted = abstained = abstentions_wanted = 0
     for conversation, text in zip(conversations, replies, strict=True):
         wanted = question(conversation)[1]
-        reply = parse_reply(text)
+        reply = parse_reply(text, conversation.form.calls) if conversation.form else parse_reply(text)
         got = [(call.name, call.arguments) for call in reply.calls]
         if wanted:
             calls_wanted += 1
@@ -108,6 +109,6 @@ def evaluate_calls(
     renderer = Renderer(cascade.tokenizer)
     scores = {}
     for name, conversations in splits.items():
-        prompts = [renderer.prompt_ids(question(c)[0], c.tools) for c in conversations]
+        prompts = [renderer.prompt_ids(question(c)[0], c.tools, c.form) for c in conversations]
         scores[name] = score(conversations, answer(cascade, stage, prompts, renderer.stop_token_ids, **options))
     return scores

@@ -19,13 +19,13 @@ from poe.errors import FamilyError, OutputError
 from poe.loaders.output import staged
 from poe.modeling.access import read_config
 from poe.modeling.families import family_of
+from poe.modeling.placement import is_offloaded, quantisation_of
 from poe.modeling.stage import Stage
 from poe.modeling.tensor_file import write_tensors
 
 if TYPE_CHECKING:
     from poe.cascade import Cascade
 
-_PLAIN = (torch.float32, torch.bfloat16, torch.float16)
 _SMALL_FILES = 64 << 20  # bytes kept free for the tokenizer, the configs and the file system
 
 
@@ -76,14 +76,13 @@ def export_native(cascade: "Cascade", stage: Stage, folder: Path, *, max_shard_s
 
 
 def _refuse_what_has_no_plain_weights(base: PreTrainedModel) -> None:
-    quantised = getattr(base, "hf_quantizer", None) or getattr(base.config, "quantization_config", None)
-    odd = {str(p.dtype) for p in base.parameters() if p.dtype not in _PLAIN}
-    if quantised is not None or odd:
+    quantised = quantisation_of(base)
+    if quantised is not None:
         raise FamilyError(
-            f"The base is quantised ({', '.join(sorted(odd)) or 'its config says so'}), and nothing is merged into "
-            "quantised weights: open the stage on the base in floating point, export that, and quantise the export."
+            f"The base is quantised ({quantised}), and nothing is merged into quantised weights: open the stage on the "
+            "base in floating point, export that, and quantise the export."
         )
-    if any(p.device.type == "meta" for p in base.parameters()):
+    if is_offloaded(base):
         raise FamilyError("Part of the base is offloaded: open it without a device_map, then export.")
 
 

@@ -15,6 +15,7 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from .families import family_of, grown_config
 from .heads import FoldedHead
+from .placement import device_of, leave_alone
 
 
 def build_layers(
@@ -24,7 +25,8 @@ def build_layers(
 
     They are initialised as the family does it, from `seed` alone and on the CPU, so the values do not depend on the
     device; then the modules that write into the residual stream are made to write zero, so the new layers are the
-    identity. They are in `dtype` (default: the base's) on the device of the base's last layer.
+    identity. They are in `dtype` (default: the base's) on the device where the base's layer below them computes, and
+    plain: no quantisation or offloading of the base extends to them.
     """
     family = family_of(base)
     base_layers = family.layers_of(base)
@@ -42,7 +44,7 @@ def build_layers(
         for layer in layers:
             for path in family.outputs:
                 _silence(layer.get_submodule(path))
-    layers.to(device=_device_of(base_layers[min(below, len(base_layers)) - 1]), dtype=dtype or base.dtype)
+    layers.to(device=device_of(base_layers[min(below, len(base_layers)) - 1]), dtype=dtype or base.dtype)
     if len(set(getattr(base, "hf_device_map", {}).values())) > 1:
         for layer in layers:
             layer.register_forward_pre_hook(_bring_to_device, with_kwargs=True)
@@ -68,6 +70,8 @@ def shell(
     setattr(backbone, family.layers, nn.ModuleList([*base_layers[:below], *layers]))
     _share(base, model, {family.backbone, family.head})
     setattr(model, family.head, head)
+    added = range(below, below + len(layers))
+    leave_alone(model.config, base, [family.head, *(f"{family.backbone}.{family.layers}.{i}" for i in added)])
     if hasattr(base, "generation_config"):
         model.generation_config = copy.deepcopy(base.generation_config)
     for name in ("hf_device_map", "hf_quantizer", "is_quantized", "quantization_method"):
@@ -165,15 +169,6 @@ def _record_outputs_once(base_backbone: nn.Module, backbone: nn.Module, name: st
     maybe_install_capturing_hooks(backbone)  # type: ignore[arg-type]
     for layer in fresh:
         layer._records_outputs = True  # type: ignore[assignment]
-
-
-def _device_of(layer: nn.Module) -> torch.device:
-    """Return where a layer computes: its execution device if its weights are offloaded, else where they are."""
-    device = next(layer.parameters()).device
-    if device.type == "meta":
-        hook = getattr(layer, "_hf_hook", None) or getattr(next(iter(layer.children())), "_hf_hook", None)
-        device = torch.device(getattr(hook, "execution_device", None) or "cpu")
-    return device
 
 
 def _bring_to_device(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:

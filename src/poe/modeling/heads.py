@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from .failures import DeltaError, FamilyError
+from .placement import is_plain
 from .stage_config import StageConfig
 
 
@@ -83,15 +84,16 @@ class FoldedHead(nn.Module):
     def __init__(self, base_head: nn.Module, deltas: Sequence[nn.Module]) -> None:
         super().__init__()
         weight = base_head.weight
-        if not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or weight.dim() != 2:
+        if not isinstance(weight, torch.Tensor) or not is_plain(weight) or weight.dim() != 2:
             raise FamilyError(
-                "The base's output head must be a plain (vocabulary x width) matrix in floating point, "
-                f"got {type(base_head).__name__}: keep it out of the quantisation."
+                "The base's output head must be a plain (vocabulary x width) matrix in floating point, got "
+                f"{type(base_head).__name__} with {type(weight).__name__}: keep it out of the quantisation "
+                "(transformers does unless asked otherwise: modules_to_not_convert, llm_int8_skip_modules)."
             )
         if weight.device.type == "meta":
             raise FamilyError(
                 "The base's output head is offloaded, so a stage's head cannot be folded into it: "
-                "choose a device_map that keeps the head in memory."
+                "choose a device_map that keeps the head in memory, or open the base with Cascade.from_pretrained."
             )
         self.base = base_head
         self.deltas = nn.ModuleList(deltas)

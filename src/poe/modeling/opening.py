@@ -11,6 +11,8 @@ from .failures import FamilyError, SourceError
 from .families import CANNOT_GROW, FAMILIES
 from .lineage import BaseSource, Lineage
 from .modeling_poe import PoEConfig, PoEForCausalLM
+from .placement import bring_head_back
+from .recognition import foresee
 from .stage import Stage, build_stage
 
 # A PoE model saved with save_pretrained then carries the file that defines it, and its auto_map.
@@ -24,8 +26,9 @@ def load_base(
     """Load a base in evaluation mode; `options` are those of `from_pretrained` (dtype, device_map, ...).
 
     A PoE base is loaded by the class that lies beside this file, any other by its transformers class. Raises
-    `FamilyError` before reading weights if it is known that it cannot be grown or if it is no causal language model,
-    `SourceError` if they cannot be read. Whether a base of an undeclared family can be grown, `recognise` says.
+    `FamilyError` before reading weights if it is known that it cannot be grown, if its structure says so, or if it is
+    no causal language model, `SourceError` if they cannot be read. Whether a base of an undeclared family can be
+    grown, `recognise` says. An output head that `device_map` offloads is brought back into memory.
     """
     model_type = str(config.get("model_type"))
     if model_type in CANNOT_GROW:
@@ -34,24 +37,19 @@ def load_base(
         )
     loader: Any = PoEForCausalLM if model_type == "poe" else AutoModelForCausalLM
     assert source.repo is not None
+    where = {
+        "revision": source.revision or "main",
+        "trust_remote_code": trust_remote_code,
+        **source.access.kwargs(source.repo),
+    }
     try:
-        model = loader.from_pretrained(
-            source.repo,
-            revision=source.revision or "main",
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-            **source.access.kwargs(source.repo),
-            **options,
-        )
+        if model_type not in FAMILIES:
+            foresee(source.repo, model_type, **where)
+        model = loader.from_pretrained(source.repo, use_safetensors=True, **where, **options)
     except OSError as error:
         raise SourceError(f"The base {source.repo} could not be loaded: {error}") from error
-    except ValueError as error:
-        if model_type in FAMILIES:
-            raise
-        raise FamilyError(
-            f"{source.repo} is of model type {model_type!r}, which AutoModelForCausalLM does not open: {error}"
-        ) from error
     assert isinstance(model, PreTrainedModel)
+    bring_head_back(model)
     return model.eval()
 
 

@@ -79,11 +79,16 @@ class Plan:
 class Recipe(Plan):
     """How a stage is shaped and trained. The defaults are those published for the 1.3B stages of Cognica PoE."""
 
+    train_on: Literal["assistant", "calls"] = "assistant"  # which of the assistant's turns are learnt
+    isolate_documents: bool = True  # packed documents do not see each other
+    augment: dict[str, Any] = field(default_factory=dict)  # shares of the rows, as in {mask: 0.33, formats: 0.5}
     num_layers: int = 4
     head: Literal["dense", "low_rank", "none"] = "dense"
     head_rank: int | Literal["auto"] = 64
     epochs: dict[str, int] = field(default_factory=dict)  # passes per data reader, unless the SPEC says so
     held_out: float = 0.02  # share of the queries kept for validation
+    eval_data: str = ""  # a SPEC of questions to answer after training; rows that share a query or a call are left out
+    near_duplicates: float | None = 0.9  # the similarity from which a row repeats another; None: only exact repetitions
     eval_rows: int = 200  # rows of each held-out split that are answered after training
 
     def stage_config(self, **fields: Any) -> StageConfig:

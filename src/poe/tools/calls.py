@@ -1,57 +1,19 @@
 """Calls in a model's reply: read from its text, and checked against the tools before anybody acts on them."""
 
-import json
-from dataclasses import dataclass, field
-from typing import Any
-
 from poe.data.conversation import Tool
+from poe.data.forms.calls import Call, Reply, call_form
 from poe.data.schema import check_call
 
-OPEN, CLOSE = "<tool_call>", "</tool_call>"
+__all__ = ["Call", "Reply", "parse_reply", "problems"]
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
-    """One function call. `arguments` is what JSON said; whether it fits a schema is `problems`' to say."""
+def parse_reply(text: str, form: str = "hermes") -> Reply:
+    """Read the calls that a reply makes in a form of `poe.data.forms.calls`, and the prose around them.
 
-    name: str
-    arguments: Any
-
-    def as_openai(self, index: int = 0) -> dict[str, Any]:
-        """The OpenAI form, arguments as a JSON string."""
-        arguments = json.dumps(self.arguments, ensure_ascii=False)
-        return {"id": f"call_{index + 1}", "type": "function", "function": {"name": self.name, "arguments": arguments}}
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """A model's reply taken apart: prose, calls, and what looked like a call but could not be read."""
-
-    content: str
-    calls: list[Call] = field(default_factory=list)
-    malformed: list[str] = field(default_factory=list)
-
-
-def parse_reply(text: str) -> Reply:
-    """Read the calls, `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, and the prose around them.
-
-    The text is data: it is parsed as JSON and nothing else. A call cut off, or not JSON, or without a name, is kept in
-    `malformed`, never guessed at.
+    The text is data: nothing in it is run. What looks like a call but cannot be read is kept in `malformed`, never
+    guessed at.
     """
-    head, *parts = text.split(OPEN)
-    prose, calls, malformed = [head], [], []
-    for part in parts:
-        body, closed, after = part.partition(CLOSE)
-        prose.append(after)
-        try:
-            value = json.loads(body)
-        except (ValueError, RecursionError):
-            value = None
-        if closed and isinstance(value, dict) and isinstance(value.get("name"), str) and "arguments" in value:
-            calls.append(Call(value["name"], value["arguments"]))
-        else:
-            malformed.append(body.strip())
-    return Reply("".join(prose).strip(), calls, malformed)
+    return call_form(form).read(text)
 
 
 def problems(calls: list[Call], tools: list[Tool]) -> list[str]:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from poe.data.packing import Batch
 from poe.errors import OutputError, TrainingError
 from poe.modeling.families import logits_of
+from poe.modeling.placement import device_of
 from poe.stages.recipe import BaseRecipe, Plan
 from poe.training.checkpoint import (
     has_checkpoint,
@@ -177,8 +178,12 @@ class Engine:
         backbone = getattr(self.model, self.model.base_model_prefix)
         return backbone(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).last_hidden_state
 
+    @property
+    def _device(self) -> torch.device:
+        return device_of(self.model.get_input_embeddings())
+
     def _batches(self, batch: Batch) -> Iterator[Batch]:
-        device = self.model.device
+        device = self._device
         for parts in zip(*(t.split(self.rows_per_batch) for t in batch), strict=True):
             yield Batch(*(part.to(device) for part in parts))
 
@@ -220,7 +225,7 @@ class Engine:
         for start in range(0, self.val.num_rows, self.rows_per_batch):
             count = min(self.rows_per_batch, self.val.num_rows - start)
             rows = [self.val.batch(start + i, 1) for i in range(count)]
-            part = Batch(*(torch.cat(tensors).to(self.model.device) for tensors in zip(*rows, strict=True)))
+            part = Batch(*(torch.cat(tensors).to(self._device) for tensors in zip(*rows, strict=True)))
             losses = per_label_losses(
                 self._hidden(part), self._head.weight, part.labels, self.logits, self._head.bias
             ).double()

@@ -12,11 +12,13 @@ import numpy as np
 import torch
 
 from poe.cascade import Cascade
+from poe.data.augment import Augmentation
 from poe.data.conversation import Conversation
 from poe.data.drops import DropReport
 from poe.data.pipeline import TrainingData, prepare
 from poe.data.render import Renderer, token_bytes
 from poe.errors import TemplateError
+from poe.modeling.placement import quantisation_of
 from poe.modeling.stage import Stage
 from poe.stages import Recipe, load_recipe
 from poe.training.engine import Engine, History
@@ -63,10 +65,12 @@ def train_stage(
     """
     plan = (load_recipe(recipe) if isinstance(recipe, str) else recipe).replace(**fields)
     spec = data or plan.data
+    augmentation = Augmentation.from_dict(plan.augment)
     run = Path(output_dir or f"runs/{plan.name}")
     if cascade.tokenizer is None:
         raise TemplateError("The base has no tokenizer: put its tokenizer files, with a chat template, beside it.")
-    renderer = Renderer(cascade.tokenizer)  # refuses a base without a chat template before anything is written
+    # Refuses a base without a chat template before anything is written.
+    renderer = Renderer(cascade.tokenizer, calls_only=plan.train_on == "calls")
     run = prepare_output(run, resume)
     with ExitStack() as stack:
         # until there is a checkpoint, a run that fails leaves its folder as empty as it found it
@@ -80,6 +84,10 @@ def train_stage(
                 seq_len=plan.seq_len,
                 epochs=plan.epochs,
                 held_out=plan.held_out,
+                near_duplicates=plan.near_duplicates,
+                evaluation=plan.eval_data,
+                augmentation=augmentation,
+                isolated=plan.isolate_documents,
                 eval_rows=plan.eval_rows,
                 seed=plan.seed,
                 report=report,
@@ -109,6 +117,8 @@ def train_stage(
         stage.requires_grad_(False)
         model.eval()
         record = _record(plan, spec, prepared, history, num_steps)
+        if quantised := quantisation_of(cascade.base):
+            record["base_quantised_by"] = quantised
         if evaluate is not None:
             record["evaluation"] = evaluate(cascade, plan.name, prepared.held_out)
         plot_history(run / "loss.png", history)  # before the folder: the card shows it

@@ -38,7 +38,7 @@ from typing import Any
 from poe.data.conversation import Conversation, Tool
 from poe.data.drops import DropReport, Unfaithful
 from poe.data.readers.turns import Turns, parse_field, read_rows
-from poe.data.schema import Note, as_tool, unique_tools
+from poe.data.schema import Note, as_tool, required_inside, unique_tools
 from poe.data.sources import Row, parse_json
 
 NAME = "glaive"
@@ -116,11 +116,7 @@ def _tools(declared: list[Any], note: Note) -> list[Tool]:
             function = function["function"]
         if not isinstance(function, dict):
             raise Unfaithful("tool declaration is not an object")
-        parameters = function.get("parameters")
-        required = function.get("required")
-        if parameters and isinstance(parameters, dict) and required and "required" not in parameters:
-            note("required moved into parameters")
-            parameters = {**parameters, "required": required}
+        parameters = required_inside(function, note)
         tools.append(as_tool(function.get("name"), function.get("description"), parameters, note))
     return unique_tools(tools, note)
 

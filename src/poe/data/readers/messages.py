@@ -7,6 +7,13 @@ and `inputSchema` are read as `parameters`. `tool_calls` are `{"id", "type", "fu
 `{"name", "arguments"}`; arguments an object or its JSON text. The older `function_call` and the role `function` are
 read as a call and its response; `developer` is read as `system`. Content is text, null, or a list of text parts.
 
+LLaMA-Factory's typed content is read too: a list of `{"type": "text" | "reasoning" | "tool_call", "value"}`, a call as
+JSON text. Its one tool message answers all calls before it, with a list of objects that name them where there are
+several.
+
+`required` beside `parameters` instead of inside it is moved. Flat parameters and types in Python's notation ("int,
+optional", "List[str]") are read as in xLAM's rows.
+
 Traps: lists of tools stored as parquet structs come back with every key of every other tool set to null. Where tools
 are stored as a list, null members of tools, and null arguments that the schema does not list, are therefore left out.
 Ids are made anew. Weights, names of users, reasoning and other extra keys of a message are not carried over.
@@ -17,8 +24,9 @@ from typing import Any
 
 from poe.data.conversation import Conversation, Tool
 from poe.data.drops import DropReport, Unfaithful
-from poe.data.readers.turns import Turns, as_text, parse_field, read_rows
-from poe.data.schema import Note, as_tool, find_tool, unique_tools
+from poe.data.readers.flat import is_flat, object_schema, with_json_types
+from poe.data.readers.turns import Turns, as_text, named_call, parse_field, read_rows
+from poe.data.schema import Note, as_tool, find_tool, required_inside, unique_tools
 from poe.data.sources import Row
 
 NAME = "messages"
@@ -47,7 +55,11 @@ def _convert(row: dict[str, Any], note: Note) -> Turns:
 
 
 def _add(turns: Turns, message: dict[str, Any], prune: bool) -> None:
-    role, text = message.get("role"), content_text(message.get("content"))
+    role, content = message.get("role"), message.get("content")
+    if isinstance(content, list) and any(isinstance(part, dict) and "value" in part for part in content):
+        _add_typed(turns, role, content)
+        return
+    text = content_text(content)
     if role in ("system", "developer"):
         turns.system(text)
     elif role == "user":
@@ -69,6 +81,31 @@ def _add(turns: Turns, message: dict[str, Any], prune: bool) -> None:
         raise Unfaithful(f"message of an unknown role ({str(role)[:40]!r})")
 
 
+def _add_typed(turns: Turns, role: Any, parts: list[Any]) -> None:
+    """A message whose content is typed parts; its reasoning is not carried over."""
+    texts: list[str] = []
+    calls: list[tuple[Any, Any, None]] = []
+    for part in parts:
+        kind, value = (part.get("type"), part.get("value")) if isinstance(part, dict) else (None, None)
+        if not isinstance(value, str):
+            raise Unfaithful("content that is not text")
+        if kind == "text" and calls:
+            raise Unfaithful("text after a call")
+        if kind == "text":
+            texts.append(value)
+        elif kind == "tool_call" and role == "assistant":
+            calls.append(named_call(parse_field(value, "call")))
+        elif kind != "reasoning" or role != "assistant":
+            raise Unfaithful(f"part of an unknown kind ({str(kind)[:40]!r})")
+    text = "".join(texts)
+    if calls:
+        turns.calls(calls, text)
+    elif role == "tool":
+        turns.results([text])
+    else:
+        _add(turns, {"role": role, "content": text}, prune=False)
+
+
 def content_text(content: Any) -> str:
     """The text of a message's content; objects (some write tool results so) become JSON, images are `Unfaithful`."""
     if content is None:
@@ -88,22 +125,26 @@ def read_tools(tools: Any, note: Note) -> list[Tool]:
     tools = parse_field(tools, "tools") if tools else []
     if not isinstance(tools, list):
         raise Unfaithful("tools are not a list")
-    made = []
-    for tool in tools:
-        if isinstance(tool, str):
-            tool = parse_field(tool, "tool")
-        if not isinstance(tool, dict):
-            raise Unfaithful("tool is not an object")
-        if prune:
-            tool = without_nulls(tool)
-        function = tool.get("function", tool)
-        if not isinstance(function, dict) or tool.get("type", "function") != "function":
-            raise Unfaithful("tool that is not a function")
-        parameters = next((function[k] for k in ("parameters", "input_schema", "inputSchema") if k in function), None)
-        made.append(
-            as_tool(function.get("name"), function.get("description"), parse_field(parameters, "parameters"), note)
-        )
-    return unique_tools(made, note)
+    return unique_tools([read_tool(without_nulls(tool) if prune else tool, note) for tool in tools], note)
+
+
+def read_tool(tool: Any, note: Note) -> Tool:
+    """One tool, bare or in its envelope, as an object or its JSON text."""
+    if isinstance(tool, str):
+        tool = parse_field(tool, "tool")
+    if not isinstance(tool, dict):
+        raise Unfaithful("tool is not an object")
+    function = tool.get("function", tool)
+    if not isinstance(function, dict) or tool.get("type", "function") != "function":
+        raise Unfaithful("tool that is not a function")
+    parameters = next((function[k] for k in ("parameters", "input_schema", "inputSchema") if k in function), None)
+    parameters = parse_field(parameters, "parameters")
+    if is_flat(parameters):
+        note("flat parameters written as an object schema")
+        parameters = object_schema(parameters, function.get("required"), note)
+    else:
+        parameters = with_json_types(required_inside({**function, "parameters": parameters}, note), note)
+    return as_tool(function.get("name"), function.get("description"), parameters, note)
 
 
 def read_call(call: Any, tools: list[Tool], prune: bool) -> tuple[Any, Any, str | None]:

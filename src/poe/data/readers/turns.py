@@ -1,4 +1,4 @@
-"""What the readers share: a row's turns put together into a `Conversation`, and the loop that counts."""
+"""What the readers share: fields read, a row's turns put together into a `Conversation`, and the loop that counts."""
 
 import json
 from collections import Counter
@@ -7,7 +7,8 @@ from typing import Any
 
 from poe.data.conversation import Conversation, Message, Tool
 from poe.data.drops import DropReport, Unfaithful
-from poe.data.schema import Note, check_value, fit_call
+from poe.data.literals import parse_literal
+from poe.data.schema import Note, check_value, fit_call, no_note
 from poe.data.sources import Row, parse_json
 
 Convert = Callable[[Any, Note], "Turns"]
@@ -50,6 +51,59 @@ def parse_field(text: Any, what: str) -> Any:
     if problem := check_value(value):
         raise Unfaithful(problem)
     return value
+
+
+def parse_notation(text: Any, what: str, note: Note) -> Any:
+    """A field that may be JSON text, text in Python notation (single quotes, True, None) or already parsed."""
+    try:
+        return parse_field(text, what)
+    except Unfaithful as error:
+        try:
+            value = parse_literal(text)
+        except ValueError:
+            raise error from None
+    if problem := check_value(value):
+        raise Unfaithful(problem)
+    note(f"{what} read in Python notation")
+    return value
+
+
+def parse_values(text: str, what: str) -> list[Any]:
+    """JSON values that stand one after another, one per line or not."""
+    values, decoder, at = [], json.JSONDecoder(), 0
+    text = text.strip()
+    while at < len(text):
+        try:
+            value, at = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError):
+            raise Unfaithful(f"{what} not JSON") from None
+        values.append(value)
+        while at < len(text) and text[at].isspace():
+            at += 1
+    if problem := check_value(values):
+        raise Unfaithful(problem)
+    return values
+
+
+def sections(text: str, start: str, end: str) -> tuple[list[str], str]:
+    """What stands between the marks, and the text without it: of `a(b)c` with round brackets, `["b"]` and `a()c`."""
+    inside: list[str] = []
+    outside: list[str] = []
+    at = 0
+    while (opened := text.find(start, at)) >= 0 and (closed := text.find(end, opened + len(start))) >= 0:
+        outside += [text[at:opened], start, end]
+        inside.append(text[opened + len(start) : closed])
+        at = closed + len(end)
+    return inside, "".join([*outside, text[at:]])
+
+
+def named_call(value: Any, name: str = "name", arguments: str = "arguments") -> tuple[Any, Any, None]:
+    """A call written as an object, whatever its two keys are called; as `Turns.calls` takes it."""
+    if not isinstance(value, dict):
+        raise Unfaithful("call is not an object")
+    if name not in value or arguments not in value:
+        raise Unfaithful("call without a name or arguments")
+    return value[name], parse_field(value[arguments], "arguments"), None
 
 
 class Turns:
@@ -134,6 +188,28 @@ class Turns:
         call_id, called, _ = self._open.pop(at)
         self.messages.append({"role": "tool", "tool_call_id": call_id, "name": called, "content": text})
 
+    def results(self, texts: list[str]) -> None:
+        """The results of the open calls: one text each, or one text with a list of objects that name their calls.
+
+        `{"name": <call>, "content": ...}` (or `results`) is read as the result of that call, its envelope taken off.
+        """
+        values = [_parsed(text) for text in texts]
+        listed = values[0] if len(values) == 1 and isinstance(values[0], list) else []
+        if listed and all(self._named(value) for value in listed):
+            values, texts = listed, [as_text(value) for value in listed]
+        for text, value in zip(texts, values, strict=True):
+            if named := self._named(value):
+                self.response(named[1], name=named[0])
+            else:
+                self.response(text)
+
+    def _named(self, value: Any) -> tuple[str, str] | None:
+        """The name of an open call and its result, if the value is an object that says so."""
+        if not isinstance(value, dict) or not any(value.get("name") == called for _, called, _ in self._open):
+            return None
+        keys = [key for key in value if key not in ("name", "tool_call_id")]
+        return (value["name"], as_text(value[keys[0]])) if keys in (["content"], ["results"]) else None
+
     def _spoken_to(self) -> None:
         if self._last() in ("", "system"):
             raise Unfaithful("conversation that the assistant begins")
@@ -146,6 +222,14 @@ class Turns:
             self.note("turns after the last assistant turn trimmed")
             del self.messages[last + 1 :]
         return self.messages, self.tools
+
+
+def _parsed(text: str) -> Any:
+    """The value of a result, or None if it is only text."""
+    try:
+        return parse_notation(text, "result", no_note)
+    except Unfaithful:
+        return None
 
 
 def as_text(value: Any) -> str:

@@ -1,0 +1,163 @@
+"""`poe data`: look at rows after every step, count them, write them out."""
+
+import json
+from dataclasses import asdict
+from enum import StrEnum
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from poe.commands.app import err, out
+from poe.errors import TemplateError
+from poe.stages import Recipe, load_recipe
+
+app = typer.Typer(no_args_is_help=True, help=__doc__)
+
+Spec = Annotated[str, typer.Argument(help="name[=path][*epochs][:weight], comma-separated", show_default=False)]
+Base = Annotated[str, typer.Option(help="whose tokenizer and chat template: folder, Hub id, or 'demo'")]
+RecipeName = Annotated[str, typer.Option("--recipe", help="whose options: a shipped recipe, or a YAML file")]
+
+
+POOL_ROWS = 200  # more rows of a source that are read to show one, so that there are tools to draw from
+
+
+class Step(StrEnum):
+    """The steps after which rows can be looked at."""
+
+    READ = "read"
+    AUGMENT = "augment"
+    RENDER = "render"
+
+
+@app.command()
+def show(
+    spec: Spec,
+    after: Annotated[Step, typer.Option(help="the last step to be done")] = Step.RENDER,
+    count: Annotated[int, typer.Option("-n", help="how many rows of each source", min=1)] = 3,
+    base: Base = "demo",
+    recipe: RecipeName = "tool",
+    epoch: Annotated[int, typer.Option(help="the pass whose augmentation is shown", min=0)] = 0,
+) -> None:
+    """Print the first rows as they are after a step; in rendered rows the trained tokens are green."""
+    from poe.data.augment import Augmentation, ToolPool, augment
+    from poe.data.drops import DropReport
+    from poe.data.readers import READERS, read_source
+    from poe.data.spec import parse_spec
+
+    plan = load_recipe(recipe)
+    options = Augmentation.from_dict({} if after is Step.READ else plan.augment)
+    renderer = _renderer(base) if after is Step.RENDER else None
+    report = DropReport()
+    for source in parse_spec(spec, READERS):
+        rows = list(islice(read_source(source, report), count + (POOL_ROWS if options.draws_tools else 0)))
+        pool = ToolPool.from_conversations(rows)
+        for row in rows[:count]:
+            for shown in augment(row, options, epoch=epoch, seed=plan.seed, pool=pool):
+                out.rule(f"{source} · {row.id or row.source}", align="left")
+                _show(shown, renderer)
+
+
+@app.command()
+def stats(
+    spec: Spec,
+    base: Base = "demo",
+    page: Annotated[Path | None, typer.Option("--out", help="write a page too: .html, or .md with a .png")] = None,
+    recipe: RecipeName = "tool",
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Count rows, calls, tokens, licences, repetitions, and what is dropped and why."""
+    from poe.data.drops import DropReport
+    from poe.data.statistics import statistics, write_page
+
+    report = DropReport()
+    found = statistics(_corpus(spec, load_recipe(recipe), report), _renderer(base))
+    if page is not None:
+        write_page(page, found, report)
+        err.print(f"wrote {page}", markup=False)
+    if as_json:
+        print(json.dumps({"sources": [s.as_dict() for s in found], "rows": report.as_dict()}, ensure_ascii=False))
+        return
+    for s in found:
+        out.print(_table(f"{s.source} · {s.licence or 'licence not stated'}", s.as_dict()))
+    for source, counts in report.as_dict().items():
+        table = Table("reason", "rows", title=f"{source}: {counts['read']:,} read", title_justify="left")
+        for reason, number in counts["dropped"].items():
+            table.add_row(reason, f"{number:,}")
+        out.print(table)
+
+
+@app.command()
+def export(
+    spec: Spec,
+    file: Annotated[Path, typer.Argument(help="a new .jsonl or .parquet file", show_default=False)],
+    recipe: RecipeName = "tool",
+) -> None:
+    """Write the training rows in the `messages` form that TRL and Axolotl read, repetitions left out."""
+    from poe.data.corpus import TRAIN
+    from poe.data.drops import DropReport
+    from poe.data.export import export as write
+
+    report = DropReport()
+    corpus = _corpus(spec, load_recipe(recipe), report)
+    numbers = [i for n in range(len(corpus.sources)) for i in corpus.numbers(n, TRAIN).tolist()]
+    written = write((corpus.rows[i] for i in numbers), file)
+    out.print(f"{file}: {written:,} rows", markup=False)
+
+
+def _show(row: Any, renderer: Any) -> None:
+    """Print a row: as JSON, or as the renderer makes it."""
+    if renderer is None:
+        content = {"messages": row.messages, "tools": row.tools}
+        out.print_json(json.dumps(content | ({"form": asdict(row.form)} if row.form else {}), ensure_ascii=False))
+        return
+    for part in renderer.render_all(row):
+        out.print(_coloured(renderer.tokenizer, part.input_ids, part.loss_mask))
+        out.print(f"{len(part.input_ids)} tokens, {sum(part.loss_mask)} trained", style="dim")
+
+
+def _corpus(spec: str, recipe: Recipe, report: Any) -> Any:
+    from poe.data.corpus import read_corpus
+
+    return read_corpus(
+        spec,
+        report,
+        held_out=recipe.held_out,
+        near=recipe.near_duplicates,
+        evaluation=recipe.eval_data,
+        seed=recipe.seed,
+    )
+
+
+def _renderer(base: str) -> Any:
+    from poe.data.render import Renderer
+    from poe.loaders.places import place
+    from poe.loaders.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(place(base))
+    if tokenizer is None:
+        raise TemplateError(f"{base} has no tokenizer: name a base that has one, with a chat template.")
+    return Renderer(tokenizer)
+
+
+def _coloured(tokenizer: Any, ids: list[int], mask: list[bool]) -> Text:
+    """The text of a row; runs of trained tokens green."""
+    text, start = Text(), 0
+    for end in range(1, len(ids) + 1):
+        if end == len(ids) or mask[end] != mask[start]:
+            text.append(tokenizer.decode(ids[start:end]), style="green" if mask[start] else "")
+            start = end
+    return text
+
+
+def _table(title: str, content: dict[str, Any]) -> Table:
+    table = Table("what", "value", title=title, title_justify="left")
+    for name, value in content.items():
+        if name in ("source", "licence"):
+            continue
+        shown = ", ".join(f"{k}: {v:,}" for k, v in value.items() if v) if isinstance(value, dict) else value
+        table.add_row(name.replace("_", " "), f"{shown:,}" if isinstance(shown, int) else str(shown or "-"))
+    return table

@@ -1,0 +1,28 @@
+"""Formats: the row is to be written in another prompt form (`poe.data.forms`), tools and calls as others write them."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from random import Random
+
+from poe.data.conversation import Conversation
+from poe.data.drops import Unfaithful
+from poe.data.forms.prompt import flatten, random_form
+
+TRIES = 4
+
+
+def with_random_form(
+    conversation: Conversation, rng: Random, tools: Sequence[str] = (), calls: Sequence[str] = ()
+) -> Conversation:
+    """The row with a random `form` that can hold it, or as it is if some tries find none.
+
+    `tools` and `calls` name the forms to choose from, none means any.
+    """
+    for _ in range(TRIES):
+        form = random_form(rng, tools=list(tools) or None, calls=list(calls) or None)
+        try:
+            flatten(conversation, form)
+        except Unfaithful:
+            continue
+        return replace(conversation, form=form)
+    return conversation

@@ -1,0 +1,81 @@
+"""Folders made once and found again by a fingerprint of all that went into them.
+
+They lie in `$POE_CACHE`, else in `~/.cache/poe`; any of them may be deleted at any time.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from poe.errors import OutputError, PoEError
+
+_DONE = "complete.json"
+
+
+def cache_root() -> Path:
+    """Where made folders lie."""
+    return Path(os.environ.get("POE_CACHE") or Path.home() / ".cache" / "poe").expanduser()
+
+
+def fingerprint(*parts: Any) -> str:
+    """A hash of JSON values, and of the code of this room: what it made is made anew when it changes."""
+    text = json.dumps([code_version(), *parts], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+@cache
+def code_version() -> str:
+    """A hash of every source file below `poe/data`."""
+    here = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(here.rglob("*.py")):
+        digest.update(path.relative_to(here).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """The SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def made_once(kind: str, key: str, make: Callable[[Path], dict[str, Any]]) -> tuple[Path, dict[str, Any]]:
+    """Return the folder of that key and what its maker said about it; make it if it is not there.
+
+    `make` fills an empty folder and returns what JSON can hold. The folder appears under its name only when it is
+    whole, so an interrupted process leaves nothing behind that looks finished, and of two processes that make the same
+    one the first wins. Raises `OutputError` if the disk is full or not writable.
+    """
+    root = cache_root() / kind
+    folder = root / key
+    if (folder / _DONE).is_file():
+        return folder, json.loads((folder / _DONE).read_text(encoding="utf-8"))
+    scratch = None
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{key[:8]}-", dir=root))
+        said = make(scratch)
+        (scratch / _DONE).write_text(json.dumps(said, ensure_ascii=False), encoding="utf-8")
+        try:
+            scratch.rename(folder)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY) or not (folder / _DONE).is_file():
+                raise
+    except OSError as error:
+        if isinstance(error, PoEError):
+            raise
+        raise OutputError(
+            f"Prepared data could not be written to {root}: {error.strerror}. Free some space, or name another "
+            "folder with the environment variable POE_CACHE."
+        ) from error
+    finally:
+        if scratch is not None and scratch.exists():
+            shutil.rmtree(scratch, ignore_errors=True)
+    return folder, said

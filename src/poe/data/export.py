@@ -1,0 +1,95 @@
+"""Rows in the form that other trainers read: `messages` and `tools`, as JSON Lines or parquet.
+
+`arguments` and `tools` are JSON text, as OpenAI writes them: columns of nested objects would get every key of every
+other row, with null for a value.
+"""
+
+import json
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from poe.data.conversation import Conversation
+from poe.errors import DataError, MissingExtraError, OutputError
+
+_PARQUET_ROWS = 2048
+
+
+def as_row(conversation: Conversation) -> dict[str, Any]:
+    """One row: `messages`, `tools` (JSON text of a list), `source`, `licence`, `id`."""
+    messages = []
+    for message in conversation.messages:
+        made = {"role": message["role"], "content": message.get("content")}
+        if calls := message.get("tool_calls"):
+            made["tool_calls"] = [_call(call) for call in calls]
+        for key in ("tool_call_id", "name"):
+            if message.get(key) is not None:
+                made[key] = message[key]
+        messages.append(made)
+    return {
+        "messages": messages,
+        "tools": json.dumps(conversation.tools, ensure_ascii=False),
+        "source": conversation.source,
+        "licence": conversation.licence,
+        "id": conversation.id,
+    }
+
+
+def export(conversations: Iterable[Conversation], path: Path) -> int:
+    """Write rows to a new file, `.jsonl` or `.parquet`, and return how many.
+
+    Raises `DataError` for another ending, `OutputError` if the file is there or cannot be written (nothing is left of
+    it then), `MissingExtraError` for parquet without pyarrow.
+    """
+    if path.suffix not in (".jsonl", ".parquet"):
+        raise DataError(f"{path}: expected a file that ends in .jsonl or .parquet.")
+    if path.exists():
+        raise OutputError(f"{path} is there already: name another file, or remove it.")
+    part = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows = (as_row(c) for c in conversations)
+        count = _parquet(rows, part) if path.suffix == ".parquet" else _lines(rows, part)
+        part.rename(path)
+    except OSError as error:
+        raise OutputError(f"{path} could not be written: {error.strerror or error}.") from error
+    finally:
+        part.unlink(missing_ok=True)
+    return count
+
+
+def _lines(rows: Iterable[dict[str, Any]], path: Path) -> int:
+    written = 0
+    with path.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            written += 1
+    return written
+
+
+def _parquet(rows: Iterable[dict[str, Any]], path: Path) -> int:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as parquet
+    except ImportError:
+        raise MissingExtraError('Writing parquet needs pyarrow: pip install "poe-cascade[train]"') from None
+    function = pa.struct({"name": pa.string(), "arguments": pa.string()})
+    call = pa.struct({"id": pa.string(), "type": pa.string(), "function": function})
+    texts = dict.fromkeys(("role", "content", "tool_call_id", "name"), pa.string())
+    message = pa.struct({**texts, "tool_calls": pa.list_(call)})
+    others = dict.fromkeys(("tools", "source", "licence", "id"), pa.string())
+    schema = pa.schema({"messages": pa.list_(message), **others})
+    written = 0
+    with parquet.ParquetWriter(path, schema) as writer:
+        remaining = iter(rows)
+        while batch := list(islice(remaining, _PARQUET_ROWS)):
+            writer.write_table(pa.Table.from_pylist(batch, schema))
+            written += len(batch)
+    return written
+
+
+def _call(call: dict[str, Any]) -> dict[str, Any]:
+    function = call["function"]
+    arguments = json.dumps(function["arguments"], ensure_ascii=False)
+    return {"id": call.get("id"), "type": "function", "function": {"name": function["name"], "arguments": arguments}}

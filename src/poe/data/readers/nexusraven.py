@@ -1,0 +1,103 @@
+"""NexusRaven evaluation queries: one question, answered by calls in Python notation.
+
+Hub: none in this form; files of the repository (`raven/data/resources/*_queries.json`) are given.
+Licence: CC-BY-NC-4.0: not for commercial use. A test set, made in part from ToolAlpaca and ToolBench.
+
+Three forms are in those files.
+
+* `toolllm`: `{"Input", "Output", "context", ...}`; `context` is the Python source of the tools that are offered.
+* `toolalpaca`: `turns_1` to `turns_5`, each `{"instruction", "golden_answer", "docstring", "backup"}` or a slot full of
+  nulls. Each filled slot is a conversation; an empty one is no row. `docstring` is the prompt that declares the tools.
+* `cve_cpe`, `emailrep`, `virustotal`: `{"query", "reference"}`. No tool is declared in the file, so nothing can be
+  offered or checked: dropped.
+
+Traps, and what is done about each:
+
+* Tools become JSON Schema as in `signatures`; in `toolllm` every parameter has an example as its default, so all are
+  optional there. Bodies of functions are not read.
+* An example may be of another type than its parameter (25.3 for `int`): the default goes; a call that does so is
+  dropped.
+* `golden_answer` is a JSON list of calls: one turn of parallel calls.
+* In `toolalpaca` every parameter is labelled required, and golden calls give `None` for those that are not. What tells
+  is the word `Required.` before a description: the others are optional here, and their nulls are left out.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from poe.data.conversation import Conversation, Tool
+from poe.data.drops import DropReport, Unfaithful
+from poe.data.readers.signatures import read_calls, read_definition
+from poe.data.readers.turns import Turns, parse_field, read_rows
+from poe.data.schema import Note, unique_tools
+from poe.data.sources import Row
+
+NAME = "nexusraven"
+HUB_ID = None
+LICENCE = "CC-BY-NC-4.0"
+
+_FIELDS = ("Input", "Output", "context", "query", "reference", "instruction", "golden_answer", "docstring")
+_SLOT = re.compile(r"turns_\d+")
+_OPTION = re.compile(
+    r'<func_start>(?P<signature>def .*?)<func_end>\s*<docstring_start>\s*"""(?P<about>.*?)"""\s*<docstring_end>',
+    re.DOTALL,
+)
+_PARAMETER = re.compile(r"^\s+(\w+) \([^)\n]*\)(?: required)?:[ \t]*(.*)$", re.MULTILINE)
+
+
+def read(rows: Iterable[Row], report: DropReport) -> Iterator[Conversation]:
+    """Conversations of a question and its calls, for the forms that declare their tools."""
+    return read_rows(NAME, LICENCE, _FIELDS, _slots(rows), report, _convert)
+
+
+def _slots(rows: Iterable[Row]) -> Iterator[Row]:
+    """Each filled slot of a `turns_1` ... row as a row of its own; a row without any as it is."""
+    for row_id, row in rows:
+        slots = {key: row[key] for key in row if _SLOT.fullmatch(str(key))} if isinstance(row, dict) else {}
+        filled = {key: slot for key, slot in slots.items() if not isinstance(slot, dict) or any(slot.values())}
+        if not filled:
+            yield row_id, row
+        for key, slot in filled.items():
+            yield f"{row_id}.{key}", slot
+
+
+def _convert(row: dict[str, Any], note: Note) -> Turns:
+    if "context" in row:
+        question, answer, sources = row.get("Input"), row.get("Output"), row["context"]
+        if not isinstance(sources, list) or not all(isinstance(source, str) for source in sources):
+            raise Unfaithful("row is of no known format")
+        tools = [read_definition(source, note) for source in sources]
+    elif "docstring" in row:
+        question, answer = row.get("instruction"), _joined(parse_field(row.get("golden_answer"), "golden answer"))
+        tools = read_options(row["docstring"], note)
+    elif "reference" in row:
+        raise Unfaithful("no declaration of tools")
+    else:
+        raise Unfaithful("row is of no known format")
+    if not isinstance(question, str) or not isinstance(answer, str):
+        raise Unfaithful("row is of no known format")
+    turns = Turns(unique_tools(tools, note), note)
+    turns.user(question.strip())
+    turns.calls(read_calls(answer, turns.tools))
+    return turns
+
+
+def _joined(calls: Any) -> Any:
+    return "\n".join(calls) if isinstance(calls, list) and all(isinstance(call, str) for call in calls) else None
+
+
+def read_options(prompt: Any, note: Note) -> list[Tool]:
+    """The tools of a prompt that lists signatures and docstrings."""
+    if not isinstance(prompt, str) or prompt.count("<func_start>") != len(found := list(_OPTION.finditer(prompt))):
+        raise Unfaithful("tool declaration is not a signature")
+    return [_option(option["signature"], option["about"], note) for option in found]
+
+
+def _option(signature: str, text: str, note: Note) -> Tool:
+    about, _, parameters = text.partition("Parameters:\n")
+    details = {name: detail.strip() for name, detail in _PARAMETER.findall(parameters) if detail.strip()}
+    tool = read_definition(f"{signature.strip()}: ...", note, about.strip(), details)
+    schema = tool["function"]["parameters"]
+    schema["required"] = [name for name in schema["required"] if details.get(name, "").startswith("Required.")]
+    return tool

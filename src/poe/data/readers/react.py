@@ -1,0 +1,73 @@
+"""The form that ToolBench and RoTBench share: tools inside a system prompt, steps of thought, action and input."""
+
+import re
+from typing import Any, NamedTuple
+
+from poe.data.conversation import Tool
+from poe.data.drops import Unfaithful
+from poe.data.literals import parse_literal
+from poe.data.readers.turns import parse_field
+from poe.data.schema import Note, as_tool, check_value, unique_tools
+from poe.data.sources import parse_json
+
+_STEP = re.compile(
+    r"\s*(?:Thought:(?P<thought>.*?))?^Action:(?P<name>[^\n]*)\n\s*Action Input:(?P<arguments>.*)\Z",
+    re.DOTALL | re.MULTILINE,
+)
+
+
+class Step(NamedTuple):
+    """One turn of the assistant."""
+
+    thought: str
+    name: str
+    arguments: Any
+
+
+def read_step(text: str) -> Step:
+    """The parts of `Thought: ... Action: ... Action Input: {...}`."""
+    found = _STEP.match(text)
+    if found is None:
+        raise Unfaithful("turn without an action")
+    return Step((found["thought"] or "").strip(), found["name"].strip(), parse_field(found["arguments"], "arguments"))
+
+
+def read_question(text: str) -> str:
+    """The user's text without the line `Begin!` that ends it."""
+    return text.strip().removesuffix("Begin!").strip()
+
+
+def read_tools(system: str, heading: str, note: Note) -> list[Tool]:
+    """The tools listed after `heading`, in JSON or in Python's notation. The prompt around them is not carried over:
+    it explains a form of answer that the conversation no longer has."""
+    _, found, listed = system.partition(heading)
+    listed = listed.partition("\n\nLet's Begin!")[0].strip()
+    if not found:
+        raise Unfaithful("no declaration of tools")
+    try:
+        declared = parse_json(listed)
+    except ValueError:
+        try:
+            declared = parse_literal(listed)
+        except ValueError:
+            raise Unfaithful("tool declarations not JSON") from None
+    if problem := check_value(declared):
+        raise Unfaithful(problem)
+    if not isinstance(declared, list) or not all(isinstance(tool, dict) for tool in declared):
+        raise Unfaithful("tools are not a list")
+    return unique_tools([_tool(tool, note) for tool in declared], note)
+
+
+def _tool(tool: dict[str, Any], note: Note) -> Tool:
+    parameters = tool.get("parameters")
+    if isinstance(parameters, dict) and isinstance(parameters.get("optional"), list):
+        parameters = {key: value for key, value in parameters.items() if key != "optional"}  # no word of JSON Schema
+    return as_tool(tool.get("name"), tool.get("description"), parameters, note)
+
+
+def speeches(row: dict[str, Any]) -> list[tuple[str, Any]]:
+    """The turns of `conversations` as (speaker, value)."""
+    turns = row.get("conversations")
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise Unfaithful("row is of no known format")
+    return [(str(turn.get("from")), turn.get("value")) for turn in turns]

@@ -1,0 +1,181 @@
+"""ToolAlpaca's evaluation files: OpenAPI documents, questions about them, and the calls that answer each.
+
+Repository: tangqiaoyu/ToolAlpaca, `data/eval_real.json` and `data/eval_simulated.json` (`eval_mix.json` of a fork
+joins both, with some answers rewritten: read one or the other); give a file, `toolalpaca=eval_real.json`. Licence:
+Apache-2.0.
+
+An element of a file is one API: `Documentation` (OpenAPI as JSON text), `Function_Projection` (function name to path
+and method), `Instructions` (questions) and, for each, `Golden_Answers`, a list of `{"Action", "Action_Input"}`. Every
+question is a row of its own here. The training file has no golden answers and is not read.
+
+Traps, and what is done about each:
+
+* A tool's parameters are the operation's, of the path, the query and the header, and the properties of its request
+  body. References inside the document are resolved; a schema that contains itself is dropped with its row.
+* `Action_Input` is JSON text that does not always parse: dropped. Placeholders for the result of an earlier call,
+  `${id from search}`: that result is not given, so the row is dropped and counted by a reason of its own.
+* Empty text stands for "not given" where an argument is optional and empty text is not of its type or enum: left out.
+* Actions that are no function of the API (asking the user, searching the web): dropped.
+* Calls of one answer are all known at the outset, since there are no results: one message.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from poe.data.conversation import Conversation, Tool
+from poe.data.drops import DropReport, Unfaithful
+from poe.data.readers.turns import Turns, named_call, parse_field, read_rows
+from poe.data.schema import Note, as_tool, find_tool, fits_type, unique_tools
+from poe.data.sources import Row
+
+NAME = "toolalpaca"
+HUB_ID = None
+LICENCE = "Apache-2.0"
+
+_SHARED = ("Documentation", "Function_Projection")
+_FIELDS = (*_SHARED, "Instruction", "Golden_Answer")
+_PLACEHOLDER = re.compile(r"\$\{[^{}]*\}")
+_MAX_PARTS = 20_000
+"""How many values one function's schema may have once its references are resolved."""
+
+
+def read(rows: Iterable[Row], report: DropReport) -> Iterator[Conversation]:
+    """One conversation per question; what cannot be read faithfully is dropped and counted."""
+    return read_rows(NAME, LICENCE, _FIELDS, _questions(rows), report, _convert)
+
+
+def _questions(rows: Iterable[Row]) -> Iterator[Row]:
+    """The questions of each API as rows; what is no API is passed on as it is, to be dropped."""
+    for row_id, row in rows:
+        questions = row.get("Instructions") if isinstance(row, dict) else None
+        if not isinstance(questions, list):
+            yield row_id, row
+            continue
+        answers = row.get("Golden_Answers")
+        answers = answers if isinstance(answers, list) and len(answers) == len(questions) else [None] * len(questions)
+        shared = {field: row.get(field) for field in _SHARED}
+        for index, (question, answer) in enumerate(zip(questions, answers, strict=True)):
+            yield f"{row_id}.{index}", {**shared, "Instruction": question, "Golden_Answer": answer}
+
+
+def _convert(row: dict[str, Any], note: Note) -> Turns:
+    question, answer = row.get("Instruction"), row.get("Golden_Answer")
+    if not isinstance(question, str):
+        raise Unfaithful("row is of no known format")
+    if not isinstance(answer, list):
+        raise Unfaithful("question without a golden answer")
+    turns = Turns(read_tools(row, note), note)
+    turns.user(question.strip())
+    turns.calls([_call(step, turns.tools, note) for step in answer])
+    return turns
+
+
+def _call(step: Any, tools: list[Tool], note: Note) -> tuple[Any, Any, None]:
+    if isinstance(step, dict) and _PLACEHOLDER.search(str(step.get("Action_Input"))):
+        raise Unfaithful("placeholder for the result of an earlier call")
+    name, arguments, _ = named_call(step, "Action", "Action_Input")
+    tool = find_tool(tools, name)
+    if tool is not None and isinstance(arguments, dict):
+        given = {key: value for key, value in arguments.items() if not _is_blank(tool["parameters"], key, value)}
+        if len(given) < len(arguments):
+            note("empty text for an optional argument left out")
+        arguments = given
+    return name, arguments, None
+
+
+def _is_blank(parameters: dict[str, Any], key: str, value: Any) -> bool:
+    schema = parameters["properties"].get(key)
+    if value != "" or not isinstance(schema, dict) or key in parameters.get("required", ()):
+        return False
+    kind, choices = schema.get("type"), schema.get("enum")
+    return (isinstance(choices, list) and "" not in choices) or (isinstance(kind, str) and not fits_type(kind, ""))
+
+
+def read_tools(row: dict[str, Any], note: Note) -> list[Tool]:
+    """The functions of an API, from its OpenAPI document."""
+    document = parse_field(row.get("Documentation"), "documentation")
+    projection = row.get("Function_Projection")
+    if not isinstance(document, dict) or not isinstance(projection, dict):
+        raise Unfaithful("row is of no known format")
+    tools = []
+    for name, place in projection.items():
+        if not isinstance(place, list) or len(place) != 2:
+            raise Unfaithful("function without a path and a method")
+        path, method = place
+        item = _member(_member(document, "paths"), path)
+        operation = _member(item, str(method).lower())
+        about = operation.get("summary") or operation.get("description")
+        tools.append(as_tool(name, about, _parameters(item, operation, document), note))
+    return unique_tools(tools, note)
+
+
+def _member(value: Any, key: Any) -> dict[str, Any]:
+    found = value.get(key) if isinstance(value, dict) and isinstance(key, str) else None
+    if not isinstance(found, dict):
+        raise Unfaithful("function that the documentation does not describe")
+    return found
+
+
+def _parameters(item: dict[str, Any], operation: dict[str, Any], document: dict[str, Any]) -> dict[str, Any]:
+    resolve = _Resolver(document)
+    properties: dict[str, Any] = {}
+    required: list[str] = []
+    for part in [*_listed(item.get("parameters")), *_listed(operation.get("parameters"))]:
+        parameter = resolve(part)
+        name = parameter.get("name") if isinstance(parameter, dict) else None
+        if not isinstance(name, str) or not isinstance(parameter.get("schema", {}), dict):
+            raise Unfaithful("parameter without a name or a schema")
+        schema = dict(parameter.get("schema", {}))
+        if isinstance(parameter.get("description"), str):
+            schema["description"] = parameter["description"]
+        properties[name] = schema
+        if parameter.get("required") is True and name not in required:
+            required.append(name)
+    body = resolve(operation.get("requestBody") or {})
+    content = body.get("content") if isinstance(body, dict) else None
+    if content and isinstance(content, dict):
+        medium = content.get("application/json") or next(iter(content.values()))
+        whole = medium.get("schema") if isinstance(medium, dict) else None
+        if not isinstance(whole, dict) or not isinstance(whole.get("properties"), dict):
+            raise Unfaithful("request body that is not an object")
+        if set(whole["properties"]) & set(properties):
+            raise Unfaithful("one parameter name, two places")
+        properties |= whole["properties"]
+        required += _listed(whole.get("required")) if body.get("required") is True else []
+    return {"type": "object", "properties": properties, "required": required}
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+class _Resolver:
+    """Writes what a document's references point to in their place."""
+
+    def __init__(self, document: dict[str, Any]) -> None:
+        self.document = document
+        self.parts = 0
+
+    def __call__(self, value: Any, depth: int = 0) -> Any:
+        self.parts += 1
+        if depth > 32 or self.parts > _MAX_PARTS:
+            raise Unfaithful("schema that contains itself")
+        if isinstance(value, list):
+            return [self(member, depth + 1) for member in value]
+        if not isinstance(value, dict):
+            return value
+        if isinstance(value.get("$ref"), str):
+            return self(self._target(value["$ref"]), depth + 1)
+        return {key: self(member, depth + 1) for key, member in value.items()}
+
+    def _target(self, reference: str) -> Any:
+        target: Any = self.document
+        if not reference.startswith("#/"):
+            raise Unfaithful("tool schema that refers to another document")
+        for key in reference[2:].split("/"):
+            key = key.replace("~1", "/").replace("~0", "~")
+            if not isinstance(target, dict) or key not in target:
+                raise Unfaithful("reference to nothing")
+            target = target[key]
+        return target

@@ -1,0 +1,81 @@
+"""ToolBench: questions to real web APIs, answered step by step by a depth-first search.
+
+Hub: none of its own; the training data is distributed outside (`toolllama_G123_dfs_train.json`), so a file is given.
+Licence: Apache-2.0.
+
+A row is `{"id", "conversations": [{"from", "value"}]}` with system, user, assistant and function. A row is one step of
+a trace: the same question recurs in rows that end one step later. The files of queries (`G1_query.json` and the like)
+hold `query` and `api_list` and no answer: each row of theirs is dropped.
+
+Traps, and what is done about each:
+
+* The tools stand in the system prompt, as a Python literal; the rest of the prompt describes the form of the answer
+  (Thought, Action, Action Input) and is not carried over. `optional`, a list beside `required`, says nothing new.
+* A thought is the assistant's text before its call; empty ones are no text.
+* `Finish` is the protocol's own function, listed among the tools. Its `final_answer` becomes the assistant's last turn,
+  the thought before it is left out, and `Finish` is not offered. A trace that gives up is dropped.
+* Calls to functions that are not listed (traces hold invented ones) and arguments that are not JSON: dropped.
+* In the midst of some traces a second user turn tells the model to try again otherwise: dropped.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from poe.data.conversation import Conversation
+from poe.data.drops import DropReport, Unfaithful
+from poe.data.readers.react import read_question, read_step, read_tools, speeches
+from poe.data.readers.turns import Turns, read_rows
+from poe.data.schema import Note
+from poe.data.sources import Row
+
+NAME = "toolbench"
+HUB_ID = None
+LICENCE = "Apache-2.0"
+
+_FINISH = "Finish"
+
+
+def read(rows: Iterable[Row], report: DropReport) -> Iterator[Conversation]:
+    """Conversations of traces; queries without an answer are dropped and counted."""
+    return read_rows(NAME, LICENCE, ("conversations", "query", "api_list"), rows, report, _convert)
+
+
+def _convert(row: dict[str, Any], note: Note) -> Turns:
+    if "conversations" not in row and "query" in row:
+        raise Unfaithful("query without an answer")
+    turns = Turns([], note)
+    finished = False
+    for speaker, text in speeches(row):
+        if not isinstance(text, str):
+            raise Unfaithful("turn is not text")
+        if finished:
+            raise Unfaithful("turn after the final answer")
+        if speaker == "system":
+            tools = read_tools(text, "you have access to the following APIs:", note)
+            turns.tools.extend(tool for tool in tools if tool["function"]["name"] != _FINISH)
+        elif speaker == "user":
+            if any(message["role"] == "user" for message in turns.messages):
+                raise Unfaithful("second user turn")
+            turns.user(read_question(text))
+        elif speaker == "assistant":
+            finished = _step(turns, text)
+        elif speaker == "function":
+            turns.response(text)
+        else:
+            raise Unfaithful(f"turn of an unknown speaker ({speaker[:40]!r})")
+    return turns
+
+
+def _step(turns: Turns, text: str) -> bool:
+    """Add one step; whether it was the last."""
+    step = read_step(text)
+    if step.name != _FINISH:
+        turns.calls([(step.name, step.arguments, None)], step.thought)
+        return False
+    answer = step.arguments.get("final_answer") if isinstance(step.arguments, dict) else None
+    if not isinstance(answer, str) or step.arguments.get("return_type") != "give_answer":
+        raise Unfaithful("trace without a final answer")
+    if step.thought:
+        turns.note("thought before the final answer left out")
+    turns.assistant(answer.strip())
+    return True

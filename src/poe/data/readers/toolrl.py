@@ -1,0 +1,118 @@
+"""ToolRL's rows for supervised training: a prompt with tools and history, and one answer that thinks first.
+
+Repository: qiancheng0/ToolRL, `dataset/rlla_4k_raw/rlla_sft.json`; give the file, `toolrl=rlla_sft.json`. Licence:
+Apache-2.0. The rows are taken from ToolACE, Hammer's masked xLAM and xLAM itself.
+
+A row is `{"instruction", "input", "output"}`. `instruction` is one fixed text around numbered tools (name, description,
+flat parameters as JSON); `input` is the dialogue so far in `<user>`, `<think>`, `<tool_call>`, `<obs>` and `<response>`
+blocks; `output` continues it by one turn. A call is one JSON object per line with `name` and `parameters`.
+
+Traps, and what is done about each:
+
+* The thinking mentions tags, calls and responses: a block ends where another begins or the text ends, and all thinking
+  is left out, of the history and of the answer, since a conversation here has no place for it.
+* Lists and objects among the arguments were cut at commas when the set was made (`[{"name": "Ada"`, the rest lost or
+  turned into names of arguments): an argument whose brackets do not close is dropped with its row.
+* Names of tools hold spaces and dots: they stay.
+* Every parameter has a default, mostly the empty one, so none is required; types are Python's or JSON Schema's.
+* One `<obs>` block answers all calls before it: a list of `{"name", "results"}`.
+* A call and a response in one turn, without the result between them: dropped.
+
+The fixed text says how to answer in this set's tags, which a chat template says in its own: it is no system message.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from poe.data.conversation import Conversation, Tool
+from poe.data.drops import DropReport, Unfaithful
+from poe.data.readers.flat import read_tool
+from poe.data.readers.turns import Turns, named_call, parse_field, parse_values, read_rows, sections
+from poe.data.schema import Note, unique_tools
+from poe.data.sources import Row
+
+NAME = "toolrl"
+HUB_ID = None
+LICENCE = "Apache-2.0"
+
+_FIELDS = ("instruction", "input", "output")
+_TOOLS = ("**Available Tools**\n", "\n**Steps for Each Turn**")
+_NUMBER = re.compile(r"^(\d{1,4})\. Name: ", re.MULTILINE)
+_ENTRY = re.compile(r"(.*?)\nDescription: (.*)\nParameters: (.*)", re.DOTALL)
+_HISTORY = "**Dialogue Records History**"
+_TAGS = "user|think|tool_call|obs|response"
+_BLOCK = re.compile(rf"\s*<({_TAGS})>(.*?)</\1>\s*(?=<(?:{_TAGS})>|\Z)", re.DOTALL)
+
+
+def read(rows: Iterable[Row], report: DropReport) -> Iterator[Conversation]:
+    """Conversations of rows; what cannot be read faithfully is dropped and counted."""
+    return read_rows(NAME, LICENCE, _FIELDS, rows, report, _convert)
+
+
+def _convert(row: dict[str, Any], note: Note) -> Turns:
+    instruction, history, output = (row.get(field) for field in _FIELDS)
+    if not isinstance(instruction, str) or not isinstance(history, str) or not isinstance(output, str):
+        raise Unfaithful("row is of no known format")
+    turns = Turns(read_tools(instruction, note), note)
+    spoken, answer = blocks(history.strip().removeprefix(_HISTORY)), blocks(output)
+    if any(tag in ("user", "obs") for tag, _ in answer):
+        raise Unfaithful("answer with more than one turn")
+    for tag, body in [*spoken, *answer]:
+        if tag == "user":
+            turns.user(body)
+        elif tag == "tool_call":
+            turns.calls([_call(value) for value in parse_values(body, "call")])
+        elif tag == "obs":
+            turns.results([body])
+        elif tag == "response":
+            turns.assistant(body)
+    if not any(tag in ("tool_call", "response") for tag, _ in answer):
+        raise Unfaithful("no assistant turn")
+    return turns
+
+
+def _call(value: Any) -> tuple[Any, Any, None]:
+    call = named_call(value, arguments="parameters")
+    if any(text.count(left) != text.count(right) for text in _texts(call[1]) for left, right in ("[]", "{}", "()")):
+        raise Unfaithful("argument cut off")
+    return call
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a value, names included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for member in [*value, *value.values()] if isinstance(value, dict) else value:
+            yield from _texts(member)
+
+
+def read_tools(instruction: str, note: Note) -> list[Tool]:
+    """The numbered tools of an `instruction`."""
+    listed, _ = sections(instruction, *_TOOLS)
+    if len(listed) != 1:
+        raise Unfaithful("row is of no known format")
+    _, *parts = _NUMBER.split(listed[0])
+    if [int(number) for number in parts[::2]] != list(range(1, len(parts) // 2 + 1)):
+        raise Unfaithful("tools are not numbered one by one")
+    tools = []
+    for text in parts[1::2]:
+        entry = _ENTRY.fullmatch(text.strip())
+        if entry is None:
+            raise Unfaithful("tool without a description or parameters")
+        parameters = parse_field(entry[3], "parameters")
+        tools.append(read_tool({"name": entry[1], "description": entry[2], "parameters": parameters}, note))
+    return unique_tools(tools, note)
+
+
+def blocks(text: str) -> list[tuple[str, str]]:
+    """The (tag, text) blocks that a text consists of."""
+    found, at = [], 0
+    while at < len(text.rstrip()):
+        block = _BLOCK.match(text, at)
+        if block is None:
+            raise Unfaithful("text outside of a block")
+        found.append((block[1], block[2].strip()))
+        at = block.end()
+    return found

@@ -1,0 +1,186 @@
+"""What a SPEC holds: counts, distributions, licences, and everything that was left out, as one page."""
+
+import base64
+import io
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from poe.data.corpus import EVALUATION, HELD_OUT, LEAK, NEAR, TRAIN, Corpus
+from poe.data.drops import DropReport
+from poe.data.readers import READERS
+from poe.data.render import Renderer
+from poe.data.rendering import RenderRows
+from poe.data.workers import default_workers, ordered_map
+from poe.errors import DataError, MissingExtraError
+
+_SIDES = {
+    "train": TRAIN,
+    "held out": HELD_OUT,
+    "near-duplicates": NEAR,
+    "in the evaluation too": LEAK,
+    "asked": EVALUATION,
+}
+_CHUNK = 128
+
+
+@dataclass
+class SourceStatistics:
+    """One item of the SPEC. The lists have a number for each row that is used; tokens are those of a renderer."""
+
+    source: str
+    licence: str
+    hub_id: str | None
+    sides: dict[str, int]
+    calls: list[int] = field(default_factory=list)
+    tools: list[int] = field(default_factory=list)
+    turns: list[int] = field(default_factory=list)  # of the user
+    tokens: list[int] = field(default_factory=list)
+    trained_tokens: int = 0
+    abstentions: int = 0  # rows that offer tools and call none
+
+    def as_dict(self) -> dict[str, Any]:
+        """The counts, and of each list its mean, median and maximum."""
+        shapes = {name: _shape(getattr(self, name)) for name in ("calls", "tools", "turns", "tokens")}
+        return {
+            "source": self.source,
+            "licence": self.licence,
+            "hub_id": self.hub_id,
+            "rows": self.sides,
+            "abstentions": self.abstentions,
+            "calls_per_row": {str(n): count for n, count in sorted(Counter(self.calls).items())},
+            "trained_tokens": self.trained_tokens,
+            "total_tokens": sum(self.tokens),
+            **shapes,
+        }
+
+
+def statistics(corpus: Corpus, renderer: Renderer | None = None) -> list[SourceStatistics]:
+    """Count what every source holds; with a renderer its tokens too (a row the template refuses counts none)."""
+    found = []
+    for number, source in enumerate(corpus.sources):
+        sides = {name: len(corpus.numbers(number, side)) for name, side in _SIDES.items()}
+        licence, hub_id = READERS[source.name].licence, READERS[source.name].hub_id
+        found.append(SourceStatistics(str(source), licence, None if source.path else hub_id, sides))
+    used = np.flatnonzero(np.isin(corpus.side, (TRAIN, HELD_OUT, EVALUATION)))
+    for index in used.tolist():
+        row, of = corpus.rows[index], found[int(corpus.source[index])]
+        calls = sum(len(m.get("tool_calls", ())) for m in row.messages)
+        of.calls.append(calls)
+        of.tools.append(len(row.tools))
+        of.turns.append(sum(m["role"] == "user" for m in row.messages))
+        of.abstentions += bool(row.tools) and not calls
+    if renderer is not None:
+        for index, tokens, trained in _tokens(corpus, renderer, used):
+            found[int(corpus.source[index])].tokens.append(tokens)
+            found[int(corpus.source[index])].trained_tokens += trained
+    return found
+
+
+def _tokens(corpus: Corpus, renderer: Renderer, used: np.ndarray) -> Iterator[tuple[int, int, int]]:
+    items = np.stack([used, np.zeros_like(used)], axis=1)
+    chunks = (items[i : i + _CHUNK] for i in range(0, len(items), _CHUNK))
+    work = RenderRows(corpus.folder, renderer, seq_len=2**31)
+    for results in ordered_map(work, chunks, default_workers() if len(items) > 2000 else 1):
+        for result in results:
+            lengths = [(len(ids), int(mask.sum())) for ids, mask in result.documents]
+            yield result.row, sum(n for n, _ in lengths), sum(n for _, n in lengths)
+
+
+def _shape(numbers: list[int]) -> dict[str, float]:
+    if not numbers:
+        return {}
+    return {"mean": round(float(np.mean(numbers)), 2), "median": float(np.median(numbers)), "max": max(numbers)}
+
+
+def write_page(path: Path, found: list[SourceStatistics], report: DropReport) -> None:
+    """Write an HTML page, or Markdown with the plot beside it, by the path's ending.
+
+    Raises `DataError` for another ending, `MissingExtraError` without matplotlib.
+    """
+    if path.suffix not in (".html", ".md"):
+        raise DataError(f"{path}: expected a page that ends in .html or .md.")
+    picture = _plot(found)
+    sections = [("Sources", *_source_table(found)), ("Rows that are not used", *_drop_table(report))]
+    repairs = _repair_table(report)
+    sections += [("Repairs of rows that are", *repairs)] if repairs[1] else []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".md":
+        image = path.with_suffix(".png")
+        image.write_bytes(picture)
+        text = "# Data\n\n" + "\n".join(f"## {title}\n\n{_markdown(head, rows)}" for title, head, rows in sections)
+        path.write_text(f"{text}\n![Distributions]({image.name})\n", encoding="utf-8")
+        return
+    body = "".join(f"<h2>{escape(title)}</h2>{_html(head, rows)}" for title, head, rows in sections)
+    image64 = base64.b64encode(picture).decode()
+    style = "body{font:15px sans-serif;max-width:72em;margin:2em auto}td,th{padding:.2em .7em;text-align:left}"
+    path.write_text(
+        f"<!doctype html><meta charset=utf-8><title>Data</title><style>{style}</style><h1>Data</h1>{body}"
+        f'<img src="data:image/png;base64,{image64}" alt="distributions">\n',
+        encoding="utf-8",
+    )
+
+
+Table = tuple[list[str], list[list[str]]]
+
+
+def _source_table(found: list[SourceStatistics]) -> Table:
+    head = ["source", "licence", *_SIDES, "rows with calls", "abstentions", "tokens", "of them trained"]
+    rows = []
+    for s in found:
+        with_calls = sum(1 for n in s.calls if n)
+        numbers = [*s.sides.values(), with_calls, s.abstentions, sum(s.tokens), s.trained_tokens]
+        rows.append([s.source, s.licence or "not stated", *(f"{n:,}" for n in numbers)])
+    return head, rows
+
+
+def _drop_table(report: DropReport) -> Table:
+    rows = []
+    for source, counts in report.as_dict().items():
+        rows.append([source, "read", f"{counts['read']:,}"])
+        rows += [[source, reason, f"{n:,}"] for reason, n in counts["dropped"].items()]
+    return ["reader", "reason", "rows"], rows
+
+
+def _repair_table(report: DropReport) -> Table:
+    counts = report.as_dict().items()
+    rows = [[source, rule, f"{n:,}"] for source, said in counts for rule, n in said.get("repaired", {}).items()]
+    return ["reader", "repair", "times"], rows
+
+
+def _markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+
+
+def _html(head: list[str], rows: list[list[str]]) -> str:
+    titles = "".join(f"<th>{escape(cell)}</th>" for cell in head)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><tr>{titles}</tr>{body}</table>"
+
+
+def _plot(found: list[SourceStatistics]) -> bytes:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise MissingExtraError('The page has plots: pip install "poe-cascade[train]"') from None
+    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    panels = figure.subplots(1, 3)
+    for axes, name, title in zip(
+        panels, ("calls", "tools", "tokens"), ("calls in a row", "tools in a row", "tokens in a row"), strict=True
+    ):
+        series = [getattr(s, name) for s in found]
+        top = max((max(numbers) for numbers in series if numbers), default=1)
+        bins: Any = 40 if name == "tokens" else np.arange(min(top, 30) + 2) - 0.5
+        axes.hist(series, bins=bins, stacked=True, label=[s.source[:40] for s in found])
+        axes.set_title(title)
+        axes.set_ylabel("rows")
+    panels[0].legend(fontsize=7)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()

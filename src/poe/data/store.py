@@ -1,0 +1,59 @@
+"""Conversations on disk: written once, read by number, in any order and by any process."""
+
+import json
+import mmap
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import overload
+
+import numpy as np
+
+from poe.data.conversation import Conversation
+
+_ROWS, _OFFSETS = "rows.jsonl", "offsets.npy"
+
+
+class RowWriter:
+    """Appends conversations to a new store in `folder`; nothing can be read before `close`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._file = (folder / _ROWS).open("wb")
+        self._offsets = [0]
+
+    def append(self, conversation: Conversation) -> None:
+        """Write one row; it gets the next number, from 0."""
+        c = conversation
+        line = json.dumps([c.messages, c.tools, c.source, c.licence, c.id], ensure_ascii=False, separators=(",", ":"))
+        self._offsets.append(self._offsets[-1] + self._file.write(line.encode("utf-8") + b"\n"))
+
+    def close(self) -> None:
+        """Finish the store."""
+        self._file.close()
+        np.save(self._folder / _OFFSETS, np.array(self._offsets, dtype=np.int64))
+
+
+class RowStore(Sequence[Conversation]):
+    """The conversations of a finished store, by number. Memory-mapped: what is not asked for is not in memory."""
+
+    def __init__(self, folder: Path) -> None:
+        self._offsets = np.load(folder / _OFFSETS)
+        with (folder / _ROWS).open("rb") as file:
+            self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if len(self) else b""
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> Conversation: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Conversation]: ...
+    def __getitem__(self, index: int | slice) -> Conversation | list[Conversation]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return Conversation(*json.loads(self._bytes[self._offsets[index] : self._offsets[index + 1]]))
+
+    def __iter__(self) -> Iterator[Conversation]:
+        return (self[i] for i in range(len(self)))

@@ -1,0 +1,12 @@
+"""The examples of docs/augmentation.md are what the code prints."""
+
+import doctest
+from pathlib import Path
+
+GUIDE = Path(__file__).parents[1] / "docs" / "augmentation.md"
+
+
+def test_the_examples_are_true() -> None:
+    failed, tried = doctest.testfile(str(GUIDE), module_relative=False, encoding="utf-8")
+    assert failed == 0
+    assert tried > 20

@@ -1,0 +1,192 @@
+"""A row told in text says the same as before, in every form, and is learnt exactly where the assistant speaks."""
+
+import random
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from poe.data.conversation import Conversation
+from poe.data.demo.text import make_text
+from poe.data.demo.tokenizer import train_tokenizer
+from poe.data.drops import Unfaithful
+from poe.data.forms.calls import CALL_FORMS, Call, Reply, call_form
+from poe.data.forms.prompt import PHRASINGS, PLACES, PromptForm, flatten, random_form
+from poe.data.forms.tools import TOOL_FORMS, write_tools
+from poe.data.render import Renderer
+from poe.data.schema import as_tool
+from poe.errors import DataError
+from poe.evaluation.calls import question, score
+
+NEWS = as_tool("find_news", "Find news", {"type": "object", "properties": {"about": {"type": "string"}}})
+MAIL = {"to": {"type": "string"}, "copies": {"type": "integer"}}
+SEND = as_tool("send_mail", "Send a mail", {"type": "object", "properties": MAIL})
+forms = st.builds(
+    PromptForm, st.sampled_from(list(TOOL_FORMS)), st.sampled_from(list(CALL_FORMS)), st.sampled_from(PLACES),
+    st.integers(0, 2 * PHRASINGS),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def renderer() -> Renderer:
+    return Renderer(train_tokenizer([make_text(i).text for i in range(300)], 600))
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text, *calls):
+    made = [
+        {"id": f"call_{i}", "type": "function", "function": {"name": name, "arguments": arguments}}
+        for i, name, arguments in calls
+    ]
+    return {"role": "assistant", "content": text, **({"tool_calls": made} if made else {})}
+
+
+def result(i, name, text):
+    return {"role": "tool", "tool_call_id": f"call_{i}", "name": name, "content": text}
+
+
+ROW = Conversation(
+    [
+        {"role": "system", "content": "Be brief."},
+        user("What is new of Köln and Bonn?"),
+        assistant(None, (1, "find_news", {"about": 'Köln, "the city"\n'}), (2, "find_news", {"about": "Bonn"})),
+        result(2, "find_news", "rain"),
+        result(1, "find_news", "it's sunny"),
+        user("Thank you. Mail it to Ada."),
+        assistant("I shall.", (3, "send_mail", {"to": "Ada", "copies": 10**30})),
+        result(3, "send_mail", "sent"),
+        assistant("It is sent."),
+    ],
+    [NEWS, SEND],
+    source="tests",
+    id="1",
+)
+ANSWERS = (2, 6, 8)
+
+
+def reply_of(message):
+    calls = [Call(c["function"]["name"], c["function"]["arguments"]) for c in message.get("tool_calls", [])]
+    return Reply(message["content"] or "", calls)
+
+
+@given(forms)
+@settings(max_examples=80, deadline=None)
+def test_a_flattened_row_says_the_same_in_text_alone(form) -> None:
+    told = flatten(ROW, form)
+    roles = [message["role"] for message in told.messages]
+    assert roles == ["system", "user", "assistant", "user", "assistant", "user", "assistant"]
+    assert (told.tools, told.form, told.source, told.id) == ([], None, "tests", "1")
+    assert all(message.keys() == {"role", "content"} for message in told.messages)
+    said = [m["content"] for m in told.messages if m["role"] == "assistant"]
+    assert [call_form(form.calls).read(text) for text in said] == [reply_of(ROW.messages[i]) for i in ANSWERS]
+    system, asked, later = (told.messages[i]["content"] for i in (0, 1, 3))
+    holder, other = (system, asked) if form.place == "system" else (asked, system)
+    assert write_tools(ROW.tools, form.tools) in holder
+    assert any(sentence in holder for sentence in call_form(form.calls).request)
+    assert other == ("What is new of Köln and Bonn?" if form.place == "system" else "Be brief.")
+    assert holder.startswith(("Be brief.", "What")) or holder.endswith(("Be brief.", "Bonn?"))
+    assert later.index("it's sunny") < later.index("rain") < later.index("Thank you.")  # in the order of the calls
+    assert later.endswith("\n\nThank you. Mail it to Ada.")
+    assert ROW.messages[5] == user("Thank you. Mail it to Ada.")
+
+
+@given(forms)
+@settings(max_examples=40, deadline=None)
+def test_a_prompt_is_how_the_row_begins_and_the_loss_is_the_assistants_text(renderer, form) -> None:
+    row = replace(ROW, form=form)
+    rendered = renderer.render(row)
+    told = flatten(ROW, form).messages
+    runs, previous = [], False
+    for token, on in zip(rendered.input_ids, rendered.loss_mask, strict=True):
+        if on:
+            runs = [*runs[:-1], [*runs[-1], token]] if previous else [*runs, [token]]
+        previous = on
+    wanted = [m["content"] + "<|assistant_end|>" for m in told if m["role"] == "assistant"]
+    assert [renderer.tokenizer.decode(run) for run in runs] == wanted
+    for i in ANSWERS:
+        prompt = renderer.prompt_ids(row.messages[:i], row.tools, row.form)
+        assert rendered.input_ids[: len(prompt)] == prompt
+        assert rendered.loss_mask[len(prompt)]
+    assert "<|output_start|>" not in rendered.text
+    assert rendered.text == renderer.render(flatten(ROW, form)).text
+
+
+def test_without_a_form_the_template_tells_the_tools(renderer) -> None:
+    text = renderer.render(ROW).text
+    assert "<|output_start|>rain<|output_end|>" in text
+    assert renderer.prompt(ROW.messages[:2], ROW.tools) == text[: text.index("<tool_call>")]
+
+
+@given(forms)
+def test_a_row_without_tools_stays_as_it_is(form) -> None:
+    row = Conversation([user("hello"), assistant("[TOOL_CALLS] is a mark, <tool_call> too")])
+    assert flatten(row, form) is row
+
+
+@given(forms)
+def test_a_tool_list_finds_a_place_where_there_is_no_system_text(form) -> None:
+    told = flatten(Conversation([user("Sing!"), assistant("I cannot.")], [NEWS]), form).messages
+    assert [m["role"] for m in told] == ["system"] * (form.place == "system") + ["user", "assistant"]
+    assert write_tools([NEWS], form.tools) in told[0]["content"]
+    assert told[-1]["content"] == "I cannot."
+    if form.place == "system":
+        assert told[1] == user("Sing!")
+
+
+def test_phrasings_differ_and_begin_anew() -> None:
+    texts = [flatten(ROW, PromptForm(phrasing=n)).messages[0]["content"] for n in range(PHRASINGS)]
+    assert len(set(texts)) == PHRASINGS
+    assert flatten(ROW, PromptForm(phrasing=PHRASINGS)).messages[0]["content"] == texts[0]
+
+
+def test_what_a_form_cannot_hold_is_refused_with_its_reason(renderer) -> None:
+    row = Conversation([user("how?"), assistant("Write <functioncall> and the call.")], [NEWS], source="tests")
+    with pytest.raises(Unfaithful, match="text that looks like a call in the form glaive"):
+        flatten(row, PromptForm(calls="glaive"))
+    with pytest.raises(Unfaithful, match="text that looks like a call in the form glaive"):
+        renderer.render_all(replace(row, form=PromptForm(calls="glaive")))
+    assert len(renderer.render_all(replace(row, form=PromptForm(calls="llama")))) == 1
+    with pytest.raises(Unfaithful, match="no user turn"):
+        flatten(replace(ROW, messages=[assistant("x")]), PromptForm(place="user"))
+
+
+def test_a_form_is_no_part_of_what_a_row_says() -> None:
+    assert replace(ROW, form=PromptForm()).key() == ROW.key()
+
+
+def test_random_forms_are_drawn_from_those_named() -> None:
+    rng = random.Random(1)
+    drawn = [random_form(rng, calls=["xlam", "python"]) for _ in range(300)]
+    assert {form.calls for form in drawn} == {"xlam", "python"}
+    assert {form.tools for form in drawn} == set(TOOL_FORMS)
+    assert {form.place for form in drawn} == set(PLACES)
+    assert len({form.phrasing for form in drawn}) > PHRASINGS // 2
+    assert random_form(random.Random(1), calls=["xlam", "python"]) == drawn[0]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "hint"),
+    [
+        ({"tools": "jsonl"}, "tool form 'jsonl'"),
+        ({"calls": "lama"}, "'llama'"),
+        ({"place": "end"}, "Known: system, user"),
+    ],
+)
+def test_unknown_names_are_refused(wrong, hint) -> None:
+    with pytest.raises(DataError, match=hint):
+        PromptForm(**wrong)
+
+
+def test_replies_are_scored_in_the_form_that_was_asked_for() -> None:
+    row = Conversation([user("news of Rome?"), assistant(None, (1, "find_news", {"about": "Rome"}))], [NEWS])
+    written = {name: form.write([Call("find_news", {"about": "Rome"})]) for name, form in CALL_FORMS.items()}
+    for name in CALL_FORMS:
+        asked = replace(row, form=PromptForm(calls=name))
+        assert question(asked)[1] == [("find_news", {"about": "Rome"})]
+        right = {n for n, text in written.items() if score([asked], [text]).exact == 1.0}
+        assert right == ({"xlam", "mistral"} if name == "xlam" else {name})  # behind mistral's mark is a list as xlam's
+    assert score([row], [written["hermes"]]).exact == 1.0
