@@ -47,7 +47,6 @@ REFUSED: dict[str, tuple[dict, str]] = {
     "falcon": ({}, "do not take the hidden states first and return them alone"),
     "gpt2": ({}, "no nn.Linear that writes"),
     "gpt_oss": ({}, "write into the residual stream too"),
-    "hrm_text": ({}, "recurrent"),
     "lfm2": ({"layer_types": ["conv", "full_attention", "conv"]}, "documents in one row see each other"),
     "mamba": ({}, "no key-value cache, as in a recurrent network"),
     "minicpm3": (
@@ -108,6 +107,10 @@ def page() -> str:
         "New layers are of the full-attention type where a family has several, with rotary positions where some of",
         "its layers have none. *Silent* are the modules that write nothing in a new layer: projections at zero, or,",
         "where a norm follows the projection, that norm.",
+        "",
+        "hrm_text is recurrent: its layers run again in every cycle, a stage's once, after the last. There a stage",
+        "attaches on top only, and no ordinary checkpoint can hold it (`export_native` and `save_pretrained` refuse).",
+        "Training sees every prompt causally; `token_type_ids` (PrefixLM) reach the model from `generate` and calls.",
         "",
         "| model type | silent in a new layer | tested as |",
         "|---|---|---|",

@@ -287,8 +287,8 @@ class Cascade:
 
         Plain `AutoModelForCausalLM.from_pretrained(folder)` then gives the same logits without this package (a PoE
         base needs `trust_remote_code=True`: its file travels along). Weights are in the base's dtype, in files of at
-        most `max_shard_size`. Raises `FamilyError` for a quantised or offloaded base, `OutputError` for a folder that
-        is not empty or a disk that is full.
+        most `max_shard_size`. Raises `FamilyError` for a quantised, offloaded or recurrent base, `OutputError` for a
+        folder that is not empty or a disk that is full.
         """
         from poe.loaders.native import export_native
 
