@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from poe.errors import DeltaError, FamilyError, FingerprintError, suggest
 from poe.loaders.places import embedded_folders, place
@@ -118,7 +119,8 @@ class Cascade:
                     "weights it comes: expected Cascade.from_pretrained(folder or repository, with the same "
                     "quantization_config or device_map), which takes the fingerprint of the files."
                 )
-            self._source = BaseSource(None, known_fingerprint=fingerprint_tensors(self.base.state_dict()))
+            tensors = revert_weight_conversion(self.base, self.base.state_dict())  # as files of it would hold them
+            self._source = BaseSource(None, known_fingerprint=fingerprint_tensors(tensors))
         return self._source
 
     def add_stage(

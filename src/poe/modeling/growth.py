@@ -15,7 +15,7 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from .families import family_of, grown_config
 from .heads import FoldedHead
-from .placement import device_of, leave_alone
+from .placement import device_of, in_memory, leave_alone
 from .recurrent import GrownStack, forbid_checkpoint
 
 
@@ -154,12 +154,15 @@ def _silence(module: nn.Module) -> None:
 
 
 def _share(source: nn.Module, target: nn.Module, without: set[str]) -> None:
-    """Make the children, parameters and buffers of `target` the very objects that `source` holds."""
+    """Make the children, parameters and buffers of `target` the very objects that `source` holds.
+
+    Of its own parameters, those that are offloaded are read into memory: its hooks are not the target's.
+    """
     for name, child in source.named_children():
         if name not in without:
             setattr(target, name, child)
-    for name, parameter in source.named_parameters(recurse=False):
-        setattr(target, name, parameter)
+    for name, _ in source.named_parameters(recurse=False):
+        setattr(target, name, in_memory(source, name))
     for name, buffer in source.named_buffers(recurse=False):
         setattr(target, name, buffer)
 

@@ -18,7 +18,7 @@ from .failures import FamilyError
 
 
 class GrownStack(nn.Module):
-    """The high stack of a grown model: the base's layers in every cycle, new ones above them in the last, then the norm.
+    """The high stack of a grown model: the base's layers in every cycle, new ones on top in the last, then the norm.
 
     It stands where the base's stack stands and holds the base's own modules; the base's stack keeps to itself.
     """
@@ -54,5 +54,5 @@ def refuse_checkpoint(model_type: str, *args: Any, **kwargs: Any) -> NoReturn:
 
 
 def forbid_checkpoint(model: PreTrainedModel) -> None:
-    """Make `save_pretrained` of a grown recurrent model raise, rather than write what would come back without a stage."""
+    """Make `save_pretrained` of a grown recurrent model raise: what it would write comes back without a stage."""
     model.save_pretrained = partial(refuse_checkpoint, model.config.model_type)  # type: ignore[method-assign]
