@@ -27,7 +27,7 @@ class GrownStack(nn.Module):
         super().__init__()
         assert isinstance(stack.layers, nn.ModuleList)
         self.layers = nn.ModuleList([*stack.layers, *layers])
-        self.final_norm = stack.final_norm
+        self.final_norm = stack.get_submodule("final_norm")
         self.recurring = len(stack.layers)
         # The last slots of the base's config are those of this stack's last run.
         self.last_offset = config.num_hidden_layers - self.recurring
