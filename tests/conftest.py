@@ -35,6 +35,7 @@ torch.set_num_threads(1)
 VOCABULARY = 61
 SLIDING = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
 GEMMA = {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 4, "hidden_activation": "gelu_pytorch_tanh"}
+HRM = {"head_dim": 8, "num_key_value_heads": 4, "embedding_scale": 2.0, "L_cycles": 2}
 TWO_TYPES = {"layer_types": ["full_attention", "sliding_attention"]}
 TIED = {"tie_word_embeddings": True}
 # name -> (model type, fields of its config)
@@ -66,14 +67,17 @@ BASES: dict[str, tuple[str, dict]] = {
     "granite-tied": ("granite", {"residual_multiplier": 0.3, "logits_scaling": 0.5, **TIED}),
     "nanochat": ("nanochat", {"final_logit_softcapping": 5.0}),
     "nanochat-tied": ("nanochat", TIED),
+    "hrm": ("hrm_text", {**HRM, "L_bp_cycles": [1]}),
+    "hrm-tied": ("hrm_text", {**HRM, "H_cycles": 3, "L_cycles": 1, "prefix_lm": False, **TIED}),
     # not declared: found by structure and tried
     "cohere-tied": ("cohere", {"logit_scale": 0.3, **TIED}),
     "glm4": ("glm4", {"head_dim": 8}),
     "phi": ("phi", {"num_key_value_heads": 4}),
     "stablelm": ("stablelm", {}),
 }
+RECURRENT = ("hrm", "hrm-tied")  # no ordinary checkpoint can hold a stage on them, and none attaches below the top
 # One base of every kind: tests of what does not depend on the family need no more.
-EXEMPLARS = ("poe", "qwen2-tied", "qwen3", "qwen3-tied", "gemma3-tied", "cohere-tied")
+EXEMPLARS = ("poe", "qwen2-tied", "qwen3", "qwen3-tied", "gemma3-tied", "cohere-tied", "hrm")
 
 
 def scramble(module: nn.Module, seed: int = 0, scale: float = 0.2) -> None:
@@ -143,6 +147,12 @@ def token_ids(rows: int = 2, length: int = 9, seed: int = 0) -> torch.Tensor:
 @pytest.fixture(params=EXEMPLARS)
 def base_name(request: pytest.FixtureRequest) -> str:
     """One base of every kind, tied and untied."""
+    return str(request.param)
+
+
+@pytest.fixture(params=[name for name in EXEMPLARS if name not in RECURRENT])
+def flat_name(request: pytest.FixtureRequest) -> str:
+    """One base of every kind whose layers run once each."""
     return str(request.param)
 
 

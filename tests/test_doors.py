@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import poe.modeling
-from conftest import EXEMPLARS, scramble, token_ids
+from conftest import EXEMPLARS, RECURRENT, scramble, token_ids
 from poe import Cascade, StageConfig
 from poe.errors import SourceError
 from poe.loaders.stage_folder import network_files
@@ -124,6 +124,8 @@ def test_remote_code_and_the_package_say_the_same(base_name, label, head, stages
     if label == "fp32":
         assert cached == uncached == [row[3:] for row in padded]
     assert words == cascade.tokenizer("w5 w6").input_ids
+    if base_name in RECURRENT:
+        return
     cascade.model(cascade.active).save_pretrained(tmp_path)
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, mine)
 

@@ -124,7 +124,8 @@ def test_greedy_tokens_with_cache_without_and_with_left_padding(base_name: str, 
 @pytest.mark.parametrize("order", [("t", None, "child"), (None, "child", "t"), ("child", "t", None)])
 def test_hidden_states_are_recorded_once(base_name: str, order: tuple) -> None:
     cascade = grown(base_name).add_stage(StageConfig("child", 1, parent="t"))
-    depths = {None: 2, "t": 4, "child": 5}
+    depth = cascade.config.num_hidden_layers
+    depths = {None: depth, "t": depth + 2, "child": depth + 3}
     for name in (*order, *order):
         out = cascade.model(name)(token_ids(), output_hidden_states=True)
         assert len(out.hidden_states) == depths[name] + 1
@@ -143,13 +144,13 @@ def test_attention_implementation_stays_in_step(base_name: str) -> None:
             assert cascade.model(name).config._attn_implementation == implementation
     cascade.model("t").set_attn_implementation("eager")
     attentions = cascade.model("t")(ids, output_attentions=True).attentions
-    assert len(attentions) == 4
+    assert len(attentions) == cascade.config.num_hidden_layers + 2
     assert all(weights.triu(1).abs().max() == 0 for weights in attentions)  # causal, with no mask given
 
 
 @HEADS
-def test_saved_natively_it_is_an_ordinary_checkpoint(base_name: str, head: str, tmp_path) -> None:
-    cascade = grown(base_name, head=head)
+def test_saved_natively_it_is_an_ordinary_checkpoint(flat_name: str, head: str, tmp_path) -> None:
+    cascade = grown(flat_name, head=head)
     model = cascade.model("t")
     assert model.state_dict().keys() == type(model)(model.config).state_dict().keys()
     model.save_pretrained(tmp_path)
@@ -161,8 +162,8 @@ def test_saved_natively_it_is_an_ordinary_checkpoint(base_name: str, head: str, 
 
 
 @pytest.mark.parametrize("at", [1, 2])
-def test_a_stage_may_attach_below_the_top(base_name: str, at: int) -> None:
-    cascade = grown(base_name, attach_at=at)
+def test_a_stage_may_attach_below_the_top(flat_name: str, at: int) -> None:
+    cascade = grown(flat_name, attach_at=at)
     model = cascade.model("t")
     assert len(model.model.layers) == model.config.num_hidden_layers == at + 2
     assert [layer.self_attn.layer_idx for layer in model.model.layers] == list(range(at + 2))

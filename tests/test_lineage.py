@@ -183,7 +183,7 @@ def test_a_parent_must_have_files_that_are_what_it_is(saved_base, tmp_path: Path
         ({"poe_format": "9"}, DeltaError, "format '9', expected '1'"),
         ({"stage": {"name": "parent"}}, DeltaError, "'stage' lacks num_layers, attach_at, head"),
         ({"base": None}, DeltaError, "'base' lacks fingerprint"),
-        ({"model_type": "hrm_text"}, FamilyError, "'hrm_text', which cannot be grown: it is recurrent"),
+        ({"model_type": "gpt2"}, FamilyError, "'gpt2' cannot be grown: its layers have no"),
     ],
 )
 def test_a_config_of_another_kind_is_refused(family: Path, changes: dict, error: type, message: str) -> None:

@@ -36,12 +36,14 @@ def device_map(base: PreTrainedModel, parts: dict[str, str]) -> dict[str, str]:
     family = family_of(base)
     embedding = next(n for n, m in base.named_modules() if m is base.get_input_embeddings())
     tied = base.config.tie_word_embeddings
-    places = {}
-    for name, child in family.backbone_of(base).named_children():
+    backbone = family.backbone_of(base)
+    places = {f"{family.backbone}.{name}": "cpu" for name, _ in backbone.named_parameters(recurse=False)}
+    for name, _ in backbone.named_children():
         path = f"{family.backbone}.{name}"
-        if name == family.layers:
-            for index in range(len(child)):
-                places[f"{path}.{index}"] = parts.get(f"layers.{index}", parts.get("layers", "cpu"))
+        if name == family.layers.partition(".")[0]:
+            for index in range(len(family.layers_of(base))):
+                layer = f"{family.backbone}.{family.layers}.{index}"
+                places[layer] = parts.get(f"layers.{index}", parts.get("layers", "cpu"))
         elif path == embedding:
             places[path] = parts.get("embedding", parts.get("embedding if tied", "cpu") if tied else "cpu")
         else:

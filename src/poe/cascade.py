@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from poe.errors import DeltaError, FamilyError, FingerprintError, suggest
 from poe.loaders.places import embedded_folders, place
@@ -118,7 +119,8 @@ class Cascade:
                     "weights it comes: expected Cascade.from_pretrained(folder or repository, with the same "
                     "quantization_config or device_map), which takes the fingerprint of the files."
                 )
-            self._source = BaseSource(None, known_fingerprint=fingerprint_tensors(self.base.state_dict()))
+            tensors = revert_weight_conversion(self.base, self.base.state_dict())  # as files of it would hold them
+            self._source = BaseSource(None, known_fingerprint=fingerprint_tensors(tensors))
         return self._source
 
     def add_stage(
@@ -287,8 +289,8 @@ class Cascade:
 
         Plain `AutoModelForCausalLM.from_pretrained(folder)` then gives the same logits without this package (a PoE
         base needs `trust_remote_code=True`: its file travels along). Weights are in the base's dtype, in files of at
-        most `max_shard_size`. Raises `FamilyError` for a quantised or offloaded base, `OutputError` for a folder that
-        is not empty or a disk that is full.
+        most `max_shard_size`. Raises `FamilyError` for a quantised, offloaded or recurrent base, `OutputError` for a
+        folder that is not empty or a disk that is full.
         """
         from poe.loaders.native import export_native
 

@@ -20,6 +20,7 @@ from poe.loaders.output import staged
 from poe.modeling.access import read_config
 from poe.modeling.families import family_of
 from poe.modeling.placement import is_offloaded, quantisation_of
+from poe.modeling.recurrent import refuse_checkpoint
 from poe.modeling.stage import Stage
 from poe.modeling.tensor_file import write_tensors
 
@@ -34,8 +35,8 @@ def export_native(cascade: "Cascade", stage: Stage, folder: Path, *, max_shard_s
 
     Weights are in the base's dtype and go to the disk tensor by tensor; files hold at most `max_shard_size` (bytes, or
     a number with a unit), or one tensor. The logits are those of the cascade, bit for bit, if the stages are in the
-    base's dtype, as they are when they come from files. Raises `FamilyError` for a base that is quantised or
-    offloaded, `OutputError` for a folder that holds anything or a disk that is too small.
+    base's dtype, as they are when they come from files. Raises `FamilyError` for a base that is quantised,
+    offloaded or recurrent, `OutputError` for a folder that holds anything or a disk that is too small.
     """
     target = folder.expanduser().absolute()
     if target.is_dir() and any(target.iterdir()):
@@ -43,6 +44,8 @@ def export_native(cascade: "Cascade", stage: Stage, folder: Path, *, max_shard_s
             f"{target} is not empty: expected a new folder, because weights of another export beside these would be "
             "read in their place. Remove it or choose another."
         )
+    if family_of(cascade.base).recurrent:
+        refuse_checkpoint(cascade.config.model_type)
     _refuse_what_has_no_plain_weights(cascade.base)
     with torch.no_grad():
         model = cascade.model(stage.name)

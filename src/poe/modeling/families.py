@@ -27,7 +27,9 @@ class Family:
     follow them. (A zero projection below a norm would be the identity too, but only until its first step: the norm
     makes a vector of full size of the smallest change.) A new layer is like the base's last layer of type `layer_type`,
     where `config.layer_types` has that type, else like its last one: it takes that layer's entry of every list in the
-    config that has one per layer, unless `per_layer` names the entry.
+    config that has one per layer, unless `per_layer` names the entry. Where a base is `recurrent` its layers run again
+    in every cycle, and new ones once, above the last (recurrent.py); `layers` is then the list of the stack that ends a
+    cycle, and the config's `num_hidden_layers` counts runs.
     """
 
     model_type: str
@@ -38,6 +40,7 @@ class Family:
     outputs: tuple[str, ...] = ("self_attn.o_proj", "mlp.down_proj")
     layer_type: str = "full_attention"
     per_layer: Mapping[str, Any] = field(default_factory=dict)
+    recurrent: bool = False
 
     def backbone_of(self, model: PreTrainedModel) -> nn.Module:
         """Return the module that holds the embedding, the layers and the final norm."""
@@ -68,6 +71,7 @@ FAMILIES: dict[str, Family] = {
         Family("gemma2", outputs=_POST_NORMS),
         Family("gemma3_text", outputs=_POST_NORMS),
         Family("granite"),
+        Family("hrm_text", layers="H_module.layers", norm="H_module.final_norm", recurrent=True),
         Family("llama"),
         Family("mistral"),
         Family("nanochat", outputs=("self_attn.o_proj", "mlp.fc2")),
@@ -78,11 +82,6 @@ FAMILIES: dict[str, Family] = {
         Family("qwen3"),
         Family("smollm3", per_layer={"no_rope_layers": 1}),  # 1 is a layer with rotary positions, 0 one without any
     )
-}
-
-# Flat in name only: no layer could be added that does what a stage's must. model type -> why.
-CANNOT_GROW = {
-    "hrm_text": "it is recurrent, its layers run again in every cycle, and so would new ones",
 }
 
 

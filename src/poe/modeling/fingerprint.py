@@ -11,7 +11,8 @@ output head is left out where it equals an input embedding of the same dtype and
 files of tied models hold it and others do not.
 
 A base's fingerprint is that of its files as stored, whatever dtype it is loaded in. A base without files has the
-fingerprint of its state dict.
+fingerprint of the tensors that `save_pretrained` would write; of most families that is the state dict, but files of
+some (hrm_text) join projections into one tensor.
 """
 
 import contextlib

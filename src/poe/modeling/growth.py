@@ -15,7 +15,8 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from .families import family_of, grown_config
 from .heads import FoldedHead
-from .placement import device_of, leave_alone
+from .placement import device_of, in_memory, leave_alone
+from .recurrent import GrownStack, forbid_checkpoint
 
 
 def build_layers(
@@ -30,7 +31,7 @@ def build_layers(
     """
     family = family_of(base)
     base_layers = family.layers_of(base)
-    layer_class = type(base_layers[family.pattern_of(base.config)])
+    layer_class = type(base_layers[min(family.pattern_of(base.config), len(base_layers) - 1)])
     config = grown_config(base.config, family, below, count)
     layers_config = _layers_config(base)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
@@ -57,20 +58,26 @@ def shell(
     """Return a second instance of the base's class: its first `below` layers (default all), then `layers`, then `head`.
 
     Everything but `layers` and `head` is the base's own module, not a copy; the config is a grown copy with an untied
-    head. The new model has the base's generation config and training mode.
+    head. The new model has the base's generation config and training mode. On a recurrent base `layers` run in the last
+    cycle only, and the model refuses `save_pretrained`.
     """
     family = family_of(base)
-    base_layers = family.layers_of(base)
-    below = len(base_layers) if below is None else below
+    kept = family.layers_of(base)[:below]
+    below = base.config.num_hidden_layers if below is None else below
     with torch.device("meta"):
         model = type(base)(grown_config(base.config, family, below, len(layers)))
     backbone, base_backbone = family.backbone_of(model), family.backbone_of(base)
     _record_outputs_once(base_backbone, backbone, family.layers, layers)
-    _share(base_backbone, backbone, {family.layers})
-    setattr(backbone, family.layers, nn.ModuleList([*base_layers[:below], *layers]))
+    child = family.layers.partition(".")[0]
+    _share(base_backbone, backbone, {child})
+    if family.recurrent:
+        setattr(backbone, child, GrownStack(base_backbone.get_submodule(child), layers, base.config))
+        forbid_checkpoint(model)
+    else:
+        setattr(backbone, child, nn.ModuleList([*kept, *layers]))
     _share(base, model, {family.backbone, family.head})
     setattr(model, family.head, head)
-    added = range(below, below + len(layers))
+    added = range(len(kept), len(kept) + len(layers))
     leave_alone(model.config, base, [family.head, *(f"{family.backbone}.{family.layers}.{i}" for i in added)])
     if hasattr(base, "generation_config"):
         model.generation_config = copy.deepcopy(base.generation_config)
@@ -147,12 +154,15 @@ def _silence(module: nn.Module) -> None:
 
 
 def _share(source: nn.Module, target: nn.Module, without: set[str]) -> None:
-    """Make the children, parameters and buffers of `target` the very objects that `source` holds."""
+    """Make the children, parameters and buffers of `target` the very objects that `source` holds.
+
+    Of its own parameters, those that are offloaded are read into memory: its hooks are not the target's.
+    """
     for name, child in source.named_children():
         if name not in without:
             setattr(target, name, child)
-    for name, parameter in source.named_parameters(recurse=False):
-        setattr(target, name, parameter)
+    for name, _ in source.named_parameters(recurse=False):
+        setattr(target, name, in_memory(source, name))
     for name, buffer in source.named_buffers(recurse=False):
         setattr(target, name, buffer)
 
@@ -165,7 +175,7 @@ def _record_outputs_once(base_backbone: nn.Module, backbone: nn.Module, name: st
     """
     maybe_install_capturing_hooks(base_backbone)  # type: ignore[arg-type]
     fresh = [layer for layer in layers if not getattr(layer, "_records_outputs", False)]
-    setattr(backbone, name, nn.ModuleList(fresh))
+    backbone.set_submodule(name, nn.ModuleList(fresh))
     maybe_install_capturing_hooks(backbone)  # type: ignore[arg-type]
     for layer in fresh:
         layer._records_outputs = True  # type: ignore[assignment]

@@ -7,8 +7,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from .access import fetch
 from .delta_file import read_delta
-from .failures import FamilyError, SourceError
-from .families import CANNOT_GROW, FAMILIES
+from .failures import SourceError
+from .families import FAMILIES
 from .lineage import BaseSource, Lineage
 from .modeling_poe import PoEConfig, PoEForCausalLM
 from .placement import bring_head_back
@@ -26,15 +26,11 @@ def load_base(
     """Load a base in evaluation mode; `options` are those of `from_pretrained` (dtype, device_map, ...).
 
     A PoE base is loaded by the class that lies beside this file, any other by its transformers class. Raises
-    `FamilyError` before reading weights if it is known that it cannot be grown, if its structure says so, or if it is
-    no causal language model, `SourceError` if they cannot be read. Whether a base of an undeclared family can be
+    `FamilyError` before reading weights if its structure says that it cannot be grown, or if it is no causal language
+    model, `SourceError` if they cannot be read. Whether a base of an undeclared family can be
     grown, `recognise` says. An output head that `device_map` offloads is brought back into memory.
     """
     model_type = str(config.get("model_type"))
-    if model_type in CANNOT_GROW:
-        raise FamilyError(
-            f"{source.repo} is of model type {model_type!r}, which cannot be grown: {CANNOT_GROW[model_type]}."
-        )
     loader: Any = PoEForCausalLM if model_type == "poe" else AutoModelForCausalLM
     assert source.repo is not None
     where = {

@@ -48,6 +48,16 @@ def device_of(module: nn.Module) -> torch.device:
 
 
 @torch.no_grad()
+def in_memory(module: nn.Module, name: str) -> nn.Parameter:
+    """Return a module's own parameter, read into memory if it is offloaded, where only that module's hooks bring it."""
+    parameter = module.get_parameter(name)
+    hook = next((hook for hook in _hooks(module) if getattr(hook, "offload", False)), None)
+    if hook is None or parameter.device.type != "meta":
+        return parameter
+    return nn.Parameter(hook.weights_map[name].to(device_of(module)), requires_grad=False)
+
+
+@torch.no_grad()
 def bring_head_back(base: PreTrainedModel) -> None:
     """Put an offloaded output head into memory, on the device where it computes; `device_map="auto"` offloads it first.
 
@@ -57,10 +67,8 @@ def bring_head_back(base: PreTrainedModel) -> None:
     for hook in _hooks(head) if isinstance(head, nn.Module) else ():
         if not getattr(hook, "offload", False):
             continue
-        for name, parameter in list(head.named_parameters(recurse=False)):
-            if parameter.device.type == "meta":  # else it is tied to an embedding that is in memory
-                weight = hook.weights_map[name].to(device_of(head))
-                setattr(head, name, nn.Parameter(weight, requires_grad=False))
+        for name, _ in list(head.named_parameters(recurse=False)):
+            setattr(head, name, in_memory(head, name))  # if it is tied to an embedding in memory, it stays that
         hook.offload = False  # it still brings what comes in to the head's device
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from .failures import FamilyError
-from .families import CANNOT_GROW, FAMILIES, Family, family_of, grown_config, logits_of
+from .families import FAMILIES, Family, family_of, grown_config, logits_of
 from .growth import build_layers, shell
 from .heads import FoldedHead
 from .placement import device_of, quantisation_of
@@ -29,8 +29,6 @@ def recognise(base: PreTrainedModel) -> Family:
     """
     if base.config.model_type in FAMILIES or "_poe_family" in vars(base):
         return family_of(base)
-    if base.config.model_type in CANNOT_GROW:
-        raise _refusal(base, CANNOT_GROW[base.config.model_type])
     training = [module for module in base.modules() if module.training]
     try:
         base.eval()

@@ -113,8 +113,13 @@ def build_stage(
     the base's head. Raises `FamilyError` for a base that cannot be grown, `DeltaError` for a config that does not fit.
     """
     family = recognise(base)
-    depth = len(family.layers_of(base)) if parent is None else parent.below + len(parent.layers)
+    depth = base.config.num_hidden_layers if parent is None else parent.below + len(parent.layers)
     below = config.attachment(depth)
+    if family.recurrent and below < depth:
+        raise DeltaError(
+            f"Stage {config.name!r}: attach_at is {below}, but a base of model type {family.model_type!r} is "
+            "recurrent, and a stage stands above all of its cycles: expected attach_at None."
+        )
     base_head = family.head_of(base)
     folded = FoldedHead(base_head, [])  # refuses a head that cannot carry a delta, before anything is built
     layers = build_layers(base, config.num_layers, below, seed=seed, dtype=dtype)

@@ -1,0 +1,58 @@
+"""A base whose layers run again in every cycle: a stage's layers run once, in the last cycle, above the base's own.
+
+The hierarchical reasoning model (arXiv 2506.21734; `hrm_text` in transformers) has two stacks of `num_layers_per_stack`
+layers. A cycle runs the low one `L_cycles` times and the high one once, and there are `H_cycles` of them. Every run of
+a layer has a slot of its own in the key-value cache, and the config's `num_hidden_layers` counts the slots. It is such
+a base's depth here: a stage stands above that many layers, and its slots come after theirs.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .failures import FamilyError
+
+
+class GrownStack(nn.Module):
+    """The high stack of a grown model: the base's layers in every cycle, new ones on top in the last, then the norm.
+
+    It stands where the base's stack stands and holds the base's own modules; the base's stack keeps to itself.
+    """
+
+    def __init__(self, stack: nn.Module, layers: Sequence[nn.Module], config: PreTrainedConfig) -> None:
+        super().__init__()
+        assert isinstance(stack.layers, nn.ModuleList)
+        self.layers = nn.ModuleList([*stack.layers, *layers])
+        self.final_norm = stack.get_submodule("final_norm")
+        self.recurring = len(stack.layers)
+        # The last slots of the base's config are those of this stack's last run.
+        self.last_offset = config.num_hidden_layers - self.recurring
+
+    def forward(self, hidden_states: torch.Tensor, cycle_offset: int = 0, **kwargs: Any) -> torch.Tensor:
+        """Map hidden states (batch, tokens, width) to normalised ones; `cycle_offset` is the run's first cache slot."""
+        for layer in self.layers[: self.recurring]:
+            hidden_states = layer(hidden_states, cycle_offset=cycle_offset, **kwargs)
+        if cycle_offset == self.last_offset:
+            for layer in self.layers[self.recurring :]:
+                hidden_states = layer(hidden_states, cycle_offset=0, **kwargs)  # its index is its slot
+        normalised: torch.Tensor = self.final_norm(hidden_states)
+        return normalised
+
+
+def refuse_checkpoint(model_type: str, *args: Any, **kwargs: Any) -> NoReturn:
+    """Raise `FamilyError`: no checkpoint of a recurrent family can hold a stage."""
+    raise FamilyError(
+        f"A base of model type {model_type!r} is recurrent and a stage on it runs once, after the last "
+        "cycle, which an ordinary checkpoint of that family cannot express: opened again, it would lose the stage's "
+        "layers. Save the stage instead (Cascade.save_stage, push_to_hub); its folder opens with Cascade, and with "
+        "AutoModelForCausalLM and trust_remote_code=True."
+    )
+
+
+def forbid_checkpoint(model: PreTrainedModel) -> None:
+    """Make `save_pretrained` of a grown recurrent model raise: what it would write comes back without a stage."""
+    model.save_pretrained = partial(refuse_checkpoint, model.config.model_type)  # type: ignore[method-assign]
