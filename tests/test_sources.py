@@ -2,13 +2,18 @@
 
 import gzip
 import json
+import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from poe.data import sources
 from poe.data.drops import DropReport
 from poe.data.readers import read_source
 from poe.data.sources import expand, file_rows, hub_rows
@@ -181,6 +186,59 @@ def test_sources_with_nothing_left(tmp_path: Path) -> None:
         load(f"messages={path}")
     with pytest.raises(DataError, match="no public data set"):
         load("messages")
+
+
+json_rows = st.recursive(
+    st.none() | st.integers() | st.text(st.sampled_from('ab"\\\\ ,[]{}\n🙂'), max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(st.lists(json_rows, max_size=6), st.integers(1, 9), st.booleans())
+def test_a_list_is_read_alike_in_blocks_of_any_size(rows: list, size: int, ascii_only: bool) -> None:
+    text = json.dumps(rows, ensure_ascii=ascii_only, indent=size % 3 or None)[1:]
+    whole = [("".join(e.parts).strip(), mark) for e, mark in sources._elements([text])]
+    parts = [text[i : i + size] for i in range(0, len(text), size)]
+    assert [("".join(e.parts).strip(), mark) for e, mark in sources._elements(parts)] == whole
+    assert [json.loads(element) for element, mark in whole if element and mark != "after"] == rows
+
+
+@pytest.mark.parametrize(("name", "begin", "end"), [("x.jsonl", "", "\n"), ("x.json", "[", ",")])
+def test_a_row_that_would_fill_the_memory_is_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, begin: str, end: str
+) -> None:
+    monkeypatch.setattr(sources, "MAX_ROW", 1000)
+    long = json.dumps({"text": "y" * 5000})
+    rest = end.join(['{"a": 1}', long, '{"a": 2}'])
+    (tmp_path / name).write_text(begin + rest + ("]" if begin else ""))
+    assert read(tmp_path / name) == ([{"a": 1}, {"a": 2}], {sources.TOO_LONG: 1})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("begin", ["", "["])
+def test_a_hundred_megabytes_in_one_row_take_little_memory(tmp_path: Path, begin: str) -> None:
+    path = tmp_path / ("x.json.gz" if begin else "x.jsonl.gz")
+    with gzip.open(path, "wt", compresslevel=1) as file:
+        file.write(begin + '{"messages": "')
+        for _ in range(100):
+            file.write("z" * 2**20)
+        file.write('"}')
+    code = (
+        "import resource, sys\n"
+        "from poe.data.drops import DropReport\n"
+        "from poe.data.sources import file_rows\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "report = DropReport()\n"
+        "rows = list(file_rows(sys.argv[1], 's', report))\n"
+        "print(len(rows), dict(report.dropped['s']), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    count, reasons, kilobytes = re.fullmatch(r"(\d+) (\{.*\}) (\d+)\n", done.stdout).groups()
+    assert count == "0"
+    assert ("16 MiB" in reasons) or ("truncated" in reasons)
+    assert int(kilobytes) < 150_000
 
 
 def test_dropped_rows_are_kept_in_a_file(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ that cannot be parsed is dropped and counted, and the rows around it are kept; a
 before the break and one drop, "truncated file".
 """
 
+import codecs
 import glob
 import gzip
 import io
@@ -14,8 +15,9 @@ import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, AnyStr, Generic
 
 from poe.data.drops import DropReport
 from poe.errors import DataError, MissingExtraError, SourceError
@@ -29,7 +31,13 @@ TRAIN_EXTRA = 'pip install "poe-cascade[train]"'
 KEPT_TEXT = 20_000
 """How many characters of an unreadable text go to the drop report."""
 
-_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|"|[\[\]{},]', re.DOTALL)
+MAX_ROW = 1 << 24
+"""How long the text of one row may be: longer ones are no rows, and would fill the memory."""
+
+TOO_LONG = "row longer than 16 MiB"
+
+_OUTSIDE = re.compile(r'["\[\]{},]')
+_INSIDE = re.compile(r'\\.|"', re.DOTALL)
 
 
 def _refuse_constant(name: str) -> Any:
@@ -136,45 +144,61 @@ def _text_rows(file: Path, source: str, report: DropReport) -> Iterator[Row]:
     if _kind(file) != ".json":
         yield from _lines(blocks, blocks, file, source, report)
         return
-    data = b"".join(blocks)
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        if not blocks.broken or error.end < len(data):
-            raise DataError(f"{str(file)!r} is not UTF-8: {error.reason} at byte {error.start}.") from None
-        text = data[: error.start].decode("utf-8")
-    start = len(text) - len(text.lstrip())
-    if text[start : start + 1] == "[":
-        yield from _list(text, start, file, source, report)
+    chunks = _decoded(blocks, file)
+    text = ""
+    for chunk in chunks:
+        text += chunk
+        if text.strip():
+            break
+    text = text.lstrip()
+    if text.startswith("["):
+        yield from _list(chain([text[1:]], chunks), file, source, report)
         return
-    if text[start : start + 1] == "{":
-        try:
-            whole = json.loads(text)
-        except RecursionError:
-            raise DataError(f"{str(file)!r} is nested too deeply.") from None
-        except ValueError as error:
-            if "\n" not in text.strip() and not str(error).startswith("Extra data"):
-                raise DataError(f"{str(file)!r} is not JSON: {error}.") from None
-            yield from _lines([data], blocks, file, source, report)
-            return
-        inner = [whole[key] for key in ("data", "rows") if isinstance(whole.get(key), list)]
-        if len(inner) == 1:
-            yield from ((f"{file.name}[{i}]", row) for i, row in enumerate(inner[0]))
-            return
-        raise DataError(
-            f"{str(file)!r} is one JSON object with the keys {sorted(whole)[:8]}; expected a list of rows, an object "
-            "with the list under 'data' or 'rows', or one row per line."
-        )
-    kind = "is empty" if start == len(text) else f"starts with {text[start : start + 20]!r}"
-    raise DataError(f"{str(file)!r} {kind}; expected a JSON list of rows, or one JSON object per line.")
+    if not text.startswith("{"):
+        kind = f"starts with {text[:20]!r}" if text else "is empty"
+        raise DataError(f"{str(file)!r} {kind}; expected a JSON list of rows, or one JSON object per line.")
+    text = "".join(chain([text], chunks))
+    try:
+        whole = json.loads(text)
+    except RecursionError:
+        raise DataError(f"{str(file)!r} is nested too deeply.") from None
+    except ValueError as error:
+        if "\n" not in text.strip() and not str(error).startswith("Extra data"):
+            raise DataError(f"{str(file)!r} is not JSON: {error}.") from None
+        yield from _lines([text.encode()], blocks, file, source, report)
+        return
+    inner = [whole[key] for key in ("data", "rows") if isinstance(whole.get(key), list)]
+    if len(inner) == 1:
+        yield from ((f"{file.name}[{i}]", row) for i, row in enumerate(inner[0]))
+        return
+    raise DataError(
+        f"{str(file)!r} is one JSON object with the keys {sorted(whole)[:8]}; expected a list of rows, an object "
+        "with the list under 'data' or 'rows', or one row per line."
+    )
+
+
+def _decoded(blocks: _Blocks, file: Path) -> Iterator[str]:
+    """The blocks as text. A character that compression breaks off in is left out."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    at = 0
+    try:
+        for block in blocks:
+            yield decoder.decode(block)
+            at += len(block)
+        if not blocks.broken:
+            yield decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{str(file)!r} is not UTF-8: {error.reason} near byte {at + error.start}.") from None
 
 
 def _lines(data: Iterable[bytes], blocks: _Blocks, file: Path, source: str, report: DropReport) -> Iterator[Row]:
     """One row per line; only the line feed separates, so other line breaks may stand inside a text."""
-    number, part = 0, b""
 
-    def row(raw: bytes) -> Iterator[Row]:
-        row_id = f"{file.name}:{number}"
+    def row(line: _Bounded[bytes], number: int) -> Iterator[Row]:
+        raw, row_id = b"".join(line.parts), f"{file.name}:{number}"
+        if line.too_long:
+            _lost(source, report, TOO_LONG, raw[:KEPT_TEXT].decode("utf-8", "replace"), row_id)
+            return
         try:
             text = raw.decode("utf-8")
         except UnicodeDecodeError:
@@ -187,64 +211,84 @@ def _lines(data: Iterable[bytes], blocks: _Blocks, file: Path, source: str, repo
         except ValueError:
             _lost(source, report, "not JSON", text, row_id)
 
+    number, line = 1, _Bounded[bytes]()
     for block in data:
-        *whole, last = block.split(b"\n")
-        if whole:
-            whole[0], part = part + whole[0], b""
-        for raw in whole:
-            number += 1
-            yield from row(raw)
-        part += last
-    number += 1
+        first, *others = block.split(b"\n")
+        line.add(first)
+        for raw in others:
+            yield from row(line, number)
+            number, line = number + 1, _Bounded[bytes]()
+            line.add(raw)
     if blocks.broken:
-        _lost(source, report, "truncated file", part.decode("utf-8", "replace"), f"{file.name}:{number}")
-    elif part:
-        yield from row(part)
+        _lost(
+            source, report, "truncated file", b"".join(line.parts).decode("utf-8", "replace"), f"{file.name}:{number}"
+        )
+    else:
+        yield from row(line, number)
 
 
-def _list(text: str, start: int, file: Path, source: str, report: DropReport) -> Iterator[Row]:
-    """The elements of a JSON list. After one that cannot be parsed, reading goes on behind it."""
-    try:
-        rows = json.loads(text, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError):
-        yield from _list_by_element(text, start + 1, file, source, report)
-        return
-    yield from ((f"{file.name}[{i}]", row) for i, row in enumerate(rows))
-
-
-def _list_by_element(text: str, at: int, file: Path, source: str, report: DropReport) -> Iterator[Row]:
+def _list(chunks: Iterable[str], file: Path, source: str, report: DropReport) -> Iterator[Row]:
+    """The elements of a JSON list, from behind its bracket. After one that cannot be parsed, reading goes on."""
     index = 0
-    while True:
-        end, mark = _element_end(text, at)
-        element, row_id = text[at:end].strip(), f"{file.name}[{index}]"
-        if not mark:
-            _lost(source, report, "truncated file", element, row_id)
-            return
-        if element:
-            try:
-                yield row_id, parse_json(element)
-            except ValueError:
-                _lost(source, report, "not JSON", element, row_id)
+    for element, mark in _elements(chunks):
+        text, row_id = "".join(element.parts).strip(), f"{file.name}[{index}]"
+        if mark == "after" and text:
+            _lost(source, report, "text after the end of the list", text, row_id)
+        elif mark == "":
+            _lost(source, report, "truncated file", text, row_id)
+        elif element.too_long:
+            _lost(source, report, TOO_LONG, text, row_id)
             index += 1
-        if mark == "]":
-            if text[end + 1 :].strip():
-                _lost(source, report, "text after the end of the list", text[end + 1 :], row_id)
-            return
-        at = end + 1
+        elif text and mark != "after":
+            try:
+                yield row_id, parse_json(text)
+            except ValueError:
+                _lost(source, report, "not JSON", text, row_id)
+            index += 1
 
 
-def _element_end(text: str, at: int) -> tuple[int, str]:
-    """Where the list element that starts at `at` ends, and the comma or bracket there ("" when the text breaks off)."""
-    depth = 0
-    for token in _TOKEN.finditer(text, at):
-        mark = token[0]
-        if mark in ("[", "{"):
-            depth += 1
-        elif depth == 0 and mark in (",", "]"):
-            return token.start(), mark
-        elif mark in ("]", "}"):
-            depth = max(0, depth - 1)
-    return len(text), ""
+def _elements(chunks: Iterable[str]) -> Iterator[tuple["_Bounded[str]", str]]:
+    """Each element of a list and the mark that ends it, "" where the text breaks off; last, what comes "after"."""
+    element = _Bounded[str]()
+    depth, inside, over, carried = 0, False, False, ""
+    for chunk in chunks:
+        text, start, at = carried + chunk, 0, 0
+        while not over and (found := (_INSIDE if inside else _OUTSIDE).search(text, at)):
+            at, mark = found.end(), found[0]
+            if mark == '"':
+                inside = not inside
+            elif inside:
+                continue  # an escaped character
+            elif mark in "[{":
+                depth += 1
+            elif depth == 0 and mark in ",]":
+                element.add(text[start : found.start()])
+                yield element, mark
+                element, start, over = _Bounded[str](), at, mark == "]"
+            elif mark in "]}":
+                depth = max(0, depth - 1)
+        # A backslash at the end belongs to the character that the next chunk begins with.
+        carried = "\\" if inside and text.endswith("\\", at) else ""
+        element.add(text[start : len(text) - len(carried)])
+    element.add(carried)
+    yield element, "after" if over else ""
+
+
+class _Bounded(Generic[AnyStr]):
+    """Pieces of one row, of which no more is kept than a row may have."""
+
+    def __init__(self) -> None:
+        self.parts: list[AnyStr] = []
+        self._size = 0
+
+    @property
+    def too_long(self) -> bool:
+        return self._size > MAX_ROW
+
+    def add(self, part: AnyStr) -> None:
+        if self._size <= MAX_ROW:
+            self.parts.append(part)
+        self._size += len(part)
 
 
 def _parquet_rows(file: Path) -> Iterator[Row]:
