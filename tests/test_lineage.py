@@ -256,3 +256,15 @@ def test_without_a_network_the_message_is_ours_and_comes_soon(family: Path, offl
     assert "nobody/nothing" in lines[0]
     assert "Check the name, the network" in lines[0]
     assert float(done.stderr.splitlines()[-1]) < 15  # seconds
+
+
+def test_a_base_that_is_not_whole_is_refused(tmp_path: Path) -> None:
+    """Otherwise transformers would fill what is missing with random numbers and only warn."""
+    from safetensors.torch import load_file, save_file
+
+    folder = save_base_folder(tiny_base("qwen3"), tmp_path / "base", tiny_tokenizer())
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SourceError, match=r"not whole: 1 tensors.*layers\.1\.mlp\.up_proj.*Fetch it again\."):
+        Cascade.from_pretrained(folder)

@@ -27,8 +27,8 @@ def load_base(
 
     A PoE base is loaded by the class that lies beside this file, any other by its transformers class. Raises
     `FamilyError` before reading weights if its structure says that it cannot be grown, or if it is no causal language
-    model, `SourceError` if they cannot be read. Whether a base of an undeclared family can be
-    grown, `recognise` says. An output head that `device_map` offloads is brought back into memory.
+    model, `SourceError` if they cannot be read or lack some. Whether a base of an undeclared family can be grown,
+    `recognise` says. An output head that `device_map` offloads is brought back into memory.
     """
     model_type = str(config.get("model_type"))
     loader: Any = PoEForCausalLM if model_type == "poe" else AutoModelForCausalLM
@@ -41,10 +41,19 @@ def load_base(
     try:
         if model_type not in FAMILIES:
             foresee(source.repo, model_type, **where)
-        model = loader.from_pretrained(source.repo, use_safetensors=True, **where, **options)
+        model, found = loader.from_pretrained(
+            source.repo, use_safetensors=True, output_loading_info=True, **where, **options
+        )
     except OSError as error:
         raise SourceError(f"The base {source.repo} could not be loaded: {error}") from error
     assert isinstance(model, PreTrainedModel)
+    if missing := sorted(found["missing_keys"]):
+        # transformers only warns, and fills them with random numbers.
+        raise SourceError(
+            f"The base {source.repo} is not whole: {len(missing)} tensors got no values from its files "
+            f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}). Fetch it again"
+            + (", or open it without quantization_config." if options.get("quantization_config") else ".")
+        )
     bring_head_back(model)
     return model.eval()
 
