@@ -1,7 +1,6 @@
 """Conversations on disk: written once, read by number, in any order and by any process."""
 
 import json
-import mmap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import overload
@@ -34,12 +33,14 @@ class RowWriter:
 
 
 class RowStore(Sequence[Conversation]):
-    """The conversations of a finished store, by number. Memory-mapped: what is not asked for is not in memory."""
+    """The conversations of a finished store, by number. Every row is read when it is asked for, and not kept.
+
+    (A memory map would count every page that was ever touched as this process's own.) Not to be shared by processes.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._offsets = np.load(folder / _OFFSETS)
-        with (folder / _ROWS).open("rb") as file:
-            self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if len(self) else b""
+        self._file = (folder / _ROWS).open("rb")
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
@@ -53,7 +54,9 @@ class RowStore(Sequence[Conversation]):
             return [self[i] for i in range(*index.indices(len(self)))]
         if not 0 <= index < len(self):
             raise IndexError(index)
-        return Conversation(*json.loads(self._bytes[self._offsets[index] : self._offsets[index + 1]]))
+        start, end = int(self._offsets[index]), int(self._offsets[index + 1])
+        self._file.seek(start)
+        return Conversation(*json.loads(self._file.read(end - start)))
 
     def __iter__(self) -> Iterator[Conversation]:
         return (self[i] for i in range(len(self)))
