@@ -77,6 +77,7 @@ def test_an_export_that_fails_leaves_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_commands_show_count_and_write(tmp_path: Path) -> None:
     shown = poe("data", "show", "demo=40", "-n", "2", cwd=tmp_path)
     assert shown.returncode == 0, shown.stderr

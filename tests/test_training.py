@@ -199,6 +199,7 @@ def test_a_folder_that_holds_something_is_not_touched(base: Path, tmp_path: Path
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_said_before_training_and_while_writing(base: Path, tmp_path: Path, monkeypatch) -> None:
     class Usage:
         free = 10_000
@@ -279,6 +280,7 @@ def test_tokens_that_the_data_never_asks_for_keep_the_logits_of_the_base(base, h
     assert all(not tensor._backward_hooks for tensor in stage.head.parameters())  # nothing stays behind
 
 
+@pytest.mark.slow
 def test_a_base_can_be_continued_with_its_shape_and_its_words(base: Path, tmp_path: Path) -> None:
     recipe = load_base_recipe("demo", init=str(base), max_steps=2, seq_len=1024, tokens_per_step=1024)
     folder = train_base(recipe, tmp_path / "more", progress=QUIET)
