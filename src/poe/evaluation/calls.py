@@ -9,6 +9,7 @@ import torch
 from poe.cascade import Cascade
 from poe.data.conversation import Conversation
 from poe.data.render import Renderer
+from poe.data.templates import template_call_form
 from poe.modeling.placement import device_of
 from poe.tools.calls import parse_reply, problems
 
@@ -77,12 +78,15 @@ def answer(
     return texts
 
 
-def score(conversations: Sequence[Conversation], replies: Sequence[str]) -> CallScores:
-    """Compare replies, read in the call form of their conversation, with the reference answers of `conversations`."""
+def score(conversations: Sequence[Conversation], replies: Sequence[str], form: str = "hermes") -> CallScores:
+    """Compare replies with the reference answers of `conversations`.
+
+    A reply is read in the call form of its conversation, or in `form` where that leaves it to the chat template.
+    """
     exact = names = valid = calls_wanted = abstained = abstentions_wanted = 0
     for conversation, text in zip(conversations, replies, strict=True):
         wanted = question(conversation)[1]
-        reply = parse_reply(text, conversation.form.calls) if conversation.form else parse_reply(text)
+        reply = parse_reply(text, conversation.form.calls if conversation.form else form)
         got = [(call.name, call.arguments) for call in reply.calls]
         if wanted:
             calls_wanted += 1
@@ -107,8 +111,10 @@ def evaluate_calls(
 ) -> dict[str, CallScores]:
     """Answer and score every split with `stage` (None: the base alone). `options` go to `answer`."""
     renderer = Renderer(cascade.tokenizer)
+    form = template_call_form(cascade.tokenizer) or "hermes"
     scores = {}
     for name, conversations in splits.items():
         prompts = [renderer.prompt_ids(question(c)[0], c.tools, c.form) for c in conversations]
-        scores[name] = score(conversations, answer(cascade, stage, prompts, renderer.stop_token_ids, **options))
+        replies = answer(cascade, stage, prompts, renderer.stop_token_ids, **options)
+        scores[name] = score(conversations, replies, form)
     return scores

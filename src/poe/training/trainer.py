@@ -17,6 +17,7 @@ from poe.data.conversation import Conversation
 from poe.data.drops import DropReport
 from poe.data.pipeline import TrainingData, prepare
 from poe.data.render import Renderer, token_bytes
+from poe.data.templates import extend_with_tools
 from poe.errors import TemplateError
 from poe.modeling.placement import quantisation_of
 from poe.modeling.stage import Stage
@@ -69,6 +70,7 @@ def train_stage(
     run = Path(output_dir or f"runs/{plan.name}")
     if cascade.tokenizer is None:
         raise TemplateError("The base has no tokenizer: put its tokenizer files, with a chat template, beside it.")
+    told = extend_with_tools(cascade.tokenizer)
     # Refuses a base without a chat template before anything is written.
     renderer = Renderer(cascade.tokenizer, calls_only=plan.train_on == "calls")
     run = prepare_output(run, resume)
@@ -76,6 +78,8 @@ def train_stage(
         # until there is a checkpoint, a run that fails leaves its folder as empty as it found it
         stack.callback(_remove_if_unused, run)
         progress = progress or Progress(f"stage {plan.name}")
+        if told:
+            progress.note("the base's chat template ignores tools: extended by ours, and saved so with the stage")
         started = time.time()
         with DropReport(run / "dropped.jsonl") as report:
             prepared = prepare(

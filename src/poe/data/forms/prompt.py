@@ -48,6 +48,11 @@ class PromptForm:
             if name not in known:
                 raise DataError(f"Unknown {what} {name!r}.{suggest(name, known)}")
 
+    @property
+    def heading(self) -> str:
+        """The words before the list of tools."""
+        return _PHRASINGS[self.phrasing % PHRASINGS][0]
+
     def request(self, tools: Sequence[Tool]) -> str:
         """The part of the prompt that lists the tools and asks for the form."""
         heading, which, request_first, _ = _PHRASINGS[self.phrasing % PHRASINGS]

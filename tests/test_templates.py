@@ -1,0 +1,132 @@
+"""Chat templates that know no tools are extended: tools, calls and results told in text, the rest as before."""
+
+import copy
+
+import pytest
+from hypothesis import given, settings
+
+from augment_rows import demo_rows
+from poe.data.conversation import Conversation
+from poe.data.demo.conversations import make_conversation
+from poe.data.forms.prompt import PromptForm
+from poe.data.render import Renderer
+from poe.data.templates import extend_with_tools, knows_tools, template_call_form
+from poe.evaluation.calls import question, score
+from test_prompt_forms import ROW
+from test_render import TOKENIZERS, assistant, trained, user
+
+# As SmolLM2 has it: a default system text, every message by its content alone.
+PLAIN = """\
+{%- for m in messages %}
+{%- if loop.first and m.role != 'system' %}{{- '<|im_start|>system\\nHelp.<|im_end|>\\n' }}{%- endif %}
+{{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
+"""
+# As Gemma 2 has it: no system role, and user and assistant take turns.
+STRICT = """\
+{%- for m in messages %}
+{%- if m.role == 'system' %}{{- raise_exception('System role not supported') }}{%- endif %}
+{%- if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{- raise_exception('Roles must alternate') }}{%- endif %}
+{{- '<|im_start|>' + m.role + '\\n' + m.content | trim + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
+"""
+PLACES = {"plain": (PLAIN, "system"), "strict": (STRICT, "user")}
+
+
+def tokenizer_with(template):
+    tokenizer = copy.deepcopy(TOKENIZERS["chatml"])
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+BEFORE = {name: Renderer(tokenizer_with(template)) for name, (template, _) in PLACES.items()}
+EXTENDED = {name: tokenizer_with(template) for name, (template, _) in PLACES.items()}
+for one in EXTENDED.values():
+    assert extend_with_tools(one)
+AFTER = {name: Renderer(tokenizer) for name, tokenizer in EXTENDED.items()}
+
+
+@given(demo_rows)
+@settings(max_examples=40, deadline=None)
+def test_a_row_is_told_as_our_default_form_tells_it(row) -> None:
+    for name, (_, place) in PLACES.items():
+        told = BEFORE[name].render(Conversation(row.messages, row.tools, form=PromptForm(place=place)))
+        assert AFTER[name].render(row).text == told.text
+        assert AFTER[name].render(row).loss_mask == told.loss_mask
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_conversations_without_tools_render_as_before(name) -> None:
+    messages = [user("hello"), assistant("Hello!"), user("bye"), assistant("Bye.")]
+    assert AFTER[name].render(Conversation(messages)) == BEFORE[name].render(Conversation(messages))
+    assert AFTER[name].prompt(messages[:3]) == BEFORE[name].prompt(messages[:3])
+    assert AFTER[name].stop_token_ids == BEFORE[name].stop_token_ids
+
+
+def test_what_is_trained_is_what_the_assistant_says() -> None:
+    said = trained(AFTER["plain"], AFTER["plain"].render(ROW))
+    assert said[0].startswith('<tool_call>\n{"name": "find_news"')
+    assert said[0].endswith("</tool_call><|im_end|>")
+    assert said[1].startswith('I shall.\n<tool_call>\n{"name": "send_mail"')
+    assert said[2] == "It is sent.<|im_end|>"
+
+
+def test_a_system_message_keeps_its_place_and_its_words() -> None:
+    text = AFTER["plain"].render(ROW).text
+    assert text.startswith("<|im_start|>system\nBe brief.\n\nYou have access to these functions:\n{")
+    assert text.count("<|im_start|>system") == 1
+    assert "Help." not in text
+
+
+@pytest.mark.parametrize("name", ["chatml", "marked"])
+def test_a_template_that_knows_tools_is_left_alone(name) -> None:
+    tokenizer = copy.deepcopy(TOKENIZERS[name])
+    assert knows_tools(tokenizer)
+    assert not extend_with_tools(tokenizer)
+    assert tokenizer.chat_template == TOKENIZERS[name].chat_template
+
+
+def test_a_template_that_cannot_be_helped_is_left_alone() -> None:
+    for broken in ("{{ raise_exception('no') }}", "{% if %}", "always the same", None):
+        tokenizer = tokenizer_with(broken)
+        assert not extend_with_tools(tokenizer)
+        assert tokenizer.chat_template == broken
+
+
+def test_extending_twice_is_extending_once() -> None:
+    tokenizer = copy.deepcopy(EXTENDED["plain"])
+    assert not extend_with_tools(tokenizer)
+    assert tokenizer.chat_template == EXTENDED["plain"].chat_template
+
+
+def test_one_of_several_templates_is_made_for_tools() -> None:
+    tokenizer = tokenizer_with({"default": PLAIN, "short": "x"})
+    assert extend_with_tools(tokenizer)
+    assert Renderer(tokenizer).render(ROW) == AFTER["plain"].render(ROW)
+    assert tokenizer.chat_template["default"] == PLAIN
+
+
+def test_it_survives_saving(tmp_path) -> None:
+    from transformers import AutoTokenizer
+
+    EXTENDED["plain"].save_pretrained(tmp_path)
+    assert Renderer(AutoTokenizer.from_pretrained(tmp_path)).render(ROW) == AFTER["plain"].render(ROW)
+
+
+@pytest.mark.parametrize(
+    ("name", "form"), [("chatml", "hermes"), ("marked", "hermes"), ("llama3", "llama"), ("rewriting", None)]
+)
+def test_the_call_form_of_a_template_is_found(name, form) -> None:
+    assert template_call_form(TOKENIZERS[name]) == form
+    assert template_call_form(EXTENDED["strict"]) == "hermes"
+
+
+def test_replies_are_read_in_the_form_of_the_template() -> None:
+    row = make_conversation(3, kind="call")
+    renderer = Renderer(TOKENIZERS["llama3"])
+    text = renderer.render(row).text
+    said = text[len(renderer.prompt(question(row)[0], row.tools)) :].removesuffix("<|eot_id|>")
+    assert score([row], [said], "llama").exact == 1.0
+    assert score([row], [said]).exact == 0.0
