@@ -5,6 +5,7 @@ They lie in `$POE_CACHE`, else in `~/.cache/poe`; any of them may be deleted at 
 
 import errno
 import hashlib
+import importlib.metadata
 import json
 import os
 import shutil
@@ -25,8 +26,11 @@ def cache_root() -> Path:
 
 
 def fingerprint(*parts: Any) -> str:
-    """A hash of JSON values, and of the code of this room: what it made is made anew when it changes."""
-    text = json.dumps([code_version(), *parts], sort_keys=True, default=str)
+    """A hash of JSON values, of the code of this room and of the libraries it stands on.
+
+    What was made is made anew when any of them changes.
+    """
+    text = json.dumps([code_version(), library_versions(), *parts], sort_keys=True, default=str)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
@@ -38,6 +42,18 @@ def code_version() -> str:
     for path in sorted(here.rglob("*.py")):
         digest.update(path.relative_to(here).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
+
+
+@cache
+def library_versions() -> dict[str, str]:
+    """The versions of the libraries that decide what a row becomes; "" for one that is not installed."""
+    versions = {}
+    for name in ("transformers", "tokenizers", "jinja2", "jsonschema"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = ""
+    return versions
 
 
 def file_digest(path: Path) -> str:

@@ -5,7 +5,6 @@ Every row has a side: `TRAIN` or `HELD_OUT`, by a hash of its query; `NEAR` for 
 evaluation asks. Rows of `NEAR` and `LEAK` are not used, and counted.
 """
 
-import hashlib
 import json
 from array import array
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ import numpy as np
 
 from poe.data.cache import file_digest, fingerprint, made_once
 from poe.data.conversation import Conversation
+from poe.data.digest import short_hash
 from poe.data.drops import DropReport
 from poe.data.near import NearDuplicates
 from poe.data.readers import READERS, read_source
@@ -156,9 +156,9 @@ class _Marks:
         row = len(self._source)
         self._source.append(source)
         self._side.append(side)
-        self._query.append(_digest(conversation.query or conversation.key()))
+        self._query.append(short_hash(conversation.query or conversation.key()))
         for call in _calls(conversation):
-            self._call.append(_digest(call))
+            self._call.append(short_hash(call))
             self._call_row.append(row)
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
@@ -183,7 +183,3 @@ def _calls(conversation: Conversation) -> Iterator[str]:
             function = call["function"]
             if function["arguments"]:
                 yield json.dumps([function["name"], function["arguments"]], sort_keys=True)
-
-
-def _digest(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")

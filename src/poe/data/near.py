@@ -6,7 +6,6 @@ agrees (locality-sensitive hashing). Of a value only eight bits are kept (b-bit 
 costs 256 bytes.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from poe.data.conversation import Conversation
+from poe.data.digest import short_hash
 
 BANDS, PER_BAND = 16, 8  # two rows of similarity 0.85 meet in a band with probability 0.99, of 0.5 with 0.06
 _HASHES = BANDS * PER_BAND
@@ -48,7 +48,7 @@ class NearDuplicates:
 
     def add(self, conversation: Conversation) -> None:
         """Take the next row."""
-        hashes = [_hash(text) for text in shingles(conversation)] or [0]
+        hashes = [short_hash(text) for text in shingles(conversation)] or [0]
         # multiply-shift hashing: the upper half of a * x + b modulo 2**64
         mixed = np.array(hashes, dtype=np.uint64)[:, None] * _FACTORS + _SHIFTS  # (S, 128)
         least = (mixed >> np.uint64(32)).min(axis=0)
@@ -94,7 +94,3 @@ def _candidates(bands: np.ndarray) -> np.ndarray:
         later = order[1:][same]
         found += [np.stack([later, order[:-1][same]], axis=1), np.stack([later, first[1:][same]], axis=1)]
     return np.unique(np.concatenate(found), axis=0)
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")

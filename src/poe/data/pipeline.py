@@ -1,7 +1,8 @@
 """From a `--data` SPEC to packed rows: read, divide, render, pack, and account for every row.
 
 Rows go through on disk (corpus.py), are rendered by several processes in an order that `seed` alone decides, and are
-packed into files that training maps into memory: a million rows take no more memory than a thousand.
+packed into files that training maps into memory. What stays in memory is under a kilobyte a row: where it lies,
+and the digests and MinHash values it is compared by.
 """
 
 import hashlib
@@ -60,11 +61,10 @@ def prepare(
     `epochs` are the passes per reader where the SPEC does not say; `held_out`, `near_duplicates` and `evaluation` are
     those of `read_corpus`. Training rows, and no others, go through `augmentation`, in every pass anew; where the
     result cannot be used (too long, say) the row is taken as it is. `isolated`: packed documents do not see each other.
-    `eval_rows` is how many conversations of each
-    held-out split are kept to be answered. A conversation that is too long or cannot be rendered is dropped and counted
-    in `report`. `workers` processes render (default: one per core, at most eight; few rows are rendered here); their
-    number does not change the result. Raises `DataError` when nothing is left to train on, or `TemplateError` when the
-    chat template cannot show the assistant's tokens in any row.
+    `eval_rows` is how many conversations of each held-out split are kept to be answered. A conversation that is too
+    long or cannot be rendered is dropped and counted in `report`. `workers` processes render (default:
+    `default_workers()`; few rows are rendered here); their number does not change the result. Raises `DataError` when
+    nothing is left to train on, `TemplateError` when the template cannot show the assistant's tokens in any row.
     """
     report = DropReport() if report is None else report
     corpus = read_corpus(spec, report, held_out=held_out, near=near_duplicates, evaluation=evaluation, seed=seed)
@@ -81,7 +81,8 @@ def prepare(
     def make(folder: Path) -> dict[str, Any]:
         mine = DropReport(folder / DROPPED)
         try:
-            return _pack(folder, items, renderer, options, seq_len, corpus, seed, mine, workers)
+            work = RenderRows(corpus.folder, renderer, seq_len, options, _pool(corpus, options), seed)
+            return _pack(folder, items, work, corpus, mine, workers or default_workers())
         except (DataError, TemplateError):
             mine.close()
             report.absorb(mine.as_dict(), folder / DROPPED)
@@ -148,31 +149,24 @@ def _shuffled(corpus: Corpus, times: dict[int, float], seed: int) -> np.ndarray:
 def _pack(
     folder: Path,
     items: np.ndarray,
-    renderer: Renderer,
-    augmentation: Augmentation,
-    seq_len: int,
+    work: RenderRows,
     corpus: Corpus,
-    seed: int,
     report: DropReport,
-    workers: int | None,
+    workers: int,
 ) -> dict[str, Any]:
     """Render and pack the training items, and a sample of the held-out rows, into `folder`."""
     tally = Tally(corpus, report)
-    pool = None
-    if augmentation.draws_tools:
-        training = np.flatnonzero(corpus.side == TRAIN)
-        pool = ToolPool.from_conversations(corpus.rows[i] for i in training.tolist())
-    work = RenderRows(corpus.folder, renderer, seq_len, augmentation, pool, seed)
-    options: dict[str, Any] = {"seed": seed, "pad_id": renderer.tokenizer.pad_token_id or 0}
+    seed, seq_len = work.seed, work.seq_len
+    options: dict[str, Any] = {"seed": seed, "pad_id": work.renderer.tokenizer.pad_token_id or 0}
     chunks = (items[i : i + CHUNK] for i in range(0, len(items), CHUNK))
-    results = ordered_map(work, chunks, 1 if len(items) < FEW else workers or default_workers())
+    results = ordered_map(work, chunks, 1 if len(items) < FEW else workers)
     train = pack_to(folder / "train", tally.documents(results), seq_len, **options)
     if not train.rows:
         tally.raise_if_hidden()
     held = np.flatnonzero(corpus.side == HELD_OUT)
     if len(held) > MAX_VALIDATION_CONVERSATIONS:
         held = np.sort(np.random.default_rng(seed).choice(held, MAX_VALIDATION_CONVERSATIONS, replace=False))
-    plainly = RenderRows(corpus.folder, renderer, seq_len)
+    plainly = RenderRows(corpus.folder, work.renderer, seq_len)
     documents = (d for one in plainly(np.stack([held, np.zeros_like(held)], axis=1)) for d in one.documents)
     val = pack_to(folder / "val", documents, seq_len, **options)
     return {
@@ -182,6 +176,13 @@ def _pack(
         "packed": train.rows,
         "validation": val.rows,
     }
+
+
+def _pool(corpus: Corpus, options: Augmentation) -> ToolPool | None:
+    """The tools of the training rows, where an augmentation draws from them."""
+    if not options.draws_tools:
+        return None
+    return ToolPool.from_conversations(corpus.rows[i] for i in np.flatnonzero(corpus.side == TRAIN).tolist())
 
 
 def _splits(corpus: Corpus, own: list[int], eval_rows: int, seed: int) -> dict[str, list[Conversation]]:

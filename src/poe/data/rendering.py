@@ -53,7 +53,7 @@ class RenderRows:
     ) -> None:
         self.renderer, self.seq_len = renderer, seq_len
         self._augmentation = augmentation or Augmentation()
-        self._pool, self._seed = pool or ToolPool(), seed
+        self._pool, self.seed = pool or ToolPool(), seed
         self._folder = folder
         self._rows: RowStore | None = None
 
@@ -67,7 +67,7 @@ class RenderRows:
 
     def _one(self, conversation: Conversation, row: int, epoch: int) -> Rendered:
         left_plain = None
-        rows = augment(conversation, self._augmentation, epoch=epoch, seed=self._seed, pool=self._pool)
+        rows = augment(conversation, self._augmentation, epoch=epoch, seed=self.seed, pool=self._pool)
         if rows != [conversation]:
             try:
                 return Rendered(row, epoch, [document for one in rows for document in self._documents(one)])

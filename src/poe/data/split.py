@@ -1,14 +1,10 @@
 """Which rows are repetitions, and which are held out: both decided by what a row says, never by where it stands."""
 
-import hashlib
 import json
 import re
 
 from poe.data.conversation import Conversation
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+from poe.data.digest import digest
 
 
 def _question(conversation: Conversation) -> str:
@@ -26,7 +22,7 @@ def repetition(conversation: Conversation, seen: set[bytes]) -> str | None:
     "duplicate row": messages and tools are equal. "same questions and tools": every user turn (white space and case
     aside) and the tools are, so the two rows could only contradict or repeat each other.
     """
-    row, question = _digest("r" + conversation.key()), _digest("q" + _question(conversation))
+    row, question = digest("r" + conversation.key(), 16), digest("q" + _question(conversation), 16)
     if row in seen:
         return "duplicate row"
     if question in seen:
@@ -44,5 +40,5 @@ def is_held_out(conversation: Conversation, held_out: float = 0.02, seed: int = 
     if not 0 <= held_out <= 1:
         raise ValueError(f"held_out is a share from 0 to 1, got {held_out!r}")
     text = conversation.query or conversation.key()
-    number = int.from_bytes(_digest(f"{seed}\n{text}")[:8], "big")
+    number = int.from_bytes(digest(f"{seed}\n{text}", 16)[:8], "big")
     return number < held_out * 2**64

@@ -88,7 +88,7 @@ def template_call_form(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return None
 
 
-def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: list[dict[str, Any]] | None) -> str:
+def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: Any) -> str:
     """What the template makes of a conversation; nothing where it fails: a template is a program."""
     try:
         return str(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False))

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -15,12 +16,19 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 _work: Callable[[Any], Any] | None = None
+_FORKS = sys.platform == "linux"  # macOS has fork too, but its own libraries do not survive it
 
 
 def default_workers() -> int:
-    """`$POE_WORKERS`, else one process per core that this process may use, at most eight."""
+    """`$POE_WORKERS`, else one process per core that this process may use, at most eight.
+
+    One where processes cannot be forked: there each would import everything anew, and a script without
+    `if __name__ == "__main__"` would run again in each.
+    """
     if (asked := os.environ.get("POE_WORKERS", "")).isdigit():
         return max(1, int(asked))
+    if not _FORKS:
+        return 1
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(8, usable)
 
@@ -34,9 +42,7 @@ def ordered_map(work: Callable[[T], R], tasks: Iterable[T], workers: int) -> Ite
     if workers <= 1:
         yield from map(work, tasks)
         return
-    # A fork shares what is in memory already; elsewhere, and beside threads that would not survive it, processes start
-    # afresh.
-    method = "fork" if sys.platform == "linux" else "spawn"
+    method = "fork" if _FORKS else "spawn"
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context(method), _begin, (work,))
     waiting: deque[Future[R]] = deque()
     try:
@@ -59,6 +65,7 @@ def _begin(work: Callable[[Any], Any]) -> None:
     global _work
     _work = work
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the pool
 
 
 def _do(task: Any) -> Any:
