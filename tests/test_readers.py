@@ -277,6 +277,28 @@ def test_glaive_in_sharegpt_form() -> None:
     assert reason(glaive, {**row, "tools": "{not"}) == "tools not JSON"
 
 
+def test_glaive_cut_into_turns() -> None:
+    whole = glaive_row("U:Two loaves", call("""'{"flour": "rye"}'"""), "F:{}", "A:Done.")
+    bake = {"role": "assistant", "content": call("""'{"flour": "rye"}'""")[2:]}
+    messages = [
+        {"role": "system", "content": whole["system"]},
+        {"role": "user", "content": "Two loaves"},
+        bake,
+        {"role": "tool", "content": "{}"},
+    ]
+    row = {"system": whole["system"], "input_messages": messages, "ground_truth": "Done.<|endoftext|>"}
+    assert kept(glaive, row)[0].messages == kept(glaive, whole)[0].messages
+    first = {**row, "input_messages": messages[:2], "ground_truth": bake["content"]}
+    assert shape(kept(glaive, first)[0])[-1] == ("assistant", None, [("bake_bread", {"flour": "rye"})])
+    assert reason(glaive, {**row, "ground_truth": None}) == "turn is not text"
+    assert reason(glaive, {**row, "input_messages": "Two loaves"}) == "row is of no known format"
+    assert reason(glaive, {**row, "input_messages": [3]}) == "turn is not text"
+    robot = [{"role": "robot", "content": "a"}]
+    assert reason(glaive, {**row, "input_messages": robot}) == "turn of an unknown speaker ('robot')"
+    stray = [messages[0], {"role": "user", "content": "a<|endoftext|>b"}]
+    assert reason(glaive, {**row, "input_messages": stray}) == "end mark inside a turn"
+
+
 plain = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 values = st.recursive(
     plain | st.integers(-(2**63), 2**63) | st.floats(allow_nan=False, allow_infinity=False) | st.booleans() | st.none(),

@@ -51,6 +51,8 @@ def show(
     plan = load_recipe(recipe)
     options = Augmentation.from_dict({} if after is Step.READ else plan.augment)
     renderer = _renderer(base) if after is Step.RENDER else None
+    if after is Step.AUGMENT and not plan.augment:
+        err.print(f"recipe {plan.name} augments nothing: these are the rows as read (--recipe FILE.yaml)", markup=False)
     report = DropReport()
     for source in parse_spec(spec, READERS):
         rows = list(islice(read_source(source, report), count + (POOL_ROWS if options.draws_tools else 0)))

@@ -2,7 +2,7 @@
 
 Hub: `glaiveai/glaive-function-calling-v2` (112,960 rows, one split). Licence: Apache-2.0.
 
-Two formats are read.
+Three formats are read.
 
 * The original, `{"system", "chat"}`, both flat text. `system` is one sentence and then pretty-printed function objects,
   separated by blank lines (not a list). `chat` is turns headed `USER: `, `ASSISTANT: `, `FUNCTION RESPONSE: ` after
@@ -10,6 +10,9 @@ Two formats are read.
   `<functioncall> {"name": "f", "arguments": '{...}'}`: JSON inside single quotes, so neither JSON nor Python.
 * The ShareGPT form of LLaMA-Factory, `{"conversations": [{"from", "value"}], "tools": "<JSON list>"}` with human, gpt,
   function_call, observation and, sometimes, system (as a turn or as a field).
+* The original cut into turns, as studies of single answers keep it: `{"system", "input_messages", "ground_truth"}`, the
+  messages with the roles system (the `system` text again), user, assistant and tool, the last answer apart. The same
+  beginning stands in several rows, once for each of its answers: repetitions are left out later, by their questions.
 
 Traps, and what is done about each:
 
@@ -52,7 +55,8 @@ FIXED_SENTENCES = (
     "You are a helpful assistant, with no access to external functions.",
 )
 
-_FIELDS = ("system", "chat", "conversations", "tools")
+_FIELDS = ("system", "chat", "conversations", "tools", "input_messages", "ground_truth")
+_HEADINGS = {"user": "USER", "assistant": "ASSISTANT", "tool": "FUNCTION RESPONSE"}
 _HEADING = re.compile(r"(?:\A\s{0,8}|\n\n[ \t]{0,8})(USER|ASSISTANT|FUNCTION RESPONSE):")
 _STRAY_HEADING = re.compile(r"^[ \t]{0,8}(USER|ASSISTANT|FUNCTION RESPONSE):", re.MULTILINE)
 _QUOTED_CALL = re.compile(
@@ -71,12 +75,18 @@ def _convert(row: dict[str, Any], note: Note) -> Turns:
     if "conversations" in row:
         return _sharegpt(row, note)
     system, chat = row.get("system", ""), row.get("chat")
-    if not isinstance(system, str) or not isinstance(chat, str):
+    if not isinstance(system, str):
+        raise Unfaithful("row is of no known format")
+    if "input_messages" in row:
+        headed = _headed(row, system)
+    elif isinstance(chat, str):
+        headed = split_chat(chat)
+    else:
         raise Unfaithful("row is of no known format")
     text, tools = read_system(system, note)
     turns = Turns(tools, note)
     turns.system(text)
-    for heading, body in split_chat(chat):
+    for heading, body in headed:
         if heading == "USER":
             turns.user(body)
         elif heading == "FUNCTION RESPONSE":
@@ -138,6 +148,29 @@ def split_chat(chat: str) -> list[tuple[str, str]]:
         if _STRAY_HEADING.search(body):
             raise Unfaithful("turn heading inside a turn")
         turns.append((heading, body))
+    return turns
+
+
+def _headed(row: dict[str, Any], system: str) -> list[tuple[str, str]]:
+    """The turns of a row that was cut into them, as `split_chat` gives them."""
+    messages, last = row["input_messages"], row.get("ground_truth")
+    if not isinstance(messages, list):
+        raise Unfaithful("row is of no known format")
+    turns = []
+    for message in [*messages, {"role": "assistant", "content": last}]:
+        role, text = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
+        if not isinstance(text, str):
+            raise Unfaithful("turn is not text")
+        if role == "system" and text.strip() == system.strip():
+            continue
+        if role not in _HEADINGS:
+            raise Unfaithful(f"turn of an unknown speaker ({str(role)[:40]!r})")
+        text = text.strip()
+        if role == "assistant":
+            text = text.removesuffix(END).strip()
+        if END in text:
+            raise Unfaithful("end mark inside a turn")
+        turns.append((_HEADINGS[role], text))
     return turns
 
 
