@@ -232,7 +232,7 @@ def test_a_full_disk_is_said_before_training_and_while_writing(base: Path, tmp_p
 
 def test_a_loss_that_is_not_a_number_stops_the_run(base: Path, tmp_path: Path, monkeypatch) -> None:
     real = engine_module.cross_entropy_sum
-    monkeypatch.setattr(engine_module, "cross_entropy_sum", lambda *a: real(*a) * float("nan"))
+    monkeypatch.setattr(engine_module, "cross_entropy_sum", lambda *a, **k: real(*a, **k) * float("nan"))
     with pytest.raises(TrainingError, match="loss of step 1 is nan"):
         train_stage(
             Cascade.from_pretrained(base), "demo", "demo=60", tmp_path / "o", progress=QUIET, **SMALL, max_steps=2

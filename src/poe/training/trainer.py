@@ -22,7 +22,10 @@ from poe.modeling.placement import quantisation_of
 from poe.modeling.stage import Stage
 from poe.stages import Recipe, load_recipe
 from poe.training.engine import Engine, History
+from poe.training.frozen import assert_frozen_below
+from poe.training.precision import refuse_fp16, stage_dtype
 from poe.training.progress import Progress
+from poe.training.recompute import recomputed
 from poe.training.report import LEFTOVERS, environment, plot_history, prepare_output
 
 # Called when training is over, with the cascade, the stage's name and the held-out questions; what it returns is kept
@@ -94,9 +97,12 @@ def train_stage(
             )
         _describe_data(prepared, time.time() - started, progress)
         if plan.name not in cascade.stages:
-            cascade.add_stage(plan, seed=plan.seed)
+            cascade.add_stage(plan, seed=plan.seed, dtype=stage_dtype(plan.dtype, cascade.base))
         stage = cascade.stages[plan.name]
+        refuse_fp16(cascade.base, stage.parameters())
         stage.requires_grad_(True)
+        assert_frozen_below(cascade.model(plan.name), stage)
+        stack.enter_context(recomputed(stage.layers if plan.checkpoint_activations else ()))
         stack.callback(_keep_unseen_tokens(stage, prepared.train.target_ids))
         torch.manual_seed(plan.seed)
         rows_per_step = plan.tokens_per_step // plan.seq_len
