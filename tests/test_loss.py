@@ -58,7 +58,7 @@ def test_value_and_gradients_equal_the_plain_ones(
         rows, vocabulary, softcap, scale, biased, weighted, seed, torch.float32
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loss_module, "chunk_rows", lambda *shape: chunk)
+        patch.setattr(loss_module, "chunk_rows", lambda weight: chunk)
         total = cross_entropy_sum(hidden, weight, labels, family, bias, z_loss=z_loss, weights=weights)
     (total / 3).backward()
     h, w = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
@@ -84,7 +84,7 @@ def test_in_bf16_it_is_as_exact_as_bf16_is(
     )
     labels[0] = 1
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loss_module, "chunk_rows", lambda *shape: chunk)
+        patch.setattr(loss_module, "chunk_rows", lambda weight: chunk)
         total = cross_entropy_sum(hidden, weight, labels, family, bias, z_loss=z_loss, weights=weights)
     (total / 3).backward()
     assert (hidden.grad.dtype, weight.grad.dtype, total.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
@@ -102,16 +102,16 @@ def test_the_gradient_of_the_head_does_not_lose_late_chunks_in_bf16() -> None:
     hidden = torch.ones(1000, 8, dtype=torch.bfloat16)
     weight = torch.zeros(4, 8, dtype=torch.bfloat16, requires_grad=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loss_module, "chunk_rows", lambda *shape: 1)
+        patch.setattr(loss_module, "chunk_rows", lambda weight: 1)
         cross_entropy_sum(hidden, weight, torch.zeros(1000, dtype=torch.long)).backward()
     assert torch.equal(weight.grad[1], torch.full((8,), 250.0, dtype=torch.bfloat16))
 
 
 def test_a_chunk_is_small_in_memory_but_never_a_sliver() -> None:
     for vocabulary, width in [(600, 32), (1536, 192), (16384, 384), (49152, 576), (151936, 1024)]:
-        logits = chunk_rows(vocabulary, width) * vocabulary
-        assert logits <= max(1 << 22, vocabulary * width // 2)
-        assert chunk_rows(vocabulary, width) >= width // 2
+        rows = chunk_rows(torch.empty(vocabulary, width))
+        assert rows * vocabulary <= max(1 << 22, vocabulary * width // 2)
+        assert rows >= width // 2
 
 
 def test_losses_per_label_add_up_and_keep_their_order() -> None:

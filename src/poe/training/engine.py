@@ -54,7 +54,7 @@ class Rows(Protocol):
 class History:
     """What happened so far; it is saved with every checkpoint and ends in training.json."""
 
-    steps: list[dict[str, float]] = field(default_factory=list)  # step, loss (nats), grad_norm, lr_factor, ...
+    steps: list[dict[str, float]] = field(default_factory=list)  # step, loss, grad_norm, lr_factor, tokens_per_s
     evals: list[dict[str, float]] = field(default_factory=list)  # step, val_bpb, val_loss (nats per trained token)
     best_step: int = -1
     best_bpb: float = math.inf

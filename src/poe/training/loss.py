@@ -15,17 +15,19 @@ from poe.modeling.families import Logits
 
 PLAIN = Logits()
 IGNORED = -100
-CHUNK_LOGITS = 1 << 22  # logits in memory at a time, unless that makes chunks of fewer rows than pay
+# Logits in memory at a time, where that leaves enough rows. On a CPU a chunk of 16 MiB is about as fast as any larger
+# one; a GPU needs some thousand rows before its matmuls outweigh the traffic of the weight's gradient.
+CHUNK_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 27}
 
 
-def chunk_rows(vocabulary: int, width: int) -> int:
-    """Return how many positions pass through the head at a time.
+def chunk_rows(weight: Tensor) -> int:
+    """Return how many positions pass through a head's `weight` (V, D) at a time.
 
-    A chunk's few copies of its logits stay near 16 MiB each in fp32, where that leaves enough rows. Every chunk also
-    reads the head's weight and writes its gradient, (vocabulary, width): with fewer rows than `width` / 2 that traffic
-    would cost more than the matmuls, and with that many the logits take half the memory of the gradient.
+    As many as `CHUNK_LOGITS` says, but no fewer than D / 2: every chunk also reads the weight and adds to its gradient,
+    2 V D numbers, and with that many rows the chunk's logits still take no more than half the memory of the gradient.
     """
-    return max(1, CHUNK_LOGITS // vocabulary, width // 2)
+    vocabulary, width = weight.shape
+    return max(1, CHUNK_LOGITS.get(weight.device.type, 1 << 22) // vocabulary, width // 2)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -42,13 +44,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         """hidden (N, D), weight (V, D), labels (N,), weights (N,) fp32 -> the sum of losses in nats, fp32."""
         need_hidden, need_weight = ctx.needs_input_grad[:2]
+        kept = _kept(labels)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        grad_hidden = torch.zeros_like(hidden) if need_hidden else None
         # Summed over the chunks in fp32: in bf16 a late chunk would be lost in the sum of the earlier ones.
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
-        rows = chunk_rows(*weight.shape)
-        for start in range(0, hidden.shape[0], rows):
-            part = slice(start, start + rows)
+        for part in kept.split(chunk_rows(weight)):
             x, y = hidden[part], labels[part, None]
             logits = logits_of(F.linear(x, weight, bias).float())  # (rows, V)
             log_p = logits.log_softmax(dim=-1)
@@ -69,8 +70,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad.mul_(logits_of.scale)
             grad = grad.to(weight.dtype)
             if grad_hidden is not None:
-                torch.mm(grad, weight, out=grad_hidden[part])
-            if grad_weight is not None:
+                grad_hidden[part] = grad @ weight
+            if grad_weight is not None and weight.dtype == torch.float32:
+                grad_weight.addmm_(grad.T, x)
+            elif grad_weight is not None:
                 grad_weight += grad.T @ x
         ctx.gradients = grad_hidden, grad_weight
         ctx.weight_dtype = weight.dtype
@@ -106,10 +109,10 @@ def cross_entropy_sum(
     denominator, is added at every position, which keeps the logits from drifting (PaLM, arXiv 2204.02311). `weights`
     (...,) multiply the losses of their positions. The bias gets no gradient, nor do the weights.
     """
-    kept = labels != IGNORED
-    weights = None if weights is None else weights[kept].to(weight.device, torch.float32)
+    if weights is not None:
+        weights = weights.flatten().to(weight.device, torch.float32)
     return _ChunkedCrossEntropy.apply(
-        hidden[kept].to(weight), weight, labels[kept].to(weight.device), logits, bias, z_loss, weights
+        hidden.flatten(0, -2).to(weight), weight, labels.flatten().to(weight.device), logits, bias, z_loss, weights
     )
 
 
@@ -118,11 +121,14 @@ def per_label_losses(
     hidden: Tensor, weight: Tensor, labels: Tensor, logits: Logits = PLAIN, bias: Tensor | None = None
 ) -> Tensor:
     """The cross-entropy in nats of every kept position, (N,) fp32, in the order of `labels[labels != -100]`."""
-    kept = labels != IGNORED
-    x, y = hidden[kept].to(weight), labels[kept].to(weight.device)
-    rows = chunk_rows(*weight.shape)
+    hidden, labels = hidden.flatten(0, -2).to(weight), labels.flatten().to(weight.device)
     losses = [
-        F.cross_entropy(logits(F.linear(part, weight, bias).float()), target, reduction="none")
-        for part, target in zip(x.split(rows), y.split(rows), strict=True)
+        F.cross_entropy(logits(F.linear(hidden[part], weight, bias).float()), labels[part], reduction="none")
+        for part in _kept(labels).split(chunk_rows(weight))
     ]
     return torch.cat(losses)
+
+
+def _kept(labels: Tensor) -> Tensor:
+    """The indices (M,) of the positions of `labels` (N,) that count."""
+    return (labels != IGNORED).nonzero().squeeze(1)

@@ -5,9 +5,8 @@ A trained tensor is fp32, or bf16 with an fp32 master copy in the optimiser's st
 bf16, with the range of fp32, does not need.
 """
 
-from collections.abc import Iterable
-
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from poe.errors import TrainingError
@@ -42,10 +41,11 @@ def stage_dtype(wanted: str, base: PreTrainedModel) -> torch.dtype:
     return base.dtype if wanted == "auto" else choose_dtype(wanted)
 
 
-def refuse_fp16(model: PreTrainedModel, parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Raise `TrainingError` if the model, or a tensor to be trained, is in fp16, on whatever device."""
-    if torch.float16 in {model.dtype, *(p.dtype for p in parameters)}:
+def refuse_fp16(*modules: nn.Module) -> None:
+    """Raise `TrainingError` if a weight of a base, or of a stage to be trained on it, is in fp16, on any device."""
+    if any(p.dtype == torch.float16 for module in modules for p in module.parameters()):
         raise TrainingError(
-            "Cannot train in float16: gradients this small become zero in it. Open the base in bfloat16 (or in float32 "
-            "where the hardware has no bfloat16): Cascade.from_pretrained(base, dtype=torch.bfloat16)."
+            "Cannot train in or above float16: gradients as small as a large batch's become zero in it. Open the base "
+            "in bfloat16, or in float32 where the hardware has no bfloat16: "
+            "Cascade.from_pretrained(base, dtype=torch.bfloat16)."
         )

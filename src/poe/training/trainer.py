@@ -60,8 +60,8 @@ def train_stage(
     """Train a stage on the frozen base of `cascade` and write it to `output_dir` (default `runs/RECIPE`).
 
     `recipe` is a name or a `Recipe`, `fields` override its fields, `data` is a SPEC such as `glaive,xlam=rows.json*3`
-    (default: the recipe's). A stage of that name which the cascade has is trained on; else one is added. The weights of
-    the best validation are the ones that are kept, active in `cascade` and on disk. `resume` continues from the
+    (default: the recipe's). A stage of that name which the cascade has is trained on, in its own dtype; else one is
+    added, in the recipe's `dtype` ("auto": the base's). The weights of the best validation are the ones that are kept, active in `cascade` and on disk. `resume` continues from the
     checkpoint in `output_dir` and ends with the same bytes as a run that was never interrupted.
 
     Raises `RecipeError`, `DataError`, `TemplateError`, `OutputError`, `TrainingError`; `Interrupted` after Ctrl-C.
@@ -72,6 +72,7 @@ def train_stage(
     run = Path(output_dir or f"runs/{plan.name}")
     if cascade.tokenizer is None:
         raise TemplateError("The base has no tokenizer: put its tokenizer files, with a chat template, beside it.")
+    refuse_fp16(cascade.base, *(stage for name, stage in cascade.stages.items() if name == plan.name))
     # Refuses a base without a chat template before anything is written.
     renderer = Renderer(cascade.tokenizer, calls_only=plan.train_on == "calls")
     run = prepare_output(run, resume)
@@ -99,7 +100,6 @@ def train_stage(
         if plan.name not in cascade.stages:
             cascade.add_stage(plan, seed=plan.seed, dtype=stage_dtype(plan.dtype, cascade.base))
         stage = cascade.stages[plan.name]
-        refuse_fp16(cascade.base, stage.parameters())
         stage.requires_grad_(True)
         assert_frozen_below(cascade.model(plan.name), stage)
         stack.enter_context(recomputed(stage.layers if plan.checkpoint_activations else ()))
