@@ -232,11 +232,31 @@ def test_a_full_disk_is_said_before_training_and_while_writing(base: Path, tmp_p
 
 def test_a_loss_that_is_not_a_number_stops_the_run(base: Path, tmp_path: Path, monkeypatch) -> None:
     real = engine_module.cross_entropy_sum
-    monkeypatch.setattr(engine_module, "cross_entropy_sum", lambda *a: real(*a) * float("nan"))
+    monkeypatch.setattr(engine_module, "cross_entropy_sum", lambda *a, **k: real(*a, **k) * float("nan"))
     with pytest.raises(TrainingError, match="loss of step 1 is nan"):
         train_stage(
             Cascade.from_pretrained(base), "demo", "demo=60", tmp_path / "o", progress=QUIET, **SMALL, max_steps=2
         )
+
+
+def test_the_recipe_says_in_which_numbers_a_stage_learns(base: Path, tmp_path: Path) -> None:
+    cascade = Cascade.from_pretrained(base, dtype=torch.bfloat16)
+    fields = {**SMALL, "max_steps": 1, "z_loss": 1e-4, "checkpoint_activations": True}
+    train_stage(cascade, "demo", "demo=60", tmp_path / "o", progress=QUIET, **fields)  # float32
+    assert {p.dtype for p in cascade.stages["demo"].parameters()} == {torch.float32}
+    assert all("forward" not in vars(layer) for layer in cascade.stages["demo"].layers)
+    half = Cascade.from_pretrained(base, dtype=torch.float16)
+    with pytest.raises(TrainingError, match="float16"):
+        train_stage(half, "demo", "demo=60", tmp_path / "no", progress=QUIET, **fields)
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_base_that_keeps_a_graph_is_refused_before_the_first_step(base: Path, tmp_path: Path) -> None:
+    cascade = Cascade.from_pretrained(base)
+    cascade.base.enable_input_require_grads()
+    with pytest.raises(TrainingError, match="disable_input_require_grads"):
+        train_stage(cascade, "demo", "demo=60", tmp_path / "o", progress=QUIET, **SMALL, max_steps=1)
+    assert left(tmp_path / "o") in ([], ["dropped.jsonl"])
 
 
 def test_training_improves_the_stage_and_leaves_the_base(base: Path, tmp_path: Path) -> None:

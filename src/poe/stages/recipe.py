@@ -40,10 +40,13 @@ class Plan:
     warmup: float = 0.05
     warmdown: float = 0.9
     final: float = 0.0
-    max_grad_norm: float | None = None
+    max_grad_norm: float | None = None  # gradients are scaled down to this norm over all of them; None: never
+    z_loss: float = 0.0  # times the mean of (log Z)^2: keeps logits from drifting (PaLM has 1e-4)
     eval_every: int = 200  # steps between two measures of val bits per byte
     checkpoint_every: float = 300.0  # seconds between two checkpoints
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # auto: bfloat16 where the hardware multiplies it
+    compile: bool = False  # torch.compile for the forward pass: a minute first, then faster steps
+    checkpoint_activations: bool = False  # recompute the trained layers in the backward pass: slower, less memory
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -29,6 +29,8 @@ from poe.training.checkpoint import (
     restore_optimizer,
     save_checkpoint,
 )
+from poe.training.compiled import compiled
+from poe.training.guard import check_step, check_weights, clip_gradients
 from poe.training.loss import cross_entropy_sum, per_label_losses
 from poe.training.optim import build_optimizer
 from poe.training.progress import Progress
@@ -52,7 +54,7 @@ class Rows(Protocol):
 class History:
     """What happened so far; it is saved with every checkpoint and ends in training.json."""
 
-    steps: list[dict[str, float]] = field(default_factory=list)  # step, loss (nats), lr_factor, tokens_per_s
+    steps: list[dict[str, float]] = field(default_factory=list)  # step, loss, grad_norm, lr_factor, tokens_per_s
     evals: list[dict[str, float]] = field(default_factory=list)  # step, val_bpb, val_loss (nats per trained token)
     best_step: int = -1
     best_bpb: float = math.inf
@@ -103,13 +105,15 @@ class Engine:
         self.history = History()
         self.best: dict[str, Tensor] = {}
         self._stop_requested = False
+        self._backbone = getattr(model, model.base_model_prefix)
+        self._fast_backbone = compiled(self._backbone) if plan.compile else self._backbone
 
     @property
     def checkpoint(self) -> Path:
         return self.run_folder / "checkpoint"
 
     def run(self, resume: bool = False) -> History:
-        """Train to the end. Raises `Interrupted` after saving, `TrainingError` for a loss that is not a number."""
+        """Train to the end. Raises `Interrupted` after saving, `TrainingError` for numbers that are not finite."""
         step = self._restore() if resume and has_checkpoint(self.checkpoint) else 0
         self._check_disk()
         self.progress.start(step, self.num_steps)
@@ -130,12 +134,13 @@ class Engine:
                     final=self.plan.final,
                 )
                 apply_lr(self.optimizer, factor)
-                loss, slots = self._step(step)
+                loss, norm, slots = self._step(step)
                 elapsed = time.perf_counter() - started
                 step += 1
                 self.history.seconds += elapsed
                 self.history.tokens += slots
-                record = {"step": step, "loss": loss, "lr_factor": factor, "tokens_per_s": slots / elapsed}
+                record = {"step": step, "loss": loss, "grad_norm": norm, "lr_factor": factor}
+                record["tokens_per_s"] = slots / elapsed
                 self.history.steps.append(record)
                 metrics.write(json.dumps(record) + "\n")
                 metrics.flush()
@@ -175,7 +180,7 @@ class Engine:
 
     def _hidden(self, batch: Batch) -> Tensor:
         """(B, T) tokens -> normalised hidden states (B, T, D); documents in a row do not see each other."""
-        backbone = getattr(self.model, self.model.base_model_prefix)
+        backbone = self._fast_backbone if torch.is_grad_enabled() else self._backbone
         return backbone(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).last_hidden_state
 
     @property
@@ -187,27 +192,31 @@ class Engine:
         for parts in zip(*(t.split(self.rows_per_batch) for t in batch), strict=True):
             yield Batch(*(part.to(device) for part in parts))
 
-    def _step(self, step: int) -> tuple[float, int]:
-        """One optimiser step; returns the mean loss in nats per trained token and the number of slots."""
+    def _step(self, step: int) -> tuple[float, float, int]:
+        """One optimiser step; returns the loss (nats per trained token), the gradients' norm, the number of slots."""
         self.model.train()
         batch = self.train.batch(step, self.rows_per_step)
-        trained = int((batch.labels != -100).sum())
-        total = 0.0
-        for part in self._batches(batch):
-            loss = cross_entropy_sum(self._hidden(part), self._head.weight, part.labels, self.logits, self._head.bias)
-            (loss / max(trained, 1)).backward()
-            total += loss.item()
-        loss_per_token = total / max(trained, 1)
-        if not math.isfinite(loss_per_token):
-            raise TrainingError(
-                f"The loss of step {step + 1} is {loss_per_token}: expected a finite number. Lower the learning rates "
-                "(matrix_lr, head_lr); the newest checkpoint, if any, was kept and --resume continues from it."
-            )
-        if self.plan.max_grad_norm is not None:
-            nn.utils.clip_grad_norm_([p for _, p in self.parameters], self.plan.max_grad_norm)
+        loss = self._accumulate(batch)
+        norm = clip_gradients(self.parameters, self.plan.max_grad_norm)
+        check_step(step + 1, loss, norm, self.model, self.parameters, lambda: self._replay(batch))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return loss_per_token, batch.input_ids.numel()
+        return loss, norm, batch.input_ids.numel()
+
+    def _accumulate(self, batch: Batch) -> float:
+        """Leave the gradients of the mean loss in the parameters, micro-batch by micro-batch; return that mean."""
+        trained = max(int((batch.labels != -100).sum()), 1)
+        losses = []
+        for part in self._batches(batch):
+            hidden, head = self._hidden(part), self._head
+            loss = cross_entropy_sum(hidden, head.weight, part.labels, self.logits, head.bias, z_loss=self.plan.z_loss)
+            (loss / trained).backward()
+            losses.append(loss.detach())
+        return sum(loss.item() for loss in losses) / trained  # read at the end: a GPU is not made to wait in between
+
+    def _replay(self, batch: Batch) -> None:
+        for part in self._batches(batch):
+            self._hidden(part)
 
     @property
     def _head(self) -> Any:
@@ -252,6 +261,7 @@ class Engine:
             parameter.copy_(self.best[name])
 
     def _save(self, step: int) -> None:
+        check_weights(step, self.parameters)
         tensors, numbers = optimizer_tensors(self.optimizer, self._names)
         groups: dict[str, dict[str, Tensor]] = {
             "weights": dict(self.parameters),

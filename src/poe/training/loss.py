@@ -14,75 +14,121 @@ from torch import Tensor
 from poe.modeling.families import Logits
 
 PLAIN = Logits()
-CHUNK_LOGITS = 1 << 24  # logits in memory at a time: 64 MiB in fp32
+IGNORED = -100
+# Logits in memory at a time, where that leaves enough rows. On a CPU a chunk of 16 MiB is about as fast as any larger
+# one; a GPU needs some thousand rows before its matmuls outweigh the traffic of the weight's gradient.
+CHUNK_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 27}
+
+
+def chunk_rows(weight: Tensor) -> int:
+    """Return how many positions pass through a head's `weight` (V, D) at a time.
+
+    As many as `CHUNK_LOGITS` says, but no fewer than D / 2: every chunk also reads the weight and adds to its gradient,
+    2 V D numbers, and with that many rows the chunk's logits still take no more than half the memory of the gradient.
+    """
+    vocabulary, width = weight.shape
+    return max(1, CHUNK_LOGITS.get(weight.device.type, 1 << 22) // vocabulary, width // 2)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, logits_of: Logits, bias: Tensor | None
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        logits_of: Logits,
+        bias: Tensor | None,
+        z_loss: float,
+        weights: Tensor | None,
     ) -> Tensor:
-        """hidden (N, D), weight (V, D), labels (N,) -> the sum of losses in nats, a scalar in fp32."""
+        """hidden (N, D), weight (V, D), labels (N,), weights (N,) fp32 -> the sum of losses in nats, fp32."""
         need_hidden, need_weight = ctx.needs_input_grad[:2]
+        kept = _kept(labels)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        grad_hidden = torch.zeros_like(hidden) if need_hidden else None
+        # Summed over the chunks in fp32: in bf16 a late chunk would be lost in the sum of the earlier ones.
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
-        rows = max(1, CHUNK_LOGITS // weight.shape[0])
-        for start in range(0, hidden.shape[0], rows):
-            part = slice(start, start + rows)
-            x, y = hidden[part], labels[part]
-            logits = logits_of(F.linear(x, weight, bias).float())
-            log_z = logits.logsumexp(dim=-1, keepdim=True)
-            total += (log_z.squeeze(-1) - logits.gather(1, y[:, None]).squeeze(1)).sum()
+        for part in kept.split(chunk_rows(weight)):
+            x, y = hidden[part], labels[part, None]
+            logits = logits_of(F.linear(x, weight, bias).float())  # (rows, V)
+            log_p = logits.log_softmax(dim=-1)
+            picked = log_p.gather(1, y)  # (rows, 1)
+            log_z = logits.gather(1, y).sub_(picked)
+            share = torch.ones_like(picked) if weights is None else weights[part, None]
+            total += (share * (z_loss * log_z.square() - picked)).sum()
             if not (need_hidden or need_weight):
                 continue
-            # d loss / d logits = softmax - one-hot, through the derivatives of the soft-cap and the scale
-            grad = (logits - log_z).exp_()
-            grad.scatter_add_(1, y[:, None], torch.full_like(grad[:, :1], -1.0))
+            # d loss / d logits = softmax (1 + 2 z_loss log Z) - one-hot, then through the soft-cap and the scale
+            grad = log_p.exp_()
+            if z_loss or weights is not None:
+                grad.mul_(share * (1 + 2 * z_loss * log_z))
+            grad.scatter_add_(1, y, -share)
             if logits_of.softcap is not None:
-                grad.mul_(1 - (logits / logits_of.softcap).square())
+                grad.mul_(logits.div_(logits_of.softcap).square_().neg_().add_(1))
             if logits_of.scale != 1.0:
                 grad.mul_(logits_of.scale)
             grad = grad.to(weight.dtype)
             if grad_hidden is not None:
                 grad_hidden[part] = grad @ weight
-            if grad_weight is not None:
+            if grad_weight is not None and weight.dtype == torch.float32:
+                grad_weight.addmm_(grad.T, x)
+            elif grad_weight is not None:
                 grad_weight += grad.T @ x
-        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.gradients = grad_hidden, grad_weight
         ctx.weight_dtype = weight.dtype
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight = ctx.saved_tensors
+        # Scaled in place, a head's gradient being large, hence only once.
+        if ctx.gradients is None:
+            raise RuntimeError("The chunked cross-entropy can be differentiated once; compute the loss again.")
+        (grad_hidden, grad_weight), ctx.gradients = ctx.gradients, None
         if grad_hidden is not None:
-            grad_hidden = grad_hidden * grads[0].to(grad_hidden.dtype)
+            grad_hidden.mul_(grads[0])
         if grad_weight is not None:
-            grad_weight = (grad_weight * grads[0]).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None
+            grad_weight = grad_weight.mul_(grads[0]).to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, *[None] * 5
 
 
 def cross_entropy_sum(
-    hidden: Tensor, weight: Tensor, labels: Tensor, logits: Logits = PLAIN, bias: Tensor | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    logits: Logits = PLAIN,
+    bias: Tensor | None = None,
+    *,
+    z_loss: float = 0.0,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """The summed cross-entropy, in nats, of the positions whose label is not -100; a scalar in fp32.
 
     `hidden` (..., D) are normalised states, `weight` (V, D) the folded head, `labels` (...,) already shifted: the
-    label of a position is the token that follows it. The bias gets no gradient.
+    label of a position is the token that follows it. `z_loss` times the square of log Z, the logarithm of the softmax's
+    denominator, is added at every position, which keeps the logits from drifting (PaLM, arXiv 2204.02311). `weights`
+    (...,) multiply the losses of their positions. The bias gets no gradient, nor do the weights.
     """
-    kept = labels != -100
-    return _ChunkedCrossEntropy.apply(hidden[kept], weight, labels[kept], logits, bias)
+    if weights is not None:
+        weights = weights.flatten().to(weight.device, torch.float32)
+    return _ChunkedCrossEntropy.apply(
+        hidden.flatten(0, -2).to(weight), weight, labels.flatten().to(weight.device), logits, bias, z_loss, weights
+    )
 
 
 @torch.no_grad()
 def per_label_losses(
     hidden: Tensor, weight: Tensor, labels: Tensor, logits: Logits = PLAIN, bias: Tensor | None = None
 ) -> Tensor:
-    """The loss in nats of every kept position, (N,) fp32, in the order of `labels[labels != -100]`."""
-    kept = labels != -100
-    x, y = hidden[kept], labels[kept]
-    losses = []
-    for part in torch.arange(x.shape[0], device=x.device).split(max(1, CHUNK_LOGITS // weight.shape[0])):
-        chunk = logits(F.linear(x[part], weight, bias).float())
-        losses.append(F.cross_entropy(chunk, y[part], reduction="none"))
-    return torch.cat(losses) if losses else torch.zeros(0)
+    """The cross-entropy in nats of every kept position, (N,) fp32, in the order of `labels[labels != -100]`."""
+    hidden, labels = hidden.flatten(0, -2).to(weight), labels.flatten().to(weight.device)
+    losses = [
+        F.cross_entropy(logits(F.linear(hidden[part], weight, bias).float()), labels[part], reduction="none")
+        for part in _kept(labels).split(chunk_rows(weight))
+    ]
+    return torch.cat(losses)
+
+
+def _kept(labels: Tensor) -> Tensor:
+    """The indices (M,) of the positions of `labels` (N,) that count."""
+    return (labels != IGNORED).nonzero().squeeze(1)

@@ -25,6 +25,7 @@ from poe.stages.recipe import BaseRecipe
 from poe.training.engine import Engine, History
 from poe.training.precision import choose_dtype
 from poe.training.progress import Progress
+from poe.training.recompute import recomputed
 from poe.training.report import environment, plot_history, prepare_output, write_training_json
 
 TOKENIZER_CHARACTERS = 20_000_000
@@ -85,7 +86,8 @@ def train_base(
         num_steps,
         progress,
     )
-    history = engine.run(resume)
+    with recomputed(model.model.layers if recipe.checkpoint_activations else ()):
+        history = engine.run(resume)
     save_base_folder(model.to(torch.bfloat16).eval(), run, tokenizer)
     write_training_json(run, training_record(recipe, history, num_steps))
     plot_history(run / "loss.png", history)

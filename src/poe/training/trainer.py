@@ -23,7 +23,10 @@ from poe.modeling.placement import quantisation_of
 from poe.modeling.stage import Stage
 from poe.stages import Recipe, load_recipe
 from poe.training.engine import Engine, History
+from poe.training.frozen import assert_frozen_below
+from poe.training.precision import refuse_fp16, stage_dtype
 from poe.training.progress import Progress
+from poe.training.recompute import recomputed
 from poe.training.report import LEFTOVERS, environment, plot_history, prepare_output
 
 # Called when training is over, with the cascade, the stage's name and the held-out questions; what it returns is kept
@@ -58,8 +61,8 @@ def train_stage(
     """Train a stage on the frozen base of `cascade` and write it to `output_dir` (default `runs/RECIPE`).
 
     `recipe` is a name or a `Recipe`, `fields` override its fields, `data` is a SPEC such as `glaive,xlam=rows.json*3`
-    (default: the recipe's). A stage of that name which the cascade has is trained on; else one is added. The weights of
-    the best validation are the ones that are kept, active in `cascade` and on disk. `resume` continues from the
+    (default: the recipe's). A stage of that name which the cascade has is trained on, in its own dtype; else one is
+    added, in the recipe's `dtype` ("auto": the base's). The weights of the best validation are the ones that are kept, active in `cascade` and on disk. `resume` continues from the
     checkpoint in `output_dir` and ends with the same bytes as a run that was never interrupted.
 
     Raises `RecipeError`, `DataError`, `TemplateError`, `OutputError`, `TrainingError`; `Interrupted` after Ctrl-C.
@@ -70,6 +73,7 @@ def train_stage(
     run = Path(output_dir or f"runs/{plan.name}")
     if cascade.tokenizer is None:
         raise TemplateError("The base has no tokenizer: put its tokenizer files, with a chat template, beside it.")
+    refuse_fp16(cascade.base, *(stage for name, stage in cascade.stages.items() if name == plan.name))
     told = extend_with_tools(cascade.tokenizer)
     # Refuses a base without a chat template before anything is written.
     renderer = Renderer(cascade.tokenizer, calls_only=plan.train_on == "calls")
@@ -98,9 +102,11 @@ def train_stage(
             )
         _describe_data(prepared, time.time() - started, progress)
         if plan.name not in cascade.stages:
-            cascade.add_stage(plan, seed=plan.seed)
+            cascade.add_stage(plan, seed=plan.seed, dtype=stage_dtype(plan.dtype, cascade.base))
         stage = cascade.stages[plan.name]
         stage.requires_grad_(True)
+        assert_frozen_below(cascade.model(plan.name), stage)
+        stack.enter_context(recomputed(stage.layers if plan.checkpoint_activations else ()))
         stack.callback(_keep_unseen_tokens(stage, prepared.train.target_ids))
         torch.manual_seed(plan.seed)
         rows_per_step = plan.tokens_per_step // plan.seq_len
