@@ -32,7 +32,7 @@ from poe.training.checkpoint import (
 from poe.training.loss import cross_entropy_sum, per_label_losses
 from poe.training.optim import build_optimizer
 from poe.training.progress import Progress
-from poe.training.schedule import apply_lr, lr_factor
+from poe.training.schedule import apply_lr, apply_momentum, lr_factor, muon_momentum
 
 
 class Interrupted(KeyboardInterrupt):
@@ -96,6 +96,7 @@ class Engine:
             model.config.hidden_size,
             weight_decay=plan.weight_decay,
             momentum=plan.momentum,
+            matrix_optimizer=plan.matrix_optimizer,
             **rates,
         )
         names = {id(p): name for name, p in self.parameters}
@@ -130,6 +131,8 @@ class Engine:
                     final=self.plan.final,
                 )
                 apply_lr(self.optimizer, factor)
+                momentum = {"start": self.plan.momentum_start, "momentum": self.plan.momentum}
+                apply_momentum(self.optimizer, muon_momentum(step, self.num_steps, warmup=self.plan.warmup, **momentum))
                 loss, slots = self._step(step)
                 elapsed = time.perf_counter() - started
                 step += 1
@@ -204,7 +207,7 @@ class Engine:
                 "(matrix_lr, head_lr); the newest checkpoint, if any, was kept and --resume continues from it."
             )
         if self.plan.max_grad_norm is not None:
-            nn.utils.clip_grad_norm_([p for _, p in self.parameters], self.plan.max_grad_norm)
+            self.optimizer.clip_grad_norm_(self.plan.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss_per_token, batch.input_ids.numel()
