@@ -136,6 +136,16 @@ def test_a_group_of_one_changes_no_bit(dtype: torch.dtype) -> None:
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(alone, grouped, strict=True))
 
 
+def test_gradients_that_no_step_used_are_forgotten() -> None:
+    param = torch.nn.Parameter(torch.zeros(3))
+    with member(0, 1, "gloo") as group:
+        optimizer = problem.make([("norm.weight", param)], group)
+        for size in (2.0, 3.0):
+            optimizer.zero_grad()
+            param.grad = torch.tensor([size, 0.0, 0.0])
+            assert [optimizer.clip_grad_norm_().item() for _ in range(2)] == [size, size]
+
+
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that two processes have written, each with its own gradients, which one process would have summed."""

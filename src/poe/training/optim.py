@@ -159,6 +159,12 @@ class MuonAdamW(torch.optim.Optimizer):
             self.shards.gather()
         return loss
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear every gradient, and the sum over the processes, should no step have used it."""
+        super().zero_grad(set_to_none)
+        if self.shards is not None:
+            self.shards.forget()
+
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float | None = None) -> Tensor:
         """Return the L2 norm of all gradients, a scalar in fp32 or wider; scale them down to `max_norm` if given.

@@ -149,7 +149,7 @@ class Shards:
 
     @torch.no_grad()
     def reduce(self) -> None:
-        """Sum the gradients over all ranks and keep the own shard's; does nothing until `gather` has ended the step.
+        """Sum the gradients over all ranks and keep the own shard's; once per step, so it may be called again.
 
         A gradient that only some ranks have counts as zero on the others.
         """
@@ -163,12 +163,12 @@ class Shards:
         for space in self._spaces:
             shard = torch.empty(space.length, dtype=space.dtype, device=space.device)
             for start, stop in self._buckets(space):
-                sent = torch.zeros(self.world_size, stop - start, dtype=space.dtype, device=space.device)
+                # what pads a row is never read
+                sent = torch.empty(self.world_size, stop - start, dtype=space.dtype, device=space.device)
                 for row, segment in zip(sent, space.segments, strict=True):
                     for index, part, where in _parts(segment, start, stop):
                         grad = self.params[index].grad
-                        if grad is not None:
-                            row[where] = grad.reshape(-1)[part]
+                        row[where] = 0 if grad is None else grad.reshape(-1)[part]
                 _reduce_scatter(shard[start:stop], sent.view(-1), self.process_group)
             for (index, begin, end), offset in space.segments[self.rank]:
                 if self._present[index]:
@@ -179,7 +179,7 @@ class Shards:
         """Give every rank the parts of the parameters that the others own; ends the step."""
         for space in self._spaces:
             for start, stop in self._buckets(space):
-                mine = torch.zeros(stop - start, dtype=space.dtype, device=space.device)
+                mine = torch.empty(stop - start, dtype=space.dtype, device=space.device)
                 for index, part, where in _parts(space.segments[self.rank], start, stop):
                     mine[where] = self.params[index].detach().view(-1)[part]
                 received = torch.empty(self.world_size * (stop - start), dtype=space.dtype, device=space.device)
@@ -189,6 +189,10 @@ class Shards:
                     for index, part, where in _parts(segment, start, stop) if rank != self.rank else ():
                         if self._present[index]:  # what nobody changed keeps its version
                             self.params[index].detach().view(-1)[part] = rows[rank, where]
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop the summed gradients: the next `reduce` sums anew."""
         self._grads = None
 
     def _buckets(self, space: _Space) -> Iterator[tuple[int, int]]:
