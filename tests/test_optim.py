@@ -418,3 +418,40 @@ def test_it_learns():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0] / 10
+
+
+def test_matrices_may_take_adamw_for_comparison():
+    named = [(n, torch.nn.Parameter(torch.zeros(s))) for n, (s, _) in STAGE.items()]
+    optimizer = build_optimizer(named, 192, matrix_lr=0.01, weight_decay=0.3, matrix_optimizer="adamw")
+    matrices = next(g for g in optimizer.param_groups if g["name"] == "matrices")
+    assert (matrices["kind"], matrices["lr"], matrices["weight_decay"]) == ("adamw", pytest.approx(0.02), 0.3)
+    with pytest.raises(ValueError, match=r"matrix_optimizer.*'sgd'"):
+        build_optimizer(named, 192, matrix_optimizer="sgd")
+
+
+@given(
+    shapes=st.lists(st.lists(st.integers(1, 5), max_size=2), min_size=1, max_size=4),
+    max_norm=st.sampled_from([None, 0.1, 100.0]),
+    seed=st.integers(0, 10_000),
+)
+@settings(max_examples=20, deadline=None)
+def test_clipping_equals_torch(shapes, max_norm, seed):
+    ours, theirs = matrices(shapes, seed), matrices(shapes, seed)
+    for params in (ours, theirs):
+        set_grads(params, seed)
+    ours.append(torch.nn.Parameter(torch.zeros(2)))  # without a gradient
+    got = MuonAdamW([{"kind": "adamw", "lr": 0.1, "params": ours}]).clip_grad_norm_(max_norm)
+    expected = torch.nn.utils.clip_grad_norm_(theirs, max_norm if max_norm is not None else math.inf)
+    torch.testing.assert_close(got, expected)
+    for a, b in zip(ours, theirs, strict=False):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_a_norm_that_is_not_finite_scales_nothing():
+    params = matrices([(2, 3), (4,)], seed=0)
+    set_grads(params, 0)
+    params[0].grad[0, 0] = math.inf
+    before = [p.grad.clone() for p in params]
+    assert MuonAdamW([{"kind": "adamw", "lr": 0.1, "params": params}]).clip_grad_norm_(0.1).isinf()
+    for p, gradient in zip(params, before, strict=True):
+        assert torch.equal(p.grad, gradient)

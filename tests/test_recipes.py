@@ -13,8 +13,9 @@ from poe.modeling.stage_config import StageConfig
 from poe.stages import BaseRecipe, Recipe, list_recipes, load_base_recipe, load_recipe
 
 PLAN_FIELDS = (
-    "seq_len tokens_per_step max_tokens_per_batch max_steps matrix_lr head_lr weight_decay momentum start warmup "
-    "warmdown final max_grad_norm z_loss eval_every checkpoint_every dtype compile checkpoint_activations seed"
+    "seq_len tokens_per_step max_tokens_per_batch max_steps matrix_lr head_lr weight_decay momentum momentum_start "
+    "matrix_optimizer start warmup warmdown final max_grad_norm z_loss eval_every checkpoint_every dtype compile "
+    "checkpoint_activations seed"
 ).split()
 STAGE_OPTIONS = {
     *PLAN_FIELDS,

@@ -1,4 +1,4 @@
-"""The learning-rate trapezoid: its bounds, ends and continuity."""
+"""The learning-rate trapezoid and the momentum's ramp: their bounds, ends and continuity."""
 
 import itertools
 
@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from poe.training.optim import MuonAdamW
-from poe.training.schedule import apply_lr, lr_factor
+from poe.training.schedule import apply_lr, apply_momentum, lr_factor, muon_momentum
 
 share = st.floats(0, 1)
 ramp = st.floats(0.01, 1)
@@ -74,3 +74,28 @@ def test_apply_lr_multiplies_the_initial_rates():
         assert [g["lr"] for g in optimizer.param_groups] == [0.5 * factor, 0.1 * factor]
     with pytest.raises(KeyError):
         apply_lr(torch.optim.SGD([b], lr=1.0), 0.5)
+
+
+@given(st.integers(1, 400), share, st.floats(0, 0.99), st.floats(0, 0.99))
+def test_momentum_goes_from_its_start_to_its_end_and_stays(num_steps, warmup, start, momentum):
+    values = [muon_momentum(s, num_steps, start=start, momentum=momentum, warmup=warmup) for s in range(num_steps + 1)]
+    assert all(min(start, momentum) - 1e-12 <= v <= max(start, momentum) + 1e-12 for v in values)
+    assert sorted(values, reverse=start > momentum) == pytest.approx(values, abs=1e-12)
+    assert values[0] == (start if warmup else momentum)
+    after = [v for s, v in enumerate(values) if s / num_steps >= warmup]
+    assert after == pytest.approx([momentum] * len(after))
+
+
+def test_momentum_defaults_and_refusals():
+    assert [muon_momentum(s, 100) for s in (0, 5, 99)] == pytest.approx([0.85, 0.95, 0.95])
+    for wrong in ({"start": 1.0}, {"momentum": -0.1}, {"warmup": 2}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            muon_momentum(0, 10, **wrong)
+
+
+def test_momentum_is_set_where_there_is_one():
+    a, b = torch.nn.Parameter(torch.zeros(2, 2)), torch.nn.Parameter(torch.zeros(2))
+    optimizer = MuonAdamW([{"kind": "muon", "lr": 0.5, "params": [a]}, {"kind": "adamw", "lr": 0.1, "params": [b]}])
+    apply_momentum(optimizer, 0.7)
+    assert optimizer.param_groups[0]["momentum"] == 0.7
+    assert "momentum" not in optimizer.param_groups[1]

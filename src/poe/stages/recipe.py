@@ -22,7 +22,8 @@ class Plan:
     """What every training run has: its data, its length, its rates. Learning rates are those at width 768.
 
     The schedule multiplies every rate by a factor that starts at `start`, reaches 1 after the share `warmup` of the
-    steps and falls to `final` over the last share `warmdown`. AdamW rates are scaled by `(width / 768) ** -0.5`.
+    steps and falls to `final` over the last share `warmdown`. AdamW rates are scaled by `(width / 768) ** -0.5`; so is
+    `matrix_lr` when `matrix_optimizer` is adamw. Muon's momentum rises over the same share `warmup`.
     """
 
     name: str
@@ -32,10 +33,12 @@ class Plan:
     tokens_per_step: int = 131072  # over all rows of an optimiser step
     max_tokens_per_batch: int = 16384  # in one forward pass; a step accumulates as many as it needs
     max_steps: int | None = None  # None: as many as the data and its epochs make
-    matrix_lr: float = 0.002  # Muon, for the matrices of the layers
+    matrix_lr: float = 0.002  # for the matrices of the layers
     head_lr: float = 1e-4  # AdamW, for the head delta
     weight_decay: float = 0.1
     momentum: float = 0.95  # of Muon
+    momentum_start: float = 0.85  # of Muon in the first step
+    matrix_optimizer: Literal["muon", "adamw"] = "muon"  # for the matrices of the layers
     start: float = 0.2
     warmup: float = 0.05
     warmdown: float = 0.9

@@ -6,6 +6,7 @@ finds either the new one or the one before it.
 
 import contextlib
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -16,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from poe.errors import OutputError, TrainingError
+from poe.training.optim import MuonAdamW
 
 Tensors = dict[str, torch.Tensor]
 _SEPARATOR = "::"  # between a parameter's name and a key of its optimiser state
@@ -75,34 +77,84 @@ def remove_checkpoint(folder: Path) -> None:
             shutil.rmtree(folder.with_name(folder.name + end))
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> tuple[Tensors, dict[str, Any]]:
-    """Flatten an optimiser's state into tensors named `parameter::key`, and its plain numbers by the same names.
+def optimizer_tensors(optimizer: MuonAdamW, names: list[str]) -> tuple[Tensors, dict[str, Any]]:
+    """Flatten an optimiser's state into tensors named `parameter::key`; with a process group, the own shard's.
 
-    `names` are those of the parameters in the order of the optimiser's groups.
+    `names` are those of the parameters in the order of the optimiser's groups. The second value, JSON, is empty without
+    a process group; else it says which shard of how many this is (`rank`, `world_size`), and which elements of which
+    shape a cut parameter's tensors are (`cut`: name -> [start, stop, shape]).
     """
     tensors: Tensors = {}
-    numbers: dict[str, Any] = {}
+    cut: dict[str, Any] = {}
+    params = [p for group in optimizer.param_groups for p in group["params"]]
     for index, state in optimizer.state_dict()["state"].items():
-        for key, value in state.items():
-            name = f"{names[index]}{_SEPARATOR}{key}"
-            if isinstance(value, torch.Tensor):
-                tensors[name] = value
-            else:
-                numbers[name] = value
-    return tensors, numbers
+        piece = optimizer.shards.piece(params[index]) if optimizer.shards else None
+        if piece and piece.stop - piece.start < params[index].numel():
+            cut[names[index]] = [piece.start, piece.stop, list(params[index].shape)]
+        tensors |= {f"{names[index]}{_SEPARATOR}{key}": value for key, value in state.items()}
+    if optimizer.shards is None:
+        return tensors, {}
+    return tensors, {"rank": optimizer.shards.rank, "world_size": optimizer.shards.world_size, "cut": cut}
 
 
-def restore_optimizer(
-    optimizer: torch.optim.Optimizer, names: list[str], tensors: Tensors, numbers: dict[str, Any]
-) -> None:
-    """Put back what `optimizer_tensors` returned."""
+def restore_optimizer(optimizer: MuonAdamW, names: list[str], tensors: Tensors, numbers: dict[str, Any]) -> None:
+    """Put back what `optimizer_tensors` returned here, or what `join_shards` made of all ranks' values.
+
+    Of a joined state, as of an unsharded one, a sharded optimiser takes its own part. Raises `TrainingError` for the
+    state of a parameter that `names` lacks, of another shape, or of another shard.
+    """
+    shards = optimizer.shards
+    here = (shards.rank, shards.world_size) if shards else (0, 1)
+    saved = (numbers["rank"], numbers["world_size"]) if numbers else None
+    if saved not in (None, here):
+        raise TrainingError(
+            f"The optimiser state is shard {saved[0]} of {saved[1]}, expected {here[0]} of {here[1]}: join all shards "
+            "first, then any number of processes can take its part."
+        )
     state: dict[int, dict[str, Any]] = {}
     index_of = {name: index for index, name in enumerate(names)}
-    for name, value in [*tensors.items(), *numbers.items()]:
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for name, value in tensors.items():
         parameter, _, key = name.rpartition(_SEPARATOR)
         if parameter not in index_of:
             raise TrainingError(
                 f"The checkpoint holds optimiser state of {parameter!r}, which this run does not train."
             )
-        state.setdefault(index_of[parameter], {})[key] = value
+        index = index_of[parameter]
+        if shards is not None and saved is None:
+            if shards.piece(params[index]) is None:
+                continue
+            if value.shape == params[index].shape:  # the others, by step or by row, are never cut
+                value = shards.cut(params[index], value)
+        state.setdefault(index, {})[key] = value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def join_shards(parts: list[tuple[Tensors, dict[str, Any]]]) -> tuple[Tensors, dict[str, Any]]:
+    """Make one whole state of what `optimizer_tensors` returned on every rank, in any order.
+
+    Exact: it is the state that one process would hold, and any number of processes can continue from it. The one part
+    of an unsharded optimiser stays as it is. Raises `TrainingError` when a part is missing or there twice.
+    """
+    ranks = sorted((numbers.get("rank", 0), numbers.get("world_size", 1)) for _, numbers in parts)
+    if not ranks or ranks != [(rank, ranks[0][1]) for rank in range(ranks[0][1])]:
+        named = ", ".join(f"{rank} of {world_size}" for rank, world_size in ranks) or "none"
+        raise TrainingError(f"The optimiser state needs every shard of one run once, got {named}.")
+    whole: Tensors = {}
+    pieces: dict[str, list[tuple[int, int, list[int], torch.Tensor]]] = {}
+    for tensors, numbers in parts:
+        for name, value in tensors.items():
+            piece = numbers.get("cut", {}).get(name.rpartition(_SEPARATOR)[0])
+            if piece is None or value.ndim == 0:  # not cut, or a count of steps
+                whole[name] = value
+            else:
+                pieces.setdefault(name, []).append((*piece, value))
+    for name, found in pieces.items():
+        found.sort(key=lambda piece: piece[:2])
+        shape, end = found[0][2], 0
+        for start, stop, _, value in found:
+            end = stop if start == end and value.numel() == stop - start else -1
+        if end != math.prod(shape):
+            raise TrainingError(f"The optimiser state of {name!r} does not add up: its shards are not of one moment.")
+        whole[name] = torch.cat([value for *_, value in found]).view(shape)
+    return whole, {}

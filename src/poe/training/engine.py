@@ -30,11 +30,11 @@ from poe.training.checkpoint import (
     save_checkpoint,
 )
 from poe.training.compiled import compiled
-from poe.training.guard import check_step, check_weights, clip_gradients
+from poe.training.guard import check_step, check_weights
 from poe.training.loss import cross_entropy_sum, per_label_losses
 from poe.training.optim import build_optimizer
 from poe.training.progress import Progress
-from poe.training.schedule import apply_lr, lr_factor
+from poe.training.schedule import apply_lr, apply_momentum, lr_factor, muon_momentum
 
 
 class Interrupted(KeyboardInterrupt):
@@ -98,6 +98,7 @@ class Engine:
             model.config.hidden_size,
             weight_decay=plan.weight_decay,
             momentum=plan.momentum,
+            matrix_optimizer=plan.matrix_optimizer,
             **rates,
         )
         names = {id(p): name for name, p in self.parameters}
@@ -134,6 +135,8 @@ class Engine:
                     final=self.plan.final,
                 )
                 apply_lr(self.optimizer, factor)
+                momentum = {"start": self.plan.momentum_start, "momentum": self.plan.momentum}
+                apply_momentum(self.optimizer, muon_momentum(step, self.num_steps, warmup=self.plan.warmup, **momentum))
                 loss, norm, slots = self._step(step)
                 elapsed = time.perf_counter() - started
                 step += 1
@@ -197,7 +200,7 @@ class Engine:
         self.model.train()
         batch = self.train.batch(step, self.rows_per_step)
         loss = self._accumulate(batch)
-        norm = clip_gradients(self.parameters, self.plan.max_grad_norm)
+        norm = float(self.optimizer.clip_grad_norm_(self.plan.max_grad_norm))
         check_step(step + 1, loss, norm, self.model, self.parameters, lambda: self._replay(batch))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -7,24 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from poe.errors import TrainingError
 
 Named = Iterable[tuple[str, nn.Parameter]]
-
-
-def clip_gradients(parameters: Named, max_norm: float | None) -> float:
-    """Return the global L2 norm of all gradients, and scale them down to `max_norm` where it is larger.
-
-    Gradients whose norm is not finite stay as they are, so that the one at fault can be found.
-    """
-    learning = [p for _, p in parameters if p.grad is not None]
-    norm = get_total_norm([p.grad for p in learning if p.grad is not None])
-    value = float(norm)
-    if max_norm is not None and math.isfinite(value):
-        clip_grads_with_norm_(learning, max_norm, norm)
-    return value
 
 
 def check_step(

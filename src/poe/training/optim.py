@@ -2,7 +2,8 @@
 
 Every parameter group names its rule (`kind`). The Muon rule is Nesterov momentum, orthogonalised by the Polar Express
 iteration (arXiv 2505.16932), rescaled by NorMuon's factored second moment (arXiv 2510.05491), with cautious weight
-decay (arXiv 2510.12402). The recipe of the two together follows nanochat (karpathy/nanochat).
+decay (arXiv 2510.12402). The recipe of the two together follows nanochat (karpathy/nanochat). With a process group
+the work and the state are divided among its processes (see `poe.training.zero`).
 """
 
 import math
@@ -11,10 +12,12 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim.adamw import adamw
 
 from poe.errors import TrainingError
+from poe.training.zero import Shards
 
 __all__ = ["MuonAdamW", "build_optimizer", "default_iteration_dtype", "orthogonalize", "width_scale"]
 
@@ -35,7 +38,10 @@ MAX_STACKED_ELEMENTS = 1 << 23
 
 
 class _Entry(NamedTuple):
-    """One parameter as a rule sees it: `weight` is the fp32 master where there is one, else the parameter itself."""
+    """One parameter as a rule sees it: `weight` is the fp32 master where there is one, else `param` itself.
+
+    With a process group, all four are of the shard that this process owns.
+    """
 
     param: Tensor
     grad: Tensor
@@ -87,21 +93,39 @@ class MuonAdamW(torch.optim.Optimizer):
     and is copied into the parameter. Parameters without a gradient are skipped. Saving, loading and continuing is
     bit-identical to not having stopped.
 
-    Raises `ValueError` for a group without `kind` or `lr`, a Muon parameter that is not 2-D, or another
-    `iteration_dtype`; `TrainingError` from `load_state_dict` when the state is another model's.
+    `process_group`: ZeRO-2 over its processes, which hold the same parameters, each with gradients of its own; the
+    step is that of their sum (so divide the loss by what all of them count). A process keeps the state of its shard
+    only: Muon's matrices are dealt out whole, AdamW's tensors are cut. Every process must call `step`, and
+    `clip_grad_norm_` if any does; a gradient that some lack counts as zero there. `state_dict` is the shard's.
+
+    Raises `ValueError` for a group without `kind` or `lr`, a Muon parameter that is not 2-D, another
+    `iteration_dtype`, or a group added to a sharded optimiser; `TrainingError` from `load_state_dict` when the state is
+    another model's or another shard's.
     """
 
-    def __init__(self, params: Iterable[Group], *, iteration_dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        params: Iterable[Group],
+        *,
+        iteration_dtype: torch.dtype | None = None,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
         if iteration_dtype not in (None, torch.bfloat16, torch.float32, torch.float64):
             raise ValueError(f"iteration_dtype: expected bfloat16, float32, float64 or None, got {iteration_dtype}.")
         self.iteration_dtype = iteration_dtype
+        self.shards: Shards | None = None
         super().__init__(params, defaults={})
+        if process_group is not None:
+            kinds = [(p, g["kind"]) for g in self.param_groups for p in g["params"]]
+            self.shards = Shards([p for p, _ in kinds], [kind == "muon" for _, kind in kinds], process_group)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "iteration_dtype": self.iteration_dtype}
+        return {**super().__getstate__(), "iteration_dtype": self.iteration_dtype, "shards": self.shards}
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group (see the class): missing options are filled in by its kind."""
+        if self.shards is not None:
+            raise ValueError("A sharded optimiser is divided when it is made: give it every parameter group then.")
         kind = param_group.get("kind") if isinstance(param_group, dict) else None
         if kind not in ("muon", "adamw"):
             raise ValueError(f"Every parameter group needs kind='muon' or kind='adamw', got {kind!r}.")
@@ -122,6 +146,8 @@ class MuonAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self.shards is not None:
+            self.shards.reduce()
         for group in self.param_groups:
             rule = self._muon if group["kind"] == "muon" else self._adamw
             for entries in self._batches(group):
@@ -129,16 +155,50 @@ class MuonAdamW(torch.optim.Optimizer):
                 halves = [e for e in entries if e.weight is not e.param]
                 if halves:
                     torch._foreach_copy_([e.param for e in halves], [e.weight for e in halves])
+        if self.shards is not None:
+            self.shards.gather()
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear every gradient, and the sum over the processes, should no step have used it."""
+        super().zero_grad(set_to_none)
+        if self.shards is not None:
+            self.shards.forget()
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float | None = None) -> Tensor:
+        """Return the L2 norm of all gradients, a scalar in fp32 or wider; scale them down to `max_norm` if given.
+
+        Call it between the backward pass and `step`. With a process group it is the norm of the summed gradients, the
+        same on every process, and what is scaled is the sum that `step` will use, not each parameter's `grad`. Where
+        the norm is not finite nothing is scaled.
+        """
+        if self.shards is not None:
+            grads = self.shards.grads
+        else:
+            grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
+        device = self.param_groups[0]["params"][0].device
+        norms = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in grads]
+        total = torch.zeros((), device=device)
+        if norms:
+            total = torch.linalg.vector_norm(torch.stack([norm.to(device) for norm in norms]))
+        if self.shards is not None:
+            total = self.shards.norm(total)
+        if max_norm is not None:
+            factor = (max_norm / (total + 1e-6)).clamp_(max=1.0)
+            factor = torch.where(total.isfinite(), factor, 1.0)  # or the tensor at fault could not be told from others
+            for grad in grads:
+                grad.mul_(factor.to(grad.device))
+        return total
 
     def _batches(self, group: Group) -> Iterator[list[_Entry]]:
         """The group's parameters that have a gradient, in batches a rule can handle in one call, of bounded size."""
         buckets: dict[tuple[Any, ...], list[Tensor]] = {}
         for p in group["params"]:
-            if p.grad is None:
-                continue
-            if p.grad.is_sparse:
+            if p.grad is not None and p.grad.is_sparse:
                 raise ValueError("MuonAdamW takes dense gradients: build the embedding with sparse=False.")
+            if self._share(p) is None:
+                continue
             shape = p.shape if group["kind"] == "muon" else None  # only Muon stacks
             buckets.setdefault((shape, p.dtype, p.device), []).append(p)
         for params in buckets.values():
@@ -152,15 +212,22 @@ class MuonAdamW(torch.optim.Optimizer):
                 elements += p.numel()
             yield batch
 
+    def _share(self, param: Tensor) -> tuple[Tensor, Tensor] | None:
+        """What this process updates of a parameter, and its gradient; None where there is nothing to do."""
+        if self.shards is not None:
+            return self.shards.share(param)
+        return None if param.grad is None else (param, param.grad)
+
     def _entry(self, param: Tensor) -> _Entry:
         state = self.state[param]
-        weight, grad = param, param.grad
-        assert grad is not None
-        if param.dtype in (torch.bfloat16, torch.float16):
-            if "master" not in state:
-                state["master"] = param.detach().to(torch.float32, copy=True)
-            weight, grad = state["master"], grad.float()
-        return _Entry(param, grad, weight, state)
+        share = self._share(param)
+        assert share is not None
+        part, grad = share
+        if part.dtype not in (torch.bfloat16, torch.float16):
+            return _Entry(part, grad, part, state)
+        if "master" not in state:
+            state["master"] = part.detach().to(torch.float32, copy=True)
+        return _Entry(part, grad.float(), state["master"], state)
 
     def _adamw(self, entries: list[_Entry], group: Group) -> None:
         for e in entries:
@@ -232,11 +299,14 @@ class MuonAdamW(torch.optim.Optimizer):
         params = [p for g in self.param_groups for p in g["params"]]
         for saved_id, param in zip(saved_ids, params, strict=True):
             saved = state_dict["state"].get(saved_id, {})
+            if saved and self.shards is not None and self.shards.piece(param) is None:
+                raise TrainingError(f"The optimiser state is another shard's: this one has no parameter {saved_id}.")
             for key in ("master", "momentum", "exp_avg", "exp_avg_sq"):
-                if key in saved and saved[key].shape != param.shape:
+                own = param if self.shards is None or not saved else self.shards.cut(param, param.detach())
+                if key in saved and saved[key].shape != own.shape:
                     raise TrainingError(
                         f"The optimiser state is another model's: {key} of parameter {saved_id} has shape "
-                        f"{tuple(saved[key].shape)}, the parameter {tuple(param.shape)}."
+                        f"{tuple(saved[key].shape)}, the parameter {tuple(own.shape)}."
                     )
             if saved:
                 self.state[param] = {
@@ -277,7 +347,9 @@ def build_optimizer(
     weight_decay: float = 0.1,
     momentum: float = 0.95,
     betas: tuple[float, float] = (0.8, 0.95),
+    matrix_optimizer: str = "muon",
     iteration_dtype: torch.dtype | None = None,
+    process_group: dist.ProcessGroup | None = None,
 ) -> MuonAdamW:
     """Sort the parameters that require a gradient into groups and return the optimiser over them.
 
@@ -290,13 +362,22 @@ def build_optimizer(
     - `embeddings` (`embed_lr`), `unembedding` (`lm_head`, `unembed_lr`), `scalars` (fewer than 2 dimensions: norms,
       biases; `scalar_lr`): not decayed.
 
-    All but `matrices` are AdamW, their rates multiplied by `width_scale(hidden_size)`. A parameter seen twice under two
-    names (tied) counts once, under the first. Raises `ValueError` when nothing requires a gradient.
+    All but `matrices` are AdamW, their rates multiplied by `width_scale(hidden_size)`. With `matrix_optimizer="adamw"`
+    so are the matrices: `matrix_lr` is then an AdamW rate at width 768, scaled like the others (good ones are smaller
+    than Muon's), and `momentum` is not used. `process_group`: see `MuonAdamW`. A parameter seen twice under two names
+    (tied) counts once, under the first.
+
+    Raises `ValueError` when nothing requires a gradient, or for another `matrix_optimizer`.
     """
+    if matrix_optimizer not in ("muon", "adamw"):
+        raise ValueError(f"matrix_optimizer: expected 'muon' or 'adamw', got {matrix_optimizer!r}.")
     width = width_scale(hidden_size)
     adam: Group = {"kind": "adamw", "betas": betas}
+    matrices: Group = {"kind": "muon", "lr": matrix_lr, "momentum": momentum}
+    if matrix_optimizer == "adamw":
+        matrices = {**adam, "lr": matrix_lr * width}
     groups: dict[str, Group] = {
-        "matrices": {"kind": "muon", "lr": matrix_lr, "momentum": momentum, "weight_decay": weight_decay},
+        "matrices": {**matrices, "weight_decay": weight_decay},
         "head": {**adam, "lr": head_lr * width, "weight_decay": weight_decay},
         "other": {**adam, "lr": head_lr * width, "weight_decay": weight_decay},
         "embeddings": {**adam, "lr": embed_lr * width},
@@ -312,4 +393,4 @@ def build_optimizer(
     if not seen:
         raise ValueError("Nothing to optimise: no parameter requires a gradient.")
     chosen = [{**groups[role], "name": role, "params": params} for role, params in members.items() if params]
-    return MuonAdamW(chosen, iteration_dtype=iteration_dtype)
+    return MuonAdamW(chosen, iteration_dtype=iteration_dtype, process_group=process_group)
