@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from poe.data.packing import IGNORED
 from poe.modeling.families import Logits
 
 PLAIN = Logits()
-IGNORED = -100
 # Logits in memory at a time, where that leaves enough rows. On a CPU a chunk of 16 MiB is about as fast as any larger
 # one; a GPU needs some thousand rows before its matmuls outweigh the traffic of the weight's gradient.
 CHUNK_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 27}

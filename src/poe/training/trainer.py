@@ -61,8 +61,9 @@ def train_stage(
 
     `recipe` is a name or a `Recipe`, `fields` override its fields, `data` is a SPEC such as `glaive,xlam=rows.json*3`
     (default: the recipe's). A stage of that name which the cascade has is trained on, in its own dtype; else one is
-    added, in the recipe's `dtype` ("auto": the base's). The weights of the best validation are the ones that are kept, active in `cascade` and on disk. `resume` continues from the
-    checkpoint in `output_dir` and ends with the same bytes as a run that was never interrupted.
+    added, in the recipe's `dtype` ("auto": the base's). The weights of the best validation are the ones that are kept,
+    active in `cascade` and on disk. `resume` continues from the checkpoint in `output_dir` and ends with the same bytes
+    as a run that was never interrupted.
 
     Raises `RecipeError`, `DataError`, `TemplateError`, `OutputError`, `TrainingError`; `Interrupted` after Ctrl-C.
     """
