@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import tiny_base, token_ids
 from poe.modeling.families import Logits, logits_of
@@ -110,8 +111,29 @@ def test_the_gradient_of_the_head_does_not_lose_late_chunks_in_bf16() -> None:
 def test_a_chunk_is_small_in_memory_but_never_a_sliver() -> None:
     for vocabulary, width in [(600, 32), (1536, 192), (16384, 384), (49152, 576), (151936, 1024)]:
         rows = chunk_rows(torch.empty(vocabulary, width))
-        assert rows * vocabulary <= max(1 << 22, vocabulary * width // 2)
-        assert rows >= width // 2
+        assert width <= rows <= max(1 << 22, vocabulary * width) // vocabulary
+
+
+class Largest(TorchDispatchMode):
+    """Keeps the number of elements of the largest tensor that any operation returned."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        made = [t.numel() for t in (result if isinstance(result, (tuple, list)) else (result,)) if torch.is_tensor(t)]
+        self.elements = max(self.elements, *made, 0)
+        return result
+
+
+def test_no_tensor_is_larger_than_a_chunk_of_logits() -> None:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(4000, 16, requires_grad=True), torch.randn(5000, 16, requires_grad=True)
+    labels = torch.randint(0, 5000, (4000,))
+    with Largest() as seen:
+        cross_entropy_sum(hidden, weight, labels).backward()
+        per_label_losses(hidden, weight, labels)
+    assert seen.elements == chunk_rows(weight) * 5000 <= 1 << 22  # of the 20 million logits there are
 
 
 def test_losses_per_label_add_up_and_keep_their_order() -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from poe.errors import TrainingError
+from poe.modeling.placement import is_plain
 
 Named = Iterable[tuple[str, nn.Parameter]]
 
@@ -47,7 +48,7 @@ def check_weights(step: int, parameters: Named) -> None:
 
 def _bad(tensor: object) -> str | None:
     """Say how many numbers of a tensor are not finite; None if all are, or if it holds no plain floats."""
-    if not isinstance(tensor, Tensor) or tensor.is_meta or not tensor.is_floating_point() or tensor.itemsize < 2:
+    if not isinstance(tensor, Tensor) or tensor.is_meta or not is_plain(tensor):
         return None
     finite = torch.isfinite(tensor)
     if finite.all():

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from poe.data.packing import IGNORED
 from poe.modeling.families import Logits
 
 PLAIN = Logits()
-IGNORED = -100
 # Logits in memory at a time, where that leaves enough rows. On a CPU a chunk of 16 MiB is about as fast as any larger
 # one; a GPU needs some thousand rows before its matmuls outweigh the traffic of the weight's gradient.
 CHUNK_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 27}
@@ -23,11 +23,11 @@ CHUNK_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 27}
 def chunk_rows(weight: Tensor) -> int:
     """Return how many positions pass through a head's `weight` (V, D) at a time.
 
-    As many as `CHUNK_LOGITS` says, but no fewer than D / 2: every chunk also reads the weight and adds to its gradient,
-    2 V D numbers, and with that many rows the chunk's logits still take no more than half the memory of the gradient.
+    As many as `CHUNK_LOGITS` says, but no fewer than D: every chunk also reads the weight and adds to its gradient,
+    2 V D numbers, and with D rows the chunk's logits take no more memory than that gradient does anyway.
     """
     vocabulary, width = weight.shape
-    return max(1, CHUNK_LOGITS.get(weight.device.type, 1 << 22) // vocabulary, width // 2)
+    return max(1, CHUNK_LOGITS.get(weight.device.type, 1 << 22) // vocabulary, width)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -50,25 +50,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         # Summed over the chunks in fp32: in bf16 a late chunk would be lost in the sum of the earlier ones.
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
         for part in kept.split(chunk_rows(weight)):
-            x, y = hidden[part], labels[part, None]
-            logits = logits_of(F.linear(x, weight, bias).float())  # (rows, V)
-            log_p = logits.log_softmax(dim=-1)
-            picked = log_p.gather(1, y)  # (rows, 1)
-            log_z = logits.gather(1, y).sub_(picked)
-            share = torch.ones_like(picked) if weights is None else weights[part, None]
-            total += (share * (z_loss * log_z.square() - picked)).sum()
-            if not (need_hidden or need_weight):
-                continue
-            # d loss / d logits = softmax (1 + 2 z_loss log Z) - one-hot, then through the soft-cap and the scale
-            grad = log_p.exp_()
-            if z_loss or weights is not None:
-                grad.mul_(share * (1 + 2 * z_loss * log_z))
-            grad.scatter_add_(1, y, -share)
-            if logits_of.softcap is not None:
-                grad.mul_(logits.div_(logits_of.softcap).square_().neg_().add_(1))
-            if logits_of.scale != 1.0:
-                grad.mul_(logits_of.scale)
-            grad = grad.to(weight.dtype)
+            x, share = hidden[part], None if weights is None else weights[part, None]
+            loss, grad = _chunk(x, weight, labels[part, None], logits_of, bias, z_loss, share)
+            total += loss
             if grad_hidden is not None:
                 grad_hidden[part] = grad @ weight
             if grad_weight is not None and weight.dtype == torch.float32:
@@ -90,6 +74,26 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         if grad_weight is not None:
             grad_weight = grad_weight.mul_(grads[0]).to(ctx.weight_dtype)
         return grad_hidden, grad_weight, *[None] * 5
+
+
+def _chunk(
+    x: Tensor, weight: Tensor, y: Tensor, logits_of: Logits, bias: Tensor | None, z_loss: float, share: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """x (n, D), y and share (n, 1) -> the sum of the losses, and its gradient (n, V) by what the head returns."""
+    logits = logits_of(F.linear(x, weight, bias).float())  # (n, V)
+    log_p = logits.log_softmax(dim=-1)
+    picked = log_p.gather(1, y)  # (n, 1)
+    log_z = logits.gather(1, y) - picked
+    if share is None:
+        share = torch.ones_like(picked)
+    loss = (share * (z_loss * log_z.square() - picked)).sum()
+    # d loss / d logits = softmax (1 + 2 z_loss log Z) - one-hot, then through the soft-cap and the scale
+    grad = log_p.exp_().mul_(share * (1 + 2 * z_loss * log_z)).scatter_add_(1, y, -share)
+    if logits_of.softcap is not None:
+        grad.mul_(logits.div_(logits_of.softcap).square_().neg_().add_(1))
+    if logits_of.scale != 1.0:
+        grad.mul_(logits_of.scale)
+    return loss, grad.to(weight.dtype)
 
 
 def cross_entropy_sum(
