@@ -14,7 +14,7 @@ from poe.stages import BaseRecipe, Recipe, list_recipes, load_base_recipe, load_
 
 PLAN_FIELDS = (
     "seq_len tokens_per_step max_tokens_per_batch max_steps matrix_lr head_lr weight_decay momentum start warmup "
-    "warmdown final max_grad_norm eval_every checkpoint_every dtype seed"
+    "warmdown final max_grad_norm eval_every checkpoint_every keep_checkpoints track dtype seed"
 ).split()
 STAGE_OPTIONS = {
     *PLAN_FIELDS,

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from poe.modeling.modeling_poe import PoEConfig, PoEForCausalLM
 from poe.stages import load_recipe
 from poe.stages.recipe import load_base_recipe
 from poe.training import engine as engine_module
+from poe.training.checkpoint import checkpoints, has_checkpoint
 from poe.training.pretrain import train_base
 from poe.training.progress import Progress
 
@@ -92,14 +94,13 @@ def test_a_killed_run_resumes_to_the_same_bytes(base: Path, tmp_path: Path) -> N
         time.sleep(moments.random() * 0.05)
         process.kill()
         process.wait()
-        if not any((out / name / "meta.json").exists() for name in ("checkpoint", "checkpoint.old")):
-            raise AssertionError("no checkpoint survived the kill")
+        assert has_checkpoint(out)
     resumed = run(command(base, out, *options, "--resume"))
     assert resumed.returncode == 0, resumed.stderr
     assert (out / "delta.safetensors").read_bytes() == (tmp_path / "whole" / "delta.safetensors").read_bytes()
     trajectories = [json.loads((tmp_path / f / "training.json").read_text())["trajectory"] for f in ("whole", "killed")]
     assert trajectories[0] == trajectories[1]
-    assert not (out / "checkpoint").exists()
+    assert not checkpoints(out)
 
 
 @pytest.mark.slow
@@ -205,7 +206,7 @@ def test_a_full_disk_is_said_before_training_and_while_writing(base: Path, tmp_p
         free = 10_000
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine_module.shutil, "disk_usage", lambda _: Usage)
+        patch.setattr(shutil, "disk_usage", lambda _: Usage)
         with pytest.raises(OutputError, match="Not enough disk"):
             train_stage(
                 Cascade.from_pretrained(base),
@@ -254,7 +255,7 @@ def test_training_improves_the_stage_and_leaves_the_base(base: Path, tmp_path: P
     assert all(
         torch.equal(t.to(torch.bfloat16), shipped[n]) for n, t in reloaded.stages["demo"].delta_state_dict().items()
     )
-    assert (tmp_path / "o" / "loss.png").stat().st_size > 1000
+    assert (tmp_path / "o" / "report.png").stat().st_size > 1000
 
 
 def test_losses_are_the_same_numbers_as_ever(base: Path, tmp_path: Path) -> None:

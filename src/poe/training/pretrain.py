@@ -25,7 +25,8 @@ from poe.stages.recipe import BaseRecipe
 from poe.training.engine import Engine, History
 from poe.training.precision import choose_dtype
 from poe.training.progress import Progress
-from poe.training.report import environment, plot_history, prepare_output, write_training_json
+from poe.training.report import draw_report, environment, outcome, prepare_output, write_training_json
+from poe.training.tracking import open_trackers
 
 TOKENIZER_CHARACTERS = 20_000_000
 VALIDATION_ROWS = 48
@@ -60,6 +61,7 @@ def train_base(
     run = prepare_output(Path(output_dir), resume)
     progress = progress or Progress(f"base {recipe.name}")
     torch.manual_seed(recipe.seed)
+    trackers = open_trackers(recipe.track, progress.note)
     started = time.time()
     if recipe.init is None:
         tokenizer: Any = train_tokenizer(_tokenizer_texts(recipe), recipe.vocab_size)
@@ -84,11 +86,12 @@ def train_base(
         run,
         num_steps,
         progress,
+        trackers=trackers,
     )
     history = engine.run(resume)
     save_base_folder(model.to(torch.bfloat16).eval(), run, tokenizer)
     write_training_json(run, training_record(recipe, history, num_steps))
-    plot_history(run / "loss.png", history)
+    draw_report(run)
     engine.clean_up()
     return run
 
@@ -128,6 +131,7 @@ def training_record(recipe: BaseRecipe, history: History, num_steps: int) -> dic
         "seconds": round(history.seconds, 1),
         "best_step": history.best_step,
         "val_bpb": history.best_bpb,
+        **outcome(history),
         "trajectory": history.evals,
         "environment": environment(),
     }
