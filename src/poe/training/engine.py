@@ -316,7 +316,11 @@ class Engine:
         tensors, numbers = optimizer_tensors(self.optimizer, self._names)
         generators, generator_numbers = rng_state()
         self.history.peak_bytes = max(self.history.peak_bytes, memory_peak(self._device))
-        groups = {"weights": dict(self.parameters), "optimizer": tensors, "rng": generators}
+        groups: dict[str, Mapping[str, Tensor]] = {
+            "weights": dict(self.parameters),
+            "optimizer": tensors,
+            "rng": generators,
+        }
         if self.history.best_step != step:  # else the weights are the best ones
             groups["best"] = self.best
         meta = {

@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoTokenizer
 
@@ -157,11 +158,12 @@ def _rows(recipe: BaseRecipe, tokenizer: Any, num_steps: int) -> tuple[PackedRow
     rows_per_step = recipe.tokens_per_step // recipe.seq_len
     needed = num_steps * recipe.tokens_per_step
 
-    def tokenised(texts: Iterator[Text], tokens: int) -> Iterator[tuple[list[int], list[bool]]]:
+    def tokenised(texts: Iterator[Text], tokens: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         while tokens > 0 and (chunk := list(islice(texts, CHUNK))):
             encoded = tokenizer([t.text for t in chunk], verbose=False, return_offsets_mapping=True)
             for text, ids, offsets in zip(chunk, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-                yield ids, _learnt(text, offsets)
+                # all documents are held until they are shuffled: as lists they would take eight times as much
+                yield np.asarray(ids, dtype=np.int32), np.asarray(_learnt(text, offsets), dtype=bool)
                 tokens -= len(ids)
                 if tokens <= 0:
                     return
