@@ -28,7 +28,7 @@ HEADS = [("dense", 2), ("low_rank", 3), ("none", 2)]
 
 def estimated(engine, result_bytes: int | None = None):
     parts = engine.model, engine.parameters, engine.optimizer, engine.plan, engine.train, engine.val
-    return estimate_run(*parts, engine.num_steps, result_bytes)
+    return estimate_run(*parts, engine.num_steps, engine._hidden, result_bytes)
 
 
 @pytest.mark.parametrize(("head", "rank"), HEADS)
@@ -88,6 +88,7 @@ def test_a_tied_embedding_is_work_for_the_head_alone() -> None:
 
 def test_the_outcome_stands_beside_the_estimate(tmp_path: Path) -> None:
     engine, _ = small_engine(tmp_path, PLAN.replace(max_steps=5))
+    assert estimated(engine).seconds > 0
     history = engine.run()
     record = outcome(history)
     assert record["actual"]["tokens"] == record["estimate"]["tokens"] == 5 * PLAN.tokens_per_step
@@ -120,7 +121,7 @@ def test_a_resumed_run_keeps_the_estimate_that_was_made_when_it_began(tmp_path: 
     with pytest.raises(KeyboardInterrupt):
         engine.run()
     first = engine.history.estimate
-    monkeypatch.setattr(estimating, "EFFICIENCY", 1e-6)
+    monkeypatch.setattr(estimating, "network_speed", lambda *args: 1.0)
     again, _ = small_engine(tmp_path)
     again._restore()
     again._announce()

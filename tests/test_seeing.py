@@ -100,13 +100,13 @@ def test_trackers_by_name(monkeypatch) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(tracking.TRACKERS))
 def test_the_real_ones_take_a_run_and_its_continuation_offline(name: str, tmp_path: Path, monkeypatch) -> None:
-    pytest.importorskip(name)
     for variable, value in {
         "WANDB_MODE": "offline",
         "WANDB_SILENT": "true",
         "TRACKIO_DIR": str(tmp_path / "t"),
     }.items():
-        monkeypatch.setenv(variable, value)
+        monkeypatch.setenv(variable, value)  # before the library is imported
+    pytest.importorskip(name)
     notes: list[str] = []
     for first in (0, 3):
         trackers = open_trackers(name, notes.append)
@@ -123,7 +123,7 @@ def test_the_report_is_drawn_from_metrics_alone(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     with pytest.raises(OutputError, match=r"no metrics.jsonl"):
         draw_report(tmp_path)
-    engine, _ = small_engine(tmp_path, PLAN.replace(max_steps=30, checkpoint_every=60.0))
+    engine, _ = small_engine(tmp_path, PLAN.replace(max_steps=12, checkpoint_every=60.0))
     engine.run()
     assert draw_report(tmp_path)
     first = (tmp_path / "report.png").read_bytes()

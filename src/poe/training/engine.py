@@ -199,6 +199,7 @@ class Engine:
             self.train,
             self.val,
             self.num_steps,
+            self._hidden,
             self.result_bytes,
         )
         refuse_full_disk(self.run_folder, estimate.disk_bytes)

@@ -3,7 +3,8 @@
 Work: a frozen layer costs 2 operations per weight and token, a trained one 6 (forward, and a backward for the input and
 for the weight); the head only sees the positions that have a label: `2 N_below + 6 (N_stage + N_head x share)` per
 token. The head's own gradient is as large as the head, whatever form its delta has. Per step come Muon's matrix
-products; per validation `2 (N_below + N_stage + N_head x share)` per token.
+products; per validation `2 (N_below + N_stage + N_head x share)` per token. Time is all that at the speed of a forward
+pass of some rows, which is measured.
 
 Memory, beyond what the process holds when it is asked (libraries, model): per trained number its gradient, its copy in
 the best weights, its optimiser state (Muon one fp32 number, AdamW two, one more for a half-precision weight); per
@@ -15,7 +16,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ from rich.table import Table
 from torch import nn
 from transformers import PreTrainedModel
 
+from poe.data.packing import Batch
 from poe.errors import OutputError
 from poe.stages.recipe import Plan
 from poe.training.checkpoint import checkpoints
@@ -35,8 +37,7 @@ if TYPE_CHECKING:
     from poe.training.engine import Rows
 
 SAMPLED_ROWS = 64
-# Share of the speed of one large matrix product that a whole step reaches; measured on two CPUs' worth of small models.
-EFFICIENCY = 0.5
+CALIBRATION_TOKENS = 2048  # enough for a network to reach its speed
 LABELS = {
     "parameters": "parameters trained",
     "tokens": "tokens",
@@ -60,7 +61,8 @@ class Estimate:
     disk_bytes: int  # most that lies in the run's folder at a time
 
     def as_dict(self) -> dict[str, Any]:
-        return {name: round(value) for name, value in asdict(self).items()}
+        """Return the fields as JSON values: whole numbers, and seconds to three digits."""
+        return {name: float(f"{v:.3g}") if name == "seconds" else round(v) for name, v in asdict(self).items()}
 
 
 @dataclass(frozen=True)
@@ -107,13 +109,18 @@ def estimate_run(
     train: "Rows",
     val: "Rows | None",
     num_steps: int,
+    hidden: Callable[[Batch], torch.Tensor],
     result_bytes: int | None = None,
 ) -> Estimate:
     """Return what training `parameters` of `model` by `plan` will take (see the module for how).
 
+    `hidden` is the forward pass of a run's step, (B, T) tokens -> (B, T, D); some rows go through it to be timed.
     `result_bytes` is the size of the file that will be written, if the caller knows it; else two bytes a weight.
     """
     numbers = sum(p.numel() for _, p in parameters)
+    some = train.batch(0, max(1, min(CALIBRATION_TOKENS, plan.tokens_per_step) // plan.seq_len))
+    model.eval()  # no dropout: nothing is drawn from the generators, which a run that is continued has just restored
+    some = Batch(*(part.to(parameters[0][1].device) for part in some))
     weights = count_weights(model, parameters)
     head = weights.head * trained_share(train)
     per_token = 2 * weights.below + 6 * (weights.stage + head)
@@ -130,7 +137,7 @@ def estimate_run(
         parameters=numbers,
         tokens=tokens,
         flops_per_token=per_token,
-        seconds=flops / (EFFICIENCY * matmul_speed(model, plan)),
+        seconds=flops / network_speed(hidden, some, weights),
         memory_bytes=_memory(model, parameters, plan, own, state),
         result_bytes=result,
         # one checkpoint more than are kept lies there while it is written; it holds current and best weights
@@ -149,26 +156,22 @@ def refuse_full_disk(run: Path, needed: int) -> None:
         )
 
 
-def matmul_speed(model: PreTrainedModel, plan: Plan) -> float:
-    """Return the operations per second of a product of the run's size, (tokens, width) x (width, 4 width)."""
-    width = model.config.hidden_size
-    weight: torch.Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
-    kind: dict[str, Any] = {"dtype": plan_dtype(weight), "device": weight.device}
-    tokens = min(plan.tokens_per_step, plan.max_tokens_per_batch, 8192)
-    x, w = torch.ones(tokens, width, **kind), torch.ones(width, 4 * width, **kind)
+def network_speed(hidden: Callable[[Batch], torch.Tensor], rows: Batch, weights: Weights) -> float:
+    """Return the operations per second of a forward pass of `rows` through the network, without its head.
+
+    Measured on the network itself: what a single matrix product reaches says little about a small model, whose norms
+    and attention take as long as its matrices, and nothing about a recurrent one.
+    """
+    device = rows.input_ids.device
     fastest = float("inf")
-    for _ in range(4):  # the first one also prepares
-        _wait(weight.device)
-        started = time.perf_counter()
-        x @ w
-        _wait(weight.device)
-        fastest = min(fastest, time.perf_counter() - started)
-    return 2 * x.numel() * w.shape[1] / fastest
-
-
-def plan_dtype(weight: torch.Tensor) -> torch.dtype:
-    """The dtype a base multiplies in: its own, or bf16 where it is stored in something smaller."""
-    return weight.dtype if weight.dtype.is_floating_point and weight.element_size() > 1 else torch.bfloat16
+    with torch.no_grad():
+        for _ in range(3):  # the first one also prepares
+            _wait(device)
+            started = time.perf_counter()
+            hidden(rows)
+            _wait(device)
+            fastest = min(fastest, time.perf_counter() - started)
+    return 2 * rows.input_ids.numel() * (weights.below + weights.stage) / fastest
 
 
 def memory_now(device: torch.device) -> int:

@@ -68,7 +68,7 @@ def write_training_json(folder: Path, record: Mapping[str, Any]) -> None:
 
 def outcome(history: Any) -> dict[str, Any]:
     """Return, for training.json, what was estimated, what happened, and the ratio of the two."""
-    actual = {name: round(value, 1) for name, value in history.actual.items()}
+    actual = {name: round(value, 2) for name, value in history.actual.items()}
     return {"estimate": history.estimate, "actual": actual, "ratio": comparison(history.estimate, actual)}
 
 

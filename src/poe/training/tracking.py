@@ -1,6 +1,8 @@
 """Trackers by name: they are told what metrics.jsonl holds, and whatever becomes of them, the run goes on."""
 
+import contextlib
 import importlib.util
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -98,7 +100,8 @@ class Trackers:
     def _tell(self, what: Callable[[Tracker], None]) -> None:
         for name, tracker in list(self._working.items()):
             try:
-                what(tracker)
+                with contextlib.redirect_stdout(sys.stderr):  # they talk; standard output is for results
+                    what(tracker)
             except Exception as error:  # somebody else's program, and nothing of the run's result depends on it
                 del self._working[name]
                 said = str(error).partition("\n")[0]
