@@ -57,6 +57,7 @@ def test_the_published_hyper_parameters() -> None:
         (lambda: load_recipe("tool", head="thick"), "head should be"),
         (lambda: load_recipe("tool", num_layers="many"), "num_layers should be int, got 'many'"),
         (lambda: load_recipe("tool", seq_len=1000), "must be a multiple of seq_len"),
+        (lambda: load_recipe("tool", keep_checkpoints=0), "keep_checkpoints is 0, expected at least 1"),
     ],
 )
 def test_mistakes_are_named(make, message: str) -> None:
