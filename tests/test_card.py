@@ -149,17 +149,17 @@ def links(text: str) -> list[str]:
 
 def test_every_link_of_a_card_leads_somewhere(hub, saved_base, tmp_path: Path) -> None:
     (tmp_path / "t").mkdir()
-    (tmp_path / "t" / "loss.png").write_bytes(b"\x89PNG")
+    (tmp_path / "t" / "report.png").write_bytes(b"\x89PNG")
     data = {"sources": {"bad": {"licence": "cc-by-nc-4.0", "conversations": 1, "epochs": 1}}}
     cascade = Cascade.from_pretrained(saved_base()).add_stage(StageConfig("t", 1))
     scramble(cascade.stages["t"])
     folder = cascade.save_stage("t", tmp_path / "t", {**TRAINING, "data": data})
     found = links((folder / "README.md").read_text())
-    assert {"loss.png", "training.json", "NOTICE"} <= set(found)
+    assert {"report.png", "training.json", "NOTICE"} <= set(found)
     assert all((folder / link).is_file() for link in found)
     # The card of the same stage elsewhere, without a plot, does not show one.
     again = Cascade.from_pretrained(folder).save_stage("t", tmp_path / "u", json.loads(json.dumps(TRAINING)))
-    assert "loss.png" not in links((again / "README.md").read_text())
+    assert "report.png" not in links((again / "README.md").read_text())
     upload(pack(saved_base(), "me/base", token="hf_me"), token="hf_me")
     shipment = pack(folder, "me/t", base="me/base", token="hf_me")
     published = shipment.files["README.md"]

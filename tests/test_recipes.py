@@ -14,8 +14,8 @@ from poe.stages import BaseRecipe, Recipe, list_recipes, load_base_recipe, load_
 
 PLAN_FIELDS = (
     "seq_len tokens_per_step max_tokens_per_batch max_steps matrix_lr head_lr weight_decay momentum momentum_start "
-    "matrix_optimizer start warmup warmdown final max_grad_norm z_loss eval_every checkpoint_every dtype compile "
-    "checkpoint_activations seed"
+    "matrix_optimizer start warmup warmdown final max_grad_norm z_loss eval_every checkpoint_every keep_checkpoints "
+    "track dtype compile checkpoint_activations seed"
 ).split()
 STAGE_OPTIONS = {
     *PLAN_FIELDS,
@@ -58,6 +58,7 @@ def test_the_published_hyper_parameters() -> None:
         (lambda: load_recipe("tool", head="thick"), "head should be"),
         (lambda: load_recipe("tool", num_layers="many"), "num_layers should be int, got 'many'"),
         (lambda: load_recipe("tool", seq_len=1000), "must be a multiple of seq_len"),
+        (lambda: load_recipe("tool", keep_checkpoints=0), "keep_checkpoints is 0, expected at least 1"),
     ],
 )
 def test_mistakes_are_named(make, message: str) -> None:

@@ -17,6 +17,7 @@ from poe.data.packing import PackedRows, pack
 from poe.errors import TrainingError
 from poe.modeling.families import logits_of
 from poe.stages import Recipe
+from poe.training.checkpoint import checkpoints
 from poe.training.engine import Engine
 from poe.training.frozen import assert_frozen_below
 from poe.training.loss import cross_entropy_sum
@@ -232,14 +233,14 @@ def test_the_first_number_that_is_not_finite_is_named_before_a_step(tmp_path, po
     engine = engine_for(model, stage, tmp_path, max_grad_norm=1.0)
     engine._step(0)
     engine._save(1)
-    checkpoint = {path.name: path.read_bytes() for path in engine.checkpoint.iterdir()}
+    checkpoint = {path.name: path.read_bytes() for path in (engine.run_folder / "checkpoint-1").iterdir()}
     poison(model, stage, value)
     before = {name: p.detach().clone() for name, p in stage.named_parameters()}
     with pytest.raises(TrainingError, match=f"loss of step 2 is .*{culprit}"):
         engine._step(1)
     for name, p in stage.named_parameters():
         assert torch.equal(p.nan_to_num(7.0), before[name].nan_to_num(7.0)), name
-    assert {path.name: path.read_bytes() for path in engine.checkpoint.iterdir()} == checkpoint
+    assert {path.name: path.read_bytes() for path in (engine.run_folder / "checkpoint-1").iterdir()} == checkpoint
 
 
 def test_a_loss_that_is_not_finite_is_named_when_all_hidden_states_are(tmp_path: Path, llama) -> None:
@@ -255,7 +256,7 @@ def test_a_checkpoint_is_not_written_over_by_weights_that_are_not_finite(tmp_pat
     engine = engine_for(model, stage, tmp_path, matrix_lr=1e38, head_lr=1e38, checkpoint_every=0.0)
     with pytest.raises(TrainingError, match=r"After step 1 .* the weight head.weight \(0 nan and 1,952 inf"):
         engine.run()
-    assert not engine.checkpoint.exists()
+    assert not checkpoints(engine.run_folder)
 
 
 # --- precision

@@ -1,12 +1,13 @@
 """What both programs share: options from recipes, errors as one message, exit codes."""
 
+import contextlib
 import dataclasses
 import inspect
 import logging
 import sys
 import typing
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -35,10 +36,19 @@ def run(app: typer.Typer) -> None:
         sys.exit(FAILED)
 
 
-def interrupted(command: str, folder: Path) -> typer.Exit:
-    """Say how to go on; raise what this returns."""
-    err.print(f"Stopped, and saved. To go on: {command} --out {folder} --resume, with the same options.", markup=False)
-    return typer.Exit(INTERRUPTED)
+@contextlib.contextmanager
+def interruptible(command: str, folder: Path) -> Iterator[None]:
+    """Turn a Ctrl-C, whenever it comes, into one line that says what was kept and how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        steps = [int(path.parent.name.partition("-")[2]) for path in folder.glob("checkpoint-*[0-9]/meta.json")]
+        if steps:
+            said = f"Stopped; saved at step {max(steps)}. To go on: {command} --out {folder} --resume, same options."
+        else:
+            said = "Stopped before there was anything to keep: nothing was written."
+        err.print(said, markup=False)
+        raise typer.Exit(INTERRUPTED) from None
 
 
 def quieten() -> None:

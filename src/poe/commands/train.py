@@ -1,5 +1,6 @@
 """`poe-train`: train a stage on a frozen base, or a base from scratch."""
 
+import json
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -7,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from poe.commands.app import err, interrupted, out, recipe_options, run
+from poe.commands.app import err, interruptible, out, recipe_options, run
 from poe.stages import BaseRecipe, Recipe, load_base_recipe, load_recipe
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode="rich")
@@ -24,30 +25,23 @@ def stage(
     no_eval: Annotated[bool, typer.Option("--no-eval", help="do not answer held-out questions at the end")] = False,
     fields: dict[str, Any] | None = None,
 ) -> None:
-    """Train a stage and write its folder: delta, card, training.json, loss.png."""
-    from poe.cascade import Cascade
-    from poe.training.engine import Interrupted
-    from poe.training.precision import choose_dtype, default_device
-    from poe.training.trainer import train_stage
-
+    """Train a stage and write its folder: delta, card, training.json, report.png."""
     plan = load_recipe(recipe, **(fields or {}))
     folder = out_folder or Path("runs") / plan.name
-    device = default_device()
-    cascade = Cascade.from_pretrained(base, dtype=choose_dtype(plan.dtype, device), device_map=_placement(device))
-    err.print(
-        f"stage {plan.name} on {base}: {device.type}, {str(cascade.base.dtype).removeprefix('torch.')}", markup=False
-    )
-    try:
+    with interruptible(f"poe-train stage {recipe}", folder):
+        from poe.cascade import Cascade
+        from poe.training.precision import choose_dtype, default_device
+        from poe.training.trainer import train_stage
+
+        device = default_device()
+        cascade = Cascade.from_pretrained(base, dtype=choose_dtype(plan.dtype, device), device_map=_placement(device))
+        dtype = str(cascade.base.dtype).removeprefix("torch.")
+        err.print(f"stage {plan.name} on {base}: {device.type}, {dtype}", markup=False)
         result = train_stage(cascade, plan, data, folder, resume=resume, evaluate=None if no_eval else _evaluate)
-    except Interrupted:
-        raise interrupted(f"poe-train stage {recipe}", folder) from None
     out.print(_bpb_table(result.record))
     if "evaluation" in result.record:
         out.print(_score_table(result.record["evaluation"]))
-    size = result.delta_bytes
-    parameters = cascade.stages[plan.name].num_parameters()
-    out.print(f"{folder}/delta.safetensors: {size:,} bytes ({size / 2**20:.1f} MiB), {parameters:,} parameters")
-    out.print(f"{result.record['tokens_per_s']:,} tokens/s in training; best step {result.record['best_step']}")
+    _print_outcome(folder / "delta.safetensors", result.record)
 
 
 @app.command()
@@ -60,17 +54,15 @@ def base(
     fields: dict[str, Any] | None = None,
 ) -> None:
     """Train a PoE base from scratch, tokenizer included, and write a folder that transformers loads."""
-    from poe.training.engine import Interrupted
-    from poe.training.pretrain import train_base
-
     plan = load_base_recipe(recipe, **(fields or {}), **({"data": data} if data else {}))
     folder = out_folder or Path("runs") / f"base-{plan.name}"
-    try:
+    with interruptible(f"poe-train base {recipe}", folder):
+        from poe.training.pretrain import train_base
+
         train_base(plan, folder, resume=resume)
-    except Interrupted:
-        raise interrupted(f"poe-train base {recipe}", folder) from None
-    size = (folder / "model.safetensors").stat().st_size
-    out.print(f"{folder}/model.safetensors: {size:,} bytes ({size / 1e6:.2f} MB)")
+    record = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    out.print(_bpb_table(record))
+    _print_outcome(folder / "model.safetensors", record)
 
 
 def _placement(device: Any) -> Any:
@@ -98,6 +90,21 @@ def _bpb_table(record: dict[str, Any]) -> Table:
         best = " *" if point["step"] == record["best_step"] else "  "
         table.add_row(str(point["step"]), f"{point['val_bpb']:.4f}{best}")
     return table
+
+
+def _print_outcome(result: Path, record: dict[str, Any]) -> None:
+    """What the run took, beside what had been estimated, and what it gave."""
+    from poe.training.estimate import estimate_table
+
+    size = result.stat().st_size
+    out.print(estimate_table(record["estimate"], {**record["actual"], "result_bytes": size}))
+    speed = record["tokens"] / max(record["seconds"], 1e-9)
+    before = record["trajectory"][0]["val_bpb"]
+    out.print(
+        f"{record['steps']:,} steps, {record['tokens']:,} tokens, {speed:,.0f} tokens/s; "
+        f"best step {record['best_step']}: val bpb {before:.4f} -> {record['val_bpb']:.4f}"
+    )
+    out.print(f"{result}: {size:,} bytes, {record['estimate']['parameters']:,} parameters")
 
 
 def _score_table(evaluation: dict[str, Any]) -> Table:

@@ -217,7 +217,7 @@ def _validation(trajectory: list[Mapping[str, Any]], plot: str | None) -> list[s
     if not trajectory:
         return []
     points = "\n".join(f"| {point['step']} | {point['val_bpb']:.4f} |" for point in trajectory)
-    picture = [f"![Training loss and validation bits per byte]({plot})"] if plot else []
+    picture = [f"![Loss, bits per byte, learning rates, gradient norm, tokens per second]({plot})"] if plot else []
     return ["## Validation", f"| step | bits per byte |\n|---:|---:|\n{points}", *picture]
 
 

@@ -28,13 +28,16 @@ if TYPE_CHECKING:
 
 # What a published stage or base may hold besides its weights and Python files; `*` stands for the rest of a name.
 PUBLISHED = (
-    "config.json generation_config.json training.json loss.png README.md NOTICE* LICENSE* .gitattributes "
+    "config.json generation_config.json training.json report.png README.md NOTICE* LICENSE* .gitattributes "
     "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json tokenizer.model spiece.model "
     "vocab.json vocab.txt merges.txt chat_template.jinja chat_template.json"
 ).split()
 BASE_WEIGHTS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
-# What a run leaves beside a stage that is nobody else's business: checkpoints, and rows as they were read.
-STAYS = ("checkpoint*", "metrics.jsonl", "dropped.jsonl", ".cache", ".git", ".gitignore", ".DS_Store")
+# What a run leaves beside a stage that is nobody else's business: checkpoints, rows as they were read, trackers' files.
+STAYS = (
+    *("checkpoint*", "metrics.jsonl", "dropped.jsonl", "tensorboard", "wandb"),
+    *(".cache", ".git", ".gitignore", ".DS_Store"),
+)
 
 
 @dataclass(frozen=True)

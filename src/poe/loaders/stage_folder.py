@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from poe.cascade import Cascade
 
 ENTRY = "modeling_poe_stage"
-PLOT = "loss.png"
+PLOT = "report.png"
 AUTO_MAP = {"AutoConfig": f"{ENTRY}.PoEStageConfig", "AutoModelForCausalLM": f"{ENTRY}.PoEStageForCausalLM"}
 
 

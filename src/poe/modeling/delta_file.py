@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from .failures import DeltaError, FingerprintError
 from .fingerprint import fingerprint_files, fingerprint_tensors
 from .int8 import SCALE, dequantise, quantise
-from .tensor_file import DTYPES, Entry, read_header, write_tensors
+from .tensor_file import DTYPES, Entry, file_size, read_header, write_tensors
 
 DELTA_NAME = "delta.safetensors"
 POE_FORMAT = "1"
@@ -69,17 +69,42 @@ def write_delta(
     stored = as_stored(tensors, dtype)
     check_finite(stage, stored)
     fingerprint = fingerprint_tensors(stored)
-    metadata = {
+    metadata = _metadata(stage, attach_at, base_fingerprint, parent_fingerprint, fingerprint)
+    write_tensors(path, stored, metadata)
+    return fingerprint
+
+
+def delta_size(
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    stage: str,
+    attach_at: int,
+    has_parent: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+) -> int:
+    """Return how many bytes `write_delta` would write for tensors of these names and shapes, without reading them."""
+    stored: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        if dtype == torch.int8 and tensor.dim() == 2:
+            stored[name] = torch.empty(tensor.shape, dtype=torch.int8, device="meta")
+            stored[name + SCALE] = torch.empty(tensor.shape[:1], dtype=torch.float32, device="meta")
+        else:
+            kept = torch.bfloat16 if dtype == torch.int8 else dtype
+            stored[name] = torch.empty(tensor.shape, dtype=kept, device="meta")
+    some = "0" * 64  # every fingerprint has that length
+    return file_size(stored, _metadata(stage, attach_at, some, some if has_parent else "", some))
+
+
+def _metadata(stage: str, attach_at: int, base: str, parent: str, own: str) -> dict[str, str]:
+    return {
         "format": "pt",
         "poe_format": POE_FORMAT,
         "stage": stage,
         "attach_at": str(attach_at),
-        "base_fingerprint": base_fingerprint,
-        "parent_fingerprint": parent_fingerprint,
-        "self_fingerprint": fingerprint,
+        "base_fingerprint": base,
+        "parent_fingerprint": parent,
+        "self_fingerprint": own,
     }
-    write_tensors(path, stored, metadata)
-    return fingerprint
 
 
 def as_stored(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:

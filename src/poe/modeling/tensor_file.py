@@ -119,17 +119,7 @@ def write_tensors(
     It goes to a temporary name in the same folder, is flushed to the disk and then takes its name. An `OSError`
     (full disk, no permission) leaves what was there before.
     """
-    # Widest elements first, as the library does, so that every tensor is aligned to its element size.
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
-    offset = 0
-    for name in order:
-        tensor = tensors[name]
-        end = offset + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    order, text, _ = _layout(tensors, metadata)
     folder = os.path.dirname(os.path.abspath(path))
     handle, temporary = tempfile.mkstemp(dir=folder, prefix=".delta-", suffix=".part")
     try:
@@ -146,3 +136,24 @@ def write_tensors(
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
+
+
+def file_size(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> int:
+    """Return how many bytes `write_tensors` would write; tensors on the meta device will do."""
+    _, text, end = _layout(tensors, metadata)
+    return 8 + len(text) + end
+
+
+def _layout(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> tuple[list[str], bytes, int]:
+    """Return the names in the order of the file, the header's text, and how many bytes of tensors follow it."""
+    # Widest elements first, as the library does, so that every tensor is aligned to its element size.
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
+    offset = 0
+    for name in order:
+        tensor = tensors[name]
+        end = offset + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return order, text + b" " * (-len(text) % 8), offset

@@ -47,6 +47,8 @@ class Plan:
     z_loss: float = 0.0  # times the mean of (log Z)^2: keeps logits from drifting (PaLM has 1e-4)
     eval_every: int = 200  # steps between two measures of val bits per byte
     checkpoint_every: float = 300.0  # seconds between two checkpoints
+    keep_checkpoints: int = 1  # how many of the newest are kept while the run goes on
+    track: str = ""  # trackers that are told of every step: a comma list of trackio, wandb, tensorboard
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # auto: bfloat16 where the hardware multiplies it
     compile: bool = False  # torch.compile for the forward pass: a minute first, then faster steps
     checkpoint_activations: bool = False  # recompute the trained layers in the backward pass: slower, less memory
@@ -64,6 +66,10 @@ class Plan:
             raise RecipeError(
                 f"Recipe {self.name!r}: tokens_per_step ({self.tokens_per_step}) must be a multiple of seq_len "
                 f"({self.seq_len})."
+            )
+        if self.keep_checkpoints < 1:
+            raise RecipeError(
+                f"Recipe {self.name!r}: keep_checkpoints is {self.keep_checkpoints}, expected at least 1."
             )
 
     def replace(self, **fields: Any) -> Self:

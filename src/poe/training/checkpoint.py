@@ -1,14 +1,18 @@
 """Checkpoints: everything a run needs to continue as if it had not stopped, in safetensors and JSON.
 
-A checkpoint is a folder, written under another name and renamed when it is whole, so that a run killed at any moment
-finds either the new one or the one before it.
+A checkpoint is a folder `checkpoint-STEP` in the folder of its run. It is written under another name and takes its own
+when all of it is on the disk, so a run killed at any moment finds a whole one. Its meta.json, written last, holds the
+size and the SHA-256 of every other file: one that was damaged later is recognised, and the one before it is taken.
 """
 
 import contextlib
+import hashlib
 import json
 import math
 import os
+import re
 import shutil
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,60 +25,160 @@ from poe.training.optim import MuonAdamW
 
 Tensors = dict[str, torch.Tensor]
 _SEPARATOR = "::"  # between a parameter's name and a key of its optimiser state
+_META = "meta.json"
+_UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError)
+UNFINISHED = "checkpoint-*.new"  # what a run killed while it was writing leaves
 
 
-def save_checkpoint(folder: Path, groups: dict[str, Tensors], meta: dict[str, Any]) -> None:
-    """Write `groups` (file stem -> tensors) and `meta`, replacing the checkpoint in `folder` when all is on disk.
+def checkpoints(run: Path) -> list[Path]:
+    """Return the checkpoints in a run's folder, the newest (that of the highest step) first, whole or not."""
+    found = [path for path in run.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir()]
+    return sorted(found, key=step_of, reverse=True)
 
-    Raises `OutputError` when the disk is full or not writable; the checkpoint that was there stays.
+
+def step_of(checkpoint: Path) -> int:
+    """Return after how many steps a checkpoint was written."""
+    return int(checkpoint.name.partition("-")[2])
+
+
+def has_checkpoint(run: Path) -> bool:
+    """Whether there is a checkpoint to try; whether it is whole, `load_checkpoint` finds out."""
+    return any((path / _META).is_file() for path in checkpoints(run))
+
+
+def save_checkpoint(
+    run: Path, step: int, groups: Mapping[str, Mapping[str, torch.Tensor]], meta: Mapping[str, Any], keep: int = 1
+) -> Path:
+    """Write `groups` (file stem -> tensors) and `meta` as `run/checkpoint-STEP`, then remove all but the `keep` newest.
+
+    Several processes may write one together: all call `write_group`, one of them `begin_checkpoint` before and
+    `finish_checkpoint` after.
+
+    Raises `OutputError` when the disk is full or not writable; the checkpoints that were there stay.
     """
-    new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
-    try:
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir(parents=True)
-        for stem, tensors in groups.items():
-            save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, new / f"{stem}.safetensors")
-        (new / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-        for path in new.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            folder.rename(old)
+    new = begin_checkpoint(run, step)
+    for stem, tensors in groups.items():
+        write_group(new, stem, tensors)
+    return finish_checkpoint(new, meta, keep)
+
+
+def begin_checkpoint(run: Path, step: int) -> Path:
+    """Return an empty folder for the files of a checkpoint. Raises `OutputError`."""
+    new = run / f"checkpoint-{step}.new"
+    with _said_plainly(new):
+        for path in run.glob(UNFINISHED):
+            shutil.rmtree(path)
+        new.mkdir()
+    return new
+
+
+def write_group(new: Path, stem: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write one file of tensors into the folder that `begin_checkpoint` returned. Raises `OutputError`."""
+    with _said_plainly(new):
+        path = new / f"{stem}.safetensors"
+        save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, path)
+        _flush(path)
+
+
+def finish_checkpoint(new: Path, meta: Mapping[str, Any], keep: int = 1) -> Path:
+    """Seal the folder with meta.json, give it its name, remove all but the `keep` newest. Raises `OutputError`."""
+    folder = new.with_suffix("")
+    with _said_plainly(new):
+        files = {path.name: [path.stat().st_size, _digest(path)] for path in sorted(new.iterdir())}
+        (new / _META).write_text(json.dumps({**meta, "files": files}), encoding="utf-8")
+        _flush(new / _META)
+        _flush(new)
+        if folder.exists() and _is_whole(folder):  # a run that was stopped after this very step, and resumed
+            shutil.rmtree(new)
+            return folder
+        shutil.rmtree(folder, ignore_errors=True)
         new.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
+        _flush(folder.parent)
+    # What lies ahead of this step could not be read when the run was resumed, or the run would be there.
+    ahead = [path for path in checkpoints(folder.parent) if step_of(path) > step_of(folder)]
+    for path in [*ahead, *checkpoints(folder.parent)[len(ahead) + keep :]]:
+        shutil.rmtree(path, ignore_errors=True)
+    return folder
+
+
+def load_checkpoint(
+    run: Path, note: Callable[[str], None] = lambda text: None
+) -> tuple[dict[str, Tensors], dict[str, Any]]:
+    """Return the groups and the meta of the newest whole checkpoint; `note` is told of every broken one passed over.
+
+    Raises `TrainingError` when there is none.
+    """
+    passed_over = []
+    for folder in checkpoints(run):
+        try:
+            meta = _checked_meta(folder)
+            return {path.stem: load_file(path) for path in sorted(folder.glob("*.safetensors"))}, meta
+        except _UNREADABLE as error:
+            passed_over.append(f"{folder.name} is not whole ({error})")
+            note(f"{passed_over[-1]}; trying the one before it")
+    if passed_over:
+        raise TrainingError(
+            f"Nothing to resume in {run}: {'; '.join(passed_over)}. Remove what is there, and start the run again."
+        )
+    raise TrainingError(f"Nothing to resume: there is no checkpoint in {run}. Start without --resume.")
+
+
+def remove_checkpoints(run: Path) -> None:
+    """Remove every checkpoint of a run, unfinished ones too."""
+    for path in [*checkpoints(run), *run.glob(UNFINISHED)]:
+        with contextlib.suppress(OSError):
+            shutil.rmtree(path)
+
+
+def _checked_meta(folder: Path) -> dict[str, Any]:
+    """Return the meta of a checkpoint; raises one of `_UNREADABLE`, with the reason, unless all of it is there."""
+    if not (folder / _META).is_file():
+        raise ValueError(f"{_META} is missing")
+    meta = json.loads((folder / _META).read_text(encoding="utf-8"))
+    for name, (size, digest) in meta["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"{name} is missing")
+        if path.stat().st_size != size:
+            raise ValueError(f"{name} has {path.stat().st_size:,} bytes, not {size:,}")
+        if _digest(path) != digest:
+            raise ValueError(f"{name} was changed")
+    return dict(meta)
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        _checked_meta(folder)
+    except _UNREADABLE:
+        return False
+    return True
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file, or the list of a folder's files, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def _said_plainly(new: Path) -> Iterator[None]:
+    """Turn what the disk says into an `OutputError`, leaving nothing half-written."""
+    try:
+        yield
     except (OSError, SafetensorError) as error:
         shutil.rmtree(new, ignore_errors=True)
         raise OutputError(
-            f"The checkpoint {folder} could not be written: {error}. The one before it, if any, is kept: free some "
-            "space, then continue with --resume."
+            f"The checkpoint {new.with_suffix('')} could not be written: {error}. The one before it, if any, is kept: "
+            "free some space, then continue with --resume."
         ) from error
-
-
-def load_checkpoint(folder: Path) -> tuple[dict[str, Tensors], dict[str, Any]]:
-    """Return the groups and meta of the newest whole checkpoint. Raises `TrainingError` when there is none."""
-    for candidate in (folder, folder.with_name(folder.name + ".old")):
-        meta_file = candidate / "meta.json"
-        if not meta_file.is_file():
-            continue
-        try:
-            meta = json.loads(meta_file.read_text(encoding="utf-8"))
-            return {path.stem: load_file(path) for path in sorted(candidate.glob("*.safetensors"))}, meta
-        except (OSError, ValueError, SafetensorError) as error:
-            raise TrainingError(
-                f"The checkpoint {candidate} cannot be read: {error}. Remove it, and start the run again."
-            ) from error
-    raise TrainingError(f"Nothing to resume: there is no checkpoint in {folder.parent}. Start without --resume.")
-
-
-def has_checkpoint(folder: Path) -> bool:
-    return any((folder.with_name(folder.name + end) / "meta.json").is_file() for end in ("", ".old"))
-
-
-def remove_checkpoint(folder: Path) -> None:
-    for end in ("", ".old", ".new"):
-        with contextlib.suppress(OSError):
-            shutil.rmtree(folder.with_name(folder.name + end))
 
 
 def optimizer_tensors(optimizer: MuonAdamW, names: list[str]) -> tuple[Tensors, dict[str, Any]]:

@@ -1,13 +1,12 @@
 """The training loop that bases and stages share: step, schedule, validation, checkpoints, interruption."""
 
-import json
 import math
-import shutil
 import signal
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from poe.data.packing import Batch
-from poe.errors import OutputError, TrainingError
 from poe.modeling.families import logits_of
 from poe.modeling.placement import device_of
 from poe.stages.recipe import BaseRecipe, Plan
@@ -25,16 +23,28 @@ from poe.training.checkpoint import (
     has_checkpoint,
     load_checkpoint,
     optimizer_tensors,
-    remove_checkpoint,
+    remove_checkpoints,
     restore_optimizer,
     save_checkpoint,
 )
 from poe.training.compiled import compiled
+from poe.training.estimate import (
+    estimate_line,
+    estimate_run,
+    estimate_table,
+    memory_peak,
+    readable,
+    refuse_full_disk,
+)
 from poe.training.guard import check_step, check_weights
+from poe.training.identity import refuse_another, run_identity
 from poe.training.loss import cross_entropy_sum, per_label_losses
+from poe.training.metrics import Metrics
 from poe.training.optim import build_optimizer
 from poe.training.progress import Progress
+from poe.training.rng import restore_rng, rng_state
 from poe.training.schedule import apply_lr, apply_momentum, lr_factor, muon_momentum
+from poe.training.tracking import Trackers
 
 
 class Interrupted(KeyboardInterrupt):
@@ -54,20 +64,32 @@ class Rows(Protocol):
 class History:
     """What happened so far; it is saved with every checkpoint and ends in training.json."""
 
-    steps: list[dict[str, float]] = field(default_factory=list)  # step, loss, grad_norm, lr_factor, tokens_per_s
+    # step, epoch, loss (nats), lr_factor, grad_norm, tokens_per_s
+    steps: list[dict[str, float]] = field(default_factory=list)
     evals: list[dict[str, float]] = field(default_factory=list)  # step, val_bpb, val_loss (nats per trained token)
     best_step: int = -1
     best_bpb: float = math.inf
     seconds: float = 0.0
     tokens: int = 0  # slots that went through the network, padding included
+    eval_seconds: float = 0.0
+    peak_bytes: int = 0  # of memory, over all processes that took part one after the other
+    estimate: dict[str, Any] = field(default_factory=dict)  # what was said before the first step
+    name: str = ""  # what trackers know the run by
+
+    @property
+    def actual(self) -> dict[str, Any]:
+        """What happened, under the names of the estimate."""
+        return {"tokens": self.tokens, "seconds": self.seconds + self.eval_seconds, "memory_bytes": self.peak_bytes}
 
 
 class Engine:
     """Trains `parameters` of `model` on `train`, measures `val`, and leaves the best weights in the model.
 
     `parameters` are (name, parameter) pairs, all that will be saved; `token_bytes` (V,) counts the UTF-8 bytes of every
-    token, 0 for special ones, which is what bits per byte are per. `run` is the folder for the checkpoint and
-    metrics.jsonl. Every row is (B, T) tokens; `plan` says how many make a step.
+    token, 0 for special ones, which is what bits per byte are per. `run` is the folder for the checkpoints and
+    metrics.jsonl. Every row is (B, T) tokens; `plan` says how many make a step. `facts` are what else makes this run
+    what it is (the base's fingerprint): a checkpoint with others is not continued. `result_bytes` is the size of the
+    file to be written, for the estimate. `trackers` are told what metrics.jsonl is told.
     """
 
     def __init__(
@@ -81,6 +103,10 @@ class Engine:
         run: Path,
         num_steps: int,
         progress: Progress,
+        *,
+        facts: Mapping[str, str] | None = None,
+        result_bytes: int | None = None,
+        trackers: Trackers | None = None,
     ) -> None:
         self.model, self.plan, self.train, self.val, self.run_folder = model, plan, train, val, run
         self.parameters = list(parameters)
@@ -88,6 +114,8 @@ class Engine:
         self.logits = logits_of(model.config)
         self.num_steps = num_steps
         self.progress = progress
+        self.facts, self.result_bytes = dict(facts or {}), result_bytes
+        self.trackers = trackers or Trackers({}, progress.note)
         self.rows_per_step = plan.tokens_per_step // plan.seq_len
         self.rows_per_batch = max(1, plan.max_tokens_per_batch // plan.seq_len)
         rates: dict[str, Any] = {"matrix_lr": plan.matrix_lr, "head_lr": plan.head_lr}
@@ -109,19 +137,14 @@ class Engine:
         self._backbone = getattr(model, model.base_model_prefix)
         self._fast_backbone = compiled(self._backbone) if plan.compile else self._backbone
 
-    @property
-    def checkpoint(self) -> Path:
-        return self.run_folder / "checkpoint"
-
     def run(self, resume: bool = False) -> History:
         """Train to the end. Raises `Interrupted` after saving, `TrainingError` for numbers that are not finite."""
-        step = self._restore() if resume and has_checkpoint(self.checkpoint) else 0
-        self._check_disk()
-        self.progress.start(step, self.num_steps)
+        first = step = self._restore() if resume and has_checkpoint(self.run_folder) else 0
+        self._announce()
+        self.progress.start(step, self.num_steps, self.train.num_rows / self.rows_per_step)
         last_save = time.monotonic()
-        with self._signals(), (self.run_folder / "metrics.jsonl").open("w", encoding="utf-8") as metrics:
-            for record in sorted([*self.history.evals, *self.history.steps], key=lambda r: r["step"]):
-                metrics.write(json.dumps(record) + "\n")  # what the checkpoint knows; what came after it is redone
+        known = [*self.history.evals, *self.history.steps]
+        with self._signals(), self._tracked(step), Metrics(self.run_folder, known, self.trackers.log) as metrics:
             if step == 0:
                 self._evaluate(0, metrics)
             while step < self.num_steps:
@@ -142,12 +165,19 @@ class Engine:
                 step += 1
                 self.history.seconds += elapsed
                 self.history.tokens += slots
-                record = {"step": step, "loss": loss, "grad_norm": norm, "lr_factor": factor}
-                record["tokens_per_s"] = slots / elapsed
+                record = {
+                    "step": step,
+                    "epoch": round(step * self.rows_per_step / self.train.num_rows, 4),
+                    "loss": loss,
+                    "grad_norm": norm,
+                    "lr_factor": factor,
+                    "tokens_per_s": slots / elapsed,
+                }
                 self.history.steps.append(record)
-                metrics.write(json.dumps(record) + "\n")
-                metrics.flush()
+                metrics.write(record)
                 self.progress.step(step, loss, slots / elapsed)
+                if step == 3 and first == 0:
+                    self._refine_estimate(elapsed)
                 if step % self.plan.eval_every == 0 or step == self.num_steps:
                     self._evaluate(step, metrics)
                 due = time.monotonic() - last_save >= self.plan.checkpoint_every
@@ -155,31 +185,50 @@ class Engine:
                     self._save(step)
                     last_save = time.monotonic()
                 if self._stop_requested:
-                    self.progress.stop()
                     raise Interrupted
         self._save(step)  # until the result is written, a crash must not cost the run
-        self.progress.stop()
         self._load_best()
         return self.history
 
     def clean_up(self) -> None:
-        """Remove the checkpoint; call it when the result is on disk."""
-        remove_checkpoint(self.checkpoint)
+        """Remove the checkpoints; call it when the result is on disk."""
+        remove_checkpoints(self.run_folder)
 
-    def _check_disk(self) -> None:
-        """Refuse to start where the result could not be kept: two checkpoints (old and new) and the weights."""
-        numbers = sum(p.numel() for _, p in self.parameters)
-        halves = any(p.element_size() < 4 for _, p in self.parameters)
-        # weights and best weights, master copies, and at most two optimiser states in fp32
-        checkpoint = 2 * sum(p.numel() * p.element_size() for _, p in self.parameters) + numbers * 4 * (
-            3 if halves else 2
+    def _announce(self) -> None:
+        """Say what the run will take; refuse to start where what it writes could not be kept."""
+        estimate = estimate_run(
+            self.model,
+            self.parameters,
+            self.optimizer,
+            self.plan,
+            self.train,
+            self.val,
+            self.num_steps,
+            self._hidden,
+            self.result_bytes,
         )
-        needed, free = 2 * checkpoint + 4 * numbers, shutil.disk_usage(self.run_folder).free
-        if free < needed:
-            raise OutputError(
-                f"Not enough disk for {self.run_folder}: this run writes up to {needed / 2**20:,.0f} MiB, "
-                f"{free / 2**20:,.0f} MiB are free. Free some space, or choose another folder with --out."
-            )
+        refuse_full_disk(self.run_folder, estimate.disk_bytes)
+        if not self.history.estimate:  # a run that is continued keeps what was said when it began
+            self.history.estimate = estimate.as_dict()
+            self.history.name = f"{self.run_folder.absolute().name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        self.progress.table(estimate_table(self.history.estimate), estimate_line(self.history.estimate))
+
+    def _refine_estimate(self, step_seconds: float) -> None:
+        """The time again, now that some steps and a validation were measured."""
+        measures = 1 + math.ceil(self.num_steps / self.plan.eval_every)
+        seconds = step_seconds * self.num_steps + self.history.eval_seconds * measures
+        self.history.estimate["seconds_after_3_steps"] = round(seconds, 1)
+        self.progress.note(f"after 3 steps: about {readable('seconds', seconds)} for the whole run")
+
+    @contextmanager
+    def _tracked(self, step: int) -> Iterator[None]:
+        """Whatever ends the run: trackers are finished, and the bars are taken down."""
+        self.trackers.start(self.history.name, self.plan.as_dict(), self.run_folder, step)
+        try:
+            yield
+        finally:
+            self.trackers.finish()
+            self.progress.stop()
 
     def _hidden(self, batch: Batch) -> Tensor:
         """(B, T) tokens -> normalised hidden states (B, T, D); documents in a row do not see each other."""
@@ -227,7 +276,8 @@ class Engine:
         return self.model.get_output_embeddings()
 
     @torch.no_grad()
-    def _evaluate(self, step: int, metrics: Any) -> None:
+    def _evaluate(self, step: int, metrics: Metrics) -> None:
+        started = time.perf_counter()
         if self.val is None:
             self.best_snapshot(step, math.inf)
             return
@@ -246,9 +296,11 @@ class Engine:
             labels_seen += losses.numel()
             bits += losses[sizes > 0].sum().item() / math.log(2)
             bytes_seen += int(sizes.sum())
+            self.progress.evaluating(start + count, self.val.num_rows)
         record = {"step": step, "val_bpb": bits / max(bytes_seen, 1), "val_loss": nats / max(labels_seen, 1)}
         self.history.evals.append(record)
-        metrics.write(json.dumps(record) + "\n")
+        self.history.eval_seconds += time.perf_counter() - started
+        metrics.write(record)
         self.progress.evaluated(step, record["val_bpb"])
         self.best_snapshot(step, record["val_bpb"])
 
@@ -263,47 +315,41 @@ class Engine:
         for name, parameter in self.parameters:
             parameter.copy_(self.best[name])
 
+    @cached_property
+    def _identity(self) -> dict[str, Any]:
+        rows = {"training": self.train, "validation": self.val}
+        return run_identity(self.plan, self.num_steps, rows, self.parameters, self.facts)
+
     def _save(self, step: int) -> None:
         check_weights(step, self.parameters)
         tensors, numbers = optimizer_tensors(self.optimizer, self._names)
-        groups: dict[str, dict[str, Tensor]] = {
+        generators, generator_numbers = rng_state()
+        self.history.peak_bytes = max(self.history.peak_bytes, memory_peak(self._device))
+        groups: dict[str, Mapping[str, Tensor]] = {
             "weights": dict(self.parameters),
-            "best": self.best,
             "optimizer": tensors,
-            "rng": {"torch": torch.get_rng_state()},
+            "rng": generators,
         }
+        if self.history.best_step != step:  # else the weights are the best ones
+            groups["best"] = self.best
         meta = {
             "step": step,
-            "num_steps": self.num_steps,
-            "plan": self.plan.as_dict(),
+            "identity": self._identity,
             "history": self.history.__dict__,
             "optimizer": numbers,
-            "num_rows": self.train.num_rows,
+            "rng": generator_numbers,
         }
-        save_checkpoint(self.checkpoint, groups, meta)
+        save_checkpoint(self.run_folder, step, groups, meta, self.plan.keep_checkpoints)
 
     @torch.no_grad()
     def _restore(self) -> int:
-        groups, meta = load_checkpoint(self.checkpoint)
-        mine: dict[str, Any] = {
-            "plan": self.plan.as_dict(),
-            "num_steps": self.num_steps,
-            "num_rows": self.train.num_rows,
-        }
-        differing = [
-            f"{k}: {meta['plan'].get(k)!r} -> {v!r}" for k, v in mine["plan"].items() if meta["plan"].get(k) != v
-        ]
-        differing += [f"{k}: {meta[k]} -> {mine[k]}" for k in ("num_steps", "num_rows") if meta[k] != mine[k]]
-        if differing:
-            raise TrainingError(
-                f"The checkpoint {self.checkpoint} belongs to another run (then -> now): {'; '.join(differing)}. "
-                "Resume with the options it was started with, or choose another output folder."
-            )
+        groups, meta = load_checkpoint(self.run_folder, self.progress.note)
+        refuse_another(meta["identity"], self._identity, self.run_folder)
         for name, parameter in self.parameters:
             parameter.copy_(groups["weights"][name])
-        self.best = groups["best"]
+        self.best = groups.get("best") or groups["weights"]
         restore_optimizer(self.optimizer, self._names, groups["optimizer"], meta["optimizer"])
-        torch.set_rng_state(groups["rng"]["torch"])
+        restore_rng(groups["rng"], meta["rng"])
         self.history = History(**meta["history"])
         return int(meta["step"])
 

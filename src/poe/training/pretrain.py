@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoTokenizer
 
@@ -26,7 +27,8 @@ from poe.training.engine import Engine, History
 from poe.training.precision import choose_dtype
 from poe.training.progress import Progress
 from poe.training.recompute import recomputed
-from poe.training.report import environment, plot_history, prepare_output, write_training_json
+from poe.training.report import draw_report, environment, outcome, prepare_output, write_training_json
+from poe.training.tracking import open_trackers
 
 TOKENIZER_CHARACTERS = 20_000_000
 VALIDATION_ROWS = 48
@@ -61,6 +63,7 @@ def train_base(
     run = prepare_output(Path(output_dir), resume)
     progress = progress or Progress(f"base {recipe.name}")
     torch.manual_seed(recipe.seed)
+    trackers = open_trackers(recipe.track, progress.note)
     started = time.time()
     if recipe.init is None:
         tokenizer: Any = train_tokenizer(_tokenizer_texts(recipe), recipe.vocab_size)
@@ -85,12 +88,13 @@ def train_base(
         run,
         num_steps,
         progress,
+        trackers=trackers,
     )
     with recomputed(model.model.layers if recipe.checkpoint_activations else ()):
         history = engine.run(resume)
     save_base_folder(model.to(torch.bfloat16).eval(), run, tokenizer)
     write_training_json(run, training_record(recipe, history, num_steps))
-    plot_history(run / "loss.png", history)
+    draw_report(run)
     engine.clean_up()
     return run
 
@@ -130,6 +134,7 @@ def training_record(recipe: BaseRecipe, history: History, num_steps: int) -> dic
         "seconds": round(history.seconds, 1),
         "best_step": history.best_step,
         "val_bpb": history.best_bpb,
+        **outcome(history),
         "trajectory": history.evals,
         "environment": environment(),
     }
@@ -155,11 +160,12 @@ def _rows(recipe: BaseRecipe, tokenizer: Any, num_steps: int) -> tuple[PackedRow
     rows_per_step = recipe.tokens_per_step // recipe.seq_len
     needed = num_steps * recipe.tokens_per_step
 
-    def tokenised(texts: Iterator[Text], tokens: int) -> Iterator[tuple[list[int], list[bool]]]:
+    def tokenised(texts: Iterator[Text], tokens: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         while tokens > 0 and (chunk := list(islice(texts, CHUNK))):
             encoded = tokenizer([t.text for t in chunk], verbose=False, return_offsets_mapping=True)
             for text, ids, offsets in zip(chunk, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-                yield ids, _learnt(text, offsets)
+                # all documents are held until they are shuffled: as lists they would take eight times as much
+                yield np.asarray(ids, dtype=np.int32), np.asarray(_learnt(text, offsets), dtype=bool)
                 tokens -= len(ids)
                 if tokens <= 0:
                     return

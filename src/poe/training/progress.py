@@ -1,11 +1,11 @@
-"""A live line on a terminal, plain lines in a log."""
+"""Live bars on a terminal - steps, the epoch they are in, validation - and plain lines in a log."""
 
-import sys
 import time
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
+from rich.table import Table
 
 PLAIN_EVERY_S = 10.0
 
@@ -16,7 +16,10 @@ def console() -> Console:
 
 
 class Progress:
-    """Shows step, loss, tokens/s and time left, and a line for every validation."""
+    """Shows step, epoch, loss, tokens/s and time left, and a line for every validation.
+
+    Bars where standard error is a terminal; plain lines where it is a file, a pipe, or `TERM=dumb`.
+    """
 
     def __init__(self, title: str, quiet: bool = False) -> None:
         self.title = title
@@ -26,44 +29,68 @@ class Progress:
         self._last_line = 0.0
         self._smooth_loss: float | None = None
         self._steps = 0
+        self._epoch = 0.0  # in steps; not a whole number where a step straddles two
         self._started = time.monotonic()
         self._first = 0
 
-    def start(self, step: int, num_steps: int) -> None:
-        self._steps, self._first, self._started = num_steps, step, time.monotonic()
-        if self.quiet or not sys.stderr.isatty():
+    def start(self, step: int, num_steps: int, steps_per_epoch: float) -> None:
+        self._steps, self._epoch = num_steps, steps_per_epoch
+        self._first, self._started = step, time.monotonic()
+        if self.quiet or not self.console.is_interactive:
             return
         self._live = RichProgress(
             TextColumn("{task.description}"),
             BarColumn(),
-            TextColumn(
-                "{task.completed}/{task.total} steps · loss {task.fields[loss]:.3f} · {task.fields[speed]:,.0f} tok/s"
-            ),
+            TextColumn("{task.fields[said]}"),
             TimeRemainingColumn(),
             console=self.console,
         )
-        self._task = self._live.add_task(self.title, total=num_steps, completed=step, loss=float("nan"), speed=0.0)
+        self._step_bar = self._live.add_task(self.title, total=num_steps, completed=step, said="")
+        self._epoch_bar = self._live.add_task("", total=steps_per_epoch, visible=num_steps > steps_per_epoch, said="")
+        self._eval_bar = self._live.add_task("validation", total=None, visible=False, said="")
         self._live.start()
 
     def step(self, step: int, loss: float, tokens_per_s: float) -> None:
         smooth = self._smooth_loss
         self._smooth_loss = loss if smooth is None else 0.9 * smooth + 0.1 * loss
+        said = f"step {step}/{self._steps}  loss {self._smooth_loss:.3f}  {tokens_per_s:,.0f} tok/s"
         if self._live is not None:
-            self._live.update(self._task, completed=step, loss=self._smooth_loss, speed=tokens_per_s)
+            epoch = min(int((step - 1) / self._epoch), self._epochs - 1)  # 0, 1, ...: the one this step began in
+            self._live.update(self._step_bar, completed=step, said=said)
+            self._live.update(
+                self._epoch_bar,
+                description=f"epoch {epoch + 1}/{self._epochs}",
+                completed=step - epoch * self._epoch,
+            )
         elif not self.quiet and (time.monotonic() - self._last_line > PLAIN_EVERY_S or step == self._steps):
             self._last_line = time.monotonic()
             left = (time.monotonic() - self._started) / max(step - self._first, 1) * (self._steps - step)
-            self.console.print(
-                f"{self.title}: step {step}/{self._steps}  loss {self._smooth_loss:.3f}  {tokens_per_s:,.0f} tok/s  "
-                f"{left / 60:.1f} min left"
-            )
+            epoch_said = f"  epoch {step / self._epoch:.2f}/{self._steps / self._epoch:.2f}"
+            self.console.print(f"{self.title}: {said}{epoch_said}  {left / 60:.1f} min left")
+
+    @property
+    def _epochs(self) -> int:
+        return max(1, -int(-self._steps // self._epoch))
+
+    def evaluating(self, row: int, num_rows: int) -> None:
+        if self._live is not None:
+            self._live.update(self._eval_bar, completed=row, total=num_rows, visible=row < num_rows)
 
     def evaluated(self, step: int, bpb: float) -> None:
         self.note(f"step {step}: val bpb {bpb:.4f}")
 
+    def table(self, table: Table, line: str) -> None:
+        """Show a table on a terminal, `line` in a log."""
+        if self.quiet:
+            return
+        if self.console.is_interactive:
+            self.console.print(table)
+        else:
+            self.note(line)
+
     def note(self, text: str) -> None:
         if not self.quiet:
-            self.console.print(f"{self.title}: {text}")
+            self.console.print(f"{self.title}: {text}", markup=False)
 
     def stop(self) -> None:
         if self._live is not None:

@@ -1,4 +1,4 @@
-"""What a run leaves behind besides weights: training.json, loss.png, and a folder that was checked beforehand."""
+"""What a run leaves behind besides weights: training.json, report.png, and a folder that was checked beforehand."""
 
 import importlib.metadata
 import json
@@ -11,10 +11,14 @@ from typing import Any
 import torch
 
 from poe.errors import OutputError, TrainingError
-from poe.training.checkpoint import has_checkpoint
+from poe.training.checkpoint import UNFINISHED, has_checkpoint
+from poe.training.estimate import comparison
+from poe.training.metrics import METRICS, read_metrics
+from poe.training.tracking import TENSORBOARD, WANDB
 
+REPORT = "report.png"
 # What a run that failed early may leave; it does not make a folder taken.
-LEFTOVERS = ("dropped.jsonl", "metrics.jsonl")
+LEFTOVERS = ("dropped.jsonl", METRICS, METRICS + ".new", UNFINISHED, TENSORBOARD, WANDB)
 VERSIONED = ("torch", "transformers", "safetensors", "tokenizers", "poe-cascade")
 
 
@@ -23,12 +27,12 @@ def prepare_output(folder: Path, resume: bool) -> Path:
     folder = folder.expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        content = sorted(p.name for p in folder.iterdir() if p.name not in LEFTOVERS)
+        content = sorted(p.name for p in folder.iterdir() if not any(p.match(pattern) for pattern in LEFTOVERS))
         if not os.access(folder, os.W_OK):
             raise PermissionError(13, "no permission to write")
     except OSError as error:
         raise OutputError(f"The output folder {folder} cannot be used: {error.strerror or error}.") from error
-    resumable = has_checkpoint(folder / "checkpoint")
+    resumable = has_checkpoint(folder)
     if resume and not resumable:
         raise TrainingError(f"Nothing to resume: there is no checkpoint in {folder}. Start without --resume.")
     if content and not resume:
@@ -62,27 +66,55 @@ def write_training_json(folder: Path, record: Mapping[str, Any]) -> None:
     (folder / "training.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def plot_history(path: Path, history: Any) -> bool:
-    """Draw training loss and val bits per byte to a PNG; returns False where matplotlib is not installed."""
+def outcome(history: Any) -> dict[str, Any]:
+    """Return, for training.json, what was estimated, what happened, and the ratio of the two."""
+    actual = {name: round(value, 2) for name, value in history.actual.items()}
+    return {"estimate": history.estimate, "actual": actual, "ratio": comparison(history.estimate, actual)}
+
+
+def draw_report(run: Path) -> bool:
+    """Draw `run`/report.png from `run`/metrics.jsonl alone; returns False where matplotlib is not installed.
+
+    Loss in nats per trained token, validation in bits per byte, what the learning rates were multiplied by, the norm of
+    the gradient before clipping, tokens per second. Raises `OutputError` when there is no metrics.jsonl.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return False
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot()
-    steps = [record["step"] for record in history.steps]
-    axes.plot(steps, [record["loss"] for record in history.steps], color="#b0b8c4", linewidth=1, label="training loss")
-    axes.set(xlabel="step", ylabel="loss (nats per trained token)", ylim=(0, None))
-    if history.evals:
-        right = axes.twinx()
-        right.plot(
-            [e["step"] for e in history.evals],
-            [e["val_bpb"] for e in history.evals],
-            "o-",
-            color="#c2410c",
-            label="val",
-        )
-        right.set(ylabel="val bits per byte", ylim=(0, None))
-    figure.suptitle("training loss (grey) and validation bits per byte (orange)", fontsize=10)
-    figure.savefig(path, dpi=120)
+    steps, evals = read_metrics(run)
+    figure = Figure(figsize=(8, 7), layout="constrained")
+    panels = figure.subplot_mosaic([["loss", "loss"], ["val_bpb", "lr_factor"], ["grad_norm", "tokens_per_s"]])
+    titles = {
+        "loss": "training loss (nats per trained token)",
+        "val_bpb": "validation (bits per byte)",
+        "lr_factor": "learning rates (share of their peak)",
+        "grad_norm": "gradient norm",
+        "tokens_per_s": "tokens per second",
+    }
+    for name, title in titles.items():
+        points = [(r["step"], r[name]) for r in (evals if name == "val_bpb" else steps) if name in r]
+        panels[name].set_title(title, fontsize=10, loc="left")
+        panels[name].grid(alpha=0.3)
+        panels[name].spines[["top", "right"]].set_visible(False)
+        if name in ("loss", "grad_norm", "tokens_per_s"):
+            panels[name].plot(*_columns(points), color="#b0b8c4", linewidth=1)
+            panels[name].plot(*_columns(_smoothed(points)), color="#1d4ed8", linewidth=1.5)
+        else:
+            panels[name].plot(*_columns(points), "o-" if name == "val_bpb" else "-", color="#c2410c", markersize=3)
+        panels[name].set_ylim(0, None)
+    for name in ("grad_norm", "tokens_per_s"):
+        panels[name].set_xlabel("step")
+    figure.savefig(run / REPORT, dpi=120)
     return True
+
+
+def _columns(points: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _smoothed(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The mean of each point and those around it, a twentieth of all at most."""
+    reach = max(1, len(points) // 40)
+    windows = [points[max(0, i - reach) : i + reach + 1] for i in range(len(points))]
+    return [(x, sum(y for _, y in window) / len(window)) for (x, _), window in zip(points, windows, strict=True)]

@@ -1,6 +1,7 @@
 """Training a stage: data, the shared engine, evaluation, and the stage folder that comes out."""
 
 import hashlib
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -19,15 +20,18 @@ from poe.data.pipeline import TrainingData, prepare
 from poe.data.render import Renderer, token_bytes
 from poe.data.templates import extend_with_tools
 from poe.errors import TemplateError
+from poe.modeling.delta_file import delta_size
 from poe.modeling.placement import quantisation_of
 from poe.modeling.stage import Stage
 from poe.stages import Recipe, load_recipe
+from poe.training.checkpoint import UNFINISHED, has_checkpoint
 from poe.training.engine import Engine, History
 from poe.training.frozen import assert_frozen_below
 from poe.training.precision import refuse_fp16, stage_dtype
 from poe.training.progress import Progress
 from poe.training.recompute import recomputed
-from poe.training.report import LEFTOVERS, environment, plot_history, prepare_output
+from poe.training.report import LEFTOVERS, draw_report, environment, outcome, prepare_output
+from poe.training.tracking import open_trackers
 
 # Called when training is over, with the cascade, the stage's name and the held-out questions; what it returns is kept
 # in training.json under "evaluation".
@@ -78,11 +82,12 @@ def train_stage(
     told = extend_with_tools(cascade.tokenizer)
     # Refuses a base without a chat template before anything is written.
     renderer = Renderer(cascade.tokenizer, calls_only=plan.train_on == "calls")
+    progress = progress or Progress(f"stage {plan.name}")
+    trackers = open_trackers(plan.track, progress.note)
     run = prepare_output(run, resume)
     with ExitStack() as stack:
         # until there is a checkpoint, a run that fails leaves its folder as empty as it found it
         stack.callback(_remove_if_unused, run)
-        progress = progress or Progress(f"stage {plan.name}")
         if told:
             progress.note("the base's chat template ignores tools: extended by ours, and saved so with the stage")
         started = time.time()
@@ -123,6 +128,9 @@ def train_stage(
             run,
             num_steps,
             progress,
+            facts=_ground(cascade, stage),
+            result_bytes=_delta_bytes(stage),
+            trackers=trackers,
         )
         history = engine.run(resume)
         stage.requires_grad_(False)
@@ -132,7 +140,7 @@ def train_stage(
             record["base_quantised_by"] = quantised
         if evaluate is not None:
             record["evaluation"] = evaluate(cascade, plan.name, prepared.held_out)
-        plot_history(run / "loss.png", history)  # before the folder: the card shows it
+        draw_report(run)  # before the folder: the card shows it
         cascade.save_stage(plan.name, run, training=record, prompt=prompt_format(cascade.tokenizer, renderer))
         engine.clean_up()
     return StageRun(run, history, record)
@@ -161,6 +169,25 @@ def prompt_format(tokenizer: Any, renderer: Renderer) -> dict[str, Any]:
     return {"name": "chat_template", "version": hashlib.sha256(text.encode()).hexdigest()[:12], "stop": stops}
 
 
+def _ground(cascade: Cascade, stage: Stage) -> dict[str, str]:
+    """What the stage stands on, by fingerprint: on anything else the run would end in other bytes."""
+    ground = {"base": cascade.base_source.fingerprint[:12]}
+    if stage.parent is not None:
+        ground["parent"] = f"{stage.parent.name} {(stage.parent.source or {}).get('fingerprint')}"
+    return ground
+
+
+def _delta_bytes(stage: Stage) -> int:
+    """The size of the delta.safetensors that the stage will be saved as."""
+    return delta_size(
+        stage.delta_state_dict(),
+        stage=stage.name,
+        attach_at=stage.below,
+        has_parent=stage.parent is not None,
+        dtype=stage.saved_dtype or torch.bfloat16,
+    )
+
+
 def _record(plan: Recipe, spec: str, data: TrainingData, history: History, num_steps: int) -> dict[str, Any]:
     return {
         "kind": "stage",
@@ -172,6 +199,7 @@ def _record(plan: Recipe, spec: str, data: TrainingData, history: History, num_s
         "tokens_per_s": round(history.tokens / max(history.seconds, 1e-9)),
         "best_step": history.best_step,
         "val_bpb": history.best_bpb,
+        **outcome(history),
         "trajectory": history.evals,
         "environment": environment(),
     }
@@ -190,10 +218,12 @@ def _describe_data(data: TrainingData, seconds: float, progress: Progress) -> No
 
 def _remove_if_unused(run: Path) -> None:
     """Remove what a failed run left, if it left neither a checkpoint nor a result: the next try finds a free folder."""
-    if (run / "delta.safetensors").exists() or (run / "checkpoint").exists() or (run / "checkpoint.old").exists():
+    if (run / "delta.safetensors").exists() or has_checkpoint(run):
         return
-    for path in (run / name for name in LEFTOVERS):
-        if path.name == "metrics.jsonl" or (path.exists() and path.stat().st_size == 0):
-            path.unlink(missing_ok=True)  # dropped rows may be why it failed: they stay
+    for path in [path for pattern in LEFTOVERS for path in run.glob(pattern)]:
+        if path.match(UNFINISHED):
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.is_file() and (path.name != "dropped.jsonl" or path.stat().st_size == 0):
+            path.unlink()  # dropped rows may be why it failed: they stay, and so does what a tracker wrote
     if run.exists() and not any(run.iterdir()):
         run.rmdir()

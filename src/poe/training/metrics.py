@@ -1,0 +1,63 @@
+"""metrics.jsonl: a line a step and a line a validation, from which reports are drawn and trackers are fed."""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Self
+
+from poe.errors import OutputError
+
+METRICS = "metrics.jsonl"
+Record = dict[str, Any]
+
+
+class Metrics:
+    """The open file. It begins with `records`, what a checkpoint knows of a run; what came after that is redone.
+
+    So there is one line for every step and every validation, in order, however often the run was stopped. `listener` is
+    told of every new record. Raises `OutputError` when the disk refuses.
+    """
+
+    def __init__(self, run: Path, records: Iterable[Record] = (), listener: Callable[[Record], None] | None = None):
+        self.path = run / METRICS
+        self._listener = listener
+        # a validation comes after the step it follows
+        ordered = sorted(records, key=lambda record: (record["step"], "val_bpb" in record))
+        new = self.path.with_name(METRICS + ".new")
+        try:
+            new.write_text("".join(json.dumps(record) + "\n" for record in ordered), encoding="utf-8")
+            new.replace(self.path)
+            self._file = self.path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise self._refused(error) from error
+
+    def write(self, record: Record) -> None:
+        try:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise self._refused(error) from error
+        if self._listener is not None:
+            self._listener(record)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+
+    def _refused(self, error: OSError) -> OutputError:
+        return OutputError(f"{self.path} could not be written: {error.strerror}. Free some space, then use --resume.")
+
+
+def read_metrics(run: Path) -> tuple[list[Record], list[Record]]:
+    """Return the records of the steps and those of the validations in a run's metrics.jsonl.
+
+    A last line that a killed run left unfinished is passed over. Raises `OutputError` when there is no such file.
+    """
+    try:
+        lines = (run / METRICS).read_text(encoding="utf-8").splitlines(keepends=True)
+    except OSError as error:
+        raise OutputError(f"There is no {METRICS} in {run} to read: {error.strerror}.") from error
+    records = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [r for r in records if "loss" in r], [r for r in records if "val_bpb" in r]

@@ -1,0 +1,30 @@
+"""The state of every random generator a run may draw from, as tensors and plain numbers."""
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def rng_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the states of torch (CPU and every GPU), as tensors, and of Python and numpy, as JSON values."""
+    tensors = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors |= {f"cuda-{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    version, numbers, gauss = random.getstate()
+    name, keys, *rest = np.random.get_state()
+    return tensors, {"python": [version, list(numbers), gauss], "numpy": [name, np.asarray(keys).tolist(), *rest]}
+
+
+def restore_rng(tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
+    """Put back what `rng_state` returned; generators of GPUs that are not here are left out."""
+    torch.set_rng_state(tensors["torch"])
+    for i in range(torch.cuda.device_count()):
+        if f"cuda-{i}" in tensors:
+            torch.cuda.set_rng_state(tensors[f"cuda-{i}"], i)
+    version, state, gauss = numbers["python"]
+    random.setstate((version, tuple(state), gauss))
+    name, keys, *rest = numbers["numpy"]
+    np.random.set_state((name, np.asarray(keys, dtype=np.uint32), *rest))

@@ -1,0 +1,107 @@
+"""A small training run that a test can start in a process of its own, kill at any moment, and start again."""
+
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from poe import Cascade
+from poe.data.packing import PackedRows, pack
+from poe.stages import Recipe
+from poe.training import checkpoint
+from poe.training.engine import Engine
+from poe.training.progress import Progress
+
+VOCABULARY = 61
+PLAN = Recipe(
+    name="small",
+    num_layers=1,
+    head="low_rank",
+    head_rank=2,
+    seq_len=16,
+    tokens_per_step=32,
+    max_steps=120,
+    matrix_lr=0.02,
+    eval_every=7,
+    max_grad_norm=1.0,
+    checkpoint_every=0.0,  # after every step
+    keep_checkpoints=2,
+    dtype="float32",
+)
+
+
+def rows(count: int, seed: int) -> PackedRows:
+    rng = np.random.default_rng(seed)
+    documents = [rng.integers(0, VOCABULARY, rng.integers(3, 16)) for _ in range(count)]
+    return pack([(ids, np.ones(len(ids), bool)) for ids in documents], PLAN.seq_len, seed=seed)
+
+
+def small_engine(run: Path, plan: Recipe = PLAN, **options: Any) -> tuple[Engine, Cascade]:
+    """Everything depends on seeds; nothing on the moment or the process."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    cascade = Cascade(LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **sizes)))
+    cascade.add_stage(plan, seed=plan.seed)
+    stage = cascade.stages[plan.name]
+    stage.requires_grad_(True)
+    run.mkdir(parents=True, exist_ok=True)
+    model = cascade.model(plan.name)
+    sizes_of_tokens = torch.ones(VOCABULARY, dtype=torch.int64)
+    quiet = Progress("small", quiet=True)
+    named = stage.named_parameters()
+    data = (options.pop("train", None) or rows(40, 1), rows(4, 2), sizes_of_tokens)
+    return Engine(model, named, plan, *data, run, plan.max_steps or 1, quiet, **options), cascade
+
+
+def train(run: Path, ready: Connection | None = None, deadly_operation: int | None = None) -> None:
+    """Start the run, or continue it; with `deadly_operation`, die at that operation of writing checkpoints (1, 2, ...).
+
+    `ready` is told when training begins.
+    """
+    torch.set_num_threads(1)
+    os.fsync = lambda handle: None  # slow, and a kill, unlike a power cut, loses nothing that was written
+    if deadly_operation is not None:
+        die_at(deadly_operation)
+    engine, cascade = small_engine(run)
+    if ready is not None:
+        ready.send(None)
+    engine.run(resume=checkpoint.has_checkpoint(run))
+    cascade.save_stage(PLAN.name, run)
+    engine.clean_up()
+
+
+def die_at(operation: int) -> None:
+    """SIGKILL this process at the n-th operation on the disk that writes, names or removes a checkpoint."""
+    left = operation
+
+    def deadly(real: Callable[..., Any], halfway: Callable[..., None] = lambda *args: None) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if not left:
+                halfway(*args)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **options)
+
+        return call
+
+    def half_a_file(tensors: Any, path: Path) -> None:
+        save_file(tensors, path)
+        os.truncate(path, path.stat().st_size // 2)
+
+    def half_a_folder(path: Path, *rest: Any) -> None:
+        for file in sorted(path.iterdir())[::2] if path.is_dir() else []:
+            file.unlink()
+
+    save_file = checkpoint.save_file
+    checkpoint.save_file = deadly(save_file, half_a_file)
+    shutil.rmtree = deadly(shutil.rmtree, half_a_folder)
+    os.fsync = deadly(os.fsync)
+    os.rename = deadly(os.rename)

@@ -1,0 +1,246 @@
+"""Checkpoints: whatever happens to a run, and whenever, the next one continues from the newest that is whole."""
+
+import errno
+import json
+import multiprocessing
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from killed_run import PLAN, rows, small_engine, train
+from poe.errors import OutputError, TrainingError
+from poe.training import checkpoint
+from poe.training.checkpoint import (
+    checkpoints,
+    has_checkpoint,
+    load_checkpoint,
+    remove_checkpoints,
+    save_checkpoint,
+    step_of,
+)
+from poe.training.engine import Engine
+from poe.training.metrics import Metrics, read_metrics
+from poe.training.rng import restore_rng, rng_state
+
+KILLS = 50
+TIMED = ("tokens_per_s",)
+
+
+def written(run: Path, step: int, keep: int = 1) -> Path:
+    return save_checkpoint(run, step, {"weights": {"w": torch.full((64,), float(step))}}, {"step": step}, keep)
+
+
+def timeless(run: Path) -> list[dict]:
+    """The lines of metrics.jsonl in their order, without what depends on the clock."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in record.items() if k not in TIMED} for record in lines]
+
+
+@pytest.mark.slow
+def test_fifty_kills_at_any_moment_leave_the_bytes_of_a_run_that_was_never_stopped(tmp_path: Path) -> None:
+    """Half of them at a random moment, half at a random operation of writing a checkpoint."""
+    processes = multiprocessing.get_context("forkserver")  # torch is imported once, then every run is a fork
+    processes.set_forkserver_preload(["poe.training.trainer", "transformers.models.llama.modeling_llama"])
+    chance = random.Random(os.getpid())
+
+    def started(run: Path, deadly_operation: int | None = None) -> tuple[multiprocessing.Process, object]:
+        listening, telling = processes.Pipe(duplex=False)
+        process = processes.Process(target=train, args=(run, telling, deadly_operation))
+        process.start()
+        telling.close()
+        return process, listening
+
+    undisturbed, _ = started(tmp_path / "whole")
+    undisturbed.join(120)
+    assert undisturbed.exitcode == 0
+    kills = runs = 0
+    while kills < KILLS:
+        run = tmp_path / f"killed-{(runs := runs + 1)}"
+        finished = False
+        while not finished:
+            at_operation = chance.randrange(1, 40) if kills % 2 and kills < KILLS else None
+            process, listening = started(run, at_operation)
+            if at_operation is None and kills < KILLS:
+                listening.poll(60)
+                process.join(chance.random() * 0.1)
+                process.kill()
+            process.join(120)
+            finished = process.exitcode == 0
+            assert finished or process.exitcode == -9, process.exitcode
+            kills += not finished
+        assert (run / "delta.safetensors").read_bytes() == (tmp_path / "whole" / "delta.safetensors").read_bytes()
+        assert timeless(run) == timeless(tmp_path / "whole")
+        assert not list(run.glob("checkpoint*"))
+
+
+def test_the_newest_are_kept_and_nothing_else(tmp_path: Path) -> None:
+    for step in (5, 9, 10, 100):  # in the order of numbers, not of names
+        written(tmp_path, step, keep=2)
+    assert [step_of(path) for path in checkpoints(tmp_path)] == [100, 10]
+    remove_checkpoints(tmp_path)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(TrainingError, match="there is no checkpoint"):
+        load_checkpoint(tmp_path)
+
+
+def damage_missing(folder: Path) -> None:
+    (folder / "weights.safetensors").unlink()
+
+
+def damage_truncated(folder: Path) -> None:
+    os.truncate(folder / "weights.safetensors", 100)
+
+
+def damage_a_bit(folder: Path) -> None:
+    data = bytearray((folder / "weights.safetensors").read_bytes())
+    data[-1] ^= 1
+    (folder / "weights.safetensors").write_bytes(data)
+
+
+def damage_meta(folder: Path) -> None:
+    (folder / "meta.json").write_text('{"step": 2')
+
+
+def damage_meta_away(folder: Path) -> None:
+    (folder / "meta.json").unlink()
+
+
+def damage_meta_kind(folder: Path) -> None:
+    (folder / "meta.json").write_text("[]")
+
+
+DAMAGES = [damage_missing, damage_truncated, damage_a_bit, damage_meta, damage_meta_away, damage_meta_kind]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_broken_newest_one_is_said_and_the_one_before_it_taken(damage, tmp_path: Path) -> None:
+    written(tmp_path, 1, keep=2)
+    damage(written(tmp_path, 2, keep=2))
+    notes: list[str] = []
+    groups, meta = load_checkpoint(tmp_path, notes.append)
+    assert meta["step"] == 1
+    assert groups["weights"]["w"][0] == 1
+    assert len(notes) == 1
+    assert "checkpoint-2 is not whole" in notes[0]
+    written(tmp_path, 2)  # the run goes on, and comes by there again
+    assert load_checkpoint(tmp_path)[1]["step"] == 2
+    damage(tmp_path / "checkpoint-2")
+    with pytest.raises(TrainingError, match="checkpoint-2 is not whole"):
+        load_checkpoint(tmp_path)
+
+
+def test_a_broken_one_ahead_does_not_outlive_the_one_that_replaces_it(tmp_path: Path) -> None:
+    """Else, of one kept checkpoint, the broken one would be it."""
+    written(tmp_path, 1, keep=2)
+    damage_truncated(written(tmp_path, 9, keep=2))
+    written(tmp_path, 2, keep=1)
+    assert load_checkpoint(tmp_path)[1]["step"] == 2
+
+
+@pytest.mark.parametrize("operation", range(1, 8))
+def test_a_disk_that_fills_up_leaves_the_old_one_and_nothing_half_written(operation, tmp_path, monkeypatch) -> None:
+    written(tmp_path, 1)
+    left = operation
+
+    def full(real):
+        def call(*args, **options):
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return real(*args, **options)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", full(checkpoint.save_file))
+        patch.setattr(os, "fsync", full(os.fsync))
+        patch.setattr(Path, "mkdir", full(Path.mkdir))
+        patch.setattr(Path, "rename", full(Path.rename))
+        patch.setattr(checkpoint, "_digest", full(checkpoint._digest))
+        with pytest.raises(OutputError, match=r"checkpoint-2 could not be written.*No space left"):
+            written(tmp_path, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+    assert load_checkpoint(tmp_path)[1]["step"] == 1
+
+
+def test_every_generator_continues_where_it_was() -> None:
+    before = rng_state()
+    drawn = (random.random(), random.gauss(0, 1), np.random.random(), np.random.normal(), torch.rand(1).item())
+    tensors, numbers = before
+    restore_rng(tensors, json.loads(json.dumps(numbers)))  # as a file keeps them
+    again = (random.random(), random.gauss(0, 1), np.random.random(), np.random.normal(), torch.rand(1).item())
+    assert again == drawn
+
+
+def stopped(run: Path, plan=PLAN, **options) -> Engine:
+    """A run that was asked to stop during its third step."""
+    engine, _ = small_engine(run, plan, **options)
+    real = engine._step
+
+    def step(number: int):
+        engine._stop_requested = number == 2
+        return real(number)
+
+    engine._step = step
+    with pytest.raises(KeyboardInterrupt):
+        engine.run()
+    return engine
+
+
+def test_the_best_weights_are_not_written_twice(tmp_path: Path) -> None:
+    stopped(tmp_path / "a", PLAN.replace(eval_every=3))
+    best = json.loads((tmp_path / "a" / "checkpoint-3" / "meta.json").read_text())["history"]["best_step"]
+    assert (tmp_path / "a" / "checkpoint-3" / "best.safetensors").exists() == (best != 3)
+    stopped(tmp_path / "b")  # nothing was measured at step 3: the best are those of step 0
+    assert (tmp_path / "b" / "checkpoint-3" / "best.safetensors").exists()
+    engine, _ = small_engine(tmp_path / "a", PLAN.replace(eval_every=3))
+    engine._restore()
+    assert set(engine.best) == {name for name, _ in engine.parameters}
+
+
+@pytest.mark.parametrize(
+    ("fields", "options", "said"),
+    [
+        ({"matrix_lr": 0.5}, {}, "matrix_lr: 0.02 -> 0.5"),
+        ({"max_steps": 121}, {}, "max_steps: 120 -> 121"),
+        ({}, {"train": rows(40, 3)}, "training rows: "),
+        ({}, {"facts": {"base": "another"}}, "base: 'one' -> 'another'"),
+        ({"num_layers": 2}, {}, "num_layers: 1 -> 2"),
+    ],
+)
+def test_another_run_is_refused_with_what_differs(fields, options, said: str, tmp_path: Path) -> None:
+    facts = {"facts": {"base": "one"}}
+    stopped(tmp_path, **facts)
+    engine, _ = small_engine(tmp_path, PLAN.replace(**fields), **(facts | options))
+    with pytest.raises(TrainingError, match="belongs to another run") as refused:
+        engine.run(resume=True)
+    assert said in str(refused.value)
+    assert has_checkpoint(tmp_path)
+
+
+def test_what_does_not_change_the_result_may_change(tmp_path: Path) -> None:
+    stopped(tmp_path)
+    plan = PLAN.replace(keep_checkpoints=1, checkpoint_every=60.0, description="now with a word about it")
+    engine, _ = small_engine(tmp_path, plan)
+    assert engine._restore() == 3
+
+
+def test_metrics_begin_with_what_the_checkpoint_knows_and_survive_a_torn_line(tmp_path: Path) -> None:
+    with Metrics(tmp_path) as metrics:
+        for step in range(1, 4):
+            metrics.write({"step": step, "loss": 1.0})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    assert [r["step"] for r in read_metrics(tmp_path)[0]] == [1, 2, 3]
+    told: list[dict] = []
+    known = [{"step": 2, "val_bpb": 2.0}, {"step": 0, "val_bpb": 3.0}, *({"step": s, "loss": 1.0} for s in (1, 2))]
+    with Metrics(tmp_path, known, told.append) as metrics:
+        metrics.write({"step": 3, "loss": 0.5})
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(r["step"], "val_bpb" in r) for r in lines] == [(0, True), (1, False), (2, False), (2, True), (3, False)]
+    assert told == [{"step": 3, "loss": 0.5}]

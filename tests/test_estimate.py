@@ -1,0 +1,129 @@
+"""What a run says it will take: exact where it can be known, stated where it can not."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+from killed_run import PLAN, small_engine
+from poe.training import estimate as estimating
+from poe.training.estimate import (
+    comparison,
+    count_weights,
+    estimate_line,
+    estimate_run,
+    estimate_table,
+    memory_now,
+    memory_peak,
+    trained_share,
+)
+from poe.training.report import outcome
+from poe.training.trainer import _delta_bytes
+
+HEADS = [("dense", 2), ("low_rank", 3), ("none", 2)]
+
+
+def estimated(engine, result_bytes: int | None = None):
+    parts = engine.model, engine.parameters, engine.optimizer, engine.plan, engine.train, engine.val
+    return estimate_run(*parts, engine.num_steps, engine._hidden, result_bytes)
+
+
+@pytest.mark.parametrize(("head", "rank"), HEADS)
+def test_the_delta_is_as_long_as_was_said_and_holds_as_many_numbers(head: str, rank: int, tmp_path: Path) -> None:
+    engine, cascade = small_engine(tmp_path, PLAN.replace(head=head, head_rank=rank, num_layers=2))
+    stage = cascade.stages[PLAN.name]
+    promised = estimated(engine, _delta_bytes(stage))
+    for dtype in (torch.bfloat16, torch.float32, torch.int8):
+        stage.saved_dtype = dtype
+        size = _delta_bytes(stage)
+        cascade.save_stage(PLAN.name, tmp_path / str(dtype))
+        assert (tmp_path / str(dtype) / "delta.safetensors").stat().st_size == size
+        assert (dtype != torch.bfloat16) or size == promised.result_bytes
+    assert promised.parameters == stage.num_parameters()
+    assert promised.tokens == PLAN.max_steps * PLAN.tokens_per_step
+
+
+def test_operations_are_counted_as_torch_counts_them(tmp_path: Path) -> None:
+    """Of a forward pass through the network; embedding and attention, which the formula leaves out, left out here."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    engine, _ = small_engine(tmp_path)
+    weights = count_weights(engine.model, engine.parameters)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        engine.model(torch.zeros(1, 16, dtype=torch.int64))
+    counted = sum(flops for op, flops in counter.get_flop_counts()["Global"].items() if op in MATMULS)
+    fold = 2 * weights.head * PLAN.head_rank  # a low-rank delta is multiplied out once, whatever the tokens
+    assert counted - fold == 16 * 2 * (weights.below + weights.stage + weights.head)
+    share = trained_share(engine.train)
+    by_hand = [
+        (row.labels != -100).float().mean() for row in (engine.train.batch(i, 1) for i in range(10**6) if i < 64)
+    ]
+    assert 0 < share < 1
+    assert estimated(engine).flops_per_token == pytest.approx(
+        2 * weights.below + 6 * (weights.stage + weights.head * share)
+    )
+    assert share == pytest.approx(sum(map(float, by_hand[: engine.train.num_rows])) / engine.train.num_rows)
+
+
+MATMULS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)
+
+
+def test_a_tied_embedding_is_work_for_the_head_alone() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.layer, self.head = nn.Embedding(7, 4), nn.Linear(4, 4), nn.Linear(4, 7, bias=False)
+            self.head.weight = self.embedding.weight
+
+        def get_output_embeddings(self) -> nn.Module:
+            return self.head
+
+    model = Tied()
+    weights = count_weights(model, [("weight", model.layer.weight)])
+    assert (weights.below, weights.stage, weights.head) == (0, 16, 28)
+
+
+def test_the_outcome_stands_beside_the_estimate(tmp_path: Path) -> None:
+    engine, _ = small_engine(tmp_path, PLAN.replace(max_steps=5))
+    assert estimated(engine).seconds > 0
+    history = engine.run()
+    record = outcome(history)
+    assert record["actual"]["tokens"] == record["estimate"]["tokens"] == 5 * PLAN.tokens_per_step
+    assert record["ratio"]["tokens"] == 1
+    assert set(record["ratio"]) == {"tokens", "seconds", "memory_bytes"}
+    assert record["estimate"]["seconds_after_3_steps"] > 0
+    assert json.loads(json.dumps(record)) == record
+    assert comparison({"seconds": 2.0}, {"seconds": 3.0, "memory_bytes": 1.0}) == {"seconds": 1.5}
+    shown = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    shown.print(estimate_table(record["estimate"], record["actual"]))
+    text = shown.export_text()
+    assert "ratio" in text
+    assert "1.00" in text
+    assert "parameters trained" in estimate_line(record["estimate"])
+
+
+def test_memory_is_measured_in_bytes() -> None:
+    cpu = torch.device("cpu")
+    before = memory_now(cpu)
+    held = torch.ones(1 << 24)  # 64 MiB, touched
+    grown = memory_now(cpu) - before
+    assert held.numel() * 4 * 0.9 < grown < held.numel() * 4 * 1.5
+    assert memory_peak(cpu) >= memory_now(cpu) * 0.99
+
+
+def test_a_resumed_run_keeps_the_estimate_that_was_made_when_it_began(tmp_path: Path, monkeypatch) -> None:
+    engine, _ = small_engine(tmp_path)
+    real = engine._step
+    engine._step = lambda step: (setattr(engine, "_stop_requested", step == 2), real(step))[1]
+    with pytest.raises(KeyboardInterrupt):
+        engine.run()
+    first = engine.history.estimate
+    monkeypatch.setattr(estimating, "network_speed", lambda *args: 1.0)
+    again, _ = small_engine(tmp_path)
+    again._restore()
+    again._announce()
+    assert again.history.estimate == first
+    assert again.history.name == engine.history.name
