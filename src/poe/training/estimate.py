@@ -30,7 +30,7 @@ from poe.data.packing import Batch
 from poe.errors import OutputError
 from poe.stages.recipe import Plan
 from poe.training.checkpoint import checkpoints
-from poe.training.loss import CHUNK_LOGITS
+from poe.training.loss import chunk_rows
 from poe.training.optim import POLAR_EXPRESS, MuonAdamW
 
 if TYPE_CHECKING:
@@ -265,8 +265,8 @@ def _memory(
             passing.append(wide)
     rows = min(plan.max_tokens_per_batch, plan.tokens_per_step) // plan.seq_len
     tokens = max(rows, 1) * plan.seq_len
-    vocabulary = head.weight.shape[0]
-    activations = tokens * (kept + max(passing)) * size + 3 * 4 * min(CHUNK_LOGITS, tokens * vocabulary)
+    logits = min(chunk_rows(head.weight), tokens) * head.weight.shape[0]
+    activations = tokens * (kept + max(passing)) * size + 3 * 4 * logits
     folded = head.weight.numel() * (8 + (0 if id(head.weight) in trained else head.weight.element_size()))
     return max(memory_peak(device), memory_now(device) + 2 * own + state + folded + activations)
 
