@@ -29,6 +29,7 @@ from poe.training.checkpoint import (
     restore_optimizer,
     save_checkpoint,
 )
+from poe.training.hidden import Hidden, Whole
 from poe.training.loss import cross_entropy_sum, per_label_losses
 from poe.training.optim import build_optimizer
 from poe.training.progress import Progress
@@ -65,7 +66,8 @@ class Engine:
 
     `parameters` are (name, parameter) pairs, all that will be saved; `token_bytes` (V,) counts the UTF-8 bytes of every
     token, 0 for special ones, which is what bits per byte are per. `run` is the folder for the checkpoint and
-    metrics.jsonl. Every row is (B, T) tokens; `plan` says how many make a step.
+    metrics.jsonl. Every row is (B, T) tokens; `plan` says how many make a step. `hidden` are the sources of normalised
+    hidden states for training and for validation (default: the whole model).
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class Engine:
         run: Path,
         num_steps: int,
         progress: Progress,
+        hidden: tuple[Hidden, Hidden] | None = None,
     ) -> None:
         self.model, self.plan, self.train, self.val, self.run_folder = model, plan, train, val, run
         self.parameters = list(parameters)
@@ -86,6 +89,7 @@ class Engine:
         self.logits = logits_of(model.config)
         self.num_steps = num_steps
         self.progress = progress
+        self._hidden, self._val_hidden = hidden or (Whole(model), Whole(model))
         self.rows_per_step = plan.tokens_per_step // plan.seq_len
         self.rows_per_batch = max(1, plan.max_tokens_per_batch // plan.seq_len)
         rates: dict[str, Any] = {"matrix_lr": plan.matrix_lr, "head_lr": plan.head_lr}
@@ -173,11 +177,6 @@ class Engine:
                 f"{free / 2**20:,.0f} MiB are free. Free some space, or choose another folder with --out."
             )
 
-    def _hidden(self, batch: Batch) -> Tensor:
-        """(B, T) tokens -> normalised hidden states (B, T, D); documents in a row do not see each other."""
-        backbone = getattr(self.model, self.model.base_model_prefix)
-        return backbone(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).last_hidden_state
-
     @property
     def _device(self) -> torch.device:
         return device_of(self.model.get_input_embeddings())
@@ -227,7 +226,7 @@ class Engine:
             rows = [self.val.batch(start + i, 1) for i in range(count)]
             part = Batch(*(torch.cat(tensors).to(self._device) for tensors in zip(*rows, strict=True)))
             losses = per_label_losses(
-                self._hidden(part), self._head.weight, part.labels, self.logits, self._head.bias
+                self._val_hidden(part), self._head.weight, part.labels, self.logits, self._head.bias
             ).double()
             sizes = self.token_bytes.to(part.labels.device)[part.labels[part.labels != -100]]
             nats += losses.sum().item()

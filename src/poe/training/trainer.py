@@ -22,6 +22,7 @@ from poe.modeling.placement import quantisation_of
 from poe.modeling.stage import Stage
 from poe.stages import Recipe, load_recipe
 from poe.training.engine import Engine, History
+from poe.training.hidden import hidden_sources
 from poe.training.progress import Progress
 from poe.training.report import LEFTOVERS, environment, plot_history, prepare_output
 
@@ -112,6 +113,7 @@ def train_stage(
             run,
             num_steps,
             progress,
+            hidden_sources(cascade, plan, prepared.train, prepared.val, num_steps, progress),
         )
         history = engine.run(resume)
         stage.requires_grad_(False)
