@@ -21,6 +21,7 @@ STAGE_OPTIONS = {
     *PLAN_FIELDS,
     *"num_layers head head_rank epochs held_out eval_data near_duplicates augment eval_rows train_on".split(),
     "isolate_documents",
+    "cache_hidden",
 }
 BASE_OPTIONS = {
     *PLAN_FIELDS,

@@ -71,19 +71,27 @@ def recipe_options(kind: type[Plan]) -> Callable[[Callable[..., Any]], Callable[
 
         def command(**given: Any) -> Any:
             fields = {n: given.pop(n) for n in names if n in given}
-            chosen = {n: parse_field(n, v, hints[n]) for n, v in fields.items() if v is not None}
+            chosen = {
+                n: v if hints[n] is bool else parse_field(n, v, hints[n]) for n, v in fields.items() if v is not None
+            }
             return function(**given, fields=chosen)
 
         for name in names:
+            dashed, flag = name.replace("_", "-"), hints[name] is bool
             option = typer.Option(
                 None,
-                f"--{name.replace('_', '-')}",
+                f"--{dashed}/--no-{dashed}" if flag else f"--{dashed}",
                 help=_describe(hints[name]),
                 rich_help_panel="Recipe fields (default: the recipe's)",
                 show_default=False,
             )
             parameters.append(
-                inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=str | None)
+                inspect.Parameter(
+                    name,
+                    inspect.Parameter.KEYWORD_ONLY,
+                    default=option,
+                    annotation=bool | None if flag else str | None,
+                )
             )
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {p.name: p.annotation for p in parameters}

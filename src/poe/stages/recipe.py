@@ -102,6 +102,15 @@ class Recipe(Plan):
     eval_data: str = ""  # a SPEC of questions to answer after training; rows that share a query or a call are left out
     near_duplicates: float | None = 0.9  # the similarity from which a row repeats another; None: only exact repetitions
     eval_rows: int = 200  # rows of each held-out split that are answered after training
+    cache_hidden: bool = False  # write what the base makes of the rows to disk once, and train from there
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.compile and self.cache_hidden:
+            raise RecipeError(
+                f"Recipe {self.name!r}: compile and cache_hidden do not go together: what is left above the cache is "
+                "not compiled. Choose one of them."
+            )
 
     def stage_config(self, **fields: Any) -> StageConfig:
         """Return the shape of the stage; `fields` override."""

@@ -27,7 +27,6 @@ from poe.training.checkpoint import (
     restore_optimizer,
     save_checkpoint,
 )
-from poe.training.compiled import compiled
 from poe.training.estimate import (
     estimate_line,
     estimate_run,
@@ -37,6 +36,7 @@ from poe.training.estimate import (
     refuse_full_disk,
 )
 from poe.training.guard import check_step, check_weights
+from poe.training.hidden import FromBoundary, Hidden, Whole
 from poe.training.identity import refuse_another, run_identity
 from poe.training.loss import cross_entropy_sum, per_label_losses
 from poe.training.metrics import Metrics
@@ -87,9 +87,10 @@ class Engine:
 
     `parameters` are (name, parameter) pairs, all that will be saved; `token_bytes` (V,) counts the UTF-8 bytes of every
     token, 0 for special ones, which is what bits per byte are per. `run` is the folder for the checkpoints and
-    metrics.jsonl. Every row is (B, T) tokens; `plan` says how many make a step. `facts` are what else makes this run
-    what it is (the base's fingerprint): a checkpoint with others is not continued. `result_bytes` is the size of the
-    file to be written, for the estimate. `trackers` are told what metrics.jsonl is told.
+    metrics.jsonl. Every row is (B, T) tokens; `plan` says how many make a step. `hidden` are the sources of normalised
+    hidden states for training and for validation (default: the whole model). `facts` are what else makes this run what
+    it is (the base's fingerprint): a checkpoint with others is not continued. `result_bytes` is the size of the file to
+    be written, for the estimate. `trackers` are told what metrics.jsonl is told.
     """
 
     def __init__(
@@ -104,6 +105,7 @@ class Engine:
         num_steps: int,
         progress: Progress,
         *,
+        hidden: tuple[Hidden, Hidden] | None = None,
         facts: Mapping[str, str] | None = None,
         result_bytes: int | None = None,
         trackers: Trackers | None = None,
@@ -114,6 +116,7 @@ class Engine:
         self.logits = logits_of(model.config)
         self.num_steps = num_steps
         self.progress = progress
+        self._hidden, self._val_hidden = hidden or (Whole(model, plan.compile), Whole(model))
         self.facts, self.result_bytes = dict(facts or {}), result_bytes
         self.trackers = trackers or Trackers({}, progress.note)
         self.rows_per_step = plan.tokens_per_step // plan.seq_len
@@ -134,8 +137,6 @@ class Engine:
         self.history = History()
         self.best: dict[str, Tensor] = {}
         self._stop_requested = False
-        self._backbone = getattr(model, model.base_model_prefix)
-        self._fast_backbone = compiled(self._backbone) if plan.compile else self._backbone
 
     def run(self, resume: bool = False) -> History:
         """Train to the end. Raises `Interrupted` after saving, `TrainingError` for numbers that are not finite."""
@@ -206,6 +207,7 @@ class Engine:
             self.num_steps,
             self._hidden,
             self.result_bytes,
+            cached=isinstance(self._hidden, FromBoundary),
         )
         refuse_full_disk(self.run_folder, estimate.disk_bytes)
         if not self.history.estimate:  # a run that is continued keeps what was said when it began
@@ -229,11 +231,6 @@ class Engine:
         finally:
             self.trackers.finish()
             self.progress.stop()
-
-    def _hidden(self, batch: Batch) -> Tensor:
-        """(B, T) tokens -> normalised hidden states (B, T, D); documents in a row do not see each other."""
-        backbone = self._fast_backbone if torch.is_grad_enabled() else self._backbone
-        return backbone(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).last_hidden_state
 
     @property
     def _device(self) -> torch.device:
@@ -289,7 +286,7 @@ class Engine:
             rows = [self.val.batch(start + i, 1) for i in range(count)]
             part = Batch(*(torch.cat(tensors).to(self._device) for tensors in zip(*rows, strict=True)))
             losses = per_label_losses(
-                self._hidden(part), self._head.weight, part.labels, self.logits, self._head.bias
+                self._val_hidden(part), self._head.weight, part.labels, self.logits, self._head.bias
             ).double()
             sizes = self.token_bytes.to(part.labels.device)[part.labels[part.labels != -100]]
             nats += losses.sum().item()

@@ -17,7 +17,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,17 +111,21 @@ def estimate_run(
     num_steps: int,
     hidden: Callable[[Batch], torch.Tensor],
     result_bytes: int | None = None,
+    cached: bool = False,
 ) -> Estimate:
     """Return what training `parameters` of `model` by `plan` will take (see the module for how).
 
     `hidden` is the forward pass of a run's step, (B, T) tokens -> (B, T, D); some rows go through it to be timed.
     `result_bytes` is the size of the file that will be written, if the caller knows it; else two bytes a weight.
+    `cached`: hidden states come from a cache, so that the layers below cost nothing.
     """
     numbers = sum(p.numel() for _, p in parameters)
     some = train.batch(0, max(1, min(CALIBRATION_TOKENS, plan.tokens_per_step) // plan.seq_len))
     model.eval()  # no dropout: nothing is drawn from the generators, which a run that is continued has just restored
     some = Batch(*(part.to(parameters[0][1].device) for part in some))
     weights = count_weights(model, parameters)
+    if cached:
+        weights = replace(weights, below=0)
     head = weights.head * trained_share(train)
     per_token = 2 * weights.below + 6 * (weights.stage + head)
     tokens = num_steps * plan.tokens_per_step

@@ -27,6 +27,7 @@ from poe.stages import Recipe, load_recipe
 from poe.training.checkpoint import UNFINISHED, has_checkpoint
 from poe.training.engine import Engine, History
 from poe.training.frozen import assert_frozen_below
+from poe.training.hidden import hidden_sources
 from poe.training.precision import refuse_fp16, stage_dtype
 from poe.training.progress import Progress
 from poe.training.recompute import recomputed
@@ -128,6 +129,7 @@ def train_stage(
             run,
             num_steps,
             progress,
+            hidden=hidden_sources(cascade, plan, prepared.train, prepared.val, num_steps, progress),
             facts=_ground(cascade, stage),
             result_bytes=_delta_bytes(stage),
             trackers=trackers,

@@ -1,0 +1,459 @@
+"""The boundary as a value: a stage trained on cached hidden states learns what it would have learnt above the base."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from conftest import BASES, RECURRENT, VOCABULARY, scramble, tiny_base, tiny_model
+from poe import Cascade
+from poe.data.cache import cache_root
+from poe.data.packing import Batch, PackedRows, pack
+from poe.errors import OutputError, TrainingError
+from poe.modeling.boundary import Boundary
+from poe.stages import load_recipe
+from poe.training import hidden_cache
+from poe.training.engine import Engine
+from poe.training.hidden import FromBoundary, Remembered, Whole, hidden_sources
+from poe.training.hidden_cache import HiddenCache, boundary_facts
+from poe.training.progress import Progress
+
+QUIET = Progress("test", quiet=True)
+T = 16
+EVERYTHING = {  # of a PoE base; what a stage reads besides its input: the first hidden state, tokens, a lower layer
+    "num_hidden_layers": 4,
+    "layer_scalars": True,
+    "value_embedding_layers": [1, 3],
+    "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+    "sliding_window": 4,
+    "smear_channels": 4,
+    "backout_layer": 1,
+}
+STEPS = 6  # four rows each: a pass of these rows and a part of another
+KINDS = ("top", "low", "child")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("POE_CACHE", str(tmp_path / "cache"))
+    return cache_root() / "hidden"
+
+
+def rows(count: int = 12, seed: int = 0) -> PackedRows:
+    """Packed rows of several short documents each."""
+    rng = np.random.default_rng(seed)
+    documents = [rng.integers(3, VOCABULARY, rng.integers(3, 8)) for _ in range(count * 3)]
+    return pack([(ids, np.ones(len(ids), dtype=bool)) for ids in documents], T, seed=seed)
+
+
+def grown(base, kind: str = "top") -> Cascade:
+    """A cascade whose stage `s` stands on top, below the top, or on another stage, none of them silent."""
+    cascade = Cascade(base)
+    if kind == "child":
+        cascade.add_stage(name="p", num_layers=1)
+        scramble(cascade.stages["p"], 1)
+    place = {"top": {}, "low": {"attach_at": 1}, "child": {"parent": "p"}}[kind]
+    cascade.add_stage(name="s", num_layers=2, **place)
+    scramble(cascade.stages["s"], 2)
+    cascade.stages["s"].requires_grad_(True)
+    return cascade
+
+
+def cache_of(cascade: Cascade, data: PackedRows, dtype: torch.dtype = torch.bfloat16, at_once: int = 2) -> HiddenCache:
+    boundary = Boundary(cascade.base, cascade.stages["s"])
+    return HiddenCache(boundary, boundary_facts(cascade, "s", boundary), dtype, data, data.num_rows, at_once)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.rglob("*.safetensors")}
+
+
+CASES = [(name, kind) for name in BASES for kind in KINDS if not (kind == "low" and name in RECURRENT)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("name", "kind"), [*CASES, *(("poe with everything", kind) for kind in KINDS)])
+def test_what_follows_from_the_boundary_is_what_the_model_says(name: str, kind: str, dtype: torch.dtype) -> None:
+    """Hidden states and gradients, to the last bit, in every family; and they do depend on what is given."""
+    base = tiny_base(name, dtype) if name in BASES else tiny_model("poe", EVERYTHING, dtype)
+    cascade = grown(base, kind)
+    stage, boundary = cascade.stages["s"], Boundary(base, cascade.stages["s"])
+    batch = rows().batch(0, 3)
+    states = boundary.below(batch.input_ids, batch.position_ids)
+    assert not states.requires_grad
+    gradients = []
+    for hidden in (Whole(cascade.model("s"))(batch), boundary.above(states, batch.input_ids, batch.position_ids)):
+        stage.zero_grad()
+        hidden.float().square().sum().backward()
+        gradients.append([hidden, *(p.grad.clone() for p in stage.layers.parameters() if p.grad is not None)])
+    assert len(gradients[0]) == len(gradients[1]) > 5
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    other = boundary.above(states * 1.5, batch.input_ids, batch.position_ids)
+    assert not torch.equal(other, gradients[0][0])
+
+
+@pytest.mark.parametrize("name", ["poe", "qwen3-sliding", "gemma3", "hrm"])
+def test_cached_states_are_those_of_the_base(name: str) -> None:
+    """In bf16 exactly, whatever rows are asked for in whatever order; in fp32 up to the rounding to bf16."""
+    for dtype in (torch.bfloat16, torch.float32):
+        cascade, data = grown(tiny_base(name, dtype)), rows()
+        cache = cache_of(cascade, data)
+        cache.fill("training", QUIET)
+        boundary = Boundary(cascade.base, cascade.stages["s"])
+        for step in range(2 * data.num_rows // 2):  # two passes, the second in another order
+            batch = data.batch(step, 2)
+            direct = boundary.below(batch.input_ids, batch.position_ids)
+            assert torch.allclose(cache(batch).float(), direct.float(), rtol=2**-7, atol=1e-5)
+            if dtype == torch.bfloat16:
+                assert torch.equal(cache(batch), direct)
+
+
+def train(cascade: Cascade, data: PackedRows, tmp_path: Path, cache_hidden: bool, name: str) -> list[float]:
+    fields = {"seq_len": T, "tokens_per_step": 4 * T, "max_tokens_per_batch": 2 * T, "eval_every": 3, "num_layers": 2}
+    plan = load_recipe("demo", **fields, cache_hidden=cache_hidden, max_steps=STEPS).replace(name="s")
+    (tmp_path / name).mkdir()
+    sources = hidden_sources(cascade, plan, data, rows(2, seed=1), STEPS, QUIET)
+    stage, model = cascade.stages["s"], cascade.model("s")
+    byte_counts = torch.ones(VOCABULARY, dtype=torch.long)
+    engine = Engine(
+        model,
+        stage.named_parameters(),
+        plan,
+        data,
+        rows(2, seed=1),
+        byte_counts,
+        tmp_path / name,
+        STEPS,
+        QUIET,
+        sources,
+    )
+    history = engine.run()
+    return [record["loss"] for record in history.steps] + [record["val_loss"] for record in history.evals]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("poe", "top"), ("llama", "top"), ("qwen3-sliding", "low"), ("gemma3", "child"), ("smollm3", "top")],
+)
+def test_losses_with_a_cached_boundary_are_those_without(name: str, kind: str, tmp_path: Path) -> None:
+    """Several passes, steps of two batches, validations: equal to the last bit where the base computes in bf16."""
+    plain, cached = (
+        train(grown(tiny_base(name, torch.bfloat16), kind), rows(), tmp_path, cached, str(cached))
+        for cached in (False, True)
+    )
+    assert len(plain) == STEPS + 3
+    assert plain[0] != plain[STEPS - 1]
+    assert plain == cached
+
+
+def test_the_rounding_of_a_base_in_fp32_hardly_shows(tmp_path: Path) -> None:
+    """The first step's loss and the first validation stand before any difference in weights."""
+    plain, cached = (
+        train(grown(tiny_base("llama")), rows(), tmp_path, cached, str(cached)) for cached in (False, True)
+    )
+    assert plain[0] != cached[0]
+    assert plain[0] == pytest.approx(cached[0], rel=1e-3)
+    assert plain[STEPS] == cached[STEPS]  # validation is kept in fp32
+    assert plain == pytest.approx(cached, rel=2e-2)
+
+
+def test_validation_is_remembered_up_to_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    cascade, data = grown(tiny_base("qwen3")), rows()
+    boundary = Boundary(cascade.base, cascade.stages["s"])
+    size = boundary.below(*inputs(data.batch(0, 2))).nbytes
+    whole = Whole(cascade.model("s"))
+    asked = []
+    below = boundary.below
+    monkeypatch.setattr(boundary, "below", lambda *batch: asked.append(1) or below(*batch))
+    for fitting in (0, 2, 5):
+        source = FromBoundary(boundary, Remembered(boundary, fitting * size))
+        asked.clear()
+        for _ in range(3):
+            assert all(torch.equal(source(data.batch(i, 2)), whole(data.batch(i, 2))) for i in range(4))
+        assert len(asked) == 12 - 2 * min(fitting, 4)  # what is remembered is asked for once, the rest every time
+
+
+def inputs(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    return batch.input_ids, batch.position_ids
+
+
+def test_what_was_written_serves_every_stage_and_run_that_stands_there(own_cache: Path) -> None:
+    base, data = tiny_base("qwen3"), rows()
+    cache_of(grown(base), data).fill("training", QUIET)
+    written = files(own_cache)
+    other = Cascade(base).add_stage(name="s", num_layers=1, head="none", seed=5)  # another depth, head, seed
+    cache = cache_of(other, data)
+    cache._make = forbidden
+    cache.fill("training", QUIET)
+    assert files(own_cache) == written
+
+
+def forbidden(shard: str) -> None:
+    raise AssertionError(f"{shard} is made again")
+
+
+def test_whatever_changes_the_states_changes_the_place(own_cache: Path) -> None:
+    def place(cascade: Cascade, data: PackedRows, dtype: torch.dtype = torch.bfloat16) -> tuple[Path, str]:
+        cache = cache_of(cascade, data, dtype)
+        return cache.folder, cache.shards[0]
+
+    base, data = tiny_base("qwen3"), rows()
+    scaled = tiny_base("qwen3")
+    scaled.config.rope_parameters = {**scaled.config.rope_parameters, "rope_theta": 123.0}
+    child = grown(base, "child")
+    other_parent = grown(base, "child")
+    scramble(other_parent.stages["p"].layers, 9)
+    places = [
+        place(grown(base), data),
+        place(grown(tiny_base("qwen3", seed=1)), data),  # weights
+        place(grown(scaled), data),  # the same weights, another config
+        place(grown(tiny_base("qwen3", torch.bfloat16)), data),  # computed in another dtype
+        place(grown(base), data, torch.float32),  # stored in another dtype
+        place(grown(base, "low"), data),
+        place(child, data),
+        place(other_parent, data),
+        place(grown(base), rows(seed=1)),
+    ]
+    assert len(set(places)) == len(places)
+    assert place(grown(base), data) == places[0]
+
+
+def test_positions_are_part_of_a_rows_name() -> None:
+    """The same tokens see other tokens when documents are not kept apart."""
+    data = rows()
+    joined = PackedRows(data._tokens, data._trained, data._starts, data.stats, isolated=False)
+    digests = [hidden_cache.row_digests(r.batch(0, 8)) for r in (data, joined)]
+    assert len(set(digests[0])) == 8
+    assert not set(digests[0]) & set(digests[1])
+
+
+def small_shards(monkeypatch: pytest.MonkeyPatch, per_shard: int = 2) -> None:
+    monkeypatch.setattr(hidden_cache, "SHARD_BYTES", per_shard * T * 32 * 2)
+
+
+def test_runs_that_share_rows_share_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    small_shards(monkeypatch)
+    cascade, data = grown(tiny_base("qwen3")), rows()
+    cache = cache_of(cascade, data)
+    boundary = Boundary(cascade.base, cascade.stages["s"])
+    facts = boundary_facts(cascade, "s", boundary)
+    shorter = HiddenCache(boundary, facts, torch.bfloat16, data, 6, 2)
+    assert len(shorter.shards) == 3
+    assert shorter.shards == cache.shards[:3]
+
+
+def shorten(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def lengthen(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"\0")
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def exchange(path: Path) -> None:
+    """Another whole shard of the same shape under this name."""
+    from safetensors.torch import load_file, save_file
+
+    save_file({"states": load_file(path)["states"] + 1}, path)
+
+
+@pytest.mark.parametrize("damage", [shorten, lengthen, flip, empty, exchange, Path.unlink])
+def test_a_damaged_shard_is_found_and_made_again(own_cache: Path, monkeypatch, damage) -> None:
+    small_shards(monkeypatch)
+    cascade, data = grown(tiny_base("qwen3")), rows()
+    cache_of(cascade, data).fill("training", QUIET)
+    written = files(own_cache)
+    damage(next(own_cache.rglob("*.safetensors")))
+    assert files(own_cache) != written
+    again = cache_of(cascade, data)
+    make, made = again._make, []
+    monkeypatch.setattr(again, "_make", lambda shard: made.append(shard) or make(shard))
+    again.fill("training", QUIET)
+    assert len(made) == 1
+    assert files(own_cache) == written
+
+
+def test_a_cache_deleted_while_it_is_read_is_made_again(own_cache: Path) -> None:
+    cascade, data = grown(tiny_base("qwen3")), rows()
+    cache = cache_of(cascade, data)
+    cache.fill("training", QUIET)
+    before = cache(data.batch(0, 4))
+    shutil.rmtree(own_cache)
+    assert torch.equal(cache(data.batch(0, 4)), before)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(after=st.integers(0, 6), torn=st.booleans())
+def test_a_writer_that_dies_leaves_nothing_that_looks_whole(tmp_path_factory, after: int, torn: bool) -> None:
+    """Killed before, between or in the middle of shards: what is whole is kept, the rest is made, the bytes agree."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("POE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        small_shards(patch)
+        cascade, data = grown(tiny_base("qwen3")), rows()
+        cache = cache_of(cascade, data)
+        count = len(cache.shards)
+        real, calls = hidden_cache.save_file, []
+
+        def dies(tensors, path, **options) -> None:
+            if len(calls) == after:
+                if torn:
+                    Path(path).write_bytes(b"half a shard")
+                raise KeyboardInterrupt
+            calls.append(path)
+            real(tensors, path, **options)
+
+        with patch.context() as inner:
+            inner.setattr(hidden_cache, "save_file", dies)
+            if after < count:
+                with pytest.raises(KeyboardInterrupt):
+                    cache.fill("training", QUIET)
+            else:
+                cache.fill("training", QUIET)
+        kept = files(cache.folder)
+        assert len(kept) == min(after, count)
+        again = cache_of(cascade, data)
+        again.fill("training", QUIET)
+        assert len(files(cache.folder)) == count
+        assert kept.items() <= files(cache.folder).items()
+        boundary = Boundary(cascade.base, cascade.stages["s"])
+        direct = boundary.below(*inputs(data.batch(0, 2))).bfloat16()
+        assert torch.equal(again(data.batch(0, 2)), direct)
+
+
+def test_a_disk_that_is_too_small_is_said_before_anything_is_computed(own_cache: Path, monkeypatch) -> None:
+    cascade, data = grown(tiny_base("qwen3")), rows()
+    cache = cache_of(cascade, data)
+    needed = data.num_rows * T * 32 * 2
+
+    class Usage:
+        free = needed
+
+    monkeypatch.setattr(cache, "_make", forbidden)
+    monkeypatch.setattr(hidden_cache.shutil, "disk_usage", lambda _: Usage)
+    with pytest.raises(OutputError, match="Not enough disk for hidden states"):
+        cache.fill("training", QUIET)
+    assert not files(own_cache)
+
+
+def test_a_disk_that_fills_up_is_one_message_and_no_rubbish(own_cache: Path, monkeypatch) -> None:
+    def full(tensors, path, **options) -> None:
+        Path(path).write_bytes(b"half a shard")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(hidden_cache, "save_file", full)
+    cascade, data = grown(tiny_base("qwen3")), rows()
+    with pytest.raises(OutputError, match="No space left on device"):
+        cache_of(cascade, data).fill("training", QUIET)
+    assert [p.name for p in own_cache.rglob("*") if p.is_file()] == ["about.json"]
+
+
+def test_what_is_needed_is_said_beforehand(capsys: pytest.CaptureFixture[str]) -> None:
+    cascade, data = grown(tiny_base("qwen3")), rows()
+    cache = cache_of(cascade, data)
+    cache.fill("training", Progress("run"))
+    said = capsys.readouterr().err
+    size = sum(map(len, files(cache.folder).values()))
+    stated = data.num_rows * T * 32 * 2
+    assert stated < size < stated + 1000  # the rest are headers
+    assert f"{data.num_rows} x 16 x 32 numbers x 2 bytes = {stated / 2**20:,.1f} MiB" in said
+
+
+def test_abandoned_files_are_removed_and_fresh_ones_are_not(own_cache: Path) -> None:
+    cascade, data = grown(tiny_base("qwen3")), rows()
+    cache = cache_of(cascade, data)
+    cache.folder.mkdir(parents=True)
+    old, fresh = cache.folder / ".a-1.part", cache.folder / ".b-2.part"
+    for path in (old, fresh):
+        path.write_bytes(b"x")
+    os.utime(old, (time.time() - 1e5,) * 2)
+    cache.fill("training", QUIET)
+    assert not old.exists()
+    assert fresh.exists()  # another process may be writing it
+
+
+def test_a_base_whose_upper_layers_read_more_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    real = Boundary.above
+    monkeypatch.setattr(Boundary, "above", lambda self, states, *batch: real(self, states * 2, *batch))
+    with pytest.raises(TrainingError, match="cannot be cached"):
+        train(grown(tiny_base("qwen3")), rows(), tmp_path, True, "cached")
+    assert train(grown(tiny_base("qwen3")), rows(), tmp_path, False, "plain")
+
+
+FILL = """
+import os, sys, time
+sys.path.insert(0, {tests!r})
+import test_hidden as t
+os.environ["POE_CACHE"] = {cache!r}
+from poe.training import hidden_cache
+hidden_cache.SHARD_BYTES = 2 * t.T * 32 * 2
+real = hidden_cache.save_file
+def slowly(*args, **options):
+    time.sleep(0.05)
+    real(*args, **options)
+    print("wrote", flush=True)
+hidden_cache.save_file = slowly
+cache = t.cache_of(t.grown(t.tiny_base("qwen3")), t.rows(40))
+print("ready", flush=True)
+sys.stdin.readline()
+cache.fill("training", t.QUIET)
+"""
+
+
+def filling(cache: Path) -> subprocess.Popen[str]:
+    code = FILL.format(tests=str(Path(__file__).parent), cache=str(cache))
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.slow
+def test_two_processes_fill_one_cache_and_a_killed_one_is_continued(own_cache: Path, monkeypatch) -> None:
+    small_shards(monkeypatch)
+    killed = filling(own_cache.parent)
+    killed.stdin.write("\n")
+    killed.stdin.flush()
+    for _ in range(3):
+        assert killed.stdout.readline() == "wrote\n"
+    killed.kill()
+    killed.wait()
+    cascade, data = grown(tiny_base("qwen3")), rows(40)
+    cache = cache_of(cascade, data)
+    kept = files(own_cache)
+    assert 3 <= len(kept) < len(cache.shards)
+    both = [filling(own_cache.parent) for _ in range(2)]
+    for process in both:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    wrote = [process.communicate(timeout=120)[0].count("wrote") for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert min(wrote) > 0  # the work was shared
+    assert kept.items() <= files(own_cache).items()
+    cache._make = forbidden
+    cache.fill("training", QUIET)
+    facts = json.loads((cache.folder / "about.json").read_text())
+    assert facts["base"] == cascade.base_source.fingerprint
