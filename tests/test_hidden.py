@@ -134,7 +134,7 @@ def train(cascade: Cascade, data: PackedRows, tmp_path: Path, cache_hidden: bool
         tmp_path / name,
         STEPS,
         QUIET,
-        sources,
+        hidden=sources,
     )
     history = engine.run()
     return [record["loss"] for record in history.steps] + [record["val_loss"] for record in history.evals]

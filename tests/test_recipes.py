@@ -1,6 +1,7 @@
 """Recipes: every shipped YAML is valid, every field is an option, and the options are frozen here."""
 
 import dataclasses
+import os
 import subprocess
 import sys
 
@@ -94,7 +95,11 @@ def test_the_command_line_is_the_recipe(command: str, kind: type, options: set[s
     names = {f.name for f in dataclasses.fields(kind)}
     assert names - {"name", "data", "description"} == options
     shown = subprocess.run(
-        [sys.executable, "-m", "poe.commands.train", command, "--help"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "poe.commands.train", command, "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "COLUMNS": "200"},
     ).stdout
     for option in options:
         assert f"--{option.replace('_', '-')}" in shown

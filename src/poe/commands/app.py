@@ -42,9 +42,12 @@ def interruptible(command: str, folder: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        steps = [int(path.parent.name.partition("-")[2]) for path in folder.glob("checkpoint-*[0-9]/meta.json")]
+        go_on = f"To go on: {command} --out {folder} --resume, same options."
+        steps = [int(path.parent.name.partition("-")[2]) for path in folder.glob("**/checkpoint-*[0-9]/meta.json")]
         if steps:
-            said = f"Stopped; saved at step {max(steps)}. To go on: {command} --out {folder} --resume, same options."
+            said = f"Stopped; saved at step {max(steps)}. {go_on}"
+        elif (folder / "sweep.json").exists():
+            said = f"Stopped; the candidates that were finished are kept. {go_on}"
         else:
             said = "Stopped before there was anything to keep: nothing was written."
         err.print(said, markup=False)

@@ -3,12 +3,13 @@
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 from rich.table import Table
 
-from poe.commands.app import err, interruptible, out, recipe_options, run
+from poe.commands.app import err, interruptible, out, parse_field, recipe_options, run
+from poe.errors import RecipeError, suggest
 from poe.stages import BaseRecipe, Recipe, load_base_recipe, load_recipe
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode="rich")
@@ -42,6 +43,57 @@ def stage(
     if "evaluation" in result.record:
         out.print(_score_table(result.record["evaluation"]))
     _print_outcome(folder / "delta.safetensors", result.record)
+
+
+@app.command()
+@recipe_options(Recipe)
+def sweep(
+    recipe: Annotated[str, typer.Argument(help="a shipped recipe, or a YAML file")] = "tool",
+    tries: Annotated[
+        list[str] | None, typer.Option("--try", help="FIELD=VALUE,VALUE...; again for another field: all combinations")
+    ] = None,
+    base: Annotated[str, typer.Option(help="Hub id or folder of the base; 'demo' is the embedded one")] = "demo",
+    data: Annotated[str | None, typer.Option(help="name[=path][*epochs][:weight], comma-separated")] = None,
+    out_folder: Annotated[Path | None, typer.Option("--out", help="the sweep's folder [runs/RECIPE-sweep]")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="continue the sweep in --out")] = False,
+    fields: dict[str, Any] | None = None,
+) -> None:
+    """Train several candidates for a stage from one pass through the base, and keep the best."""
+    plan = load_recipe(recipe, **(fields or {}))
+    wanted = _tries(tries or [])
+    folder = out_folder or Path("runs") / f"{plan.name}-sweep"
+    with interruptible(f"poe-train sweep {recipe}", folder):
+        from poe.cascade import Cascade
+        from poe.training import sweep as sweeping
+        from poe.training.precision import choose_dtype, default_device
+
+        sweeping.grid(plan, wanted)  # refuses before the base is read
+        device = default_device()
+        cascade = Cascade.from_pretrained(base, dtype=choose_dtype(plan.dtype, device), device_map=_placement(device))
+        result = sweeping.sweep(cascade, plan, wanted, data, folder, resume=resume)
+    table = Table(title="candidates, the best first", title_justify="left")
+    for column in (*wanted, "val bpb", "best step", "parameters", "delta bytes", "seconds"):
+        table.add_column(column, justify="right")
+    for c in result.candidates:
+        numbers = (f"{c.val_bpb:.4f}", str(c.best_step), f"{c.parameters:,}", f"{c.delta_bytes:,}", f"{c.seconds:.1f}")
+        table.add_row(*(str(c.tried[name]) for name in wanted), *numbers)
+    out.print(table)
+    out.print(f"best: {result.best}", markup=False)
+
+
+def _tries(given: list[str]) -> dict[str, list[Any]]:
+    """Read `num_layers=2,4` as a field and its values, typed as the field is."""
+    hints = get_type_hints(Recipe)
+    tries: dict[str, list[Any]] = {}
+    for text in given:
+        name, equals, values = text.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals or name in tries:
+            raise RecipeError(f"--try {text!r}: expected FIELD=VALUE,VALUE..., once for every field.")
+        if name not in hints:
+            raise RecipeError(f"--try {text!r}: a recipe has no field {name!r}.{suggest(name, hints)}")
+        tries[name] = [parse_field(name, value.strip(), hints[name]) for value in values.split(",")]
+    return tries
 
 
 @app.command()
