@@ -1,14 +1,20 @@
 """`poe-train`: train a stage on a frozen base, or a base from scratch."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from poe.commands.app import err, interrupted, out, recipe_options, run
+from poe.commands.app import FAILED, err, interrupted, out, recipe_options, run
+from poe.errors import PoEError, TrainingError
 from poe.stages import BaseRecipe, Recipe, load_base_recipe, load_recipe
+
+if TYPE_CHECKING:
+    from poe.training.distributed import World
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode="rich")
 
@@ -25,22 +31,41 @@ def stage(
     fields: dict[str, Any] | None = None,
 ) -> None:
     """Train a stage and write its folder: delta, card, training.json, loss.png."""
+    with _launched() as world:
+        _stage(world, recipe, base, data, out_folder, resume, no_eval, fields or {})
+
+
+def _stage(
+    world: "World",
+    recipe: str,
+    base: str,
+    data: str | None,
+    out_folder: Path | None,
+    resume: bool,
+    no_eval: bool,
+    fields: dict[str, Any],
+) -> None:
     from poe.cascade import Cascade
     from poe.training.engine import Interrupted
-    from poe.training.precision import choose_dtype, default_device
+    from poe.training.precision import choose_dtype
     from poe.training.trainer import train_stage
 
-    plan = load_recipe(recipe, **(fields or {}))
+    plan = load_recipe(recipe, **fields)
     folder = out_folder or Path("runs") / plan.name
-    device = default_device()
-    cascade = Cascade.from_pretrained(base, dtype=choose_dtype(plan.dtype, device), device_map=_placement(device))
-    err.print(
-        f"stage {plan.name} on {base}: {device.type}, {str(cascade.base.dtype).removeprefix('torch.')}", markup=False
+    cascade = Cascade.from_pretrained(
+        base, dtype=choose_dtype(plan.dtype, world.device), device_map=_placement(world.device)
     )
+    number = f", {world.size} processes" if world.size > 1 else ""
+    dtype = str(cascade.base.dtype).removeprefix("torch.")
+    err.print(f"stage {plan.name} on {base}: {world.device.type}, {dtype}{number}", markup=False)
     try:
-        result = train_stage(cascade, plan, data, folder, resume=resume, evaluate=None if no_eval else _evaluate)
+        result = train_stage(
+            cascade, plan, data, folder, resume=resume, evaluate=None if no_eval else _evaluate, world=world
+        )
     except Interrupted:
-        raise interrupted(f"poe-train stage {recipe}", folder) from None
+        with world.one_speaks("interrupted") as mine:
+            err.quiet = not mine
+            raise interrupted(f"poe-train stage {recipe}", folder) from None
     out.print(_bpb_table(result.record))
     if "evaluation" in result.record:
         out.print(_score_table(result.record["evaluation"]))
@@ -63,6 +88,9 @@ def base(
     from poe.training.engine import Interrupted
     from poe.training.pretrain import train_base
 
+    with _launched() as world:
+        if world.size > 1:
+            raise TrainingError("A base is trained by one process: start poe-train base without a launcher.")
     plan = load_base_recipe(recipe, **(fields or {}), **({"data": data} if data else {}))
     folder = out_folder or Path("runs") / f"base-{plan.name}"
     try:
@@ -71,6 +99,28 @@ def base(
         raise interrupted(f"poe-train base {recipe}", folder) from None
     size = (folder / "model.safetensors").stat().st_size
     out.print(f"{folder}/model.safetensors: {size:,} bytes ({size / 1e6:.2f} MB)")
+
+
+@contextmanager
+def _launched() -> "Iterator[World]":
+    """Join the launcher's processes. The main one reports; an error is said once, by one that met it."""
+    from poe.training.distributed import ALONE, joined_world
+
+    world = ALONE
+    try:
+        with joined_world() as world:
+            out.quiet = err.quiet = not world.is_main
+            yield world
+    except PoEError as error:
+        if world.size == 1:
+            raise
+        with world.one_speaks(str(error)) as mine:
+            err.quiet = not mine
+            who = "" if world.is_main else f" (process {world.rank} of 0 to {world.size - 1})"
+            err.print(f"error{who}: {error}", markup=False, style="red")
+        raise typer.Exit(FAILED) from None
+    finally:
+        out.quiet = err.quiet = False
 
 
 def _placement(device: Any) -> Any:

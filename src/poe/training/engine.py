@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import signal
 import time
@@ -29,6 +30,7 @@ from poe.training.checkpoint import (
     restore_optimizer,
     save_checkpoint,
 )
+from poe.training.distributed import ALONE, World
 from poe.training.loss import cross_entropy_sum, per_label_losses
 from poe.training.optim import build_optimizer
 from poe.training.progress import Progress
@@ -65,7 +67,8 @@ class Engine:
 
     `parameters` are (name, parameter) pairs, all that will be saved; `token_bytes` (V,) counts the UTF-8 bytes of every
     token, 0 for special ones, which is what bits per byte are per. `run` is the folder for the checkpoint and
-    metrics.jsonl. Every row is (B, T) tokens; `plan` says how many make a step.
+    metrics.jsonl. Every row is (B, T) tokens; `plan` says how many make a step. The processes of `world` share every
+    step's rows, and only the main one writes.
     """
 
     def __init__(
@@ -79,7 +82,9 @@ class Engine:
         run: Path,
         num_steps: int,
         progress: Progress,
+        world: World = ALONE,
     ) -> None:
+        self.world = world
         self.model, self.plan, self.train, self.val, self.run_folder = model, plan, train, val, run
         self.parameters = list(parameters)
         self.token_bytes = token_bytes
@@ -111,10 +116,11 @@ class Engine:
     def run(self, resume: bool = False) -> History:
         """Train to the end. Raises `Interrupted` after saving, `TrainingError` for a loss that is not a number."""
         step = self._restore() if resume and has_checkpoint(self.checkpoint) else 0
-        self._check_disk()
+        if self.world.is_main:
+            self._check_disk()
         self.progress.start(step, self.num_steps)
         last_save = time.monotonic()
-        with self._signals(), (self.run_folder / "metrics.jsonl").open("w", encoding="utf-8") as metrics:
+        with self._signals(), self._metrics_file.open("w", encoding="utf-8") as metrics:
             for record in sorted([*self.history.evals, *self.history.steps], key=lambda r: r["step"]):
                 metrics.write(json.dumps(record) + "\n")  # what the checkpoint knows; what came after it is redone
             if step == 0:
@@ -143,10 +149,11 @@ class Engine:
                 if step % self.plan.eval_every == 0 or step == self.num_steps:
                     self._evaluate(step, metrics)
                 due = time.monotonic() - last_save >= self.plan.checkpoint_every
-                if self._stop_requested or (due and step < self.num_steps):
+                stop, due = self.world.any_of(self._stop_requested, due)
+                if stop or (due and step < self.num_steps):
                     self._save(step)
                     last_save = time.monotonic()
-                if self._stop_requested:
+                if stop:
                     self.progress.stop()
                     raise Interrupted
         self._save(step)  # until the result is written, a crash must not cost the run
@@ -157,6 +164,10 @@ class Engine:
     def clean_up(self) -> None:
         """Remove the checkpoint; call it when the result is on disk."""
         remove_checkpoint(self.checkpoint)
+
+    @property
+    def _metrics_file(self) -> Path:
+        return self.run_folder / "metrics.jsonl" if self.world.is_main else Path(os.devnull)
 
     def _check_disk(self) -> None:
         """Refuse to start where the result could not be kept: two checkpoints (old and new) and the weights."""
@@ -193,16 +204,19 @@ class Engine:
         batch = self.train.batch(step, self.rows_per_step)
         trained = int((batch.labels != -100).sum())
         total = 0.0
-        for part in self._batches(batch):
+        own = self.world.own_rows(self.rows_per_step)
+        for part in self._batches(Batch(*(tensor[own] for tensor in batch))):
             loss = cross_entropy_sum(self._hidden(part), self._head.weight, part.labels, self.logits, self._head.bias)
             (loss / max(trained, 1)).backward()
             total += loss.item()
+        (total,) = self.world.all_sum(total)
         loss_per_token = total / max(trained, 1)
         if not math.isfinite(loss_per_token):
             raise TrainingError(
                 f"The loss of step {step + 1} is {loss_per_token}: expected a finite number. Lower the learning rates "
                 "(matrix_lr, head_lr); the newest checkpoint, if any, was kept and --resume continues from it."
             )
+        self.world.sum_gradients(p for _, p in self.parameters)
         if self.plan.max_grad_norm is not None:
             nn.utils.clip_grad_norm_([p for _, p in self.parameters], self.plan.max_grad_norm)
         self.optimizer.step()
@@ -221,19 +235,20 @@ class Engine:
             return
         self.model.eval()
         nats = bits = 0.0
-        labels_seen = bytes_seen = 0
-        for start in range(0, self.val.num_rows, self.rows_per_batch):
-            count = min(self.rows_per_batch, self.val.num_rows - start)
-            rows = [self.val.batch(start + i, 1) for i in range(count)]
+        labels_seen = bytes_seen = 0.0
+        for numbers in self.world.shares(self.val.num_rows, self.rows_per_batch):
+            # a part without rows goes through the network, too: the processes may have to bring its layers together
+            rows = [self.val.batch(number, 1) for number in numbers] or [_unlabelled(self.val.batch(0, 1))]
             part = Batch(*(torch.cat(tensors).to(self._device) for tensors in zip(*rows, strict=True)))
             losses = per_label_losses(
                 self._hidden(part), self._head.weight, part.labels, self.logits, self._head.bias
-            ).double()
+            ).to(part.labels.device, torch.float64)
             sizes = self.token_bytes.to(part.labels.device)[part.labels[part.labels != -100]]
             nats += losses.sum().item()
             labels_seen += losses.numel()
             bits += losses[sizes > 0].sum().item() / math.log(2)
             bytes_seen += int(sizes.sum())
+        nats, bits, labels_seen, bytes_seen = self.world.all_sum(nats, bits, labels_seen, bytes_seen)
         record = {"step": step, "val_bpb": bits / max(bytes_seen, 1), "val_loss": nats / max(labels_seen, 1)}
         self.history.evals.append(record)
         metrics.write(json.dumps(record) + "\n")
@@ -252,12 +267,19 @@ class Engine:
             parameter.copy_(self.best[name])
 
     def _save(self, step: int) -> None:
+        generators = self.world.gather(torch.get_rng_state())
+        # an optimiser whose state is divided among the processes writes `optimizer-RANK` here, each its own
+        if self.world.is_main:
+            self._write_checkpoint(step, generators)
+        self.world.barrier()  # none may leave, and so end the others, while it is being written
+
+    def _write_checkpoint(self, step: int, generators: list[Tensor]) -> None:
         tensors, numbers = optimizer_tensors(self.optimizer, self._names)
         groups: dict[str, dict[str, Tensor]] = {
             "weights": dict(self.parameters),
             "best": self.best,
             "optimizer": tensors,
-            "rng": {"torch": torch.get_rng_state()},
+            "rng": {_generator(rank): state for rank, state in enumerate(generators)},
         }
         meta = {
             "step": step,
@@ -290,7 +312,8 @@ class Engine:
             parameter.copy_(groups["weights"][name])
         self.best = groups["best"]
         restore_optimizer(self.optimizer, self._names, groups["optimizer"], meta["optimizer"])
-        torch.set_rng_state(groups["rng"]["torch"])
+        if (state := groups["rng"].get(_generator(self.world.rank))) is not None:  # fewer processes may have saved it
+            torch.set_rng_state(state)
         self.history = History(**meta["history"])
         return int(meta["step"])
 
@@ -314,3 +337,12 @@ class Engine:
         finally:
             for s, handler in previous.items():
                 signal.signal(s, handler)
+
+
+def _unlabelled(batch: Batch) -> Batch:
+    return batch._replace(labels=torch.full_like(batch.labels, -100))
+
+
+def _generator(rank: int) -> str:
+    """The name under which a checkpoint holds the state of a process's random generator."""
+    return f"torch-{rank}" if rank else "torch"

@@ -1,6 +1,7 @@
 """Training a stage: data, the shared engine, evaluation, and the stage folder that comes out."""
 
 import hashlib
+import platform
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -17,10 +18,11 @@ from poe.data.conversation import Conversation
 from poe.data.drops import DropReport
 from poe.data.pipeline import TrainingData, prepare
 from poe.data.render import Renderer, token_bytes
-from poe.errors import TemplateError
+from poe.errors import OutputError, TemplateError
 from poe.modeling.placement import quantisation_of
 from poe.modeling.stage import Stage
 from poe.stages import Recipe, load_recipe
+from poe.training.distributed import ALONE, World, even_rows
 from poe.training.engine import Engine, History
 from poe.training.progress import Progress
 from poe.training.report import LEFTOVERS, environment, plot_history, prepare_output
@@ -52,6 +54,7 @@ def train_stage(
     resume: bool = False,
     evaluate: Evaluate | None = None,
     progress: Progress | None = None,
+    world: World = ALONE,
     **fields: Any,
 ) -> StageRun:
     """Train a stage on the frozen base of `cascade` and write it to `output_dir` (default `runs/RECIPE`).
@@ -59,7 +62,9 @@ def train_stage(
     `recipe` is a name or a `Recipe`, `fields` override its fields, `data` is a SPEC such as `glaive,xlam=rows.json*3`
     (default: the recipe's). A stage of that name which the cascade has is trained on; else one is added. The weights of
     the best validation are the ones that are kept, active in `cascade` and on disk. `resume` continues from the
-    checkpoint in `output_dir` and ends with the same bytes as a run that was never interrupted.
+    checkpoint in `output_dir` and ends with the same bytes as a run that was never interrupted. The processes of
+    `world` (see `joined_world`) share the rows of every step; the main one writes, evaluates and reports, and all of
+    them return what it returns.
 
     Raises `RecipeError`, `DataError`, `TemplateError`, `OutputError`, `TrainingError`; `Interrupted` after Ctrl-C.
     """
@@ -71,13 +76,16 @@ def train_stage(
         raise TemplateError("The base has no tokenizer: put its tokenizer files, with a chat template, beside it.")
     # Refuses a base without a chat template before anything is written.
     renderer = Renderer(cascade.tokenizer, calls_only=plan.train_on == "calls")
-    run = prepare_output(run, resume)
+    rows_per_step = even_rows(plan, world)
+    with world.in_order():
+        run = prepare_output(run, resume) if world.is_main else _seen(run)
     with ExitStack() as stack:
         # until there is a checkpoint, a run that fails leaves its folder as empty as it found it
-        stack.callback(_remove_if_unused, run)
-        progress = progress or Progress(f"stage {plan.name}")
+        if world.is_main:
+            stack.callback(_remove_if_unused, run)
+        progress = progress or Progress(f"stage {plan.name}", quiet=not world.is_main)
         started = time.time()
-        with DropReport(run / "dropped.jsonl") as report:
+        with world.in_order(), DropReport(run / "dropped.jsonl" if world.is_main else None) as report:
             prepared = prepare(
                 spec,
                 renderer,
@@ -92,14 +100,14 @@ def train_stage(
                 seed=plan.seed,
                 report=report,
             )
+        world.same({**plan.as_dict(), "rows": prepared.train.num_rows, "trained_tokens": prepared.train.trained_tokens})
         _describe_data(prepared, time.time() - started, progress)
         if plan.name not in cascade.stages:
             cascade.add_stage(plan, seed=plan.seed)
         stage = cascade.stages[plan.name]
         stage.requires_grad_(True)
         stack.callback(_keep_unseen_tokens(stage, prepared.train.target_ids))
-        torch.manual_seed(plan.seed)
-        rows_per_step = plan.tokens_per_step // plan.seq_len
+        torch.manual_seed(plan.seed + world.rank)
         num_steps = plan.max_steps or prepared.train.num_steps(rows_per_step)
         model = cascade.model(plan.name)
         engine = Engine(
@@ -112,6 +120,7 @@ def train_stage(
             run,
             num_steps,
             progress,
+            world,
         )
         history = engine.run(resume)
         stage.requires_grad_(False)
@@ -119,11 +128,15 @@ def train_stage(
         record = _record(plan, spec, prepared, history, num_steps)
         if quantised := quantisation_of(cascade.base):
             record["base_quantised_by"] = quantised
-        if evaluate is not None:
+        if world.size > 1:
+            record["processes"] = world.size
+        if evaluate is not None and world.is_main:
             record["evaluation"] = evaluate(cascade, plan.name, prepared.held_out)
-        plot_history(run / "loss.png", history)  # before the folder: the card shows it
-        cascade.save_stage(plan.name, run, training=record, prompt=prompt_format(cascade.tokenizer, renderer))
-        engine.clean_up()
+        if world.is_main:
+            plot_history(run / "loss.png", history)  # before the folder: the card shows it
+            cascade.save_stage(plan.name, run, training=record, prompt=prompt_format(cascade.tokenizer, renderer))
+            engine.clean_up()
+        record = world.share(record)
     return StageRun(run, history, record)
 
 
@@ -175,6 +188,17 @@ def _describe_data(data: TrainingData, seconds: float, progress: Progress) -> No
         f"{s['packed_rows']} rows of {s['seq_len']} tokens, {s['fill']:.1%} full, {s['trained_tokens']:,} of "
         f"{s['tokens']:,} tokens trained, in {seconds:.0f} s"
     )
+
+
+def _seen(run: Path) -> Path:
+    """Return the output folder that the main process has made; all must see it, for `resume` reads it in each."""
+    run = run.expanduser()
+    if not run.is_dir():
+        raise OutputError(
+            f"The output folder {run} is not there on {platform.node()}: with several nodes, --out must be a folder on "
+            "a disk that all of them share."
+        )
+    return run
 
 
 def _remove_if_unused(run: Path) -> None:
