@@ -52,9 +52,9 @@ def _stage(
 
     plan = load_recipe(recipe, **fields)
     folder = out_folder or Path("runs") / plan.name
-    cascade = Cascade.from_pretrained(
-        base, dtype=choose_dtype(plan.dtype, world.device), device_map=_placement(world.device)
-    )
+    # a base that is to be divided moves to the devices layer by layer
+    place = None if plan.shard_base and world.size > 1 else _placement(world.device)
+    cascade = Cascade.from_pretrained(base, dtype=choose_dtype(plan.dtype, world.device), device_map=place)
     number = f", {world.size} processes" if world.size > 1 else ""
     dtype = str(cascade.base.dtype).removeprefix("torch.")
     err.print(f"stage {plan.name} on {base}: {world.device.type}, {dtype}{number}", markup=False)

@@ -90,6 +90,7 @@ class Recipe(Plan):
     eval_data: str = ""  # a SPEC of questions to answer after training; rows that share a query or a call are left out
     near_duplicates: float | None = 0.9  # the similarity from which a row repeats another; None: only exact repetitions
     eval_rows: int = 200  # rows of each held-out split that are answered after training
+    shard_base: bool = False  # divide the base's layers among the processes, where one device cannot hold it
 
     def stage_config(self, **fields: Any) -> StageConfig:
         """Return the shape of the stage; `fields` override."""

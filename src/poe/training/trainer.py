@@ -26,6 +26,7 @@ from poe.training.distributed import ALONE, World, even_rows
 from poe.training.engine import Engine, History
 from poe.training.progress import Progress
 from poe.training.report import LEFTOVERS, environment, plot_history, prepare_output
+from poe.training.sharding import gather_ahead, resident_bytes, shard_base
 
 # Called when training is over, with the cascade, the stage's name and the held-out questions; what it returns is kept
 # in training.json under "evaluation".
@@ -102,6 +103,10 @@ def train_stage(
             )
         world.same({**plan.as_dict(), "rows": prepared.train.num_rows, "trained_tokens": prepared.train.trained_tokens})
         _describe_data(prepared, time.time() - started, progress)
+        quantised = quantisation_of(cascade.base)
+        sharded = plan.shard_base and world.size > 1
+        if plan.shard_base:
+            _shard(cascade, world, progress)
         if plan.name not in cascade.stages:
             cascade.add_stage(plan, seed=plan.seed)
         stage = cascade.stages[plan.name]
@@ -110,6 +115,8 @@ def train_stage(
         torch.manual_seed(plan.seed + world.rank)
         num_steps = plan.max_steps or prepared.train.num_steps(rows_per_step)
         model = cascade.model(plan.name)
+        if sharded:
+            gather_ahead(model, world)
         engine = Engine(
             model,
             stage.named_parameters(),
@@ -126,11 +133,11 @@ def train_stage(
         stage.requires_grad_(False)
         model.eval()
         record = _record(plan, spec, prepared, history, num_steps)
-        if quantised := quantisation_of(cascade.base):
+        if quantised:
             record["base_quantised_by"] = quantised
         if world.size > 1:
             record["processes"] = world.size
-        if evaluate is not None and world.is_main:
+        if evaluate is not None and (world.is_main or sharded):  # a divided base answers in all processes at once
             record["evaluation"] = evaluate(cascade, plan.name, prepared.held_out)
         if world.is_main:
             plot_history(run / "loss.png", history)  # before the folder: the card shows it
@@ -188,6 +195,16 @@ def _describe_data(data: TrainingData, seconds: float, progress: Progress) -> No
         f"{s['packed_rows']} rows of {s['seq_len']} tokens, {s['fill']:.1%} full, {s['trained_tokens']:,} of "
         f"{s['tokens']:,} tokens trained, in {seconds:.0f} s"
     )
+
+
+def _shard(cascade: Cascade, world: World, progress: Progress) -> None:
+    if world.size == 1:
+        progress.note("shard_base: there is one process, so the base stays whole")
+        return
+    whole = resident_bytes(cascade.base)
+    shard_base(cascade, world)
+    here = resident_bytes(cascade.base)
+    progress.note(f"base divided among {world.size} processes: {here / 2**20:,.0f} of {whole / 2**20:,.0f} MiB in each")
 
 
 def _seen(run: Path) -> Path:
