@@ -116,7 +116,7 @@ def _launched() -> "Iterator[World]":
             raise
         with world.one_speaks(str(error)) as mine:
             err.quiet = not mine
-            who = "" if world.is_main else f" (process {world.rank} of 0 to {world.size - 1})"
+            who = "" if world.is_main else f" (rank {world.rank} of {world.size})"
             err.print(f"error{who}: {error}", markup=False, style="red")
         raise typer.Exit(FAILED) from None
     finally:

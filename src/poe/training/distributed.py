@@ -136,7 +136,7 @@ class World:
         theirs = self.share(own)
         if changed := [f"{k}: {theirs.get(k)!r} -> {v!r}" for k, v in own.items() if theirs.get(k) != v]:
             raise TrainingError(
-                f"Process {self.rank} of {self.size} would train something else than the first one (there -> here): "
+                f"Rank {self.rank} of {self.size} would train something else than rank 0 (there -> here): "
                 f"{'; '.join(changed)}. Start all of them with the same options, data and package."
             )
 
