@@ -29,7 +29,7 @@ from poe.stages import load_recipe
 from poe.training import optim
 from poe.training.distributed import ALONE, World, even_rows, joined_world
 from poe.training.progress import Progress
-from two_processes import DATA, FIELDS, PROMPT, STEPS
+from two_processes import DATA, FIELDS, STEPS
 
 PROGRAM = str(Path(__file__).with_name("two_processes.py"))
 LOST = "Another of the 2 processes stopped"
@@ -151,10 +151,10 @@ def test_a_launcher_of_one_process_makes_no_group(monkeypatch) -> None:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random base whose layers outweigh its embedding and head."""
+    """A random base, with the demo's tokenizer and template."""
     torch.manual_seed(0)
     tokenizer = train_tokenizer([make_text(i).text for i in range(300)], 600)
-    config = PoEConfig(vocab_size=600, hidden_size=64, num_hidden_layers=12, num_attention_heads=2, eos_token_id=1)
+    config = PoEConfig(vocab_size=600, hidden_size=64, num_hidden_layers=3, num_attention_heads=2, eos_token_id=1)
     return save_base_folder(PoEForCausalLM(config), tmp_path_factory.mktemp("base") / "base", tokenizer)
 
 
@@ -209,18 +209,15 @@ def test_two_processes_learn_what_one_learns_on_a_whole_or_a_divided_base(base: 
     for rank in ranks:
         whole, here = rank["divided"]["bytes"]
         assert here == whole - layers // 2
-        assert here <= 0.55 * whole
         assert rank["plain"]["bytes"] == [whole, whole]
-    ids = torch.tensor(PROMPT)
-    for stage in ("demo", None):
-        answer = cascade.generate(ids, stage=stage, max_new_tokens=4, min_new_tokens=4, do_sample=False)
-        assert ranks[0][f"answer of {stage}"] == ranks[1][f"answer of {stage}"] == answer[0, ids.shape[1] :].tolist()
+    for run in ("plain", "divided"):
+        assert ranks[0][run]["evaluation"] == two_processes.answer(cascade, "demo", {})
 
     deltas = [(tmp_path / run / "delta.safetensors").read_bytes() for run in ("plain", "divided")]
     assert deltas[0] == deltas[1]
     assert Cascade.from_pretrained(tmp_path / "divided").active == "demo"
     steps = [json.loads(line)["step"] for line in (tmp_path / "plain" / "metrics.jsonl").read_text().splitlines()]
-    assert steps == sorted([*range(STEPS + 1), 6, 12])  # each written once
+    assert steps == sorted([*range(STEPS + 1), 3, 6])  # each written once
     assert json.loads((tmp_path / "plain" / "training.json").read_text())["processes"] == 2
 
     assert process.returncode == 1
@@ -231,8 +228,8 @@ def test_two_processes_learn_what_one_learns_on_a_whole_or_a_divided_base(base: 
 @pytest.mark.slow
 def test_a_run_whose_processes_die_or_are_stopped_goes_on_with_any_number(base: Path, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(optim, "default_iteration_dtype", lambda device="cpu": torch.float32)
-    out, steps = tmp_path / "out", 120
-    fields = {**FIELDS, "max_steps": steps, "checkpoint_every": 0.2}
+    out, steps = tmp_path / "out", 90
+    fields = {**FIELDS, "max_steps": steps, "checkpoint_every": 0.2, "eval_every": 45}
     options = [part for k, v in fields.items() for part in (f"--{k.replace('_', '-')}", str(v))]
     command = ["train", "stage", "demo", "--no-eval", "--base", str(base), "--out", str(out), "--data", DATA, *options]
 
@@ -246,7 +243,7 @@ def test_a_run_whose_processes_die_or_are_stopped_goes_on_with_any_number(base: 
     assert not (out / "delta.safetensors").exists()
 
     stopped = launch(ACCELERATE, *command, "--resume")
-    wait_for_steps(out, 60, stopped)
+    wait_for_steps(out, 50, stopped)
     stopped.send_signal(signal.SIGTERM)
     said = stopped.communicate(timeout=120)[0]
     assert stopped.returncode != 0

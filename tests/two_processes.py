@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from poe import Cascade, train_stage
-from poe.commands.train import _evaluate, main
+from poe.commands.train import main
 from poe.data.packing import Batch
 from poe.training import engine, optim
 from poe.training.distributed import World, joined_world
@@ -23,14 +23,14 @@ FIELDS: dict[str, Any] = {
     "seq_len": 512,
     "tokens_per_step": 2048,
     "max_tokens_per_batch": 1024,
-    "eval_every": 6,
+    "eval_every": 3,
     "eval_rows": 2,
     "dtype": "float32",
     "num_layers": 1,
     "held_out": 0.1,
 }
 DATA = "demo=120"
-STEPS = 12
+STEPS = 6
 PROMPT = [list(range(40, 60))]
 
 
@@ -51,13 +51,23 @@ def rows_seen() -> list[list[int]]:
     return seen
 
 
+def answer(cascade: Cascade, name: str, held_out: dict[str, Any]) -> dict[str, Any]:
+    """The first tokens that the stage and the base say; not a process must be alone in it if the base is divided."""
+    ids = torch.tensor(PROMPT)
+    said = {}
+    for label, stage in (("base", None), ("stage", name)):
+        tokens = cascade.generate(ids, stage=stage, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+        said[label] = {"tokens": tokens[0, ids.shape[1] :].tolist()}
+    return {"first words": said}
+
+
 def train(base: Path, out: Path, world: World, **fields: Any) -> tuple[Cascade, dict[str, Any]]:
     """One run, and what the test compares."""
     cascade = Cascade.from_pretrained(base, dtype=torch.float32)
     whole = resident_bytes(cascade.base)
     quiet = Progress("test", quiet=True)
     plan = {**FIELDS, "max_steps": STEPS, **fields}
-    run = train_stage(cascade, "demo", DATA, out, world=world, progress=quiet, evaluate=_evaluate, **plan)
+    run = train_stage(cascade, "demo", DATA, out, world=world, progress=quiet, evaluate=answer, **plan)
     return cascade, {
         "losses": [record["loss"] for record in run.history.steps],
         "evals": [record["val_loss"] for record in run.history.evals],
@@ -74,10 +84,7 @@ def check(folder: Path, base: Path) -> None:
         said["rows"] = list(seen)
         cascade, said["divided"] = train(base, folder / "divided", world, shard_base=True)
         # one process asks for fewer tokens: it must not leave the other alone
-        ids, count = torch.tensor(PROMPT), 4 + world.rank
-        for stage in ("demo", None):
-            answer = cascade.generate(ids, stage=stage, max_new_tokens=count, min_new_tokens=4, do_sample=False)
-            said[f"answer of {stage}"] = answer[0, ids.shape[1] :][:4].tolist()
+        cascade.generate(torch.tensor(PROMPT), max_new_tokens=1 + 2 * world.rank, do_sample=False)
         (folder / f"rank-{world.rank}.json").write_text(json.dumps(said))
         world.barrier()
         if world.rank == 1:
