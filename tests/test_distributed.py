@@ -250,7 +250,7 @@ def test_a_run_whose_processes_die_or_are_stopped_goes_on_with_any_number(base: 
     assert said.count("Stopped, and saved") == 1
     assert "2 processes" in said
 
-    run = [alone(base, tmp_path / "whole", max_steps=steps), alone(base, out, **fields, resume=True)]
+    run = [alone(base, tmp_path / "whole", **fields), alone(base, out, **fields, resume=True)]
     assert run[1][0] == pytest.approx(run[0][0], abs=1e-5)
     assert run[1][1] == pytest.approx(run[0][1], abs=1e-5)
 
