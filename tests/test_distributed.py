@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import two_processes
+from conftest import tiny_base
 from poe import Cascade, train_stage
 from poe.data.demo.text import make_text
 from poe.data.demo.tokenizer import train_tokenizer
@@ -29,6 +30,7 @@ from poe.stages import load_recipe
 from poe.training import optim
 from poe.training.distributed import ALONE, World, even_rows, joined_world
 from poe.training.progress import Progress
+from poe.training.sharding import is_sharded, shard_base
 from two_processes import DATA, FIELDS, STEPS
 
 PROGRAM = str(Path(__file__).with_name("two_processes.py"))
@@ -147,6 +149,18 @@ def test_a_launcher_of_one_process_makes_no_group(monkeypatch) -> None:
     with joined_world() as world:
         assert (world.size, world.group) == (1, None)
         assert not dist.is_initialized()
+
+
+def test_a_base_that_cannot_be_divided_is_refused_and_left_whole() -> None:
+    recurrent = Cascade(tiny_base("hrm"))
+    with pytest.raises(RecipeError, match="recurrent"):
+        shard_base(recurrent, ALONE)
+    spread = Cascade(tiny_base("qwen3"))
+    spread.base.hf_device_map = {"model": "cpu", "lm_head": "disk"}
+    with pytest.raises(RecipeError, match="device_map"):
+        shard_base(spread, ALONE)
+    assert not is_sharded(recurrent.base)
+    assert not is_sharded(spread.base)
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ STAGE_OPTIONS = {
     *PLAN_FIELDS,
     *"num_layers head head_rank epochs held_out eval_data near_duplicates augment eval_rows train_on".split(),
     "isolate_documents",
+    "shard_base",
 }
 BASE_OPTIONS = {
     *PLAN_FIELDS,
