@@ -23,6 +23,7 @@ STAGE_OPTIONS = {
     *"num_layers head head_rank epochs held_out eval_data near_duplicates augment eval_rows train_on".split(),
     "isolate_documents",
     "cache_hidden",
+    "shard_base",
 }
 BASE_OPTIONS = {
     *PLAN_FIELDS,

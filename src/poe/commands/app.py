@@ -9,7 +9,7 @@ import typing
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 import typer
 import yaml
@@ -17,6 +17,9 @@ from rich.console import Console
 
 from poe.errors import PoEError, RecipeError
 from poe.stages.recipe import Plan
+
+if TYPE_CHECKING:
+    from poe.training.distributed import World
 
 FAILED, INTERRUPTED = 1, 130
 out = Console(highlight=False, soft_wrap=True)
@@ -37,8 +40,11 @@ def run(app: typer.Typer) -> None:
 
 
 @contextlib.contextmanager
-def interruptible(command: str, folder: Path) -> Iterator[None]:
-    """Turn a Ctrl-C, whenever it comes, into one line that says what was kept and how to go on."""
+def interruptible(command: str, folder: Path, world: "World") -> Iterator[None]:
+    """Turn a Ctrl-C, whenever it comes, into one line that says what was kept and how to go on.
+
+    Of several processes one says it, and the others wait: a launcher ends all when the first of them ends.
+    """
     try:
         yield
     except KeyboardInterrupt:
@@ -50,7 +56,9 @@ def interruptible(command: str, folder: Path) -> Iterator[None]:
             said = f"Stopped; the candidates that were finished are kept. {go_on}"
         else:
             said = "Stopped before there was anything to keep: nothing was written."
-        err.print(said, markup=False)
+        with world.one_speaks("interrupted") as mine:
+            err.quiet = not mine
+            err.print(said, markup=False)
         raise typer.Exit(INTERRUPTED) from None
 
 

@@ -2,15 +2,21 @@
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 from rich.table import Table
 
-from poe.commands.app import err, interruptible, out, parse_field, recipe_options, run
-from poe.errors import RecipeError, suggest
+from poe.commands.app import FAILED, err, interruptible, out, parse_field, recipe_options, run
+from poe.errors import PoEError, RecipeError, TrainingError, suggest
 from poe.stages import BaseRecipe, Recipe, load_base_recipe, load_recipe
+
+if TYPE_CHECKING:
+    from poe.cascade import Cascade
+    from poe.training.distributed import World
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode="rich")
 
@@ -29,20 +35,16 @@ def stage(
     """Train a stage and write its folder: delta, card, training.json, report.png."""
     plan = load_recipe(recipe, **(fields or {}))
     folder = out_folder or Path("runs") / plan.name
-    with interruptible(f"poe-train stage {recipe}", folder):
-        from poe.cascade import Cascade
-        from poe.training.precision import choose_dtype, default_device
+    with _launched() as world, interruptible(f"poe-train stage {recipe}", folder, world):
         from poe.training.trainer import train_stage
 
-        device = default_device()
-        cascade = Cascade.from_pretrained(base, dtype=choose_dtype(plan.dtype, device), device_map=_placement(device))
-        dtype = str(cascade.base.dtype).removeprefix("torch.")
-        err.print(f"stage {plan.name} on {base}: {device.type}, {dtype}", markup=False)
-        result = train_stage(cascade, plan, data, folder, resume=resume, evaluate=None if no_eval else _evaluate)
-    out.print(_bpb_table(result.record))
-    if "evaluation" in result.record:
-        out.print(_score_table(result.record["evaluation"]))
-    _print_outcome(folder / "delta.safetensors", result.record)
+        cascade = _open_base(plan, base, world)
+        answering = None if no_eval else _evaluate
+        result = train_stage(cascade, plan, data, folder, resume=resume, evaluate=answering, world=world)
+        out.print(_bpb_table(result.record))
+        if "evaluation" in result.record:
+            out.print(_score_table(result.record["evaluation"]))
+        _print_outcome(folder / "delta.safetensors", result.record)
 
 
 @app.command()
@@ -62,14 +64,12 @@ def sweep(
     plan = load_recipe(recipe, **(fields or {}))
     wanted = _tries(tries or [])
     folder = out_folder or Path("runs") / f"{plan.name}-sweep"
-    with interruptible(f"poe-train sweep {recipe}", folder):
-        from poe.cascade import Cascade
+    with _launched() as world, interruptible(f"poe-train sweep {recipe}", folder, world):
         from poe.training import sweep as sweeping
-        from poe.training.precision import choose_dtype, default_device
 
+        _alone(world, "sweep")
         sweeping.grid(plan, wanted)  # refuses before the base is read
-        device = default_device()
-        cascade = Cascade.from_pretrained(base, dtype=choose_dtype(plan.dtype, device), device_map=_placement(device))
+        cascade = _open_base(plan, base, world)
         result = sweeping.sweep(cascade, plan, wanted, data, folder, resume=resume)
     table = Table(title="candidates, the best first", title_justify="left")
     for column in (*wanted, "val bpb", "best step", "parameters", "delta bytes", "seconds"):
@@ -108,13 +108,54 @@ def base(
     """Train a PoE base from scratch, tokenizer included, and write a folder that transformers loads."""
     plan = load_base_recipe(recipe, **(fields or {}), **({"data": data} if data else {}))
     folder = out_folder or Path("runs") / f"base-{plan.name}"
-    with interruptible(f"poe-train base {recipe}", folder):
+    with _launched() as world, interruptible(f"poe-train base {recipe}", folder, world):
+        _alone(world, "base")
         from poe.training.pretrain import train_base
 
         train_base(plan, folder, resume=resume)
     record = json.loads((folder / "training.json").read_text(encoding="utf-8"))
     out.print(_bpb_table(record))
     _print_outcome(folder / "model.safetensors", record)
+
+
+@contextmanager
+def _launched() -> "Iterator[World]":
+    """Join the launcher's processes. The main one reports; an error is said once, by one that met it."""
+    from poe.training.distributed import ALONE, joined_world
+
+    world = ALONE
+    try:
+        with joined_world() as world:
+            out.quiet = err.quiet = not world.is_main
+            yield world
+    except PoEError as error:
+        if world.size == 1:
+            raise
+        with world.one_speaks(str(error)) as mine:
+            err.quiet = not mine
+            who = "" if world.is_main else f" (rank {world.rank} of {world.size})"
+            err.print(f"error{who}: {error}", markup=False, style="red")
+        raise typer.Exit(FAILED) from None
+    finally:
+        out.quiet = err.quiet = False
+
+
+def _alone(world: "World", command: str) -> None:
+    if world.size > 1:
+        raise TrainingError(f"poe-train {command} is the work of one process: start it without a launcher.")
+
+
+def _open_base(plan: Recipe, base: str, world: "World") -> "Cascade":
+    from poe.cascade import Cascade
+    from poe.training.precision import choose_dtype
+
+    # a base that is to be divided moves to the devices layer by layer
+    place = None if plan.shard_base and world.size > 1 else _placement(world.device)
+    cascade = Cascade.from_pretrained(base, dtype=choose_dtype(plan.dtype, world.device), device_map=place)
+    number = f", {world.size} processes" if world.size > 1 else ""
+    dtype = str(cascade.base.dtype).removeprefix("torch.")
+    err.print(f"stage {plan.name} on {base}: {world.device.type}, {dtype}{number}", markup=False)
+    return cascade
 
 
 def _placement(device: Any) -> Any:

@@ -103,14 +103,17 @@ class Recipe(Plan):
     near_duplicates: float | None = 0.9  # the similarity from which a row repeats another; None: only exact repetitions
     eval_rows: int = 200  # rows of each held-out split that are answered after training
     cache_hidden: bool = False  # write what the base makes of the rows to disk once, and train from there
+    shard_base: bool = False  # divide the base's layers among the processes, where one device cannot hold it
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.compile and self.cache_hidden:
-            raise RecipeError(
-                f"Recipe {self.name!r}: compile and cache_hidden do not go together: what is left above the cache is "
-                "not compiled. Choose one of them."
-            )
+        for other in ("compile", "shard_base"):
+            if self.cache_hidden and getattr(self, other):
+                raise RecipeError(
+                    f"Recipe {self.name!r}: cache_hidden and {other} do not go together: with the cache there is "
+                    f"{'no forward pass of the whole model to compile' if other == 'compile' else 'no base to divide'} "
+                    "while training. Choose one of them."
+                )
 
     def stage_config(self, **fields: Any) -> StageConfig:
         """Return the shape of the stage; `fields` override."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from poe.errors import OutputError, TrainingError
@@ -26,6 +26,7 @@ from poe.training.optim import MuonAdamW
 Tensors = dict[str, torch.Tensor]
 _SEPARATOR = "::"  # between a parameter's name and a key of its optimiser state
 _META = "meta.json"
+_NOTE = "note"
 _UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError)
 UNFINISHED = "checkpoint-*.new"  # what a run killed while it was writing leaves
 
@@ -62,9 +63,14 @@ def save_checkpoint(
     return finish_checkpoint(new, meta, keep)
 
 
+def unfinished(run: Path, step: int) -> Path:
+    """Return where a checkpoint lies while it is written."""
+    return run / f"checkpoint-{step}.new"
+
+
 def begin_checkpoint(run: Path, step: int) -> Path:
     """Return an empty folder for the files of a checkpoint. Raises `OutputError`."""
-    new = run / f"checkpoint-{step}.new"
+    new = unfinished(run, step)
     with _said_plainly(new):
         for path in run.glob(UNFINISHED):
             shutil.rmtree(path)
@@ -72,11 +78,15 @@ def begin_checkpoint(run: Path, step: int) -> Path:
     return new
 
 
-def write_group(new: Path, stem: str, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write one file of tensors into the folder that `begin_checkpoint` returned. Raises `OutputError`."""
+def write_group(new: Path, stem: str, tensors: Mapping[str, torch.Tensor], note: Any = None) -> None:
+    """Write one file of tensors, and a note of JSON values in its header, into the folder of `begin_checkpoint`.
+
+    Raises `OutputError`.
+    """
     with _said_plainly(new):
         path = new / f"{stem}.safetensors"
-        save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, path)
+        held = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+        save_file(held, path, metadata=None if note is None else {_NOTE: json.dumps(note)})
         _flush(path)
 
 
@@ -106,13 +116,15 @@ def load_checkpoint(
 ) -> tuple[dict[str, Tensors], dict[str, Any]]:
     """Return the groups and the meta of the newest whole checkpoint; `note` is told of every broken one passed over.
 
-    Raises `TrainingError` when there is none.
+    The meta's `notes` are those of `write_group`, by stem. Raises `TrainingError` when there is none.
     """
     passed_over = []
     for folder in checkpoints(run):
         try:
             meta = _checked_meta(folder)
-            return {path.stem: load_file(path) for path in sorted(folder.glob("*.safetensors"))}, meta
+            files = {path.stem: path for path in sorted(folder.glob("*.safetensors"))}
+            meta["notes"] = {stem: _note(path) for stem, path in files.items()}
+            return {stem: load_file(path) for stem, path in files.items()}, meta
         except _UNREADABLE as error:
             passed_over.append(f"{folder.name} is not whole ({error})")
             note(f"{passed_over[-1]}; trying the one before it")
@@ -144,6 +156,11 @@ def _checked_meta(folder: Path) -> dict[str, Any]:
         if _digest(path) != digest:
             raise ValueError(f"{name} was changed")
     return dict(meta)
+
+
+def _note(path: Path) -> Any:
+    with safe_open(path, framework="pt") as file:
+        return json.loads((file.metadata() or {}).get(_NOTE, "null"))
 
 
 def _is_whole(folder: Path) -> bool:

@@ -1,14 +1,11 @@
-"""The training loop that bases and stages share: step, schedule, validation, checkpoints, interruption."""
+"""The training loop that bases and stages share: step, schedule, validation, the best weights."""
 
 import math
-import signal
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -19,14 +16,8 @@ from poe.data.packing import Batch
 from poe.modeling.families import logits_of
 from poe.modeling.placement import device_of
 from poe.stages.recipe import BaseRecipe, Plan
-from poe.training.checkpoint import (
-    has_checkpoint,
-    load_checkpoint,
-    optimizer_tensors,
-    remove_checkpoints,
-    restore_optimizer,
-    save_checkpoint,
-)
+from poe.training.checkpoint import has_checkpoint, remove_checkpoints
+from poe.training.distributed import ALONE, World
 from poe.training.estimate import (
     estimate_line,
     estimate_run,
@@ -37,18 +28,18 @@ from poe.training.estimate import (
 )
 from poe.training.guard import check_step, check_weights
 from poe.training.hidden import FromBoundary, Hidden, Whole
+from poe.training.history import History
 from poe.training.identity import refuse_another, run_identity
-from poe.training.loss import cross_entropy_sum, per_label_losses
+from poe.training.interrupts import Interrupted, StopRequest
+from poe.training.loss import IGNORED, cross_entropy_sum, per_label_losses
 from poe.training.metrics import Metrics
 from poe.training.optim import build_optimizer
 from poe.training.progress import Progress
-from poe.training.rng import restore_rng, rng_state
 from poe.training.schedule import apply_lr, apply_momentum, lr_factor, muon_momentum
+from poe.training.state import State, read_state, write_state
 from poe.training.tracking import Trackers
 
-
-class Interrupted(KeyboardInterrupt):
-    """The run was asked to stop (Ctrl-C, SIGTERM) and has saved a checkpoint."""
+__all__ = ["Engine", "Interrupted", "Rows"]
 
 
 class Rows(Protocol):
@@ -60,28 +51,6 @@ class Rows(Protocol):
     def batch(self, step: int, rows_per_step: int) -> Batch: ...
 
 
-@dataclass
-class History:
-    """What happened so far; it is saved with every checkpoint and ends in training.json."""
-
-    # step, epoch, loss (nats), lr_factor, grad_norm, tokens_per_s
-    steps: list[dict[str, float]] = field(default_factory=list)
-    evals: list[dict[str, float]] = field(default_factory=list)  # step, val_bpb, val_loss (nats per trained token)
-    best_step: int = -1
-    best_bpb: float = math.inf
-    seconds: float = 0.0
-    tokens: int = 0  # slots that went through the network, padding included
-    eval_seconds: float = 0.0
-    peak_bytes: int = 0  # of memory, over all processes that took part one after the other
-    estimate: dict[str, Any] = field(default_factory=dict)  # what was said before the first step
-    name: str = ""  # what trackers know the run by
-
-    @property
-    def actual(self) -> dict[str, Any]:
-        """What happened, under the names of the estimate."""
-        return {"tokens": self.tokens, "seconds": self.seconds + self.eval_seconds, "memory_bytes": self.peak_bytes}
-
-
 class Engine:
     """Trains `parameters` of `model` on `train`, measures `val`, and leaves the best weights in the model.
 
@@ -90,7 +59,8 @@ class Engine:
     metrics.jsonl. Every row is (B, T) tokens; `plan` says how many make a step. `hidden` are the sources of normalised
     hidden states for training and for validation (default: the whole model). `facts` are what else makes this run what
     it is (the base's fingerprint): a checkpoint with others is not continued. `result_bytes` is the size of the file to
-    be written, for the estimate. `trackers` are told what metrics.jsonl is told.
+    be written, for the estimate. `trackers` are told what metrics.jsonl is told. The processes of `world` share every
+    step's rows, and only the main one writes.
     """
 
     def __init__(
@@ -109,6 +79,7 @@ class Engine:
         facts: Mapping[str, str] | None = None,
         result_bytes: int | None = None,
         trackers: Trackers | None = None,
+        world: World = ALONE,
     ) -> None:
         self.model, self.plan, self.train, self.val, self.run_folder = model, plan, train, val, run
         self.parameters = list(parameters)
@@ -119,6 +90,7 @@ class Engine:
         self._hidden, self._val_hidden = hidden or (Whole(model, plan.compile), Whole(model))
         self.facts, self.result_bytes = dict(facts or {}), result_bytes
         self.trackers = trackers or Trackers({}, progress.note)
+        self.world = world
         self.rows_per_step = plan.tokens_per_step // plan.seq_len
         self.rows_per_batch = max(1, plan.max_tokens_per_batch // plan.seq_len)
         rates: dict[str, Any] = {"matrix_lr": plan.matrix_lr, "head_lr": plan.head_lr}
@@ -130,13 +102,14 @@ class Engine:
             weight_decay=plan.weight_decay,
             momentum=plan.momentum,
             matrix_optimizer=plan.matrix_optimizer,
+            # a run in fp32 is one to be compared: with itself on other hardware, or on another number of processes
+            iteration_dtype=torch.float32 if plan.dtype == "float32" else None,
+            process_group=world.group,
             **rates,
         )
-        names = {id(p): name for name, p in self.parameters}
-        self._names = [names[id(p)] for group in self.optimizer.param_groups for p in group["params"]]
         self.history = History()
         self.best: dict[str, Tensor] = {}
-        self._stop_requested = False
+        self._stop = StopRequest(progress.note)
 
     def run(self, resume: bool = False) -> History:
         """Train to the end. Raises `Interrupted` after saving, `TrainingError` for numbers that are not finite."""
@@ -145,22 +118,13 @@ class Engine:
         self.progress.start(step, self.num_steps, self.train.num_rows / self.rows_per_step)
         last_save = time.monotonic()
         known = [*self.history.evals, *self.history.steps]
-        with self._signals(), self._tracked(step), Metrics(self.run_folder, known, self.trackers.log) as metrics:
+        folder = self.run_folder if self.world.is_main else None
+        with self._stop.watched(), self._tracked(step), Metrics(folder, known, self.trackers.log) as metrics:
             if step == 0:
                 self._evaluate(0, metrics)
             while step < self.num_steps:
                 started = time.perf_counter()
-                factor = lr_factor(
-                    step,
-                    self.num_steps,
-                    start=self.plan.start,
-                    warmup=self.plan.warmup,
-                    warmdown=self.plan.warmdown,
-                    final=self.plan.final,
-                )
-                apply_lr(self.optimizer, factor)
-                momentum = {"start": self.plan.momentum_start, "momentum": self.plan.momentum}
-                apply_momentum(self.optimizer, muon_momentum(step, self.num_steps, warmup=self.plan.warmup, **momentum))
+                factor = self._schedule(step)
                 loss, norm, slots = self._step(step)
                 elapsed = time.perf_counter() - started
                 step += 1
@@ -182,10 +146,11 @@ class Engine:
                 if step % self.plan.eval_every == 0 or step == self.num_steps:
                     self._evaluate(step, metrics)
                 due = time.monotonic() - last_save >= self.plan.checkpoint_every
-                if self._stop_requested or (due and step < self.num_steps):
+                stop, due = self.world.any_of(bool(self._stop), due)
+                if stop or (due and step < self.num_steps):
                     self._save(step)
                     last_save = time.monotonic()
-                if self._stop_requested:
+                if stop:
                     raise Interrupted
         self._save(step)  # until the result is written, a crash must not cost the run
         self._load_best()
@@ -194,6 +159,17 @@ class Engine:
     def clean_up(self) -> None:
         """Remove the checkpoints; call it when the result is on disk."""
         remove_checkpoints(self.run_folder)
+
+    def _schedule(self, step: int) -> float:
+        """Set the rates and the momentum of a step; returns what the rates were multiplied by."""
+        plan = self.plan
+        factor = lr_factor(
+            step, self.num_steps, start=plan.start, warmup=plan.warmup, warmdown=plan.warmdown, final=plan.final
+        )
+        apply_lr(self.optimizer, factor)
+        momentum = {"start": plan.momentum_start, "momentum": plan.momentum}
+        apply_momentum(self.optimizer, muon_momentum(step, self.num_steps, warmup=plan.warmup, **momentum))
+        return factor
 
     def _announce(self) -> None:
         """Say what the run will take; refuse to start where what it writes could not be kept."""
@@ -208,8 +184,10 @@ class Engine:
             self._hidden,
             self.result_bytes,
             cached=isinstance(self._hidden, FromBoundary),
+            processes=self.world.size,
         )
-        refuse_full_disk(self.run_folder, estimate.disk_bytes)
+        if self.world.is_main:
+            refuse_full_disk(self.run_folder, estimate.disk_bytes)
         if not self.history.estimate:  # a run that is continued keeps what was said when it began
             self.history.estimate = estimate.as_dict()
             self.history.name = f"{self.run_folder.absolute().name}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -245,23 +223,25 @@ class Engine:
         """One optimiser step; returns the loss (nats per trained token), the gradients' norm, the number of slots."""
         self.model.train()
         batch = self.train.batch(step, self.rows_per_step)
-        loss = self._accumulate(batch)
+        trained = max(int((batch.labels != IGNORED).sum()), 1)
+        own = Batch(*(tensor[self.world.own_rows(self.rows_per_step)] for tensor in batch))
+        loss = self._accumulate(own, trained)
         norm = float(self.optimizer.clip_grad_norm_(self.plan.max_grad_norm))
-        check_step(step + 1, loss, norm, self.model, self.parameters, lambda: self._replay(batch))
+        check_step(step + 1, loss, norm, self.model, self.parameters, lambda: self._replay(own))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss, norm, batch.input_ids.numel()
 
-    def _accumulate(self, batch: Batch) -> float:
-        """Leave the gradients of the mean loss in the parameters, micro-batch by micro-batch; return that mean."""
-        trained = max(int((batch.labels != -100).sum()), 1)
+    def _accumulate(self, batch: Batch, trained: int) -> float:
+        """Leave this process's part of the gradients of the mean over `trained` labels; return that mean over all."""
         losses = []
         for part in self._batches(batch):
             hidden, head = self._hidden(part), self._head
             loss = cross_entropy_sum(hidden, head.weight, part.labels, self.logits, head.bias, z_loss=self.plan.z_loss)
             (loss / trained).backward()
             losses.append(loss.detach())
-        return sum(loss.item() for loss in losses) / trained  # read at the end: a GPU is not made to wait in between
+        (total,) = self.world.all_sum(sum(loss.item() for loss in losses))  # read at the end: a GPU does not wait
+        return total / trained
 
     def _replay(self, batch: Batch) -> None:
         for part in self._batches(batch):
@@ -274,26 +254,26 @@ class Engine:
 
     @torch.no_grad()
     def _evaluate(self, step: int, metrics: Metrics) -> None:
-        started = time.perf_counter()
         if self.val is None:
             self.best_snapshot(step, math.inf)
             return
+        started = time.perf_counter()
         self.model.eval()
-        nats = bits = 0.0
-        labels_seen = bytes_seen = 0
-        for start in range(0, self.val.num_rows, self.rows_per_batch):
-            count = min(self.rows_per_batch, self.val.num_rows - start)
-            rows = [self.val.batch(start + i, 1) for i in range(count)]
+        nats = bits = labels_seen = bytes_seen = 0.0
+        for numbers in self.world.shares(self.val.num_rows, self.rows_per_batch):
+            # a part without rows goes through the network, too: the processes may have to bring its layers together
+            rows = [self.val.batch(number, 1) for number in numbers] or [_unlabelled(self.val.batch(0, 1))]
             part = Batch(*(torch.cat(tensors).to(self._device) for tensors in zip(*rows, strict=True)))
             losses = per_label_losses(
                 self._val_hidden(part), self._head.weight, part.labels, self.logits, self._head.bias
-            ).double()
-            sizes = self.token_bytes.to(part.labels.device)[part.labels[part.labels != -100]]
+            ).to(part.labels.device, torch.float64)
+            sizes = self.token_bytes.to(part.labels.device)[part.labels[part.labels != IGNORED]]
             nats += losses.sum().item()
             labels_seen += losses.numel()
             bits += losses[sizes > 0].sum().item() / math.log(2)
             bytes_seen += int(sizes.sum())
-            self.progress.evaluating(start + count, self.val.num_rows)
+            self.progress.evaluating(numbers.stop, self.val.num_rows)
+        nats, bits, labels_seen, bytes_seen = self.world.all_sum(nats, bits, labels_seen, bytes_seen)
         record = {"step": step, "val_bpb": bits / max(bytes_seen, 1), "val_loss": nats / max(labels_seen, 1)}
         self.history.evals.append(record)
         self.history.eval_seconds += time.perf_counter() - started
@@ -319,54 +299,23 @@ class Engine:
 
     def _save(self, step: int) -> None:
         check_weights(step, self.parameters)
-        tensors, numbers = optimizer_tensors(self.optimizer, self._names)
-        generators, generator_numbers = rng_state()
         self.history.peak_bytes = max(self.history.peak_bytes, memory_peak(self._device))
-        groups: dict[str, Mapping[str, Tensor]] = {
-            "weights": dict(self.parameters),
-            "optimizer": tensors,
-            "rng": generators,
-        }
-        if self.history.best_step != step:  # else the weights are the best ones
-            groups["best"] = self.best
-        meta = {
-            "step": step,
-            "identity": self._identity,
-            "history": self.history.__dict__,
-            "optimizer": numbers,
-            "rng": generator_numbers,
-        }
-        save_checkpoint(self.run_folder, step, groups, meta, self.plan.keep_checkpoints)
+        best = self.best if self.history.best_step != step else {}  # else the weights are the best ones
+        state = State(step, dict(self.parameters), best, self._identity, self.history.__dict__)
+        write_state(self.run_folder, state, self.optimizer, self.parameters, self.world, self.plan.keep_checkpoints)
 
     @torch.no_grad()
     def _restore(self) -> int:
-        groups, meta = load_checkpoint(self.run_folder, self.progress.note)
-        refuse_another(meta["identity"], self._identity, self.run_folder)
+        state = read_state(self.run_folder, self.optimizer, self.parameters, self.world, self.progress.note, self._same)
         for name, parameter in self.parameters:
-            parameter.copy_(groups["weights"][name])
-        self.best = groups.get("best") or groups["weights"]
-        restore_optimizer(self.optimizer, self._names, groups["optimizer"], meta["optimizer"])
-        restore_rng(groups["rng"], meta["rng"])
-        self.history = History(**meta["history"])
-        return int(meta["step"])
+            parameter.copy_(state.weights[name])
+        self.best = state.best or state.weights
+        self.history = History(**state.history)
+        return state.step
 
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Finish the step in hand on the first Ctrl-C or SIGTERM; a second one stops at once."""
+    def _same(self, identity: Mapping[str, Any]) -> None:
+        refuse_another(identity, self._identity, self.run_folder)
 
-        def request(number: int, frame: FrameType | None) -> None:
-            if self._stop_requested:
-                raise KeyboardInterrupt
-            self._stop_requested = True
-            self.progress.note("stopping after this step; once more to stop at once")
 
-        try:
-            previous = {s: signal.signal(s, request) for s in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not in the main thread: signals are the caller's
-            yield
-            return
-        try:
-            yield
-        finally:
-            for s, handler in previous.items():
-                signal.signal(s, handler)
+def _unlabelled(batch: Batch) -> Batch:
+    return batch._replace(labels=torch.full_like(batch.labels, IGNORED))

@@ -112,12 +112,14 @@ def estimate_run(
     hidden: Callable[[Batch], torch.Tensor],
     result_bytes: int | None = None,
     cached: bool = False,
+    processes: int = 1,
 ) -> Estimate:
     """Return what training `parameters` of `model` by `plan` will take (see the module for how).
 
     `hidden` is the forward pass of a run's step, (B, T) tokens -> (B, T, D); some rows go through it to be timed.
     `result_bytes` is the size of the file that will be written, if the caller knows it; else two bytes a weight.
-    `cached`: hidden states come from a cache, so that the layers below cost nothing.
+    `cached`: hidden states come from a cache, so that the layers below cost nothing. `processes` share the rows and the
+    optimiser's state; what goes between them is not counted.
     """
     numbers = sum(p.numel() for _, p in parameters)
     some = train.batch(0, max(1, min(CALIBRATION_TOKENS, plan.tokens_per_step) // plan.seq_len))
@@ -141,8 +143,8 @@ def estimate_run(
         parameters=numbers,
         tokens=tokens,
         flops_per_token=per_token,
-        seconds=flops / network_speed(hidden, some, weights),
-        memory_bytes=_memory(model, parameters, plan, own, state),
+        seconds=flops / processes / network_speed(hidden, some, weights),
+        memory_bytes=_memory(model, parameters, plan, own, state // processes),
         result_bytes=result,
         # one checkpoint more than are kept lies there while it is written; it holds current and best weights
         disk_bytes=(plan.keep_checkpoints + 1) * (2 * own + state) + result,

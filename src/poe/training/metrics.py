@@ -1,6 +1,7 @@
 """metrics.jsonl: a line a step and a line a validation, from which reports are drawn and trackers are fed."""
 
 import json
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Self
@@ -15,18 +16,21 @@ class Metrics:
     """The open file. It begins with `records`, what a checkpoint knows of a run; what came after that is redone.
 
     So there is one line for every step and every validation, in order, however often the run was stopped. `listener` is
-    told of every new record. Raises `OutputError` when the disk refuses.
+    told of every new record. Without a folder nothing is written. Raises `OutputError` when the disk refuses.
     """
 
-    def __init__(self, run: Path, records: Iterable[Record] = (), listener: Callable[[Record], None] | None = None):
-        self.path = run / METRICS
+    def __init__(
+        self, run: Path | None, records: Iterable[Record] = (), listener: Callable[[Record], None] | None = None
+    ):
+        self.path = Path(os.devnull) if run is None else run / METRICS
         self._listener = listener
         # a validation comes after the step it follows
         ordered = sorted(records, key=lambda record: (record["step"], "val_bpb" in record))
-        new = self.path.with_name(METRICS + ".new")
         try:
-            new.write_text("".join(json.dumps(record) + "\n" for record in ordered), encoding="utf-8")
-            new.replace(self.path)
+            if run is not None:
+                new = self.path.with_name(METRICS + ".new")
+                new.write_text("".join(json.dumps(record) + "\n" for record in ordered), encoding="utf-8")
+                new.replace(self.path)
             self._file = self.path.open("a", encoding="utf-8")
         except OSError as error:
             raise self._refused(error) from error

@@ -1,6 +1,7 @@
 """Training a stage: data, the shared engine, evaluation, and the stage folder that comes out."""
 
 import hashlib
+import platform
 import shutil
 import time
 from collections.abc import Callable
@@ -19,12 +20,13 @@ from poe.data.drops import DropReport
 from poe.data.pipeline import TrainingData, prepare
 from poe.data.render import Renderer, token_bytes
 from poe.data.templates import extend_with_tools
-from poe.errors import TemplateError
+from poe.errors import OutputError, TemplateError
 from poe.modeling.delta_file import delta_size
 from poe.modeling.placement import quantisation_of
 from poe.modeling.stage import Stage
 from poe.stages import Recipe, load_recipe
 from poe.training.checkpoint import UNFINISHED, has_checkpoint
+from poe.training.distributed import ALONE, World, even_rows
 from poe.training.engine import Engine, History
 from poe.training.frozen import assert_frozen_below
 from poe.training.hidden import hidden_sources
@@ -32,6 +34,7 @@ from poe.training.precision import refuse_fp16, stage_dtype
 from poe.training.progress import Progress
 from poe.training.recompute import recomputed
 from poe.training.report import LEFTOVERS, draw_report, environment, outcome, prepare_output
+from poe.training.sharding import gather_ahead, resident_bytes, shard_base
 from poe.training.tracking import open_trackers
 
 # Called when training is over, with the cascade, the stage's name and the held-out questions; what it returns is kept
@@ -61,6 +64,7 @@ def train_stage(
     resume: bool = False,
     evaluate: Evaluate | None = None,
     progress: Progress | None = None,
+    world: World = ALONE,
     **fields: Any,
 ) -> StageRun:
     """Train a stage on the frozen base of `cascade` and write it to `output_dir` (default `runs/RECIPE`).
@@ -69,7 +73,8 @@ def train_stage(
     (default: the recipe's). A stage of that name which the cascade has is trained on, in its own dtype; else one is
     added, in the recipe's `dtype` ("auto": the base's). The weights of the best validation are the ones that are kept,
     active in `cascade` and on disk. `resume` continues from the checkpoint in `output_dir` and ends with the same bytes
-    as a run that was never interrupted.
+    as a run that was never interrupted. The processes of `world` (see `joined_world`) share the rows of every step; the
+    main one writes, evaluates and reports, and all of them return what it returns.
 
     Raises `RecipeError`, `DataError`, `TemplateError`, `OutputError`, `TrainingError`; `Interrupted` after Ctrl-C.
     """
@@ -83,16 +88,19 @@ def train_stage(
     told = extend_with_tools(cascade.tokenizer)
     # Refuses a base without a chat template before anything is written.
     renderer = Renderer(cascade.tokenizer, calls_only=plan.train_on == "calls")
-    progress = progress or Progress(f"stage {plan.name}")
-    trackers = open_trackers(plan.track, progress.note)
-    run = prepare_output(run, resume)
+    progress = progress or Progress(f"stage {plan.name}", quiet=not world.is_main)
+    trackers = open_trackers(plan.track if world.is_main else "", progress.note)
+    rows_per_step = even_rows(plan, world)
+    with world.in_order():
+        run = prepare_output(run, resume) if world.is_main else _seen(run)
     with ExitStack() as stack:
         # until there is a checkpoint, a run that fails leaves its folder as empty as it found it
-        stack.callback(_remove_if_unused, run)
+        if world.is_main:
+            stack.callback(_remove_if_unused, run)
         if told:
             progress.note("the base's chat template ignores tools: extended by ours, and saved so with the stage")
         started = time.time()
-        with DropReport(run / "dropped.jsonl") as report:
+        with world.in_order(), DropReport(run / "dropped.jsonl" if world.is_main else None) as report:
             prepared = prepare(
                 spec,
                 renderer,
@@ -107,18 +115,24 @@ def train_stage(
                 seed=plan.seed,
                 report=report,
             )
+        world.same({**plan.as_dict(), "rows": prepared.train.num_rows, "trained_tokens": prepared.train.trained_tokens})
         _describe_data(prepared, time.time() - started, progress)
+        quantised = quantisation_of(cascade.base)
+        sharded = plan.shard_base and world.size > 1
+        if plan.shard_base:
+            _shard(cascade, world, progress)
         if plan.name not in cascade.stages:
             cascade.add_stage(plan, seed=plan.seed, dtype=stage_dtype(plan.dtype, cascade.base))
         stage = cascade.stages[plan.name]
         stage.requires_grad_(True)
-        assert_frozen_below(cascade.model(plan.name), stage)
+        model = cascade.model(plan.name)
+        if sharded:
+            gather_ahead(model, world)
+        assert_frozen_below(model, stage)
         stack.enter_context(recomputed(stage.layers if plan.checkpoint_activations else ()))
         stack.callback(_keep_unseen_tokens(stage, prepared.train.target_ids))
-        torch.manual_seed(plan.seed)
-        rows_per_step = plan.tokens_per_step // plan.seq_len
+        torch.manual_seed(plan.seed + world.rank)
         num_steps = plan.max_steps or prepared.train.num_steps(rows_per_step)
-        model = cascade.model(plan.name)
         engine = Engine(
             model,
             stage.named_parameters(),
@@ -129,22 +143,29 @@ def train_stage(
             run,
             num_steps,
             progress,
-            hidden=hidden_sources(cascade, plan, prepared.train, prepared.val, num_steps, progress),
+            hidden=None
+            if sharded
+            else hidden_sources(cascade, plan, prepared.train, prepared.val, num_steps, progress),
             facts=_ground(cascade, stage),
             result_bytes=_delta_bytes(stage),
             trackers=trackers,
+            world=world,
         )
         history = engine.run(resume)
         stage.requires_grad_(False)
         model.eval()
         record = _record(plan, spec, prepared, history, num_steps)
-        if quantised := quantisation_of(cascade.base):
+        if quantised:
             record["base_quantised_by"] = quantised
-        if evaluate is not None:
+        if world.size > 1:
+            record["processes"] = world.size
+        if evaluate is not None and (world.is_main or sharded):  # a divided base answers in all processes at once
             record["evaluation"] = evaluate(cascade, plan.name, prepared.held_out)
-        draw_report(run)  # before the folder: the card shows it
-        cascade.save_stage(plan.name, run, training=record, prompt=prompt_format(cascade.tokenizer, renderer))
-        engine.clean_up()
+        if world.is_main:
+            draw_report(run)  # before the folder: the card shows it
+            cascade.save_stage(plan.name, run, training=record, prompt=prompt_format(cascade.tokenizer, renderer))
+            engine.clean_up()
+        record = world.share(record)
     return StageRun(run, history, record)
 
 
@@ -216,6 +237,27 @@ def _describe_data(data: TrainingData, seconds: float, progress: Progress) -> No
         f"{s['packed_rows']} rows of {s['seq_len']} tokens, {s['fill']:.1%} full, {s['trained_tokens']:,} of "
         f"{s['tokens']:,} tokens trained, in {seconds:.0f} s"
     )
+
+
+def _shard(cascade: Cascade, world: World, progress: Progress) -> None:
+    if world.size == 1:
+        progress.note("shard_base: there is one process, so the base stays whole")
+        return
+    whole = resident_bytes(cascade.base)
+    shard_base(cascade, world)
+    here = resident_bytes(cascade.base)
+    progress.note(f"base divided among {world.size} processes: {here / 2**20:,.0f} of {whole / 2**20:,.0f} MiB in each")
+
+
+def _seen(run: Path) -> Path:
+    """Return the output folder that the main process has made; all must see it, for `resume` reads it in each."""
+    run = run.expanduser()
+    if not run.is_dir():
+        raise OutputError(
+            f"The output folder {run} is not there on {platform.node()}: with several nodes, --out must be a folder on "
+            "a disk that all of them share."
+        )
+    return run
 
 
 def _remove_if_unused(run: Path) -> None:

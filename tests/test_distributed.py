@@ -1,0 +1,293 @@
+"""Several processes as one run: the same numbers as one process, no row twice, and an end that all of them share."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+
+import two_processes
+from conftest import tiny_base
+from poe import Cascade, train_stage
+from poe.data.demo.text import make_text
+from poe.data.demo.tokenizer import train_tokenizer
+from poe.errors import RecipeError, TrainingError
+from poe.loaders.base_folder import save_base_folder
+from poe.modeling.modeling_poe import PoEConfig, PoEForCausalLM
+from poe.stages import load_recipe
+from poe.training import optim
+from poe.training.distributed import ALONE, World, even_rows, joined_world
+from poe.training.progress import Progress
+from poe.training.sharding import is_sharded, shard_base
+from two_processes import DATA, FIELDS, STEPS
+
+PROGRAM = str(Path(__file__).with_name("two_processes.py"))
+LOST = "Another of the 2 processes stopped"
+
+
+@given(st.integers(1, 9), st.integers(1, 60))
+def test_the_rows_of_a_step_go_to_one_process_each(size: int, each: int) -> None:
+    rows = list(range(size * each))
+    parts = [rows[World(rank, size).own_rows(len(rows))] for rank in range(size)]
+    assert [row for part in parts for row in part] == rows
+    assert {len(part) for part in parts} == {each}
+
+
+@given(st.integers(1, 9), st.integers(0, 200), st.integers(1, 20))
+def test_validation_rows_are_measured_once_in_as_many_parts_everywhere(size: int, rows: int, at_once: int) -> None:
+    parts = [list(World(rank, size).shares(rows, at_once)) for rank in range(size)]
+    assert sorted(row for part in parts for share in part for row in share) == list(range(rows))
+    assert len({len(part) for part in parts}) == 1  # a layer that is divided computes in all of them or in none
+    assert all(len(share) <= at_once for part in parts for share in part)
+
+
+def test_one_process_takes_every_row_as_before() -> None:
+    assert list(ALONE.shares(7, 3)) == [range(3), range(3, 6), range(6, 7)]
+    assert ALONE.all_sum(1.5, 2) == [1.5, 2]
+    assert ALONE.any_of(False, True) == [False, True]
+
+
+@given(st.integers(1, 12), st.integers(1, 40))
+def test_a_step_that_cannot_be_shared_evenly_is_refused_with_what_fits(size: int, rows: int) -> None:
+    plan = load_recipe("demo", seq_len=64, tokens_per_step=64 * rows)
+    if rows % size == 0:
+        assert even_rows(plan, World(size=size)) == rows
+        return
+    with pytest.raises(RecipeError, match="cannot share evenly") as refusal:
+        even_rows(plan, World(size=size))
+    advised = int(re.search(r"such as (\d+)", str(refusal.value)).group(1))
+    assert even_rows(plan.replace(tokens_per_step=advised), World(size=size)) % size == 0
+    numbers = [int(n) for n in re.search(r"processes: ([\d, ]+)\.", str(refusal.value)).group(1).split(",")]
+    assert all(even_rows(plan, World(size=n)) == rows for n in numbers)
+
+
+def together(size: int, per_node: int, act: Callable[[World], object]) -> list[object]:
+    """What `act` returns or raises in each of `size` processes, here threads that share a store."""
+    store = dist.HashStore()
+    results: list[object] = [None] * size
+
+    def work(rank: int) -> None:
+        try:
+            results[rank] = act(World(rank, size, rank % per_node, store=store))
+        except Exception as error:
+            results[rank] = error
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in reversed(range(size))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    return results
+
+
+def test_what_is_cached_is_made_once_per_node_the_main_process_first() -> None:
+    order: list[int] = []
+
+    def prepare(world: World) -> None:
+        with world.in_order():
+            time.sleep(0.02)
+            order.append(world.rank)
+
+    together(6, 2, prepare)
+    assert order[0] == 0
+    assert sorted(order) == list(range(6))
+    for rank in (1, 3, 5):  # after the first of its node
+        assert order.index(rank) > order.index(rank - 1)
+
+
+def test_when_the_first_fails_the_others_end_with_its_message_which_is_said_once() -> None:
+    said: list[str] = []
+
+    def prepare(world: World) -> None:
+        try:
+            with world.in_order():
+                assert world.is_main, "only the first may try"
+                raise RecipeError("there is no such thing")
+        except (RecipeError, TrainingError) as error:
+            with world.one_speaks(str(error)) as mine:
+                if mine:
+                    said.append(f"{world.rank}: {error}")
+            raise
+
+    results = together(4, 2, prepare)
+    assert [str(error) for error in results] == ["there is no such thing"] * 4
+    assert said == ["0: there is no such thing"]
+
+
+def test_processes_that_were_started_differently_are_told_what_differs() -> None:
+    results = together(2, 2, lambda world: world.same({"seed": world.rank, "rows": 7}))
+    assert results[0] is None
+    assert isinstance(results[1], TrainingError)
+    assert "seed: 0 -> 1" in str(results[1])
+    assert "rows" not in str(results[1])
+
+
+@pytest.mark.parametrize("missing", ["MASTER_ADDR", "MASTER_PORT"])
+def test_half_an_environment_is_refused(monkeypatch, missing: str) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv(missing)
+    with pytest.raises(TrainingError, match=f"{missing} is not set"), joined_world():
+        pass
+
+
+def test_a_launcher_of_one_process_makes_no_group(monkeypatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with joined_world() as world:
+        assert (world.size, world.group) == (1, None)
+        assert not dist.is_initialized()
+
+
+def test_a_base_that_cannot_be_divided_is_refused_and_left_whole() -> None:
+    recurrent = Cascade(tiny_base("hrm"))
+    with pytest.raises(RecipeError, match="recurrent"):
+        shard_base(recurrent, ALONE)
+    spread = Cascade(tiny_base("qwen3"))
+    spread.base.hf_device_map = {"model": "cpu", "lm_head": "disk"}
+    with pytest.raises(RecipeError, match="device_map"):
+        shard_base(spread, ALONE)
+    assert not is_sharded(recurrent.base)
+    assert not is_sharded(spread.base)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random base, with the demo's tokenizer and template."""
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer([make_text(i).text for i in range(300)], 600)
+    config = PoEConfig(vocab_size=600, hidden_size=64, num_hidden_layers=3, num_attention_heads=2, eos_token_id=1)
+    return save_base_folder(PoEForCausalLM(config), tmp_path_factory.mktemp("base") / "base", tokenizer)
+
+
+def launch(launcher: list[str], *args: str) -> subprocess.Popen[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program = [sys.executable, "-m", *launcher, f"--{'main_process' if 'accelerate' in launcher[0] else 'master'}"]
+    program[-1] += "_port" if "accelerate" in launcher[0] else "-port"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([*program, str(port), PROGRAM, *args], env=environment, **pipes)
+
+
+TORCHRUN = ["torch.distributed.run", "--nproc-per-node", "2"]
+# --multi_gpu is its word for several processes on one machine; without GPUs they are CPU processes
+ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--mixed_precision", "no"]
+ACCELERATE += ["--num_machines", "1", "--dynamo_backend", "no"]
+
+
+def alone(base: Path, out: Path, **fields) -> tuple[list[float], list[float], Cascade]:
+    """Losses and validation losses of one process, and its cascade."""
+    cascade = Cascade.from_pretrained(base, dtype=torch.float32)
+    plan = {**FIELDS, **fields}
+    run = train_stage(cascade, "demo", DATA, out, progress=Progress("test", quiet=True), **plan)
+    return [r["loss"] for r in run.history.steps], [r["val_loss"] for r in run.history.evals], cascade
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_learns_on_a_whole_or_a_divided_base(base: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(optim, "default_iteration_dtype", lambda device="cpu": torch.float32)
+    process = launch(TORCHRUN, str(tmp_path), str(base))
+    said = process.communicate(timeout=500)[0]
+    ranks = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+
+    monkeypatch.setattr(two_processes.engine.Engine, "_batches", two_processes.engine.Engine._batches)
+    seen = two_processes.rows_seen()
+    losses, evals, cascade = alone(base, tmp_path / "alone", max_steps=STEPS)
+    for run in ("plain", "divided"):
+        for rank in ranks:
+            assert rank[run]["losses"] == pytest.approx(losses, abs=1e-5)
+            assert rank[run]["evals"] == pytest.approx(evals, abs=1e-5)
+        assert ranks[0][run] == {**ranks[1][run], "bytes": ranks[0][run]["bytes"]}
+
+    # the rows of every step are those of one process, each in one of the two
+    assert len(ranks[0]["rows"]) == len(ranks[1]["rows"]) == len(seen) == STEPS
+    for own, other, all_rows in zip(ranks[0]["rows"], ranks[1]["rows"], seen, strict=True):
+        assert own + other == all_rows
+        assert len(own) == len(other)
+
+    layers = sum(p.numel() * p.element_size() for p in cascade.base.model.layers.parameters())
+    for rank in ranks:
+        whole, here = rank["divided"]["bytes"]
+        assert here == whole - layers // 2
+        assert rank["plain"]["bytes"] == [whole, whole]
+    for run in ("plain", "divided"):
+        assert ranks[0][run]["evaluation"] == two_processes.answer(cascade, "demo", {})
+
+    deltas = [(tmp_path / run / "delta.safetensors").read_bytes() for run in ("plain", "divided")]
+    assert deltas[0] == deltas[1]
+    assert Cascade.from_pretrained(tmp_path / "divided").active == "demo"
+    steps = [json.loads(line)["step"] for line in (tmp_path / "plain" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted([*range(STEPS + 1), 3, 6])  # each written once
+    assert json.loads((tmp_path / "plain" / "training.json").read_text())["processes"] == 2
+
+    assert process.returncode == 1
+    assert "the second process has had enough" in said  # an error of any process is shown
+    assert said.count(LOST) >= 1
+
+
+@pytest.mark.slow
+def test_a_run_whose_processes_die_or_are_stopped_goes_on_with_any_number(base: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(optim, "default_iteration_dtype", lambda device="cpu": torch.float32)
+    out, steps = tmp_path / "out", 90
+    fields = {**FIELDS, "max_steps": steps, "checkpoint_every": 0.2, "eval_every": 45}
+    options = [part for k, v in fields.items() for part in (f"--{k.replace('_', '-')}", str(v))]
+    command = ["train", "stage", "demo", "--no-eval", "--base", str(base), "--out", str(out), "--data", DATA, *options]
+
+    killed = launch(TORCHRUN, *command)
+    wait_for_steps(out, 20, killed)
+    os.kill(worker(killed, rank=1), signal.SIGKILL)
+    said = killed.communicate(timeout=120)[0]  # hanging is failing
+    assert killed.returncode != 0
+    assert said.count(LOST) == said.count("--resume") == 1
+    assert (out / "checkpoint" / "meta.json").is_file()
+    assert not (out / "delta.safetensors").exists()
+
+    stopped = launch(ACCELERATE, *command, "--resume")
+    wait_for_steps(out, 50, stopped)
+    stopped.send_signal(signal.SIGTERM)
+    said = stopped.communicate(timeout=120)[0]
+    assert stopped.returncode != 0
+    assert said.count("Stopped, and saved") == 1
+    assert "2 processes" in said
+
+    run = [alone(base, tmp_path / "whole", **fields), alone(base, out, **fields, resume=True)]
+    assert run[1][0] == pytest.approx(run[0][0], abs=1e-5)
+    assert run[1][1] == pytest.approx(run[0][1], abs=1e-5)
+
+
+def wait_for_steps(out: Path, steps: int, process: subprocess.Popen[str]) -> None:
+    metrics = out / "metrics.jsonl"
+    deadline = time.monotonic() + 180
+    while time.monotonic() < deadline:
+        if metrics.exists() and metrics.read_text().count('"loss"') >= steps:
+            return
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    raise AssertionError(f"no {steps} steps in three minutes")
+
+
+def worker(launcher: subprocess.Popen[str], rank: int) -> int:
+    """The process id of a rank."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int(folder.joinpath("stat").read_text().rpartition(")")[2].split()[1])
+            environment = folder.joinpath("environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if parent == launcher.pid and f"RANK={rank}".encode() in environment:
+            return int(folder.name)
+    raise AssertionError(f"the launcher has no process of rank {rank}")

@@ -1,0 +1,101 @@
+"""What two processes do together, for test_distributed.py: `torchrun two_processes.py FOLDER BASE`, or a command.
+
+`... two_processes.py train stage ...` is `poe-train stage ...` with the optimiser's iteration in fp32, whatever the
+hardware multiplies fastest: in bf16 a difference of one bit grows.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from poe import Cascade, train_stage
+from poe.commands.train import main
+from poe.data.packing import Batch
+from poe.training import engine, optim
+from poe.training.distributed import World, joined_world
+from poe.training.progress import Progress
+from poe.training.sharding import resident_bytes
+
+FIELDS: dict[str, Any] = {
+    "seq_len": 512,
+    "tokens_per_step": 2048,
+    "max_tokens_per_batch": 1024,
+    "eval_every": 3,
+    "eval_rows": 2,
+    "dtype": "float32",
+    "num_layers": 1,
+    "held_out": 0.1,
+}
+DATA = "demo=120"
+STEPS = 6
+PROMPT = [list(range(40, 60))]
+
+
+def fp32_iteration() -> None:
+    optim.default_iteration_dtype = lambda device="cpu": torch.float32  # type: ignore[assignment]
+
+
+def rows_seen() -> list[list[int]]:
+    """Every row that goes through the network from now on, as a number, one list per call of the step's batches."""
+    seen: list[list[int]] = []
+    batches = engine.Engine._batches
+
+    def recorded(self: engine.Engine, batch: Batch):  # type: ignore[no-untyped-def]
+        seen.append([hash(tuple(row)) for row in batch.input_ids.tolist()])
+        return batches(self, batch)
+
+    engine.Engine._batches = recorded  # type: ignore[method-assign]
+    return seen
+
+
+def answer(cascade: Cascade, name: str, held_out: dict[str, Any]) -> dict[str, Any]:
+    """The first tokens that the stage and the base say; not a process must be alone in it if the base is divided."""
+    ids = torch.tensor(PROMPT)
+    said = {}
+    for label, stage in (("base", None), ("stage", name)):
+        tokens = cascade.generate(ids, stage=stage, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+        said[label] = {"tokens": tokens[0, ids.shape[1] :].tolist()}
+    return {"first words": said}
+
+
+def train(base: Path, out: Path, world: World, **fields: Any) -> tuple[Cascade, dict[str, Any]]:
+    """One run, and what the test compares."""
+    cascade = Cascade.from_pretrained(base, dtype=torch.float32)
+    whole = resident_bytes(cascade.base)
+    quiet = Progress("test", quiet=True)
+    plan = {**FIELDS, "max_steps": STEPS, **fields}
+    run = train_stage(cascade, "demo", DATA, out, world=world, progress=quiet, evaluate=answer, **plan)
+    return cascade, {
+        "losses": [record["loss"] for record in run.history.steps],
+        "evals": [record["val_loss"] for record in run.history.evals],
+        "evaluation": run.record["evaluation"],
+        "bytes": [whole, resident_bytes(cascade.base)],
+    }
+
+
+def check(folder: Path, base: Path) -> None:
+    with joined_world() as world:
+        said: dict[str, Any] = {}
+        seen = rows_seen()
+        _, said["plain"] = train(base, folder / "plain", world)
+        said["rows"] = list(seen)
+        cascade, said["divided"] = train(base, folder / "divided", world, shard_base=True)
+        # one process asks for fewer tokens: it must not leave the other alone
+        cascade.generate(torch.tensor(PROMPT), max_new_tokens=1 + 2 * world.rank, do_sample=False)
+        (folder / f"rank-{world.rank}.json").write_text(json.dumps(said))
+        world.barrier()
+        if world.rank == 1:
+            raise MemoryError("the second process has had enough")
+        world.barrier()
+
+
+if __name__ == "__main__":
+    fp32_iteration()
+    if sys.argv[1] == "train":
+        del sys.argv[1]
+        main()
+    else:
+        check(Path(sys.argv[1]), Path(sys.argv[2]))
