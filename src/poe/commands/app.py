@@ -79,19 +79,17 @@ def recipe_options(kind: type[Plan]) -> Callable[[Callable[..., Any]], Callable[
         hints = typing.get_type_hints(kind)
         parameters = [p for n, p in inspect_parameters(function).items() if n != "fields"]
         names = [f.name for f in dataclasses.fields(kind) if f.name not in NOT_OPTIONS]
+        flags = {f.name for f in dataclasses.fields(kind) if f.default is False}
 
         def command(**given: Any) -> Any:
             fields = {n: given.pop(n) for n in names if n in given}
-            chosen = {
-                n: v if hints[n] is bool else parse_field(n, v, hints[n]) for n, v in fields.items() if v is not None
-            }
+            chosen = {n: v if n in flags else parse_field(n, v, hints[n]) for n, v in fields.items() if v is not None}
             return function(**given, fields=chosen)
 
         for name in names:
-            dashed, flag = name.replace("_", "-"), hints[name] is bool
             option = typer.Option(
                 None,
-                f"--{dashed}/--no-{dashed}" if flag else f"--{dashed}",
+                f"--{name.replace('_', '-')}",
                 help=_describe(hints[name]),
                 rich_help_panel="Recipe fields (default: the recipe's)",
                 show_default=False,
@@ -101,7 +99,7 @@ def recipe_options(kind: type[Plan]) -> Callable[[Callable[..., Any]], Callable[
                     name,
                     inspect.Parameter.KEYWORD_ONLY,
                     default=option,
-                    annotation=bool | None if flag else str | None,
+                    annotation=bool | None if name in flags else str | None,
                 )
             )
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

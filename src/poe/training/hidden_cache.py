@@ -226,7 +226,7 @@ def row_digests(batch: Batch) -> list[bytes]:
 
 
 def _checksum(states: Tensor) -> str:
-    return f"{zlib.crc32(memoryview(states.contiguous().view(torch.uint8).numpy())):08x}"
+    return f"{zlib.crc32(states.contiguous().view(torch.uint8).numpy().data):08x}"
 
 
 def _mib(size: int) -> str:
