@@ -309,7 +309,7 @@ class Engine:
         state = read_state(self.run_folder, self.optimizer, self.parameters, self.world, self.progress.note, self._same)
         for name, parameter in self.parameters:
             parameter.copy_(state.weights[name])
-        self.best = state.best or state.weights
+        self.best = dict(state.best or state.weights)
         self.history = History(**state.history)
         return state.step
 

@@ -15,6 +15,7 @@ from poe.data.packing import IGNORED
 from poe.modeling.families import Logits
 
 PLAIN = Logits()
+BLOCK = 256  # positions; a chunk is a number of whole blocks
 # Logits in memory at a time, where that leaves enough rows. On a CPU a chunk of 16 MiB is about as fast as any larger
 # one; a GPU needs some thousand rows before its matmuls outweigh the traffic of the weight's gradient.
 CHUNK_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 27}
@@ -49,9 +50,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden) if need_hidden else None
         # Summed over the chunks in fp32: in bf16 a late chunk would be lost in the sum of the earlier ones.
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
-        for part in kept.split(chunk_rows(weight)):
-            x, share = hidden[part], None if weights is None else weights[part, None]
-            loss, grad = _chunk(x, weight, labels[part, None], logits_of, bias, z_loss, share)
+        # Whole blocks, filled up with positions that do not count: oneDNN keeps memory for every shape it has met.
+        spare = (labels == IGNORED).nonzero().squeeze(1)[: -kept.shape[0] % BLOCK]
+        for part in torch.cat([kept, spare]).split(chunk_rows(weight) // BLOCK * BLOCK or BLOCK):
+            x, y = hidden[part], labels[part, None]
+            share = (y != IGNORED).float()
+            share = share if weights is None else share * weights[part, None]
+            loss, grad = _chunk(x, weight, y.clamp_min(0), logits_of, bias, z_loss, share)
             total += loss
             if grad_hidden is not None:
                 grad_hidden[part] = grad @ weight

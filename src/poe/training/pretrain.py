@@ -23,7 +23,8 @@ from poe.loaders.base_folder import save_base_folder
 from poe.loaders.places import place
 from poe.modeling.modeling_poe import PoEConfig, PoEForCausalLM
 from poe.stages.recipe import BaseRecipe
-from poe.training.engine import Engine, History
+from poe.training.engine import Engine
+from poe.training.history import History
 from poe.training.precision import choose_dtype
 from poe.training.progress import Progress
 from poe.training.recompute import recomputed

@@ -27,9 +27,10 @@ from poe.modeling.stage import Stage
 from poe.stages import Recipe, load_recipe
 from poe.training.checkpoint import UNFINISHED, has_checkpoint
 from poe.training.distributed import ALONE, World, even_rows
-from poe.training.engine import Engine, History
+from poe.training.engine import Engine
 from poe.training.frozen import assert_frozen_below
 from poe.training.hidden import hidden_sources
+from poe.training.history import History
 from poe.training.precision import refuse_fp16, stage_dtype
 from poe.training.progress import Progress
 from poe.training.recompute import recomputed
