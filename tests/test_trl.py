@@ -154,7 +154,7 @@ def test_a_trainer_of_another_model_is_refused_before_training(saved_base, tmp_p
 def test_pushing_whole_models_is_refused(saved_base, tmp_path: Path) -> None:
     cascade = cascade_with_stage(saved_base())
     args = SFTConfig(str(tmp_path / "out"), bf16=False, use_cpu=True, push_to_hub=True)
-    with pytest.raises(TrainingError, match="cascade.push_to_hub"):
+    with pytest.raises(TrainingError, match=r"cascade\.push_to_hub"):
         SaveDelta(cascade, "s").on_init_end(args, TrainerState(), TrainerControl(), cascade.model("s"))
 
 

@@ -76,7 +76,7 @@ class SaveDelta(TrainerCallback):
         package = type(args).__module__.partition(".")[0]
         self.trainer = f"{package} {importlib.metadata.version(package)}, {type(args).__name__}"
         self.cascade.stages[self.name].requires_grad_(True)
-        self.model.save_pretrained = self._save  # type: ignore[method-assign]
+        self.model.save_pretrained = self._save  # type: ignore[assignment, method-assign]
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -87,7 +87,7 @@ class SaveDelta(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if args.should_save:
-            self._save(args.output_dir)
+            self._save(str(args.output_dir))
 
     def _save(self, save_directory: str | Path, is_main_process: bool = True, **options: Any) -> None:
         """Stand where `PreTrainedModel.save_pretrained` stood; every process calls it, one writes."""
