@@ -4,8 +4,9 @@
     python benchmarks/training_cpu.py [--shapes wide deep --rounds 5 --threads 2 --arms ...] --json runs/bench/cpu.json
 
 Two random Qwen3 shapes of width 384, batches of 4 x 512 random tokens with real labels everywhere. Every arm is a
-process of its own (so that its peak memory is its own), all are alive at once, and they take turns step by step (so
-that a disturbance hits all alike); medians are reported. The limit of an arm is arithmetic: the FLOPs that its matrix
+process of its own (so that its peak memory is its own), `--together` of them are alive at once beside the reference,
+PEFT's LoRA, and they take turns step by step (so that a disturbance hits all alike); medians are reported, of ratios
+too: those of steps of the same round. The limit of an arm is arithmetic: the FLOPs that its matrix
 products and attention need (`arms.Cost`: for a stage `2 N_base + 6 (N_stage + N_head)` per token, plus attention) at
 the rate that a large matrix product reaches here, which takes its turns among the arms.
 """
@@ -173,26 +174,26 @@ def summarise(facts: dict[str, dict[str, Any]], tokens: int) -> list[dict[str, A
     """Medians, and how far each arm is from what its arithmetic allows."""
     matmul = facts[MATMUL]
     rate = matmul["flops"] / statistics.median(matmul["seconds"])
-    reference = facts.get(REFERENCE)
+    reference = facts[REFERENCE]
     rows = []
     for name, fact in facts.items():
         if name == MATMUL:
             continue
         # Of every round the ratio to the reference in the same round: what disturbs one turn disturbs its neighbours.
-        ratios = [r / s for r, s in zip(reference["seconds"], fact["seconds"], strict=True)] if reference else []
+        ratios = [r / s for r, s in zip(reference["seconds"], fact["seconds"], strict=True)]
         speed = tokens / statistics.median(fact["seconds"])
         limit = rate / fact["flops_per_token"]
         rows.append(
             {
                 "arm": name,
                 "tokens_per_s": round(speed),
-                "ratio": round(statistics.median(ratios), 2) if ratios else None,
-                "ratio_limit": round(reference["flops_per_token"] / fact["flops_per_token"], 2) if reference else None,
+                "ratio": round(statistics.median(ratios), 2),
+                "ratio_limit": round(reference["flops_per_token"] / fact["flops_per_token"], 2),
                 "limit_tokens_per_s": round(limit),
                 "share_of_limit": round(speed / limit, 3),
                 "peak_rss_mib": round(fact["peak_rss"] / 2**20),
                 "peak_above_imports_mib": round((fact["peak_rss"] - fact["imported_rss"]) / 2**20),
-                "memory_ratio": round(fact["peak_rss"] / reference["peak_rss"], 2) if reference else None,
+                "memory_ratio": round(fact["peak_rss"] / reference["peak_rss"], 2),
                 "trained": fact["trained"],
                 "artifact_bytes": 2 * fact["published"],
             }
@@ -242,19 +243,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["wide", "deep"])
     parser.add_argument("--arms", nargs="+", metavar="TEXT", help="only arms whose name contains one of these")
-    for name, value in {"batch": 4, "length": 512, "rounds": 5, "warmup": 2, "threads": os.cpu_count() or 1}.items():
+    for name, value in {"batch": 4, "length": 512, "rounds": 5, "warmup": 1, "together": 4}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--json", type=Path, default=Path("runs/bench/training_cpu.json"))
     args = parser.parse_args()
     wanted = [n for n in ARMS if n == REFERENCE or not args.arms or any(text in n for text in args.arms)]
     results: dict[str, Any] = {"machine": machine(args.threads), "batch": [args.batch, args.length], "shapes": {}}
     args.json.parent.mkdir(parents=True, exist_ok=True)
+    rivals = [name for name in wanted if name != REFERENCE]
     for key in args.shapes:
-        facts = measure(SHAPES[key], [*wanted, MATMUL], args)
-        rows = summarise(facts, args.batch * args.length)
-        results["shapes"][key] = {**SHAPES[key], "rows": rows, "seconds": {n: f["seconds"] for n, f in facts.items()}}
-        args.json.write_text(json.dumps(results, indent=2) + "\n")
-        print(f"\n{key}: {SHAPES[key]}\n\n{table(rows)}", flush=True)
+        rows: dict[str, dict[str, Any]] = {}
+        seconds = []
+        for first in range(0, len(rivals), args.together):
+            facts = measure(SHAPES[key], [REFERENCE, *rivals[first : first + args.together], MATMUL], args)
+            seconds.append({name: fact["seconds"] for name, fact in facts.items()})
+            for row in summarise(facts, args.batch * args.length):
+                rows.setdefault(row["arm"], row)
+            ordered = [rows[name] for name in ARMS if name in rows]
+            results["shapes"][key] = {**SHAPES[key], "rows": ordered, "groups": seconds}
+            args.json.write_text(json.dumps(results, indent=2) + "\n")
+        print(f"\n{key}: {SHAPES[key]}\n\n{table(ordered)}", flush=True)
 
 
 if __name__ == "__main__":
