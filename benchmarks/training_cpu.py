@@ -6,9 +6,12 @@
 Two random Qwen3 shapes of width 384, batches of 4 x 512 random tokens with real labels everywhere. Every arm is a
 process of its own (so that its peak memory is its own), `--together` of them are alive at once beside the reference,
 PEFT's LoRA, and they take turns step by step (so that a disturbance hits all alike); medians are reported, of ratios
-too: those of steps of the same round. The limit of an arm is arithmetic: the FLOPs that its matrix
-products and attention need (`arms.Cost`: for a stage `2 N_base + 6 (N_stage + N_head)` per token, plus attention) at
-the rate that a large matrix product reaches here, which takes its turns among the arms.
+too: those of steps of the same round. The ratio of processor seconds stands beside that of wall seconds: on a machine
+that does other work at the same time it is the steadier one (with one thread; waiting threads count as busy).
+
+The limit of an arm is arithmetic: the FLOPs that its matrix products and attention need (`arms.Cost`: for a stage
+`2 N_base + 6 (N_stage + N_head)` per token, plus attention) at the rate that a large matrix product reaches here,
+which takes its turns among the arms.
 """
 
 import argparse
@@ -56,15 +59,16 @@ def child(name: str, shape: dict[str, int], batch: int, length: int, steps: int)
     def peak() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-    started = 0.0
+    started = (0.0, 0.0)
 
     def begin() -> None:
         nonlocal started
         sys.stdin.readline()
-        started = time.perf_counter()
+        started = time.perf_counter(), time.process_time()
 
     def end() -> None:
-        print(json.dumps(time.perf_counter() - started), flush=True)
+        wall, cpu = time.perf_counter() - started[0], time.process_time() - started[1]
+        print(json.dumps([wall, cpu]), flush=True)
 
     for facts in contestant(name, shape, batch, length, steps, begin, end, torch):
         print(json.dumps(facts | {"peak_rss": peak()}), flush=True)
@@ -138,15 +142,16 @@ def measure(shape: dict[str, int], names: list[str], args: argparse.Namespace) -
                 text=True,
                 env=environment,
             )
-        seconds: dict[str, list[float]] = {name: [] for name in names}
+        took: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
         for turn in range(steps):
             for name in names if turn % 2 else reversed(names):
                 _say(running[name])
-                took = _hear(running[name], name)
+                wall, cpu = _hear(running[name], name)
                 if turn >= args.warmup:
-                    seconds[name].append(took)
+                    took[name].append((wall, cpu))
         for name in names:
-            facts[name] = _hear(running[name], name) | {"seconds": seconds[name]}
+            wall_seconds, cpu_seconds = (list(times) for times in zip(*took[name], strict=True))
+            facts[name] = _hear(running[name], name) | {"seconds": wall_seconds, "cpu_seconds": cpu_seconds}
     finally:
         for process in running.values():
             process.kill()
@@ -173,24 +178,30 @@ def _hear(process: "subprocess.Popen[str]", name: str) -> Any:
 def summarise(facts: dict[str, dict[str, Any]], tokens: int) -> list[dict[str, Any]]:
     """Medians, and how far each arm is from what its arithmetic allows."""
     matmul = facts[MATMUL]
-    rate = matmul["flops"] / statistics.median(matmul["seconds"])
+    rate, cpu_rate = (matmul["flops"] / statistics.median(matmul[kind]) for kind in ("seconds", "cpu_seconds"))
     reference = facts[REFERENCE]
     rows = []
     for name, fact in facts.items():
         if name == MATMUL:
             continue
         # Of every round the ratio to the reference in the same round: what disturbs one turn disturbs its neighbours.
-        ratios = [r / s for r, s in zip(reference["seconds"], fact["seconds"], strict=True)]
+        ratio, cpu_ratio = (
+            round(statistics.median(r / s for r, s in zip(reference[kind], fact[kind], strict=True)), 2)
+            for kind in ("seconds", "cpu_seconds")
+        )
         speed = tokens / statistics.median(fact["seconds"])
         limit = rate / fact["flops_per_token"]
+        cpu_speed = tokens / statistics.median(fact["cpu_seconds"])
         rows.append(
             {
                 "arm": name,
                 "tokens_per_s": round(speed),
-                "ratio": round(statistics.median(ratios), 2),
+                "ratio": ratio,
+                "cpu_ratio": cpu_ratio,
                 "ratio_limit": round(reference["flops_per_token"] / fact["flops_per_token"], 2),
                 "limit_tokens_per_s": round(limit),
                 "share_of_limit": round(speed / limit, 3),
+                "cpu_share_of_limit": round(cpu_speed * fact["flops_per_token"] / cpu_rate, 3),
                 "peak_rss_mib": round(fact["peak_rss"] / 2**20),
                 "peak_above_imports_mib": round((fact["peak_rss"] - fact["imported_rss"]) / 2**20),
                 "memory_ratio": round(fact["peak_rss"] / reference["peak_rss"], 2),
@@ -202,16 +213,14 @@ def summarise(facts: dict[str, dict[str, Any]], tokens: int) -> list[dict[str, A
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    head = (
-        "| arm | tokens/s | to LoRA | FLOPs allow | share of limit | peak MiB | above imports | to LoRA | artifact MB |"
-    )
-    lines = [head, "|---|" + "---:|" * 8]
+    head = ["arm", "tokens/s", "to LoRA", "in CPU time", "FLOPs allow", "of limit", "peak MiB", "above imports"]
+    head += ["memory to LoRA", "artifact MB"]
+    lines = [f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1)]
     for r in rows:
-        lines.append(
-            f"| {r['arm']} | {r['tokens_per_s']:,} | {r['ratio']} | {r['ratio_limit']} | {r['share_of_limit']:.0%} "
-            f"| {r['peak_rss_mib']:,} | {r['peak_above_imports_mib']:,} | {r['memory_ratio']} "
-            f"| {r['artifact_bytes'] / 1e6:.1f} |"
-        )
+        cells = [r["arm"], f"{r['tokens_per_s']:,}", r["ratio"], r["cpu_ratio"], r["ratio_limit"]]
+        cells += [f"{r['cpu_share_of_limit']:.0%}", f"{r['peak_rss_mib']:,}", f"{r['peak_above_imports_mib']:,}"]
+        cells += [r["memory_ratio"], f"{r['artifact_bytes'] / 1e6:.1f}"]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 
@@ -257,7 +266,7 @@ def main() -> None:
         seconds = []
         for first in range(0, len(rivals), args.together):
             facts = measure(SHAPES[key], [REFERENCE, *rivals[first : first + args.together], MATMUL], args)
-            seconds.append({name: fact["seconds"] for name, fact in facts.items()})
+            seconds.append({name: [fact["seconds"], fact["cpu_seconds"]] for name, fact in facts.items()})
             for row in summarise(facts, args.batch * args.length):
                 rows.setdefault(row["arm"], row)
             ordered = [rows[name] for name in ARMS if name in rows]
