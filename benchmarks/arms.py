@@ -215,7 +215,7 @@ def _hand_on(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 def hidden_states(backbone: nn.Module, s: Settings) -> Callable[[Batch], Tensor]:
     """(B, T) tokens -> normalised hidden states (B, T, D); documents in a row do not see each other."""
-    run = torch.compile(backbone, backend=s.compile) if s.compile else backbone
+    run = torch.compile(backbone, backend=s.compile, dynamic=False) if s.compile else backbone
 
     def hidden(batch: Batch) -> Tensor:
         return run(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).last_hidden_state
@@ -269,7 +269,7 @@ def _native(
     if s.chunked:
         step = chunked_step(base, hidden, optimizer, trained, precision, s)
         return Arm(base, trained, published, flops, optimizer, step, hidden)
-    run = torch.compile(model, backend=s.compile) if s.compile else model
+    run = torch.compile(model, backend=s.compile, dynamic=False) if s.compile else model
 
     def native(batch: Batch) -> Tensor:
         with precision():

@@ -196,6 +196,7 @@ def summarise(facts: dict[str, dict[str, Any]], tokens: int) -> list[dict[str, A
             {
                 "arm": name,
                 "tokens_per_s": round(speed),
+                "tokens_per_cpu_s": round(cpu_speed),
                 "ratio": ratio,
                 "cpu_ratio": cpu_ratio,
                 "ratio_limit": round(reference["flops_per_token"] / fact["flops_per_token"], 2),
