@@ -30,7 +30,7 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"
-	$(BIN)/python benchmarks/stage_vs_lora.py
+	$(BIN)/python benchmarks/training_cpu.py
 	$(BIN)/python benchmarks/siblings.py
 
 $(READY): pyproject.toml constraints.txt

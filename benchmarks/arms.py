@@ -1,0 +1,341 @@
+"""The ways to train that the benchmarks compare, each as one optimiser step on one batch, and what each must compute.
+
+Every arm gets the same base, made anew, and the same `Batch`. Rivals are trained as their users train them: PEFT's
+LoRA on all linear layers, the last layers with the base's own head, everything; torch's AdamW (fused); transformers'
+own loss, or the chunked loss of this package where `chunked` says so, so that only the method differs.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+
+from poe import Cascade, StageConfig
+from poe.data.packing import Batch
+from poe.modeling.families import family_of, logits_of
+from poe.training.loss import cross_entropy_sum
+from poe.training.optim import build_optimizer
+
+LORA_RANK = 16
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an arm may be told: sizes, rates, loss, and how a GPU computes."""
+
+    stage_layers: int = 2
+    head_rank: int = 64
+    last_layers: int = 2
+    chunked: bool = False  # the rivals too use the chunked loss
+    lr: float = 1e-4  # AdamW of the rivals
+    matrix_lr: float = 0.002  # Muon of a stage
+    head_lr: float = 1e-4
+    adamw: bool = False  # torch's AdamW for a stage too, at `lr`
+    max_grad_norm: float | None = None
+    device: str = "cpu"
+    bf16: bool = False  # frozen weights in bf16, what trains in fp32 under autocast
+    compile: str | None = None  # a backend of torch.compile, such as "inductor"
+    checkpointing: bool = False  # recompute activations
+    rows_per_pass: int | None = None  # a step accumulates gradients over as many passes as it needs
+
+
+@dataclass
+class Arm:
+    """`step(batch)` takes one optimiser step and returns the mean loss in nats per label, before it."""
+
+    model: PreTrainedModel  # whose forward pass gives the trained logits
+    parameters: list[nn.Parameter]
+    published: int  # numbers in the file that is shared: all weights, an adapter, a delta
+    flops_per_token: float
+    optimizer: torch.optim.Optimizer
+    step: Callable[[Batch], Tensor]
+    hidden: Callable[[Batch], Tensor]  # (B, T) tokens -> the head's input (B, T, D), as `step` computes it
+    base_rates: list[float] = field(default_factory=list)  # of the optimiser's groups, for a schedule
+
+    def __post_init__(self) -> None:
+        self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
+
+    @property
+    def trained(self) -> int:
+        return sum(p.numel() for p in self.parameters)
+
+    def sizes(self) -> dict[str, Any]:
+        return {"trained": self.trained, "published": self.published, "flops_per_token": self.flops_per_token}
+
+    def scale_rates(self, factor: float) -> None:
+        for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
+            group["lr"] = rate * factor
+
+
+MakeBase = Callable[[], PreTrainedModel]
+
+
+def qwen3(layers: int, width: int, vocab: int, seed: int = 0, **fields: Any) -> Qwen3ForCausalLM:
+    """A random Qwen3-shaped model with an untied head, by default in the proportions of `reference` benchmarks."""
+    torch.manual_seed(seed)
+    sizes = {
+        "intermediate_size": 3 * width,
+        "num_attention_heads": width // 64,
+        "num_key_value_heads": width // 64,
+        "head_dim": 64,
+        "tie_word_embeddings": False,
+        **fields,
+    }
+    return Qwen3ForCausalLM(Qwen3Config(vocab_size=vocab, hidden_size=width, num_hidden_layers=layers, **sizes))
+
+
+def random_batch(vocab: int, rows: int, length: int, seed: int = 1) -> Batch:
+    """Random tokens; every position has its real next token as label."""
+    ids = torch.randint(0, vocab, (rows, length + 1), generator=torch.Generator().manual_seed(seed))
+    return Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), torch.arange(length).expand(rows, -1).contiguous())
+
+
+def full(make_base: MakeBase, length: int, s: Settings) -> Arm:
+    """Every weight trains."""
+    base = make_base().to(s.device)
+    return _native(base, base, list(base.parameters()), Cost(base, length).full(), _size(base), s)
+
+
+def lora(make_base: MakeBase, length: int, s: Settings) -> Arm:
+    """PEFT, rank 16, all linear layers but the head."""
+    from peft import get_peft_model
+
+    base = _frozen(make_base, s)
+    cost = Cost(base, length)
+    wrapped = get_peft_model(base, lora_config())
+    trained = [p for p in wrapped.parameters() if p.requires_grad]
+    numbers = sum(p.numel() for p in trained)
+    return _native(wrapped, base, trained, cost.lora(numbers), numbers, s)
+
+
+def lora_config() -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def last_layers(make_base: MakeBase, length: int, s: Settings) -> Arm:
+    """The base's own last layers, final norm and head train; what is shared is the whole model."""
+    base = _frozen(make_base, s)
+    family = family_of(base)
+    backbone = family.backbone_of(base)
+    parts = [*family.layers_of(base)[-s.last_layers :], *([backbone.norm] if hasattr(backbone, "norm") else [])]
+    if base.config.tie_word_embeddings:  # a head of its own, as a stage has: the embedding would train with it
+        tied = base.get_output_embeddings()
+        head = nn.Linear(tied.in_features, tied.out_features, bias=False, device=s.device)
+        head.weight = nn.Parameter(tied.weight.detach().clone())
+        base.set_output_embeddings(head)
+    parts.append(base.get_output_embeddings())
+    trained = [p.requires_grad_(True) for part in parts for p in part.parameters()]
+    for parameter in trained:
+        parameter.data = parameter.data.float()
+    return _native(base, base, trained, Cost(base, length).last(s.last_layers), _size(base), s)
+
+
+def stage(make_base: MakeBase, length: int, s: Settings, head: str = "dense", cached: bool = False) -> Arm:
+    """A stage on the frozen base; `cached`: the hidden states below it are those of the first pass, held in bf16."""
+    cascade = Cascade(_frozen(make_base, s))
+    cost = Cost(cascade.base, length)
+    cascade.add_stage(StageConfig("s", s.stage_layers, head=head, head_rank=s.head_rank))
+    own, model = cascade.stages["s"].requires_grad_(True), cascade.model("s").train()
+    if s.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    trained = list(own.parameters())
+    optimizer: torch.optim.Optimizer
+    if s.adamw:
+        optimizer = torch.optim.AdamW(trained, lr=s.lr, fused=True)
+    else:
+        rates = {"matrix_lr": s.matrix_lr, "head_lr": s.head_lr}
+        optimizer = build_optimizer(own.named_parameters(), model.config.hidden_size, **rates)
+    backbone = family_of(model).backbone_of(model)
+    forward = Boundary(model, cascade, s) if cached else hidden_states(backbone, s)
+    numbers = own.num_parameters()
+    flops = cost.stage(own, s.stage_layers, head, cached)
+    # bf16 weights have fp32 masters in the optimiser: no autocast
+    step = chunked_step(model, forward, optimizer, trained, nullcontext, s)
+    return Arm(model, trained, numbers, flops, optimizer, step, forward)
+
+
+class Boundary:
+    """The forward pass of a stage whose hidden states are known: computed when a row is first seen, then replayed.
+
+    Replaying, the base's layers hand on what they get, and the stage's first layer is given the states of the memory:
+    2 D bytes per token, kept in bf16.
+    """
+
+    def __init__(self, model: PreTrainedModel, cascade: Cascade, s: Settings) -> None:
+        self.forward = hidden_states(family_of(model).backbone_of(model), replace(s, compile=None))
+        self.layers = list(family_of(cascade.base).layers_of(cascade.base))
+        self.known: dict[bytes, Tensor] = {}  # a row's tokens and positions -> (T, D)
+        self.current: Tensor | None = None
+        self.seen: Tensor | None = None
+        cascade.stages["s"].layers[0].register_forward_pre_hook(self._enter, prepend=True)
+
+    def _enter(self, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if self.current is None:
+            self.seen = args[0].detach().to(torch.bfloat16)
+            return None
+        return (self.current.to(args[0].dtype), *args[1:])
+
+    @contextmanager
+    def _skipping(self) -> Iterator[None]:
+        for layer in self.layers:
+            layer.forward = _hand_on
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                del layer.forward
+
+    def __call__(self, batch: Batch) -> Tensor:
+        tokens = torch.cat((batch.input_ids, batch.position_ids), 1).cpu()
+        rows = [sha256(row.numpy().tobytes()).digest() for row in tokens]
+        if not all(row in self.known for row in rows):
+            self.current = None
+            with torch.no_grad():
+                self.forward(batch)
+            assert self.seen is not None
+            self.known |= zip(rows, self.seen.unbind(), strict=True)
+        self.current = torch.stack([self.known[row] for row in rows])
+        try:
+            with self._skipping():
+                return self.forward(batch)
+        finally:
+            self.current = None
+
+
+def _hand_on(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return hidden
+
+
+def hidden_states(backbone: nn.Module, s: Settings) -> Callable[[Batch], Tensor]:
+    """(B, T) tokens -> normalised hidden states (B, T, D); documents in a row do not see each other."""
+    run = torch.compile(backbone, backend=s.compile, dynamic=False) if s.compile else backbone
+
+    def hidden(batch: Batch) -> Tensor:
+        return run(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).last_hidden_state
+
+    return hidden
+
+
+def chunked_step(
+    model: PreTrainedModel,
+    hidden: Callable[[Batch], Tensor],
+    optimizer: torch.optim.Optimizer,
+    trained: list[nn.Parameter],
+    precision: Callable[[], AbstractContextManager[Any]],
+    s: Settings,
+) -> Callable[[Batch], Tensor]:
+    """The engine's step: the loss in chunks whose gradient is computed in the forward pass."""
+    logits = logits_of(model.config)
+
+    def step(batch: Batch) -> Tensor:
+        labels = (batch.labels != -100).sum().clamp(min=1)
+        mean = torch.zeros((), device=batch.labels.device)
+        for part in zip(*(t.split(s.rows_per_pass or len(t)) for t in batch), strict=True):
+            head: Any = model.get_output_embeddings()
+            with precision():
+                states = hidden(Batch(*part))
+            weight = head.weight
+            loss = cross_entropy_sum(states.to(weight.dtype), weight, part[1], logits, head.bias) / labels
+            loss.backward()
+            mean += loss.detach()
+        _update(optimizer, trained, s)
+        return mean
+
+    return step
+
+
+def _native(
+    model: nn.Module, base: PreTrainedModel, trained: list[nn.Parameter], flops: float, published: int, s: Settings
+) -> Arm:
+    """A rival: AdamW on what trains, transformers' own loss unless the chunked one is asked for."""
+    model.train()
+    if s.checkpointing:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+        base.enable_input_require_grads()
+    optimizer = torch.optim.AdamW(trained, lr=s.lr, fused=True)
+    backbone = family_of(base).backbone_of(base)
+    hidden = hidden_states(backbone, s)
+
+    def precision() -> AbstractContextManager[Any]:
+        return torch.autocast(s.device, torch.bfloat16) if s.bf16 else nullcontext()
+
+    if s.chunked:
+        step = chunked_step(base, hidden, optimizer, trained, precision, s)
+        return Arm(base, trained, published, flops, optimizer, step, hidden)
+    run = torch.compile(model, backend=s.compile, dynamic=False) if s.compile else model
+
+    def native(batch: Batch) -> Tensor:
+        with precision():
+            loss = run(
+                input_ids=batch.input_ids,
+                position_ids=batch.position_ids,
+                labels=batch.labels,
+                shift_labels=batch.labels,
+                use_cache=False,
+            ).loss
+        loss.backward()
+        _update(optimizer, trained, s)
+        return loss.detach()
+
+    return Arm(base, trained, published, flops, optimizer, native, hidden)
+
+
+def _update(optimizer: torch.optim.Optimizer, trained: list[nn.Parameter], s: Settings) -> None:
+    if s.max_grad_norm is not None:
+        nn.utils.clip_grad_norm_(trained, s.max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def _frozen(make_base: MakeBase, s: Settings) -> PreTrainedModel:
+    base = make_base().requires_grad_(False)
+    return base.to(s.device, torch.bfloat16) if s.bf16 else base.to(s.device)
+
+
+def _size(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+class Cost:
+    """FLOPs per token that a way to train really needs, of a base whose layers are alike.
+
+    A matrix of N numbers costs 2 N forward, 2 N for the gradient of its input and 2 N for its own; causal attention
+    over T tokens costs 2 T D forward (half of the square) and twice that backward. The embedding is a lookup, and
+    norms, optimisers and folding heads are not counted: the limit is one that matrix products alone would reach.
+    """
+
+    def __init__(self, base: PreTrainedModel, length: int) -> None:
+        config = base.config
+        layers = family_of(base).layers_of(base)
+        self.depth = len(layers)
+        per_layer = [
+            p.numel() for layer in layers for n, p in layer.named_parameters() if p.ndim == 2 and "embed" not in n
+        ]
+        self.layer = sum(per_layer) / self.depth
+        heads = config.num_attention_heads * (getattr(config, "head_dim", None) or config.hidden_size)
+        width = heads if getattr(config, "head_dim", None) else config.hidden_size
+        self.attention = 2 * length * width
+        self.head = config.vocab_size * config.hidden_size
+
+    def forward(self, layers: int) -> float:
+        return layers * (2 * self.layer + self.attention)
+
+    def full(self) -> float:
+        return 3 * self.forward(self.depth) + 6 * self.head
+
+    def lora(self, numbers: int) -> float:
+        return self.depth * (4 * self.layer + 3 * self.attention) + 6 * numbers + 4 * self.head
+
+    def last(self, count: int) -> float:
+        return self.forward(self.depth - count) + 3 * self.forward(count) + 6 * self.head
+
+    def stage(self, own: nn.Module, count: int, head: str, cached: bool) -> float:
+        below = 0.0 if cached else self.forward(self.depth)
+        return below + 3 * self.forward(count) + (4 if head == "none" else 6) * self.head

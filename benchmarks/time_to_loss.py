@@ -1,0 +1,232 @@
+"""Seconds, tokens and memory to a given held-out loss on real rows: a stage against LoRA, the last layers, everything.
+
+    pip install -c constraints.txt -e ".[bench]"
+    python benchmarks/time_to_loss.py --base FOLDER --data "glaive=rows.jsonl,xlam=rows.json" [--steps 200]
+
+All arms see the same packed rows in the same order, the same number of tokens a step, the same held-out rows, the same
+chunked loss, schedule and clipping, in fp32. Each is run with every multiplier of `--rates`, on AdamW at 3e-5 (full),
+2e-4 (LoRA r16), 1e-4 (last layers) and, for a stage, Muon at 0.002 with the head at 1e-4; the one that ends lowest
+counts. Seconds are those of training steps, evaluation excluded, and include the first pass that fills a cache. Every
+run is a process of its own, one after another. Targets are shares of the way from the base's loss to the best of all.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+ARMS: dict[str, tuple[str, float]] = {  # name -> (kind, AdamW rate at multiplier 1)
+    "full fine-tune": ("full", 3e-5),
+    "LoRA r16": ("lora", 2e-4),
+    "last layers and head": ("last", 1e-4),
+    "stage, dense head": ("dense", 0.0),
+    "stage, low-rank head": ("low_rank", 0.0),
+    "stage, low-rank head, cached": ("low_rank cached", 0.0),
+}
+SHARES = (0.5, 0.75, 0.9, 0.97)
+
+
+def child(name: str, multiplier: float, given: dict[str, Any]) -> None:
+    """Train one arm at one rate; print a line of JSON per evaluation and one of facts at the end."""
+    import arms
+    import torch
+
+    from poe import Cascade
+    from poe.data.packing import Batch
+    from poe.data.pipeline import prepare
+    from poe.data.render import Renderer
+    from poe.modeling.families import logits_of
+    from poe.training.loss import per_label_losses
+    from poe.training.schedule import lr_factor
+
+    opened = Cascade.from_pretrained(given["base"], dtype="float32")
+    data = prepare(
+        given["data"],
+        Renderer(opened.tokenizer),
+        seq_len=given["seq_len"],
+        held_out=given["held_out"],
+        near_duplicates=0.9,
+        seed=given["seed"],
+    )
+    torch.manual_seed(given["seed"])
+    kind, lr = ARMS[name]
+    settings = arms.Settings(
+        stage_layers=given["stage_layers"],
+        last_layers=given["stage_layers"],
+        chunked=True,
+        lr=lr * multiplier,
+        matrix_lr=0.002 * multiplier,
+        head_lr=1e-4 * multiplier,
+        max_grad_norm=1.0,
+        rows_per_pass=given["rows_per_pass"],
+    )
+
+    def make_base() -> Any:
+        return opened.base.requires_grad_(True)
+
+    builders = {"full": arms.full, "lora": arms.lora, "last": arms.last_layers}
+    if kind in builders:
+        arm = builders[kind](make_base, given["seq_len"], settings)
+    else:
+        cached = kind.endswith("cached")
+        arm = arms.stage(make_base, given["seq_len"], settings, head=kind.split()[0], cached=cached)
+    logits = logits_of(arm.model.config)
+
+    @torch.no_grad()
+    def held_out_loss() -> float:
+        arm.model.eval()
+        total, count = 0.0, 0
+        for row in range(min(given["val_rows"], data.val.num_rows)):
+            part = Batch(*data.val.batch(row, 1))
+            head = arm.model.get_output_embeddings()
+            losses = per_label_losses(arm.hidden(part), head.weight, part.labels, logits, head.bias)
+            total, count = total + float(losses.double().sum()), count + losses.numel()
+        arm.model.train()
+        return total / max(count, 1)
+
+    seconds, tokens = 0.0, 0
+    rows = given["tokens_per_step"] // given["seq_len"]
+    print(json.dumps({"step": 0, "tokens": 0, "seconds": 0.0, "loss": held_out_loss()}), flush=True)
+    for step in range(given["steps"]):
+        batch = Batch(*data.train.batch(step, rows))
+        factor = lr_factor(step, given["steps"], start=0.0, warmup=0.05, warmdown=0.9, final=0.0)
+        arm.scale_rates(factor)
+        started = time.perf_counter()
+        arm.step(batch)
+        seconds += time.perf_counter() - started
+        tokens += batch.input_ids.numel()
+        if (step + 1) % given["eval_every"] == 0 or step + 1 == given["steps"]:
+            record = {"step": step + 1, "tokens": tokens, "seconds": seconds, "loss": held_out_loss()}
+            print(json.dumps(record), flush=True)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    rows_there = {"training_rows": data.train.num_rows, "validation_rows": data.val.num_rows}
+    print(json.dumps({"facts": arm.sizes() | rows_there | {"peak_rss": peak}}), flush=True)
+
+
+def run_one(name: str, multiplier: float, args: argparse.Namespace) -> dict[str, Any]:
+    given = {k: v for k, v in vars(args).items() if k not in ("arms", "rates", "out", "threads")}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, __file__, "--child", json.dumps([name, multiplier, given])]
+    curve: list[dict[str, float]] = []
+    facts: dict[str, Any] = {}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            try:
+                said = json.loads(line)
+            except ValueError:  # what a library prints
+                continue
+            if "facts" in said:
+                facts = said["facts"]
+            else:
+                curve.append(said)
+                print(f"{name}, x{multiplier:g}: {said}", file=sys.stderr)
+    if not facts:
+        raise SystemExit(f"{name} at x{multiplier:g} ended early; its messages are above.")
+    return {"arm": name, "multiplier": multiplier, "curve": curve, **facts}
+
+
+def reach(curve: list[dict[str, float]], target: float, what: str) -> float | None:
+    """When `what` (seconds or tokens) the loss first got to the target, by straight lines between evaluations."""
+    for before, after in pairwise(curve):
+        if after["loss"] <= target:
+            share = (before["loss"] - target) / (before["loss"] - after["loss"]) if before["loss"] > target else 0.0
+            return before[what] + share * (after[what] - before[what])
+    return None
+
+
+def summarise(runs: list[dict[str, Any]]) -> tuple[list[float], list[dict[str, Any]]]:
+    """The targets, and for every arm its best run: what it reached and when."""
+    best = {}
+    for run in runs:
+        last = run["curve"][-1]["loss"]
+        if last == last and (run["arm"] not in best or last < best[run["arm"]]["curve"][-1]["loss"]):
+            best[run["arm"]] = run
+    start = next(iter(best.values()))["curve"][0]["loss"]
+    lowest = min(run["curve"][-1]["loss"] for run in best.values())
+    targets = [start - share * (start - lowest) for share in SHARES]
+    rows = []
+    for name, run in best.items():
+        end = run["curve"][-1]
+        rows.append(
+            {
+                "arm": name,
+                "multiplier": run["multiplier"],
+                "final_loss": end["loss"],
+                "seconds": end["seconds"],
+                "tokens_per_s": round(end["tokens"] / end["seconds"]),
+                "seconds_to": [reach(run["curve"], t, "seconds") for t in targets],
+                "tokens_to": [reach(run["curve"], t, "tokens") for t in targets],
+                "peak_rss_mib": round(run["peak_rss"] / 2**20),
+                "artifact_bytes": 2 * run["published"],
+            }
+        )
+    return targets, rows
+
+
+def table(targets: list[float], rows: list[dict[str, Any]]) -> str:
+    columns = [f"s to {t:.3f}" for t in targets]
+    head = ["arm", "rate", "tokens/s", *columns, "final loss", "peak MiB", "artifact MB"]
+    lines = [f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1)]
+    for r in rows:
+        times = ["-" if s is None else f"{s:,.0f}" for s in r["seconds_to"]]
+        cells = [r["arm"], f"x{r['multiplier']:g}", f"{r['tokens_per_s']:,}", *times, f"{r['final_loss']:.4f}"]
+        cells += [f"{r['peak_rss_mib']:,}", f"{r['artifact_bytes'] / 1e6:.1f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def plot(path: Path, runs: list[dict[str, Any]], rows: list[dict[str, Any]]) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for row in rows:
+        chosen = (row["arm"], row["multiplier"])
+        curve = next(r["curve"] for r in runs if (r["arm"], r["multiplier"]) == chosen)
+        for axis, what in zip(axes, ("seconds", "tokens"), strict=True):
+            axis.plot([p[what] for p in curve], [p["loss"] for p in curve], label=row["arm"])
+            axis.set(xlabel=f"training {what}")
+    axes[0].set(ylabel="held-out loss (nats per trained token)")
+    axes[1].legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--child"]:
+        child(*json.loads(sys.argv[2]))
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", required=True)
+    parser.add_argument("--data", required=True, help="a data SPEC")
+    parser.add_argument("--arms", nargs="+", metavar="TEXT", help="only arms whose name contains one of these")
+    parser.add_argument("--rates", nargs="+", type=float, default=[1, 3, 10], help="multipliers of an arm's rates")
+    numbers = {"seq_len": 1024, "tokens_per_step": 8192, "rows_per_pass": 4, "steps": 200, "eval_every": 20}
+    numbers |= {"val_rows": 16, "stage_layers": 2, "seed": 0, "threads": os.cpu_count() or 1}
+    for name, value in numbers.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
+    parser.add_argument("--held-out", type=float, default=0.02)
+    parser.add_argument("--out", type=Path, default=Path("runs/bench/time_to_loss"))
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    wanted = [n for n in ARMS if not args.arms or any(text in n for text in args.arms)]
+    runs: list[dict[str, Any]] = []
+    options = {k: v for k, v in vars(args).items() if k != "out"}
+    for name in wanted:
+        for multiplier in args.rates:
+            runs.append(run_one(name, multiplier, args))
+            targets, rows = summarise(runs)
+            result = {"options": options, "targets": targets, "rows": rows, "runs": runs}
+            (args.out / "curves.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(table(targets, rows))
+    plot(args.out / "curves.png", runs, rows)
+
+
+if __name__ == "__main__":
+    main()
