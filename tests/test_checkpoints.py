@@ -183,7 +183,7 @@ def stopped(run: Path, plan=PLAN, **options) -> Engine:
     real = engine._step
 
     def step(number: int):
-        engine._stop_requested = number == 2
+        engine._stop.made = number == 2
         return real(number)
 
     engine._step = step

@@ -117,7 +117,7 @@ def test_memory_is_measured_in_bytes() -> None:
 def test_a_resumed_run_keeps_the_estimate_that_was_made_when_it_began(tmp_path: Path, monkeypatch) -> None:
     engine, _ = small_engine(tmp_path)
     real = engine._step
-    engine._step = lambda step: (setattr(engine, "_stop_requested", step == 2), real(step))[1]
+    engine._step = lambda step: (setattr(engine._stop, "made", step == 2), real(step))[1]
     with pytest.raises(KeyboardInterrupt):
         engine.run()
     first = engine.history.estimate

@@ -57,13 +57,13 @@ def test_trackers_are_told_what_metrics_jsonl_is_told(tmp_path: Path) -> None:
 def test_a_resumed_run_goes_on_under_its_name(tmp_path: Path) -> None:
     first, second = Recorder(), Recorder()
     engine, _ = small_engine(tmp_path, trackers=Trackers({"t": first}, print))
-    engine._stop_requested = True  # stop after one step
+    engine._stop.made = True  # stop after one step
     with pytest.raises(KeyboardInterrupt):
         engine.run()
     assert first.told[-1] == ("finish",)
     engine.history.name = "another"  # nothing of it is read from this process
     resumed, _ = small_engine(tmp_path, trackers=Trackers({"t": second}, print))
-    resumed._stop_requested = True
+    resumed._stop.made = True
     with pytest.raises(KeyboardInterrupt):
         resumed.run(resume=True)
     assert second.told[0] == ("start", first.told[0][1], 1)

@@ -55,6 +55,10 @@ def rows_of(count: int, seed: int = 0) -> PackedRows:
     return pack(documents, SEQ_LEN, seed=seed)
 
 
+def trained_labels(engine, rows):
+    return int((engine.train.batch(0, rows).labels != -100).sum())
+
+
 def engine_for(model, stage, folder: Path, rows: int = 8, **fields) -> Engine:
     plan = {"name": "s", "seq_len": SEQ_LEN, "tokens_per_step": SEQ_LEN * rows, "dtype": "float32", **fields}
     data, silent = rows_of(rows), Progress("test", quiet=True)
@@ -178,7 +182,7 @@ def test_micro_batches_give_the_gradients_of_one_batch(llama, tmp_path_factory, 
         _, model, stage = grown(llama)
         folder = tmp_path_factory.mktemp("run")
         engine = engine_for(model, stage, folder, rows, max_tokens_per_batch=size * SEQ_LEN, z_loss=z_loss)
-        loss = engine._accumulate(engine.train.batch(0, rows))
+        loss = engine._accumulate(engine.train.batch(0, rows), trained_labels(engine, rows))
         found.append((loss, gradients(stage)))
     (whole, expected), (split, summed) = found
     assert split == pytest.approx(whole, rel=1e-6)
@@ -272,7 +276,7 @@ def test_a_stage_in_fp32_learns_on_a_base_in_bf16(name: str, tmp_path: Path) -> 
         stage = cascade.stages["s"].requires_grad_(True)
         engine = engine_for(cascade.model("s"), stage, tmp_path / str(dtype))
         assert {p.dtype for p in stage.parameters()} == {torch.float32}
-        loss = engine._accumulate(engine.train.batch(0, 8))
+        loss = engine._accumulate(engine.train.batch(0, 8), trained_labels(engine, 8))
         found[dtype] = loss, torch.cat([g.flatten() for g in gradients(stage).values()])
         engine.optimizer.zero_grad()
         first = {n: p.detach().clone() for n, p in stage.named_parameters()}

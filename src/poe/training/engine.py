@@ -197,7 +197,7 @@ class Engine:
         """The time again, now that some steps and a validation were measured."""
         measures = 1 + math.ceil(self.num_steps / self.plan.eval_every)
         seconds = step_seconds * self.num_steps + self.history.eval_seconds * measures
-        self.history.estimate["seconds_after_3_steps"] = round(seconds, 1)
+        self.history.estimate["seconds_after_3_steps"] = float(f"{seconds:.3g}")
         self.progress.note(f"after 3 steps: about {readable('seconds', seconds)} for the whole run")
 
     @contextmanager

@@ -15,10 +15,10 @@ class StopRequest:
 
     def __init__(self, note: Callable[[str], None]) -> None:
         self._note = note
-        self._made = False
+        self.made = False
 
     def __bool__(self) -> bool:
-        return self._made
+        return self.made
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -35,7 +35,7 @@ class StopRequest:
                 signal.signal(number, handler)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
-        if self._made:
+        if self.made:
             raise KeyboardInterrupt
-        self._made = True
+        self.made = True
         self._note("stopping after this step; once more to stop at once")
