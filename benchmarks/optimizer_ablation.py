@@ -1,0 +1,74 @@
+"""Muon against AdamW for the matrices of a stage: equal tokens, the rate swept for both, several seeds.
+
+    python benchmarks/optimizer_ablation.py --base FOLDER --data glaive=...,xlam=... [--steps 60 --seeds 0 1 2]
+
+Everything but the matrices' rule is the same: rows, head (AdamW), schedule, tokens. Every candidate is trained from the
+same cached hidden states. The rates are swept with the first seed; the best of each rule is then trained with the
+others. A seed decides the new weights and the order of the rows.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from poe import Cascade
+from poe.stages import Recipe
+from poe.training.sweep import sweep
+
+RATES = {"muon": [0.002, 0.005, 0.01, 0.02], "adamw": [0.0005, 0.001, 0.002, 0.004]}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "muon": {},
+    "muon, constant momentum": {"momentum_start": 0.95},
+    "adamw": {"matrix_optimizer": "adamw"},
+}
+
+
+def trained(args: argparse.Namespace, name: str, rates: list[float], seed: int) -> dict[float, float]:
+    """Val bits per byte by rate."""
+    plan = Recipe(
+        name="ablation",
+        data=args.data,
+        num_layers=2,
+        seq_len=512,
+        tokens_per_step=args.tokens_per_step,
+        max_steps=args.steps,
+        eval_every=args.steps,
+        head_lr=0.002,
+        weight_decay=0.0,
+        eval_rows=1,
+        seed=seed,
+    ).replace(**OPTIONS[name])
+    with tempfile.TemporaryDirectory(prefix="poe-ablation-") as folder:
+        cascade = Cascade.from_pretrained(args.base)
+        result = sweep(cascade, plan, {"matrix_lr": rates}, output_dir=Path(folder) / "sweep")
+    return {candidate.tried["matrix_lr"]: candidate.val_bpb for candidate in result.candidates}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--tokens-per-step", type=int, default=4096)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--json", type=Path, default=Path("runs/bench/optimizer_ablation.json"))
+    args = parser.parse_args()
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    found: dict[str, Any] = {"steps": args.steps, "tokens_per_step": args.tokens_per_step, "rules": {}}
+    print("| matrices | rate: val bpb, first seed | best rate | val bpb, all seeds | spread |\n|---|---|---:|---:|---:|")
+    for name in OPTIONS:
+        swept = trained(args, name, RATES["adamw" if name == "adamw" else "muon"], args.seeds[0])
+        best = min(swept, key=lambda rate: swept[rate])
+        values = [swept[best], *(trained(args, name, [best], seed)[best] for seed in args.seeds[1:])]
+        found["rules"][name] = {"swept": swept, "best_rate": best, "val_bpb": values}
+        args.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        rates = ", ".join(f"{rate}: {bpb:.4f}" for rate, bpb in sorted(swept.items()))
+        spread = (max(values) - min(values)) / 2
+        print(f"| {name} | {rates} | {best} | {statistics.mean(values):.4f} | ±{spread:.4f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
