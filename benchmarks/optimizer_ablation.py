@@ -58,7 +58,9 @@ def main() -> None:
     args = parser.parse_args()
     args.json.parent.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {"steps": args.steps, "tokens_per_step": args.tokens_per_step, "rules": {}}
-    print("| matrices | rate: val bpb, first seed | best rate | val bpb, all seeds | spread |\n|---|---|---:|---:|---:|")
+    print(
+        "| matrices | rate: val bpb, first seed | best rate | val bpb, all seeds | spread |\n|---|---|---:|---:|---:|"
+    )
     for name in OPTIONS:
         swept = trained(args, name, RATES["adamw" if name == "adamw" else "muon"], args.seeds[0])
         best = min(swept, key=lambda rate: swept[rate])

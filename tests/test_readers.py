@@ -280,12 +280,8 @@ def test_glaive_in_sharegpt_form() -> None:
 def test_glaive_cut_into_turns() -> None:
     whole = glaive_row("U:Two loaves", call("""'{"flour": "rye"}'"""), "F:{}", "A:Done.")
     bake = {"role": "assistant", "content": call("""'{"flour": "rye"}'""")[2:]}
-    messages = [
-        {"role": "system", "content": whole["system"]},
-        {"role": "user", "content": "Two loaves"},
-        bake,
-        {"role": "tool", "content": "{}"},
-    ]
+    said = [("system", whole["system"]), ("user", "Two loaves"), ("assistant", bake["content"]), ("tool", "{}")]
+    messages = [{"role": role, "content": text} for role, text in said]
     row = {"system": whole["system"], "input_messages": messages, "ground_truth": "Done.<|endoftext|>"}
     assert kept(glaive, row)[0].messages == kept(glaive, whole)[0].messages
     first = {**row, "input_messages": messages[:2], "ground_truth": bake["content"]}
@@ -293,10 +289,11 @@ def test_glaive_cut_into_turns() -> None:
     assert reason(glaive, {**row, "ground_truth": None}) == "turn is not text"
     assert reason(glaive, {**row, "input_messages": "Two loaves"}) == "row is of no known format"
     assert reason(glaive, {**row, "input_messages": [3]}) == "turn is not text"
-    robot = [{"role": "robot", "content": "a"}]
-    assert reason(glaive, {**row, "input_messages": robot}) == "turn of an unknown speaker ('robot')"
-    stray = [messages[0], {"role": "user", "content": "a<|endoftext|>b"}]
-    assert reason(glaive, {**row, "input_messages": stray}) == "end mark inside a turn"
+    for message, why in (
+        ({"role": "robot", "content": "a"}, "turn of an unknown speaker ('robot')"),
+        ({"role": "user", "content": "a<|endoftext|>b"}, "end mark inside a turn"),
+    ):
+        assert reason(glaive, {**row, "input_messages": [message]}) == why
 
 
 plain = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
