@@ -14,7 +14,7 @@ import torch
 from poe import Cascade, train_stage
 from poe.commands.train import main
 from poe.data.packing import Batch
-from poe.training import engine, optim
+from poe.training import engine
 from poe.training.distributed import World, joined_world
 from poe.training.progress import Progress
 from poe.training.sharding import resident_bytes
@@ -32,10 +32,6 @@ FIELDS: dict[str, Any] = {
 DATA = "demo=120"
 STEPS = 6
 PROMPT = [list(range(40, 60))]
-
-
-def fp32_iteration() -> None:
-    optim.default_iteration_dtype = lambda device="cpu": torch.float32  # type: ignore[assignment]
 
 
 def rows_seen() -> list[list[int]]:
@@ -93,7 +89,6 @@ def check(folder: Path, base: Path) -> None:
 
 
 if __name__ == "__main__":
-    fp32_iteration()
     if sys.argv[1] == "train":
         del sys.argv[1]
         main()
