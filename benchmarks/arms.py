@@ -5,10 +5,9 @@ LoRA on all linear layers, the last layers with the base's own head, everything;
 own loss, or the chunked loss of this package where `chunked` says so, so that only the method differs.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
-from hashlib import sha256
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,7 +16,10 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from poe import Cascade, StageConfig
 from poe.data.packing import Batch
+from poe.modeling.boundary import Boundary
 from poe.modeling.families import family_of, logits_of
+from poe.training.hidden import FromBoundary
+from poe.training.hidden_cache import row_digests
 from poe.training.loss import cross_entropy_sum
 from poe.training.optim import build_optimizer
 
@@ -153,7 +155,8 @@ def stage(make_base: MakeBase, length: int, s: Settings, head: str = "dense", ca
         rates = {"matrix_lr": s.matrix_lr, "head_lr": s.head_lr}
         optimizer = build_optimizer(own.named_parameters(), model.config.hidden_size, **rates)
     backbone = family_of(model).backbone_of(model)
-    forward = Boundary(model, cascade, s) if cached else hidden_states(backbone, s)
+    boundary = Boundary(cascade.base, own)
+    forward = FromBoundary(boundary, RowMemory(boundary)) if cached else hidden_states(backbone, s)
     numbers = own.num_parameters()
     flops = cost.stage(own, s.stage_layers, head, cached)
     # bf16 weights have fp32 masters in the optimiser: no autocast
@@ -161,56 +164,19 @@ def stage(make_base: MakeBase, length: int, s: Settings, head: str = "dense", ca
     return Arm(model, trained, numbers, flops, optimizer, step, forward)
 
 
-class Boundary:
-    """The forward pass of a stage whose hidden states are known: computed when a row is first seen, then replayed.
+class RowMemory:
+    """What the layers below a stage say of rows, computed when a row is first seen and kept in bf16, in memory."""
 
-    Replaying, the base's layers hand on what they get, and the stage's first layer is given the states of the memory:
-    2 D bytes per token, kept in bf16.
-    """
-
-    def __init__(self, model: PreTrainedModel, cascade: Cascade, s: Settings) -> None:
-        self.forward = hidden_states(family_of(model).backbone_of(model), replace(s, compile=None))
-        self.layers = list(family_of(cascade.base).layers_of(cascade.base))
-        self.known: dict[bytes, Tensor] = {}  # a row's tokens and positions -> (T, D)
-        self.current: Tensor | None = None
-        self.seen: Tensor | None = None
-        cascade.stages["s"].layers[0].register_forward_pre_hook(self._enter, prepend=True)
-
-    def _enter(self, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if self.current is None:
-            self.seen = args[0].detach().to(torch.bfloat16)
-            return None
-        return (self.current.to(args[0].dtype), *args[1:])
-
-    @contextmanager
-    def _skipping(self) -> Iterator[None]:
-        for layer in self.layers:
-            layer.forward = _hand_on
-        try:
-            yield
-        finally:
-            for layer in self.layers:
-                del layer.forward
+    def __init__(self, boundary: Boundary) -> None:
+        self.boundary = boundary
+        self.known: dict[bytes, Tensor] = {}  # a row's tokens and positions -> (K, T, D)
 
     def __call__(self, batch: Batch) -> Tensor:
-        tokens = torch.cat((batch.input_ids, batch.position_ids), 1).cpu()
-        rows = [sha256(row.numpy().tobytes()).digest() for row in tokens]
+        rows = row_digests(batch)
         if not all(row in self.known for row in rows):
-            self.current = None
-            with torch.no_grad():
-                self.forward(batch)
-            assert self.seen is not None
-            self.known |= zip(rows, self.seen.unbind(), strict=True)
-        self.current = torch.stack([self.known[row] for row in rows])
-        try:
-            with self._skipping():
-                return self.forward(batch)
-        finally:
-            self.current = None
-
-
-def _hand_on(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return hidden
+            states = self.boundary.below(batch.input_ids, batch.position_ids).to(torch.bfloat16)
+            self.known |= zip(rows, states.unbind(), strict=True)
+        return torch.stack([self.known[row] for row in rows])
 
 
 def hidden_states(backbone: nn.Module, s: Settings) -> Callable[[Batch], Tensor]:
