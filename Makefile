@@ -13,10 +13,10 @@ demo: $(READY)
 	$(BIN)/python examples/load_without_poe.py runs/demo
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-quick: $(READY)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
 
 # torchao prints warnings of its own wherever transformers is imported, so it is not among what every test needs.
 test-quantised: $(READY)

@@ -308,10 +308,10 @@ def test_fp16_is_refused() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiled_training_is_eager_training(tmp_path: Path, backend: str, monkeypatch) -> None:
+def test_compiled_training_is_eager_training(tmp_path: Path, monkeypatch) -> None:
     """The same losses, names, and a model that measures and generates afterwards; packed documents stay apart."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    # the graph is captured as for inductor, which would compile it for minutes
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     found = {}
     for fast in (False, True):
         _, model, stage = grown(tiny_model("qwen3", {"head_dim": 8, "num_hidden_layers": 1}), num_layers=1)
