@@ -83,7 +83,7 @@ def test_momentum_goes_from_its_start_to_its_end_and_stays(num_steps, warmup, st
     assert sorted(values, reverse=start > momentum) == pytest.approx(values, abs=1e-12)
     assert values[0] == (start if warmup else momentum)
     after = [v for s, v in enumerate(values) if s / num_steps >= warmup]
-    assert after == pytest.approx([momentum] * len(after))
+    assert after == pytest.approx([momentum] * len(after), abs=1e-12)
 
 
 def test_momentum_defaults_and_refusals():

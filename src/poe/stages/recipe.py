@@ -23,7 +23,7 @@ class Plan:
 
     The schedule multiplies every rate by a factor that starts at `start`, reaches 1 after the share `warmup` of the
     steps and falls to `final` over the last share `warmdown`. AdamW rates are scaled by `(width / 768) ** -0.5`; so is
-    `matrix_lr` when `matrix_optimizer` is adamw. Muon's momentum rises over the same share `warmup`.
+    `matrix_lr` when `matrix_optimizer` is adamw.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Plan:
     head_lr: float = 1e-4  # AdamW, for the head delta
     weight_decay: float = 0.1
     momentum: float = 0.95  # of Muon
-    momentum_start: float = 0.85  # of Muon in the first step
+    momentum_start: float | None = None  # of Muon in the first step, rising over `warmup`; None: it does not rise
     matrix_optimizer: Literal["muon", "adamw"] = "muon"  # for the matrices of the layers
     start: float = 0.2
     warmup: float = 0.05

@@ -167,8 +167,9 @@ class Engine:
             step, self.num_steps, start=plan.start, warmup=plan.warmup, warmdown=plan.warmdown, final=plan.final
         )
         apply_lr(self.optimizer, factor)
-        momentum = {"start": plan.momentum_start, "momentum": plan.momentum}
-        apply_momentum(self.optimizer, muon_momentum(step, self.num_steps, warmup=plan.warmup, **momentum))
+        if plan.momentum_start is not None:
+            momentum = {"start": plan.momentum_start, "momentum": plan.momentum}
+            apply_momentum(self.optimizer, muon_momentum(step, self.num_steps, warmup=plan.warmup, **momentum))
         return factor
 
     def _announce(self) -> None:
