@@ -10,7 +10,7 @@ from poe.data.conversation import Conversation
 from poe.data.demo.conversations import make_conversation
 from poe.data.forms.prompt import PromptForm
 from poe.data.render import Renderer
-from poe.data.templates import extend_with_tools, knows_tools, template_call_form
+from poe.data.templates import extend_with_tools, knows_tools, reply_form, template_call_form
 from poe.evaluation.calls import question, score
 from test_prompt_forms import ROW
 from test_render import TOKENIZERS, assistant, trained, user
@@ -120,6 +120,7 @@ def test_it_survives_saving(tmp_path) -> None:
 )
 def test_the_call_form_of_a_template_is_found(name, form) -> None:
     assert template_call_form(TOKENIZERS[name]) == form
+    assert reply_form(TOKENIZERS[name]) == (form or "hermes")
     assert template_call_form(EXTENDED["strict"]) == "hermes"
 
 

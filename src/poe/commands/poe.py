@@ -62,7 +62,7 @@ def call(
     Exit code 1, and the problems, when a call does not fit the tools or cannot be read.
     """
     from poe.data.render import Renderer
-    from poe.data.templates import template_call_form
+    from poe.data.templates import reply_form
     from poe.evaluation.calls import answer
     from poe.tools.calls import parse_reply, problems
 
@@ -74,7 +74,7 @@ def call(
     prompt = renderer.prompt_ids(messages, declared)
     stage = None if off else cascade.active
     text = answer(cascade, stage, [prompt], renderer.stop_token_ids, max_new_tokens=max_new_tokens)[0]
-    reply = parse_reply(text, template_call_form(cascade.tokenizer) or "hermes")
+    reply = parse_reply(text, reply_form(cascade.tokenizer))
     wrong = problems(reply.calls, declared) + [f"not a call that can be read: {m}" for m in reply.malformed]
     calls = [c.as_openai(i) for i, c in enumerate(reply.calls)]
     print(json.dumps({"content": reply.content or None, "tool_calls": calls}, ensure_ascii=False, indent=2))

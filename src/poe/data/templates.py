@@ -16,7 +16,7 @@ from poe.data.conversation import Message
 from poe.data.forms.calls import CALL_FORMS, call_form
 from poe.data.forms.prompt import PromptForm
 
-__all__ = ["extend_with_tools", "knows_tools", "template_call_form"]
+__all__ = ["extend_with_tools", "knows_tools", "reply_form", "template_call_form"]
 
 _TOOL = {
     "type": "function",
@@ -86,6 +86,11 @@ def template_call_form(tokenizer: PreTrainedTokenizerBase) -> str | None:
         if [(call.name, call.arguments) for call in reply.calls] == [("probe_weather", _ARGUMENTS)]:
             return name
     return None
+
+
+def reply_form(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The call form in which to read a model's replies: its template's, else hermes."""
+    return template_call_form(tokenizer) or PromptForm().calls
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: Any) -> str:

@@ -9,7 +9,7 @@ import torch
 from poe.cascade import Cascade
 from poe.data.conversation import Conversation
 from poe.data.render import Renderer
-from poe.data.templates import template_call_form
+from poe.data.templates import reply_form
 from poe.modeling.placement import device_of
 from poe.tools.calls import parse_reply, problems
 
@@ -111,7 +111,7 @@ def evaluate_calls(
 ) -> dict[str, CallScores]:
     """Answer and score every split with `stage` (None: the base alone). `options` go to `answer`."""
     renderer = Renderer(cascade.tokenizer)
-    form = template_call_form(cascade.tokenizer) or "hermes"
+    form = reply_form(cascade.tokenizer)
     scores = {}
     for name, conversations in splits.items():
         prompts = [renderer.prompt_ids(question(c)[0], c.tools, c.form) for c in conversations]
