@@ -19,7 +19,7 @@ SOURCE = Path(poe.__file__).parent
 ROOT = SOURCE.parents[1]
 FLOORS = (
     {"modeling", "errors"},
-    {"loaders", "stages", "data"},
+    {"loaders", "stages", "data", "decoding"},
     {"cascade"},
     {"tools"},
     {"training", "evaluation"},

@@ -7,6 +7,7 @@ from poe.modeling.failures import DeltaError, FamilyError, FingerprintError, Lin
 
 __all__ = [
     "DataError",
+    "DecodingError",
     "DeltaError",
     "FamilyError",
     "FingerprintError",
@@ -40,6 +41,10 @@ class OutputError(PoEError, OSError):
 
 class TrainingError(PoEError, RuntimeError):
     """Training cannot go on: not-a-number losses, a checkpoint of another recipe, nothing to resume."""
+
+
+class DecodingError(PoEError, ValueError):
+    """A way of decoding cannot be used here: no such exit, or an option that it does not know, or it would not pay."""
 
 
 class MissingExtraError(PoEError, ImportError):

@@ -15,6 +15,7 @@ from .families import family_of
 from .growth import keep_in_step, shell
 from .placement import device_of
 from .stage import Stage
+from .standins import Given, Passed, Tapped, tapped_layers
 
 
 class Boundary:
@@ -37,19 +38,16 @@ class Boundary:
         self._lower, self._upper = family.backbone_of(lower), family.backbone_of(upper)
         self._stage_layer = stage.layers[0]
         beneath, above = family.layers_of(lower), family.layers_of(upper)
-        last = len(beneath) - 1
-        # A PoE base may subtract one layer's output before its final norm, which is above every stage.
-        subtracted = getattr(base.config, "backout_layer", None)
-        taps = sorted({last} | ({subtracted} if subtracted is not None and subtracted < last else set()))
-        self._taken = {index: _Tapped(beneath[index]) for index in taps}
-        self._given = {index: _Given(beneath[index]) for index in taps}
+        taps = tapped_layers(base.config, len(beneath))
+        self._taken = {index: Tapped(beneath[index]) for index in taps}
+        self._given = {index: Given(beneath[index]) for index in taps}
         for index in range(len(beneath)):
-            above[index] = self._given.get(index) or _Passed(beneath[index])
+            above[index] = self._given.get(index) or Passed(beneath[index])
             beneath[index] = self._taken.get(index) or beneath[index]
         if family.recurrent:
             for name, child in list(self._upper.named_children()):
                 if type(child) is type(family.backbone_of(base).get_submodule(family.layers.partition(".")[0])):
-                    setattr(self._upper, name, _Passed(child))
+                    setattr(self._upper, name, Passed(child))
         self.states = len(taps)
         self.width = int(base.config.hidden_size)
         self.layers = taps
@@ -78,48 +76,6 @@ class Boundary:
             for given in self._given.values():
                 given.state = None
         return output
-
-
-class _Passed(nn.Module):
-    """Stands where a layer stood, looks like it, and does nothing."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self._layer = (layer,)  # in a tuple: not a child
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["_layer"][0], name)
-
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return hidden_states
-
-
-class _Given(_Passed):
-    """Stands where a layer stood and hands out its output, in the dtype and on the device of what comes in."""
-
-    state: torch.Tensor | None = None
-
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        assert self.state is not None
-        return self.state.to(hidden_states)
-
-
-class _Tapped(_Passed):
-    """A layer whose newest output is kept until it is taken: in a recurrent base that of the last cycle."""
-
-    state: torch.Tensor | None = None
-
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        self.state = self._layer[0](hidden_states, *args, **kwargs)
-        return self.state
-
-    def take(self) -> torch.Tensor:
-        state, self.state = self.state, None
-        assert state is not None
-        return state
 
 
 def _set_mode(backbone: nn.Module, training: bool) -> None:
