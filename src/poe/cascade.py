@@ -3,15 +3,19 @@
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.utils import ModelOutput
 
-from poe.errors import DeltaError, FamilyError, FingerprintError, suggest
+from poe.decoding.branches import Tip, branch_out
+from poe.decoding.products import Product, compose
+from poe.decoding.routing import Routed, Routing, generate_routed
+from poe.errors import DecodingError, DeltaError, FamilyError, FingerprintError, suggest
 from poe.loaders.places import embedded_folders, place
 from poe.loaders.tokenizer import load_tokenizer
 from poe.modeling.access import Access, read_config
@@ -272,14 +276,38 @@ class Cascade:
     def generate(self, *args: Any, stage: Any = _ACTIVE, exit: int | None = None, **kwargs: Any) -> Any:
         """Call `generate` of the model that ends in `stage` (default: the active one, None: the base).
 
-        `exit` leaves the base after that many layers: see `model`.
+        `exit` leaves the base after that many layers: see `model`. A list of stages has one for every row of the
+        batch, in one pass through the trunk; "auto" asks `route`. With `return_dict_in_generate` the output then has
+        the rows' `stages`, and after "auto" the decision as `routing`.
         """
+        if isinstance(stage, (list, tuple)) or (stage == "auto" and stage not in self.stages):
+            return self._generate_routed(stage, exit, *args, **kwargs)
         model: Any = self.model(self.active if stage is _ACTIVE else stage, exit)
         return model.generate(*args, **kwargs)
 
     def __call__(self, *args: Any, stage: Any = _ACTIVE, exit: int | None = None, **kwargs: Any) -> Any:
         """Call the model that ends in `stage` (default: the active one, None: the base), or the base left at `exit`."""
         return self.model(self.active if stage is _ACTIVE else stage, exit)(*args, **kwargs)
+
+    def compose(self, stages: Mapping[str | None, float] | Iterable[str | None], mode: str = "log_op") -> Product:
+        """Return a model, with `generate`, `logits` and `fit`, in which several stages decide together.
+
+        `stages` maps names (None: the base) to weights; where it only lists names the weights are equal, for `fit` to
+        learn. "log_op" is the product of experts, `sum w_i log p_i` renormalised, with weights that sum to one;
+        "delta" adds up what each stage changes, `base + sum w_i (stage_i - base)` on logits, with any weights. The
+        trunk runs once for all. Raises `DecodingError` for weights or a mode that do not fit.
+        """
+        return compose(self.base, stages, self._tip, mode)
+
+    def route(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> Routing:
+        """Return the likeliest stage of each prompt (B, T), among all stages and the base, and every score.
+
+        A score is the mean log-probability of the prompt's tokens; all are read in one pass through the trunk. The
+        base wins a tie.
+        """
+        model = branch_out(self.base, [self._tip(name) for name in (None, *self.stages)], Routed)
+        decision: Routing = model.route(input_ids, attention_mask)
+        return decision
 
     def save_stage(
         self,
@@ -327,6 +355,21 @@ class Cascade:
         from poe.loaders.summary import table
 
         return table(self)
+
+    def _tip(self, name: str | None) -> Tip:
+        return Tip(name, None if name is None else self._stage(name), self.model(name))
+
+    def _generate_routed(self, stage: Any, exit: int | None, inputs: Any = None, **kwargs: Any) -> Any:
+        if exit is not None:
+            raise DecodingError("exit leaves the base for all rows: expected one stage, or none, with it.")
+        routing = None
+        if stage == "auto":
+            routing = self.route(kwargs.get("input_ids", inputs), kwargs.get("attention_mask"))
+            stage = routing.stages
+        output = generate_routed(self.base, stage, self._tip, inputs, **kwargs)
+        if routing is not None and isinstance(output, ModelOutput):
+            output.routing = routing
+        return output
 
     def _stage(self, name: str) -> Stage:
         if name not in self.stages:

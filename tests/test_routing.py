@@ -1,0 +1,222 @@
+"""Routing: every row of a mixed batch says what it would say alone with its stage; and stages found by likelihood."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from branching import STAGES, siblings
+from conftest import scramble, tiny_model, token_ids
+from decoding_models import MODELS, decoding_cascade, positions, prompts
+from poe import Cascade
+from poe.decoding.branches import Tip, branch_out
+from poe.decoding.routing import Routed
+from poe.errors import DecodingError, DeltaError
+
+ROWS: list[str | None] = ["tool", "math", None, "low", "child", "tool", "grandchild", None]
+GREEDY: dict[str, Any] = {"max_new_tokens": 9, "do_sample": False}
+
+
+def row_of(inputs: dict[str, torch.Tensor], row: int) -> dict[str, torch.Tensor]:
+    """One row of a batch without its padding."""
+    real = inputs["attention_mask"][row].bool()
+    return {name: tensor[row : row + 1, real] for name, tensor in inputs.items()}
+
+
+def routed(cascade: Cascade, stages: list[str | None]) -> tuple[Any, torch.Tensor]:
+    """A model for these rows, and which tip each of them has."""
+    names = list(dict.fromkeys(stages))
+    tips = [Tip(name, name and cascade.stages[name], cascade.model(name)) for name in names]
+    return branch_out(cascade.base, tips, Routed), torch.tensor([names.index(name) for name in stages])
+
+
+@pytest.mark.parametrize("eos", [None, list(range(40, 50))], ids=["endless", "eos"])
+@pytest.mark.parametrize("name", MODELS)
+def test_every_row_says_what_it_would_say_alone(name: str, eos: Any) -> None:
+    """Greedy, past the windows, with left padding; with a stop token rows end one after the other."""
+    cascade, inputs = siblings(name), prompts(len(ROWS), 8)
+    output = cascade.generate(**inputs, **GREEDY, eos_token_id=eos, stage=ROWS)
+    ends = set()
+    for row, stage in enumerate(ROWS):
+        expected = cascade.generate(**row_of(inputs, row), **GREEDY, eos_token_id=eos, stage=stage)[0]
+        said, new = output[row, 8:], expected[inputs["attention_mask"][row].sum() :]
+        assert torch.equal(said[: len(new)], new), (row, stage)
+        assert (said[len(new) :] == 0).all()
+        ends.add(len(new))
+    assert eos is None or len(ends) > 1
+
+
+@pytest.mark.parametrize("stages", [["math"], ["low", None, "low", "math"], ["grandchild", "child", "low", "tool"]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_the_logits_of_a_mixed_batch_are_those_of_whole_models(name: str, dtype: torch.dtype, stages: list) -> None:
+    """A prompt, then tokens one by one into the cache."""
+    cascade, inputs = siblings(name, dtype), prompts(len(stages), 12)
+    model, branch = routed(cascade, stages)
+    where, mask = positions(inputs["attention_mask"]), inputs["attention_mask"]
+    caches: dict[Any, Any] = {}
+    tolerance = 2e-5 if dtype == torch.float32 else 0.08
+    for start, end in [(0, 6), *((t, t + 1) for t in range(6, 12))]:
+        call = {"attention_mask": mask[:, :end], "position_ids": where[:, start:end], "use_cache": True}
+        ids, real = inputs["input_ids"][:, start:end], mask[:, start:end].bool()
+        output = model(ids, branch=branch, past_key_values=caches.get("routed"), **call)
+        caches["routed"] = output.past_key_values
+        for stage in set(stages):
+            whole = cascade.model(stage)(ids, past_key_values=caches.get(stage), **call)
+            caches[stage] = whole.past_key_values
+            own = torch.tensor([name == stage for name in stages])
+            torch.testing.assert_close(
+                output.logits[own][real[own]], whole.logits[own][real[own]], atol=tolerance, rtol=tolerance
+            )
+
+
+def test_the_trunk_runs_once_and_a_stage_on_its_rows_only() -> None:
+    cascade, inputs = siblings("llama"), prompts(8)
+    seen: dict[str, list[int]] = {}
+
+    def watch(name: str, layer: torch.nn.Module) -> None:
+        layer.register_forward_hook(lambda _, args, __: seen.setdefault(name, []).append(len(args[0])))
+
+    for index, layer in enumerate(cascade.base.model.layers):
+        watch(f"base {index}", layer)
+    for name in STAGES:
+        watch(name, cascade.stages[name].layers[0])
+    cascade.generate(**inputs, stage=ROWS, max_new_tokens=2, eos_token_id=None)
+    rows = {"tool": 4, "math": 1, "low": 1, "child": 2, "grandchild": 1}  # two of tool's are those that stand on it
+    assert seen == {**{f"base {i}": [8, 8] for i in range(4)}, **{name: [n, n] for name, n in rows.items()}}
+
+
+@pytest.mark.parametrize("name", ["poe with everything", "llama", "qwen3 sliding"])
+def test_beams_and_several_answers_stay_with_their_row(name: str) -> None:
+    cascade, inputs = siblings(name), prompts(4)
+    stages = ["tool", None, "low", "tool"]
+    options = {**GREEDY, "num_beams": 3, "num_return_sequences": 2, "eos_token_id": [7, 8, 9]}
+    output = cascade.generate(**inputs, **options, stage=stages)
+    for row, stage in enumerate(stages):
+        expected = cascade.generate(**row_of(inputs, row), **options, stage=stage)
+        length, padding = expected.shape[1], int((inputs["attention_mask"][row] == 0).sum())
+        assert torch.equal(output[2 * row : 2 * row + 2, padding : padding + length], expected)
+
+
+def test_sampling_follows_each_rows_own_distribution() -> None:
+    """Chi-square over a small vocabulary: the same two prompts, many times, each with its stage."""
+    cascade = siblings("llama")
+    stages: list[str | None] = ["tool", "low"]
+    ids, times = token_ids(2, 5), 4000
+    torch.manual_seed(0)
+    output = cascade.generate(
+        ids, stage=stages, max_new_tokens=1, do_sample=True, num_return_sequences=times, top_k=0, eos_token_id=None
+    )
+    for row, stage in enumerate(stages):
+        with torch.no_grad():
+            expected = cascade.model(stage)(ids[row : row + 1]).logits[0, -1].softmax(-1) * times
+        counts = torch.bincount(output[row * times : (row + 1) * times, -1], minlength=len(expected)).float()
+        frequent = expected >= 5
+        observed = torch.cat([counts[frequent], counts[~frequent].sum()[None]])
+        wanted = torch.cat([expected[frequent], expected[~frequent].sum()[None]])
+        statistic = ((observed - wanted) ** 2 / wanted).sum()
+        degrees = len(wanted) - 1
+        assert statistic < degrees + 4 * (2 * degrees) ** 0.5, (stage, float(statistic), degrees)
+
+
+def test_rows_stop_at_the_stop_tokens_of_their_own_stage() -> None:
+    cascade, inputs = siblings("qwen3"), prompts(4)
+    plain = cascade.generate(**inputs, **GREEDY, eos_token_id=None, stage=["tool", "tool", "math", None])[:, 7:]
+    # Each stage ends at what it says third; the other's stop token means nothing to it.
+    for name, row in (("tool", 0), ("math", 2)):
+        cascade.stages[name].generation_config = GenerationConfig(eos_token_id=int(plain[row, 2]), pad_token_id=0)
+    cascade._models.clear()
+    stages = ["tool", "tool", "math", None]
+
+    def check(**options: Any) -> None:
+        output = cascade.generate(**inputs, **options, stage=stages)
+        for row, stage in enumerate(stages):
+            expected = cascade.generate(**row_of(inputs, row), **options, stage=stage)[0]
+            expected = expected[inputs["attention_mask"][row].sum() :]
+            assert torch.equal(output[row, 7 : 7 + len(expected)], expected)
+            assert (output[row, 7 + len(expected) :] == 0).all()
+
+    check(**GREEDY)
+    check(**GREEDY, eos_token_id=[int(token) for token in plain[:, 4]])  # these are for all rows
+    cascade.stages["math"].generation_config = GenerationConfig(do_sample=True, temperature=0.3)
+    cascade._models.clear()
+    with pytest.raises(DecodingError, match="different ways to generate"):
+        cascade.generate(**inputs, stage=stages)
+    check(generation_config=GenerationConfig(**GREEDY, pad_token_id=0))
+
+
+@pytest.mark.parametrize("name", ["poe", "llama", "qwen3 sliding"])
+def test_a_prompt_goes_to_the_stage_that_expects_it(name: str) -> None:
+    """The scores are those of whole models, padding or not; a stage's own text is likeliest under it."""
+    cascade = siblings(name)
+    torch.manual_seed(0)
+    candidates: list[str | None] = [None, *STAGES]
+    texts = [
+        cascade.generate(token_ids(1, 1), stage=stage, do_sample=True, max_new_tokens=20 + 5 * i, eos_token_id=None)[0]
+        for i, stage in enumerate(candidates)
+    ]
+    width = max(map(len, texts))
+    ids = torch.stack([torch.nn.functional.pad(text, (width - len(text), 0)) for text in texts])
+    mask = torch.stack([torch.arange(width) >= width - len(text) for text in texts]).long()
+    decision = cascade.route(ids, mask)
+    for distinct in (None, "math", "low", "grandchild"):  # the others are much alike
+        assert decision.stages[candidates.index(distinct)] == distinct
+    for row, text in enumerate(texts):
+        assert decision.stages[row] == max(decision.scores[row], key=lambda s: decision.scores[row][s])
+        for stage in candidates:
+            with torch.no_grad():
+                loss = cascade.model(stage)(text[None], labels=text[None]).loss
+            assert decision.scores[row][stage] == pytest.approx(-float(loss), abs=1e-4)
+    output = cascade.generate(
+        input_ids=ids, attention_mask=mask, stage="auto", return_dict_in_generate=True, eos_token_id=None, **GREEDY
+    )
+    assert output.stages == decision.stages
+    assert output.routing == decision
+    expected = cascade.generate(input_ids=ids, attention_mask=mask, stage=decision.stages, eos_token_id=None, **GREEDY)
+    assert torch.equal(output.sequences, expected)
+
+
+def test_the_base_wins_a_tie() -> None:
+    """A new stage computes what lies below it."""
+    cascade = decoding_cascade("qwen3").add_stage(name="silent", num_layers=1)
+    assert cascade.route(token_ids(3)).stages == [None] * 3
+    assert cascade.route(token_ids(2, 1)).scores == [{None: 0.0, "silent": 0.0}] * 2  # nothing to judge by
+    scramble(cascade.stages["silent"])
+    assert cascade.route(token_ids(3)).scores[0][None] != cascade.route(token_ids(3)).scores[0]["silent"]
+
+
+def test_a_stage_may_be_called_auto() -> None:
+    cascade = decoding_cascade("llama").add_stage(name="auto", num_layers=1)
+    scramble(cascade.stages["auto"])
+    ids = token_ids(2)
+    assert torch.equal(cascade.generate(ids, stage="auto", **GREEDY), cascade.model("auto").generate(ids, **GREEDY))
+
+
+def test_a_recurrent_base_is_routed_too() -> None:
+    cascade = Cascade(tiny_model("hrm_text", {"head_dim": 8, "num_key_value_heads": 4, "L_cycles": 2}))
+    for seed, name in enumerate("ab"):
+        cascade.add_stage(name=name, num_layers=1)
+        scramble(cascade.stages[name], seed)
+    inputs = prompts(3)
+    output = cascade.generate(**inputs, **GREEDY, eos_token_id=None, stage=["b", None, "a"])
+    for row, stage in enumerate(["b", None, "a"]):
+        expected = cascade.generate(**row_of(inputs, row), **GREEDY, eos_token_id=None, stage=stage)
+        assert torch.equal(output[row, 7:], expected[0, -9:])
+
+
+def test_what_cannot_be_routed_is_refused() -> None:
+    cascade = siblings("llama")
+    ids = token_ids(2)
+    with pytest.raises(DecodingError, match="got 3 for 2 rows"):
+        cascade.generate(ids, stage=["tool", None, "math"])
+    with pytest.raises(DecodingError, match="token ids"):
+        cascade.generate(inputs_embeds=torch.zeros(2, 3, 32), stage=["tool", None])
+    with pytest.raises(DecodingError, match="exit"):
+        cascade.generate(ids, stage=["tool", None], exit=2)
+    with pytest.raises(DeltaError, match="no stage 'tol'"):
+        cascade.generate(ids, stage=["tol", None])
+    cascade.base.set_attn_implementation("flex_attention")
+    with pytest.raises(DecodingError, match="Flex"):
+        cascade.generate(ids, stage=["tool", None])
