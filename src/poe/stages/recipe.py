@@ -131,11 +131,29 @@ class BaseRecipe(Plan):
     num_heads: int = 6
     num_kv_heads: int | None = None
     attention_logit_scale: float = 1.44
+    stage_layers: list[int] | None = None  # the layers of each PoE stage, such as [12, 5, 4, 3]; None: one stage
+    stage_heads: bool = False  # every stage adds a head of its own to the shared one
+    combiner: Literal["last", "log_op"] = "last"  # what the base predicts: its last stage's view, or that of all
+    learning: Literal["local", "backprop"] = "local"  # each stage by its own loss, or all by the last one's
     head_lr: float = 0.004  # AdamW, for the head
     embed_lr: float = 0.2
     warmdown: float = 0.5
     start: float = 0.0
     init: str | None = None  # a base folder to continue from, with its shape and its tokenizer
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        stages = self.stage_layers or [self.num_layers]
+        if min(stages) < 1 or sum(stages) != self.num_layers:
+            raise RecipeError(
+                f"Recipe {self.name!r}: stage_layers is {stages}, expected positive numbers that sum to the "
+                f"{self.num_layers} layers (num_layers)."
+            )
+        if self.compile and self.learning == "local" and len(stages) > 1:
+            raise RecipeError(
+                f"Recipe {self.name!r}: compile and local learning do not go together, because the backward pass of a "
+                "stage comes before the forward pass of the next. Choose learning: backprop, or leave compile out."
+            )
 
 
 def list_recipes(kind: type[Plan] = Recipe) -> list[str]:
@@ -182,6 +200,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return value in typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, part) for part in typing.get_args(hint))
+    if origin is list:
+        return isinstance(value, list) and all(_fits(part, typing.get_args(hint)[0]) for part in value)
     if origin is dict:
         return isinstance(value, dict)
     if hint is float:
