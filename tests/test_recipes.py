@@ -55,7 +55,7 @@ def test_the_published_hyper_parameters() -> None:
     ("make", "message"),
     [
         (lambda: load_recipe("tol"), "Did you mean 'tool'"),
-        (lambda: load_base_recipe("tool"), "Known: demo, text"),
+        (lambda: load_base_recipe("tool"), "Known: demo, demo-notations, text"),
         (lambda: load_recipe("tool", matrix_rate=1), "Did you mean 'matrix_lr'"),
         (lambda: load_recipe("tool").replace(layers=2), "Did you mean 'num_layers'"),
         (lambda: load_recipe("tool", head="thick"), "head should be"),

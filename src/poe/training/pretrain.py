@@ -17,7 +17,7 @@ from poe.data.demo.tokenizer import train_tokenizer
 from poe.data.demo.words import NOUNS
 from poe.data.packing import Batch, LongPolicy, PackedRows, pack
 from poe.data.render import token_bytes
-from poe.data.text import documents
+from poe.data.text import documents, is_generated
 from poe.errors import DataError, RecipeError
 from poe.loaders.base_folder import save_base_folder
 from poe.loaders.places import place
@@ -169,7 +169,7 @@ def _tokenizer_texts(recipe: BaseRecipe) -> Iterator[str]:
         seen += len(document.text)
         if seen > TOKENIZER_CHARACTERS:
             break
-    if recipe.data == "demo":
+    if is_generated(recipe.data):
         for index in range(1000):
             yield " ".join(NOUNS)
             for message in make_conversation(index).messages:
@@ -180,6 +180,7 @@ def _rows(recipe: BaseRecipe, tokenizer: Any, num_steps: int) -> tuple[PackedRow
     """Return validation and training rows; the two share no document."""
     rows_per_step = recipe.tokens_per_step // recipe.seq_len
     needed = num_steps * recipe.tokens_per_step
+    generated = is_generated(recipe.data)
 
     def tokenised(texts: Iterator[Text], tokens: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         while tokens > 0 and (chunk := list(islice(texts, CHUNK))):
@@ -192,18 +193,18 @@ def _rows(recipe: BaseRecipe, tokenizer: Any, num_steps: int) -> tuple[PackedRow
                     return
 
     def packed(texts: Iterator[Text], tokens: int) -> PackedRows:
-        long: LongPolicy = "drop" if recipe.data == "demo" else "split"
+        long: LongPolicy = "drop" if generated else "split"
         return pack(
             tokenised(texts, tokens), recipe.seq_len, long=long, seed=recipe.seed, pad_id=tokenizer.pad_token_id
         )
 
-    if recipe.data == "demo":
-        val = packed(documents("demo", seed=recipe.seed + 1), VALIDATION_ROWS * recipe.seq_len)
+    if generated:
+        val = packed(documents(recipe.data, seed=recipe.seed + 1), VALIDATION_ROWS * recipe.seq_len)
         easy = round(num_steps * EASY_SHARE) * rows_per_step if recipe.init is None else 0
-        rows = packed(documents("demo", seed=recipe.seed + 3), needed)
+        rows = packed(documents(recipe.data, seed=recipe.seed + 3), needed)
         if not easy:
             return val, rows
-        first = packed(documents("demo", seed=recipe.seed + 2, easy=0.8), int(easy * recipe.seq_len * 1.01))
+        first = packed(documents(recipe.data, seed=recipe.seed + 2, easy=0.8), int(easy * recipe.seq_len * 1.01))
         return val, Chained(first, rows)
     texts = documents(recipe.data, seed=recipe.seed)
     val = packed(texts, VALIDATION_ROWS * recipe.seq_len)
