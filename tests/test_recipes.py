@@ -27,7 +27,8 @@ STAGE_OPTIONS = {
 }
 BASE_OPTIONS = {
     *PLAN_FIELDS,
-    *"vocab_size hidden_size num_layers num_heads num_kv_heads attention_logit_scale embed_lr init stage_layers stage_heads combiner learning".split(),
+    *"vocab_size hidden_size num_layers num_heads num_kv_heads attention_logit_scale embed_lr init".split(),
+    *"stage_layers stage_heads combiner learning".split(),
 }
 
 
