@@ -21,6 +21,7 @@ PLAN_FIELDS = (
 STAGE_OPTIONS = {
     *PLAN_FIELDS,
     *"num_layers head head_rank epochs held_out eval_data near_duplicates augment eval_rows train_on".split(),
+    "attach_at",
     "isolate_documents",
     "cache_hidden",
     "shard_base",

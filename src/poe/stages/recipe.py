@@ -97,6 +97,7 @@ class Recipe(Plan):
     num_layers: int = 4
     head: Literal["dense", "low_rank", "none"] = "dense"
     head_rank: int | Literal["auto"] = 64
+    attach_at: int | None = None  # how many of the base's layers lie below the stage; None: all
     epochs: dict[str, int] = field(default_factory=dict)  # passes per data reader, unless the SPEC says so
     held_out: float = 0.02  # share of the queries kept for validation
     eval_data: str = ""  # a SPEC of questions to answer after training; rows that share a query or a call are left out
@@ -117,7 +118,7 @@ class Recipe(Plan):
 
     def stage_config(self, **fields: Any) -> StageConfig:
         """Return the shape of the stage; `fields` override."""
-        own = {"name": self.name, "num_layers": self.num_layers, "head": self.head, "head_rank": self.head_rank}
+        own = {name: getattr(self, name) for name in ("name", "num_layers", "head", "head_rank", "attach_at")}
         return StageConfig(**{**own, **fields})
 
 
