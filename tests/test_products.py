@@ -243,6 +243,27 @@ def test_a_product_is_no_checkpoint(tmp_path: Any) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("combiner", ["last", "log_op"])
+def test_a_base_with_a_head_for_every_stage(combiner: str) -> None:
+    """Each tip is read by the head that belongs to its depth; a base that votes has no single state to stand for it."""
+    fields = {"num_hidden_layers": 4, "stage_layers": [2, 1, 1], "stage_heads": True, "combiner": combiner}
+    cascade = Cascade(tiny_model("poe", fields))
+    for seed, (name, attach_at) in enumerate({"top": None, "middle": 3, "early": 2}.items()):
+        cascade.add_stage(name=name, num_layers=1, attach_at=attach_at)
+        scramble(cascade.stages[name], seed)
+    inputs = prompts(3)
+    real = inputs["attention_mask"].bool()
+    stages: dict[str | None, float] = {"top": 0.5, "early": 0.2, "middle": 0.3}
+    if combiner == "last":
+        stages |= {"top": 0.1, None: 0.4}
+    else:
+        for refused in (lambda: cascade.compose([None, "top"]), lambda: cascade.route(inputs["input_ids"])):
+            with pytest.raises(FamilyError, match="vote"):
+                refused()
+    expected = naive(cascade, stages, "log_op", inputs)
+    torch.testing.assert_close(cascade.compose(stages).logits(**inputs)[real], expected[real], atol=2e-5, rtol=2e-5)
+
+
 def test_a_recurrent_base_has_products_too() -> None:
     cascade = Cascade(tiny_model("hrm_text", {"head_dim": 8, "num_key_value_heads": 4, "L_cycles": 2}))
     for seed, name in enumerate("ab"):
