@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from poe.errors import DeltaError, FamilyError, FingerprintError, suggest
+from poe.decoding.adaptive import Confidence
+from poe.decoding.depth import AdaptiveDepth, calibrate_depth
+from poe.decoding.speculation import SelfSpeculation, drafting, generate_with
+from poe.errors import DecodingError, DeltaError, FamilyError, FingerprintError, suggest
 from poe.loaders.places import embedded_folders, place
 from poe.loaders.tokenizer import load_tokenizer
 from poe.modeling.access import Access, read_config
@@ -269,13 +272,55 @@ class Cascade:
             self._models[name] = model
         return self._models[name]
 
-    def generate(self, *args: Any, stage: Any = _ACTIVE, exit: int | None = None, **kwargs: Any) -> Any:
+    def generate(
+        self,
+        *args: Any,
+        stage: Any = _ACTIVE,
+        exit: int | None = None,
+        adaptive: AdaptiveDepth | None = None,
+        draft: SelfSpeculation | int | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Call `generate` of the model that ends in `stage` (default: the active one, None: the base).
 
-        `exit` leaves the base after that many layers: see `model`.
+        `exit` leaves the base after that many layers: see `model`. `adaptive` (from `calibrate_depth`) lets every token
+        leave at the first exit that is sure of it. `draft` (from `calibrate_draft`, or the depth of an exit) lets an
+        exit draft what full depth then verifies, which changes nothing but the time.
         """
-        model: Any = self.model(self.active if stage is _ACTIVE else stage, exit)
+        if sum(way is not None for way in (exit, adaptive, draft)) > 1:
+            raise DecodingError("exit, adaptive and draft are ways to leave early: expected one of them.")
+        name = self.active if stage is _ACTIVE else stage
+        model: Any = self.model(name, exit)
+        own = None if name is None else self._stage(name)
+        if adaptive is not None:
+            model = adaptive.model(model, self.base, own, self.base_source.fingerprint)
+        if draft is not None:
+            return generate_with(drafting(model, self.base, own, draft), model, *args, **kwargs)
         return model.generate(*args, **kwargs)
+
+    def calibrate_depth(
+        self,
+        rows: Sequence[Sequence[int]],
+        *,
+        agreement: float = 0.99,
+        confidence: Confidence = "margin",
+        stage: Any = _ACTIVE,
+    ) -> AdaptiveDepth:
+        """Find out on rows of token ids where tokens may leave, so that `agreement` of them are full depth's likeliest.
+
+        `confidence` is "margin", "probability" or "agreement" (of exits in a row). What comes back says how it did on
+        the half of the rows that was kept apart, can be saved, and is given to `generate(adaptive=...)`.
+        """
+        name = self.active if stage is _ACTIVE else stage
+        return calibrate_depth(
+            self.model(name),
+            self.base,
+            None if name is None else self._stage(name),
+            rows,
+            agreement=agreement,
+            confidence=confidence,
+            origin=self.base_source.fingerprint,
+        )
 
     def __call__(self, *args: Any, stage: Any = _ACTIVE, exit: int | None = None, **kwargs: Any) -> Any:
         """Call the model that ends in `stage` (default: the active one, None: the base), or the base left at `exit`."""
