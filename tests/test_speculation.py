@@ -1,4 +1,4 @@
-"""Self-speculation changes nothing but the time: greedy tokens are the plain path's, sampled ones have its distribution."""
+"""Self-speculation changes nothing but the time: greedy the same tokens, sampled the same distribution."""
 
 import itertools
 
@@ -65,7 +65,7 @@ def test_drafts_are_accepted_and_rejected() -> None:
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("name", MODELS)
 def test_in_bf16_only_what_is_nearly_equal_may_be_chosen_otherwise(name: str, stage: str | None, rows: int) -> None:
-    """A pass over several tokens rounds differently, so of two tokens whose logits are as good as equal either may come.
+    """A pass over several tokens rounds differently: of two tokens whose logits are as good as equal either may come.
 
     Claimed and tested: every token's logit is, in the plain model on what came before it, within rounding of the best.
     """
@@ -154,7 +154,7 @@ probabilities = st.lists(st.floats(0.0, 1.0), min_size=5, max_size=5).filter(lam
 @settings(max_examples=50, deadline=None)
 @given(probabilities, probabilities, st.integers(0, 1000))
 def test_the_rule_of_acceptance_gives_the_targets_distribution(p: list[float], q: list[float], seed: int) -> None:
-    """Drafted from q and accepted or drawn again, tokens are distributed as p; kept with the share that p and q share."""
+    """Drafted from q and accepted or drawn again, tokens are distributed as p; the share that p and q share is kept."""
     torch.manual_seed(seed)
     count = 20_000
     target, draft = (torch.tensor(x) / sum(x) for x in (p, q))

@@ -63,7 +63,7 @@ def accept(target: Tensor, draft: Tensor, drafted: Tensor) -> tuple[Tensor, Tens
 class Drafting:
     """A decoding loop for `generate(custom_generate=...)` that drafts at the end of the first of a path's two parts.
 
-    All rows advance together, by as many drafted tokens as the row with the fewest accepted ones, and one more: stopping
+    All rows advance together, by as many drafted tokens as the row with the fewest accepted ones, and one more: to stop
     there depends on nothing that comes later, so each row's tokens stay exact. Rows that have ended are not waited for.
     `drafted`, `accepted` and `passes` count over all calls, in tokens of one row.
     """
@@ -174,7 +174,9 @@ class Drafting:
         Returns the states, ids and positions of all of them, and for each drafted token the probabilities (B, V) that
         it was drawn from (greedy: nothing of use).
         """
-        states, tokens, places, guesses = [], [ids[:, -1:]], [position], []
+        states: list[tuple[Tensor, ...]] = []
+        guesses: list[Tensor] = []
+        tokens, places = [ids[:, -1:]], [position]
         while True:
             state, hidden = draft((), tokens[-1], places[-1], masked(ids.shape[1]), cache.of[0])
             states.append(state)
