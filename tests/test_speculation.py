@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, LogitsProcessor, StoppingCriteria, TextS
 from conftest import token_ids
 from decoding_models import MODELS, decoding_cascade, model_of, prompts
 from poe import Cascade
+from poe.decoding import drafts
 from poe.decoding.speculation import Drafting, SelfSpeculation, accept, drafting, generate_with
 from poe.errors import DecodingError
 from poe.loaders.places import EMBEDDED_BASE
@@ -231,3 +232,41 @@ def test_what_cannot_be_drafted_is_refused() -> None:
         cascade.generate(**inputs, **GREEDY, draft=1, stop_strings="x")
     with pytest.raises(DecodingError, match="at least one token"):
         SelfSpeculation(1, num_tokens=0)
+
+
+def count_layers(cascade: Cascade, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a clock tell one second per layer and pass, however many tokens the pass is over, and as much for a head."""
+    ran = [0]
+
+    def tick(*args) -> None:
+        ran[0] += 1
+
+    for module in (*cascade.base.model.layers, cascade.base.lm_head):
+        module.register_forward_pre_hook(tick)
+    monkeypatch.setattr(drafts, "perf_counter", lambda: float(ran[0]))
+
+
+def test_the_draft_that_saves_most_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where layers above the second add nothing, that is where to draft: a passing token costs least there."""
+    cascade = settled(decoding_cascade("llama"), 0.0)
+    with torch.no_grad():
+        cascade.base.lm_head.weight.mul_(20)  # a model that is sure of itself
+    count_layers(cascade, monkeypatch)
+    prompts = token_ids(1, 6).tolist()
+    found = cascade.calibrate_draft(prompts, max_new_tokens=20)
+    assert found.exit == 2
+    assert found.acceptance == 1.0
+    assert found.speedup is not None
+    assert found.speedup > 1.03
+    assert found.num_tokens == 8
+    ids = torch.tensor(prompts)
+    assert torch.equal(cascade.generate(ids, **GREEDY, draft=found), cascade.generate(ids, **GREEDY))
+
+
+def test_a_draft_that_does_not_pay_is_refused_with_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    cascade = decoding_cascade("llama")  # no exit knows what the top will say
+    count_layers(cascade, monkeypatch)
+    with pytest.raises(DecodingError, match=r"takes 5e\+03 ms a token, and the best draft \(after \d of 4 layers, .*%"):
+        cascade.calibrate_draft(token_ids(1, 6).tolist(), max_new_tokens=10)
+    with pytest.raises(DecodingError, match="at least one row"):
+        cascade.calibrate_draft([])

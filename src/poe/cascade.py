@@ -13,6 +13,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from poe.decoding.adaptive import Confidence
 from poe.decoding.depth import AdaptiveDepth, calibrate_depth
+from poe.decoding.drafts import calibrate_draft
 from poe.decoding.speculation import SelfSpeculation, drafting, generate_with
 from poe.errors import DecodingError, DeltaError, FamilyError, FingerprintError, suggest
 from poe.loaders.places import embedded_folders, place
@@ -321,6 +322,17 @@ class Cascade:
             confidence=confidence,
             origin=self.base_source.fingerprint,
         )
+
+    def calibrate_draft(
+        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int = 48, stage: Any = _ACTIVE
+    ) -> SelfSpeculation:
+        """Find out on prompts (rows of token ids) which exit drafts best, by time, for `generate(draft=...)`.
+
+        Raises `DecodingError`, with the numbers, where plain decoding is as fast.
+        """
+        name = self.active if stage is _ACTIVE else stage
+        own = None if name is None else self._stage(name)
+        return calibrate_draft(self.model(name), self.base, own, prompts, max_new_tokens=max_new_tokens)
 
     def __call__(self, *args: Any, stage: Any = _ACTIVE, exit: int | None = None, **kwargs: Any) -> Any:
         """Call the model that ends in `stage` (default: the active one, None: the base), or the base left at `exit`."""
