@@ -176,12 +176,16 @@ def _evaluate(cascade: Any, name: str, held_out: dict[str, Any]) -> dict[str, An
 
 
 def _bpb_table(record: dict[str, Any]) -> Table:
+    """Bits per byte at every validation; of a base with several stages also what each of them predicts."""
     table = Table(title="validation bits per byte", title_justify="left")
     table.add_column("step", justify="right")
     table.add_column("val bpb", justify="right")
+    for stage in range(1, len(record["trajectory"][-1].get("stage_bpb", ())) + 1):
+        table.add_column(f"stage {stage}", justify="right")
     for point in record["trajectory"]:
         best = " *" if point["step"] == record["best_step"] else "  "
-        table.add_row(str(point["step"]), f"{point['val_bpb']:.4f}{best}")
+        stages = [f"{bpb:.4f}" for bpb in point.get("stage_bpb", ())]
+        table.add_row(str(point["step"]), f"{point['val_bpb']:.4f}{best}", *stages)
     return table
 
 
