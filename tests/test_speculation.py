@@ -228,6 +228,8 @@ def test_what_cannot_be_drafted_is_refused() -> None:
         cascade.generate(**inputs, **GREEDY, draft=1, num_beams=2)
     with pytest.raises(DecodingError, match="output_hidden_states"):
         cascade.generate(**inputs, **GREEDY, draft=1, output_hidden_states=True, return_dict_in_generate=True)
+    with pytest.raises(DecodingError, match="cache_implementation"):
+        cascade.generate(**inputs, **GREEDY, draft=1, cache_implementation="static")
     with pytest.raises(DecodingError, match="tokenizer"):
         cascade.generate(**inputs, **GREEDY, draft=1, stop_strings="x")
     with pytest.raises(DecodingError, match="at least one token"):

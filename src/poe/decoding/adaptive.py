@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from poe.decoding.segments import Part, PartsCache, Path, States
@@ -103,8 +103,11 @@ class LeavesEarly:
         """Token ids (B, T) -> logits (B, T or `logits_to_keep`, V), as the native forward passes do."""
         cache = past_key_values
         if not isinstance(cache, WaitingCache):
-            if cache is not None and cache.get_seq_length():
-                raise DecodingError("A model that leaves early cannot continue another model's cache: pass all tokens.")
+            if cache is not None and (not isinstance(cache, DynamicCache) or cache.get_seq_length()):
+                raise DecodingError(
+                    f"A model that leaves early keeps a dynamic cache of its own, got a {type(cache).__name__}: pass "
+                    "all tokens, and neither past_key_values nor cache_implementation."
+                )
             cache = WaitingCache(self._path.parts)
         count = input_ids.shape[1]
         if position_ids is None:

@@ -49,7 +49,9 @@ class AdaptiveDepth:
         held = dataclasses.asdict(self)
         held["thresholds"] = [None if math.isinf(threshold) else threshold for threshold in self.thresholds]
         try:
-            File(path).write_text(json.dumps(held, indent=2) + "\n", encoding="utf-8")
+            scratch = File(f"{path}.part")
+            scratch.write_text(json.dumps(held, indent=2) + "\n", encoding="utf-8")
+            os.replace(scratch, path)
         except OSError as error:
             raise OutputError(f"{path} cannot be written: {error.strerror or error}.") from error
 

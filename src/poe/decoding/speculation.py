@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import PreTrainedModel, StoppingCriteriaList, StopStringCriteria
+from transformers import DynamicCache, PreTrainedModel, StoppingCriteriaList, StopStringCriteria
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from poe.decoding.segments import Path, exits_below, path_of
+from poe.decoding.segments import PartsCache, Path, States, exits_below, path_of
 from poe.errors import DecodingError
 from poe.modeling.stage import Stage
 
@@ -77,7 +77,7 @@ class Drafting:
         model: PreTrainedModel,
         input_ids: Tensor,
         logits_processor: Callable[[Tensor, Tensor], Tensor],
-        stopping_criteria: Callable[..., Tensor],
+        stopping_criteria: Any,
         generation_config: Any,
         streamer: Any = None,
         attention_mask: Tensor | None = None,
@@ -87,112 +87,127 @@ class Drafting:
     ) -> Any:
         """Generate as the native loops do; `generate` prepares and passes all of these."""
         _refuse(input_ids, generation_config, past_key_values)
-        draft, rest = self._path.parts
-        cache = self._path.new_cache()
-        sampling, config = generation_config.do_sample, generation_config
-        pad_token = config._pad_token_tensor
-        ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)  # type: ignore[attr-defined]
-        ids, last = input_ids, config.max_length
+        rows = _Rows(input_ids, logits_processor, stopping_criteria, generation_config, streamer, attention_mask)
+        upper, cache = self._path.parts[1], self._path.new_cache()
         if position_ids is None:
-            position_ids = torch.arange(ids.shape[1], device=ids.device)[None]
-        if attention_mask is not None:
-            attention_mask = pad(attention_mask, (0, max(0, last - ids.shape[1])), value=1)
-        unfinished = torch.ones(len(ids), dtype=torch.long, device=ids.device)
-        waited_for = unfinished == 1
-        scores: list[Tensor] = []
-        raw: list[Tensor] = []
-
-        def masked(length: int) -> Tensor | None:
-            return None if attention_mask is None else attention_mask[:, :length]
-
-        states, _ = draft((), ids, position_ids, masked(ids.shape[1]), cache.of[0])
-        new, where = ids, position_ids  # what the upper part has not seen yet
-        guesses: list[Tensor] = []
-        first = True
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        states, _ = self._path.parts[0]((), input_ids, position_ids, rows.mask(input_ids.shape[1]), cache.of[0])
+        # What the upper part has not seen yet: (B, T) tokens, the drafted ones last, and what these were drawn from.
+        new, where, guesses = input_ids, position_ids, list[Tensor]()
         while True:
-            count = len(guesses)  # of drafted tokens: the last ones of `new`
-            _, hidden = rest(states, new, where, masked(ids.shape[1] + count), cache.of[1])
-            if first:  # before that a window's older states are not needed
+            count = len(guesses)
+            _, hidden = upper(states, new, where, rows.mask(rows.ids.shape[1] + count), cache.of[1])
+            if new is input_ids:  # only now: of a long prompt a window keeps no more than it needs
                 cache.activate_past_recording()
-                first = False
             logits = self._path.logits(1, hidden[:, -1 - count :]).to(torch.float32)
-            for index in range(count + 1):
-                score = logits_processor(ids, logits[:, index].clone())
-                drafted = new[:, new.shape[1] - count + index, None] if index < count else None
-                if not sampling:
-                    tokens = score.argmax(-1, keepdim=True)
-                    kept = tokens == drafted if drafted is not None else None
-                elif drafted is not None:
-                    tokens, kept = accept(score.softmax(-1), guesses[index], drafted)
-                else:
-                    tokens, kept = score.softmax(-1).multinomial(1), None
-                if config.return_dict_in_generate:
-                    scores, raw = [*scores, score], [*raw, logits[:, index]]
-                tokens = tokens.squeeze(1)
-                if ends:
-                    tokens = tokens * unfinished + pad_token * (1 - unfinished)
-                ids = torch.cat([ids, tokens[:, None]], dim=1)
-                waited_for = unfinished == 1 if ends else waited_for  # a row that has ended is only padded on
-                unfinished = unfinished & ~stopping_criteria(ids, tuple(scores) if scores else None)
-                if streamer is not None:
-                    streamer.put(tokens.cpu())
-                if kept is None or not bool((kept.squeeze(1) | ~waited_for).all()) or not bool(unfinished.any()):
-                    break
-            self.drafted, self.accepted, self.passes = self.drafted + count, self.accepted + index, self.passes + 1
-            if not bool(unfinished.any()):
+            accepted = rows.verify(logits, new[:, new.shape[1] - count :], guesses)
+            self.drafted, self.accepted, self.passes = self.drafted + count, self.accepted + accepted, self.passes + 1
+            if rows.ended:
                 break
-            waited_for = unfinished == 1 if ends else waited_for
-            cache.crop(index - count)
-            position_ids = where[:, where.shape[1] - 1 - count :][:, index, None] + 1
-            states, new, where, guesses = self._draft(
-                draft, cache, ids, position_ids, masked, waited_for, logits_processor, sampling, last - ids.shape[1] - 1
-            )
+            cache.crop(accepted - count)
+            following = where[:, where.shape[1] - 1 - count + accepted, None] + 1
+            states, new, where, guesses = self._draft(rows, cache, following)
         if streamer is not None:
             streamer.end()
-        if not config.return_dict_in_generate:
-            return ids
+        if not generation_config.return_dict_in_generate:
+            return rows.ids
         return GenerateDecoderOnlyOutput(
-            sequences=ids,  # type: ignore[arg-type]
-            scores=tuple(scores) if config.output_scores else None,  # type: ignore[arg-type]
-            logits=tuple(raw) if config.output_logits else None,  # type: ignore[arg-type]
+            sequences=rows.ids,  # type: ignore[arg-type]
+            scores=tuple(rows.scores) if generation_config.output_scores else None,  # type: ignore[arg-type]
+            logits=tuple(rows.logits) if generation_config.output_logits else None,  # type: ignore[arg-type]
         )
 
-    def _draft(
-        self,
-        draft: Any,
-        cache: Any,
-        ids: Tensor,
-        position: Tensor,
-        masked: Callable[[int], Tensor | None],
-        waited_for: Tensor,
-        logits_processor: Callable[[Tensor, Tensor], Tensor],
-        sampling: bool,
-        room: int,
-    ) -> tuple[tuple[Tensor, ...], Tensor, Tensor, list[Tensor]]:
-        """Run the lower part over the last token and those that it drafts.
+    def _draft(self, rows: "_Rows", cache: PartsCache, position: Tensor) -> tuple[States, Tensor, Tensor, list[Tensor]]:
+        """Run the lower part over the last token, at `position` (B or 1, 1), and over those that it drafts after it.
 
-        Returns the states, ids and positions of all of them, and for each drafted token the probabilities (B, V) that
-        it was drawn from (greedy: nothing of use).
+        Returns the states, ids and positions (B, T) of all of them, and for each drafted token the probabilities (B, V)
+        that it was drawn from. Where the draft is not sure, full depth predicts from the states that are there anyway.
         """
-        states: list[tuple[Tensor, ...]] = []
+        states: list[States] = []
         guesses: list[Tensor] = []
-        tokens, places = [ids[:, -1:]], [position]
+        ids, tokens, places = rows.ids, [rows.ids[:, -1:]], [position]
+        most = min(self._num_tokens, rows.room - 1)
         while True:
-            state, hidden = draft((), tokens[-1], places[-1], masked(ids.shape[1]), cache.of[0])
+            state, hidden = self._path.parts[0]((), tokens[-1], places[-1], rows.mask(ids.shape[1]), cache.of[0])
             states.append(state)
-            if len(guesses) >= min(self._num_tokens, room):
+            if len(guesses) >= most:
                 break
-            score = logits_processor(ids, self._path.logits(0, hidden)[:, -1].to(torch.float32))
-            guess = score.softmax(-1)
+            guess = rows.processed(ids, self._path.logits(0, hidden)[:, -1].to(torch.float32)).softmax(-1)
             surest, likeliest = guess.max(-1, keepdim=True)
-            if bool(((surest.squeeze(1) < self._least) & waited_for).any()):
+            if bool(((surest.squeeze(1) < self._least) & rows.waited_for).any()):
                 break
-            tokens.append(guess.multinomial(1) if sampling else likeliest)
+            tokens.append(guess.multinomial(1) if rows.sampling else likeliest)
             places.append(places[-1] + 1)
             guesses.append(guess)
             ids = torch.cat([ids, tokens[-1]], dim=1)
         together = tuple(torch.cat(parts, dim=1) for parts in zip(*states, strict=True))
         return together, torch.cat(tokens, dim=1), torch.cat(places, dim=1), guesses
+
+
+class _Rows:
+    """The rows of one call: their tokens so far, which go on, and what the native loops do with every new token."""
+
+    def __init__(
+        self, ids: Tensor, processors: Any, criteria: Any, config: Any, streamer: Any, mask: Tensor | None
+    ) -> None:
+        self.ids, self.processed, self._criteria, self._streamer = ids, processors, criteria, streamer
+        self.sampling, self._pad, self._keep = (
+            config.do_sample,
+            config._pad_token_tensor,
+            config.return_dict_in_generate,
+        )
+        self._length = config.max_length
+        self._mask = None if mask is None else pad(mask, (0, max(0, self._length - ids.shape[1])), value=1)
+        self._unfinished = torch.ones(len(ids), dtype=torch.long, device=ids.device)
+        self._padded = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
+        self.waited_for = self._unfinished == 1
+        self.scores: list[Tensor] = []
+        self.logits: list[Tensor] = []
+
+    @property
+    def room(self) -> int:
+        """How many tokens may still come."""
+        return int(self._length - self.ids.shape[1])
+
+    @property
+    def ended(self) -> bool:
+        return not bool(self._unfinished.any())
+
+    def mask(self, length: int) -> Tensor | None:
+        """The attention mask (B, length) of all tokens up to there, None if none is padding."""
+        return None if self._mask is None else self._mask[:, :length]
+
+    def verify(self, logits: Tensor, drafted: Tensor, guesses: list[Tensor]) -> int:
+        """Take over drafted tokens (B, n) as far as full depth's logits (B, n + 1, V) keep them, and one token more.
+
+        Returns how many were kept in every row that is waited for.
+        """
+        for index in range(logits.shape[1]):
+            score = self.processed(self.ids, logits[:, index].clone())
+            draft = drafted[:, index, None] if index < drafted.shape[1] else None
+            if self.sampling and draft is not None:
+                tokens, kept = accept(score.softmax(-1), guesses[index], draft)
+            else:
+                tokens = score.softmax(-1).multinomial(1) if self.sampling else score.argmax(-1, keepdim=True)
+                kept = tokens == draft if draft is not None else torch.zeros_like(tokens, dtype=torch.bool)
+            on = bool((kept.squeeze(1) | ~self.waited_for).all()) and draft is not None
+            self._add(tokens.squeeze(1), score, logits[:, index])
+            if self.ended or not on:
+                break
+        return index
+
+    def _add(self, tokens: Tensor, score: Tensor, logits: Tensor) -> None:
+        if self._keep:
+            self.scores.append(score)
+            self.logits.append(logits)
+        if self._padded:
+            tokens = tokens * self._unfinished + self._pad * (1 - self._unfinished)
+        self.ids = torch.cat([self.ids, tokens[:, None]], dim=1)
+        self._unfinished = self._unfinished & ~self._criteria(self.ids, tuple(self.scores) if self.scores else None)
+        if self._padded:  # a row that has ended is only padded from here on
+            self.waited_for = self._unfinished == 1
+        if self._streamer is not None:
+            self._streamer.put(tokens.cpu())
 
 
 def drafting(
@@ -238,7 +253,8 @@ def _refuse(input_ids: Tensor, config: Any, past_key_values: Any) -> None:
         "output_attentions": bool(config.output_attentions),
         "output_hidden_states": bool(config.output_hidden_states),
         "inputs_embeds": input_ids.shape[1] == 0,
-        "past_key_values": past_key_values is not None and past_key_values.get_seq_length() > 0,
+        "past_key_values": isinstance(past_key_values, DynamicCache) and past_key_values.get_seq_length() > 0,
+        "cache_implementation": past_key_values is not None and not isinstance(past_key_values, DynamicCache),
         "use_cache=False": config.use_cache is False,
     }
     refused = [name for name, given in asked.items() if given]
