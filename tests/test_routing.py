@@ -213,8 +213,9 @@ def test_what_cannot_be_routed_is_refused() -> None:
         cascade.generate(ids, stage=["tool", None, "math"])
     with pytest.raises(DecodingError, match="token ids"):
         cascade.generate(inputs_embeds=torch.zeros(2, 3, 32), stage=["tool", None])
-    with pytest.raises(DecodingError, match="exit"):
-        cascade.generate(ids, stage=["tool", None], exit=2)
+    for way in ({"exit": 2}, {"draft": 2}):
+        with pytest.raises(DecodingError, match="one stage"):
+            cascade.generate(ids, stage=["tool", None], **way)
     with pytest.raises(DeltaError, match="no stage 'tol'"):
         cascade.generate(ids, stage=["tol", None])
     cascade.base.set_attn_implementation("flex_attention")

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import ModelOutput
 
+from poe.decoding.adaptive import Confidence
 from poe.decoding.branches import Tip, branch_out
+from poe.decoding.depth import AdaptiveDepth, calibrate_depth
+from poe.decoding.drafts import calibrate_draft
 from poe.decoding.products import Product, compose
 from poe.decoding.routing import Routed, Routing, generate_routed
+from poe.decoding.speculation import SelfSpeculation, drafting, generate_with
 from poe.errors import DecodingError, DeltaError, FamilyError, FingerprintError, suggest
 from poe.loaders.places import embedded_folders, place
 from poe.loaders.tokenizer import load_tokenizer
@@ -273,17 +277,73 @@ class Cascade:
             self._models[name] = model
         return self._models[name]
 
-    def generate(self, *args: Any, stage: Any = _ACTIVE, exit: int | None = None, **kwargs: Any) -> Any:
+    def generate(
+        self,
+        *args: Any,
+        stage: Any = _ACTIVE,
+        exit: int | None = None,
+        adaptive: AdaptiveDepth | None = None,
+        draft: SelfSpeculation | int | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Call `generate` of the model that ends in `stage` (default: the active one, None: the base).
 
-        `exit` leaves the base after that many layers: see `model`. A list of stages has one for every row of the
-        batch, in one pass through the trunk; "auto" asks `route`. With `return_dict_in_generate` the output then has
-        the rows' `stages`, and after "auto" the decision as `routing`.
+        `exit` leaves the base after that many layers: see `model`. `adaptive` (from `calibrate_depth`) lets every token
+        leave at the first exit that is sure of it. `draft` (from `calibrate_draft`, or the depth of an exit) lets an
+        exit draft what full depth then verifies, which changes nothing but the time. A list of stages has one for every
+        row of the batch, in one pass through the trunk; "auto" asks `route`. With `return_dict_in_generate` the output
+        then has the rows' `stages`, and after "auto" the decision as `routing`.
         """
+        ways = sum(way is not None for way in (exit, adaptive, draft))
         if isinstance(stage, (list, tuple)) or (stage == "auto" and stage not in self.stages):
-            return self._generate_routed(stage, exit, *args, **kwargs)
-        model: Any = self.model(self.active if stage is _ACTIVE else stage, exit)
+            if ways:
+                raise DecodingError("exit, adaptive and draft are for one stage: expected none of them with a list.")
+            return self._generate_routed(stage, *args, **kwargs)
+        if ways > 1:
+            raise DecodingError("exit, adaptive and draft are ways to leave early: expected one of them.")
+        name = self.active if stage is _ACTIVE else stage
+        model: Any = self.model(name, exit)
+        own = None if name is None else self._stage(name)
+        if adaptive is not None:
+            model = adaptive.model(model, self.base, own, self.base_source.fingerprint)
+        if draft is not None:
+            return generate_with(drafting(model, self.base, own, draft), model, *args, **kwargs)
         return model.generate(*args, **kwargs)
+
+    def calibrate_depth(
+        self,
+        rows: Sequence[Sequence[int]],
+        *,
+        agreement: float = 0.99,
+        confidence: Confidence = "margin",
+        stage: Any = _ACTIVE,
+    ) -> AdaptiveDepth:
+        """Find out on rows of token ids where tokens may leave, so that `agreement` of them are full depth's likeliest.
+
+        `confidence` is "margin", "probability" or "agreement" (of exits in a row). What comes back says how it did on
+        the half of the rows that was kept apart, can be saved, and is given to `generate(adaptive=...)`.
+        """
+        name = self.active if stage is _ACTIVE else stage
+        return calibrate_depth(
+            self.model(name),
+            self.base,
+            None if name is None else self._stage(name),
+            rows,
+            agreement=agreement,
+            confidence=confidence,
+            origin=self.base_source.fingerprint,
+        )
+
+    def calibrate_draft(
+        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int = 48, stage: Any = _ACTIVE
+    ) -> SelfSpeculation:
+        """Find out on prompts (rows of token ids) which exit drafts best, by time, for `generate(draft=...)`.
+
+        Raises `DecodingError`, with the numbers, where plain decoding is as fast.
+        """
+        name = self.active if stage is _ACTIVE else stage
+        own = None if name is None else self._stage(name)
+        return calibrate_draft(self.model(name), self.base, own, prompts, max_new_tokens=max_new_tokens)
 
     def __call__(self, *args: Any, stage: Any = _ACTIVE, exit: int | None = None, **kwargs: Any) -> Any:
         """Call the model that ends in `stage` (default: the active one, None: the base), or the base left at `exit`."""
@@ -359,9 +419,7 @@ class Cascade:
     def _tip(self, name: str | None) -> Tip:
         return Tip(name, None if name is None else self._stage(name), self.model(name))
 
-    def _generate_routed(self, stage: Any, exit: int | None, inputs: Any = None, **kwargs: Any) -> Any:
-        if exit is not None:
-            raise DecodingError("exit leaves the base for all rows: expected one stage, or none, with it.")
+    def _generate_routed(self, stage: Any, inputs: Any = None, **kwargs: Any) -> Any:
         routing = None
         if stage == "auto":
             routing = self.route(kwargs.get("input_ids", inputs), kwargs.get("attention_mask"))

@@ -13,6 +13,7 @@ import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from poe.errors import DecodingError, FamilyError
+from poe.modeling.exits import exit_refusal, exits_of, head_below
 from poe.modeling.families import family_of, logits_of
 from poe.modeling.growth import keep_in_step, shell
 from poe.modeling.stage import Stage
@@ -116,8 +117,8 @@ class PartsCache(Cache):
 class Path:
     """The model that ends in `stage` (None: in the base), cut into parts at `cuts` (numbers of layers, rising).
 
-    `depths` are where the parts end, the last being full depth. `heads[i]` maps the normalised states of `parts[i]` to
-    logits (B, T, V) as the family does: below the stage it is the head of the base, at the top the stage's own.
+    `model` is that model in its native class, whose head reads the top. `depths` are where the parts end, the last
+    being full depth. Raises `DecodingError` for cuts outside the model, and for a base that lets its stages vote.
     """
 
     def __init__(self, base: PreTrainedModel, stage: Stage | None, cuts: Sequence[int], model: PreTrainedModel) -> None:
@@ -125,19 +126,48 @@ class Path:
         full = attached + len(above)
         if list(cuts) != sorted(set(cuts)) or not all(0 < cut < full for cut in cuts):
             raise DecodingError(f"A model of {full} layers cannot be cut after {list(cuts)}: expected rising depths.")
+        if stage is None and getattr(base.config, "combiner", "last") != "last":
+            raise DecodingError(
+                f"This base predicts by the vote of all its stages (combiner {base.config.combiner!r}), so nothing is "
+                "saved by leaving it early: expected combiner 'last', or a stage of yours on it."
+            )
         self.depths = [*cuts, full]
         self.parts = [Part(base, stage, a, b) for a, b in zip([0, *cuts], self.depths, strict=True)]
-        family = family_of(base)
         self._read = logits_of(base.config)
-        self._heads = [family.head_of(base) for _ in cuts] + [family.head_of(model)]
+        top = head_below(base, full) if stage is None else family_of(base).head_of(model)
+        readable = [cut <= attached and exit_refusal(base, cut) is None for cut in cuts]
+        self._heads = [head_below(base, cut) if can else None for cut, can in zip(cuts, readable, strict=True)] + [top]
 
     def logits(self, index: int, normalised: torch.Tensor) -> torch.Tensor:
-        """Return what the head at the end of part `index` says of normalised states (B, T, D): logits (B, T, V)."""
-        return self._read(self._heads[index](normalised))
+        """Return what is predicted after part `index`, from its normalised states (B, T, D): logits (B, T, V).
+
+        Within the base that is the prediction of its exit there, at the top that of the whole model.
+        """
+        head = self._heads[index]
+        assert head is not None, f"no prediction is read after {self.depths[index]} layers"
+        return self._read(head(normalised))
 
     def new_cache(self) -> PartsCache:
         """Return an empty cache of all parts."""
         return PartsCache(self.parts)
+
+
+def path_of(base: PreTrainedModel, stage: Stage | None, cuts: Sequence[int], model: PreTrainedModel) -> Path:
+    """Return the path with these cuts, built once and kept with `model`."""
+    known: dict[tuple[int, ...], Path] = vars(model).setdefault("_poe_paths", {})
+    if tuple(cuts) not in known:
+        known[tuple(cuts)] = Path(base, stage, cuts, model)
+    return known[tuple(cuts)]
+
+
+def exits_below(base: PreTrainedModel, stage: Stage | None) -> list[int]:
+    """Return the depths at which a path makes a prediction before its top: the exits of the base on it.
+
+    Below a stage they say what the base would, not the specialist: what they are worth is a matter of measurement.
+    """
+    attached, above = _path(base, stage)
+    full = attached + len(above)
+    return [depth for depth in exits_of(base.config) if depth <= attached and depth < full]
 
 
 def _path(base: PreTrainedModel, stage: Stage | None) -> tuple[int, list[Any]]:

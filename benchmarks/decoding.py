@@ -1,0 +1,195 @@
+"""What leaving early and self-speculation do for one base: its exits, and tokens per second beside the plain path.
+
+    pip install -c constraints.txt -e ".[bench]"
+    python benchmarks/decoding.py --base FOLDER --text FILE [--prompts FILE] [--stage FOLDER] [--rounds 3]
+
+`--text` is plain text, cut into rows: every second row calibrates, the others give each exit's bits per byte and its
+agreement with full depth's likeliest token. Decoded are the beginnings of rows ("text"), repeated JSON calls ("json")
+and the lines of `--prompts` ("prompts"), each one alone, greedily and to the full length. All arms of a set take turns
+within this one process; tokens per second are medians over the rounds, and `x` is the median of each round's ratio to
+the plain path in that round. `same` is the share of tokens that are the plain path's.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from poe import Cascade
+from poe.decoding.segments import exits_below, path_of
+from poe.decoding.speculation import SelfSpeculation, drafting, generate_with
+from poe.errors import DecodingError
+
+CALLS = [
+    '{"name": "get_weather", "arguments": {"city": "%s", "days": %d}}\n',
+    '<tool_call>{"name": "book_table", "arguments": {"restaurant": "%s", "guests": %d}}</tool_call>\n',
+    '[{"id": %d, "type": "user", "name": "%s", "active": true}]\n',
+]
+PLACES = ["Paris", "London", "Rome", "Oslo", "Cairo", "Lima"]
+
+
+def json_prompts() -> list[str]:
+    """Several calls of one form, one after the other: what structured output looks like to a model."""
+    prompts = []
+    for form in CALLS:
+        values = [
+            (place, i + 2) if form.index("%s") < form.index("%d") else (i + 2, place) for i, place in enumerate(PLACES)
+        ]
+        prompts.append("".join(form % value for value in values))
+    return prompts
+
+
+@torch.no_grad()
+def exits_table(cascade: Cascade, rows: list[list[int]]) -> list[dict[str, Any]]:
+    """Bits per byte and top-1 agreement with full depth of every prediction that the model makes."""
+    stage = None if cascade.active is None else cascade.stages[cascade.active]
+    path = path_of(cascade.base, stage, exits_below(cascade.base, stage), cascade.model(cascade.active))
+    nats, same = [0.0] * len(path.parts), [0] * len(path.parts)
+    count = size = 0
+    for row in rows:
+        ids = torch.tensor([row])
+        states, said = (), []
+        for index, part in enumerate(path.parts):
+            states, hidden = part(states, ids, torch.arange(len(row))[None])
+            logits = path.logits(index, hidden[0, :-1]).float()
+            nats[index] += float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
+            said.append(logits.argmax(-1))
+        same = [total + int((own == said[-1]).sum()) for total, own in zip(same, said, strict=True)]
+        count += len(row) - 1
+        size += len(cascade.tokenizer.decode(row[1:]).encode())
+    return [
+        {"exit": depth, "bpb": round(n / math.log(2) / size, 4), "agreement": round(s / count, 4)}
+        for depth, n, s in zip(path.depths, nats, same, strict=True)
+    ]
+
+
+def race(
+    arms: dict[str, Callable[[torch.Tensor], torch.Tensor]], prompts: list[torch.Tensor], rounds: int
+) -> list[dict]:
+    """Let all arms decode all prompts in turns; the first arm is the plain path."""
+    rates: dict[str, list[float]] = {name: [] for name in arms}
+    outputs: dict[str, list[torch.Tensor]] = {}
+    for turn in range(rounds + 1):  # the first is for warming up
+        for name, arm in arms.items():
+            started = time.perf_counter()
+            outputs[name] = [arm(ids) for ids in prompts]
+            seconds = time.perf_counter() - started
+            if turn:
+                new = sum(o.shape[1] - p.shape[1] for o, p in zip(outputs[name], prompts, strict=True))
+                rates[name].append(new / seconds)
+    plain = next(iter(arms))
+    table = []
+    for name in arms:
+        pairs = list(zip(outputs[name], outputs[plain], prompts, strict=True))
+        equal = sum(int((ours[:, p.shape[1] :] == theirs[:, p.shape[1] :]).sum()) for ours, theirs, p in pairs)
+        table.append(
+            {
+                "arm": name,
+                "tokens_per_s": round(statistics.median(rates[name]), 2),
+                "x": round(statistics.median(a / b for a, b in zip(rates[name], rates[plain], strict=True)), 3),
+                "same": round(equal / sum(theirs.shape[1] - p.shape[1] for _, theirs, p in pairs), 4),
+            }
+        )
+    return table
+
+
+def arms_of(
+    cascade: Cascade, depths: dict[str, Any], args: argparse.Namespace, loops: dict[str, Any]
+) -> dict[str, Any]:
+    """All ways to decode, by name; `loops` is filled with those that draft, for their counts."""
+    options = {"do_sample": False, "max_new_tokens": args.new_tokens, "eos_token_id": None}
+    model: Any = cascade.model(cascade.active)
+    stage = None if cascade.active is None else cascade.stages[cascade.active]
+    exits = exits_below(cascade.base, stage)
+    arms: dict[str, Any] = {"plain": partial(model.generate, **options)}
+    for depth in exits:
+        arms[f"exit {depth}"] = partial(cascade.generate, **options, stage=None, exit=depth)
+    for name, depth in depths.items():
+        arms[name] = partial(cascade.generate, **options, adaptive=depth)
+    for depth in args.draft_exits or exits:
+        for length in args.lengths:
+            loop = drafting(model, cascade.base, stage, SelfSpeculation(depth, length, args.least_probability))
+            loops[f"draft {depth}, up to {length}"] = loop
+            arms[f"draft {depth}, up to {length}"] = partial(generate_with, loop, model, **options)
+    return arms
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", required=True)
+    parser.add_argument("--stage", type=Path, help="a saved stage: base + stage is then full depth")
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--prompts", type=Path, help="a prompt per line")
+    parser.add_argument("--dtype", default="float32")
+    for name, value in {"rows": 64, "seq_len": 256, "texts": 4, "new_tokens": 64, "rounds": 3}.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2, 4, 8])
+    parser.add_argument("--draft-exits", type=int, nargs="+", help="default: all")
+    parser.add_argument("--least-probability", type=float, default=0.3)
+    parser.add_argument("--confidence", default="margin")
+    parser.add_argument("--json", type=Path, default=Path("runs/bench/decoding.json"))
+    args = parser.parse_args()
+    cascade = Cascade.from_pretrained(args.base, dtype=args.dtype)
+    if args.stage:
+        cascade.load_stage(args.stage)
+    text = args.text.read_text(encoding="utf-8", errors="replace")[: 8 * args.rows * args.seq_len]
+    ids = cascade.tokenizer(text)["input_ids"]
+    rows = [ids[i : i + args.seq_len] for i in range(0, len(ids) - args.seq_len + 1, args.seq_len)][: args.rows]
+    report: dict[str, Any] = {
+        "args": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "exits": exits_table(cascade, rows[1::2]),
+    }
+    print("| exit | bits per byte | agreement |\n|---:|---:|---:|")
+    for row in report["exits"]:
+        print(f"| {row['exit']} | {row['bpb']} | {100 * row['agreement']:.1f} % |")
+    depths = {
+        f"adaptive {100 * a:g} %": cascade.calibrate_depth(rows, agreement=a, confidence=args.confidence)
+        for a in (0.99, 1.0)
+    }
+    report["adaptive"] = {name: vars(depth) for name, depth in depths.items()}
+    for name, depth in depths.items():
+        shares = ", ".join(
+            f"{100 * s:.0f} % at {d}" for d, s in zip([*depth.depths, depth.full], depth.shares, strict=True)
+        )
+        print(f"\n{name}: held-out agreement {100 * depth.agreement:.2f} %; leave: {shares}")
+    prompts = {"text": [row[: len(row) // 4] for row in rows[1::2][: args.texts]]}
+    prompts["json"] = [cascade.tokenizer(prompt)["input_ids"] for prompt in json_prompts()]
+    if args.prompts:
+        lines = args.prompts.read_text(encoding="utf-8").splitlines()
+        prompts["prompts"] = [cascade.tokenizer(line)["input_ids"] for line in lines if line.strip()]
+    report["races"], report["calibrated"] = {}, {}
+    for name, given in prompts.items():
+        loops: dict[str, Any] = {}
+        arms = arms_of(cascade, depths, args, loops)
+        try:
+            draft = cascade.calibrate_draft(given, max_new_tokens=args.new_tokens)
+            report["calibrated"][name] = vars(draft)
+            arms["calibrated draft"] = partial(cascade.generate, **arms["plain"].keywords, draft=draft)
+        except DecodingError as error:
+            report["calibrated"][name] = str(error)
+        print(f"\n{name}, calibrated: {report['calibrated'][name]}")
+        table = race(arms, [torch.tensor([prompt]) for prompt in given], args.rounds)
+        for row in table:
+            if loop := loops.get(row["arm"]):
+                row["acceptance"] = round(loop.accepted / max(1, loop.drafted), 3)
+                row["tokens_per_pass"] = round((loop.accepted + loop.passes) / loop.passes, 2)
+        report["races"][name] = table
+        print("\n| arm | tokens/s | x plain | same | accepted | tokens per pass |\n|---|---:|---:|---:|---:|---:|")
+        for row in table:
+            accepted, per_pass = row.get("acceptance", ""), row.get("tokens_per_pass", "")
+            print(f"| {row['arm']} | {row['tokens_per_s']} | {row['x']} | {row['same']} | {accepted} | {per_pass} |")
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    args.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

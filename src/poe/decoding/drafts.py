@@ -1,0 +1,93 @@
+"""Which exit should draft, and whether one should at all: measured on prompts, against plain decoding beside it."""
+
+import dataclasses
+import itertools
+import statistics
+from collections.abc import Callable, Sequence
+from time import perf_counter
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from poe.decoding.segments import exits_below
+from poe.decoding.speculation import SelfSpeculation, drafting, generate_with
+from poe.errors import DecodingError
+from poe.modeling.stage import Stage
+
+LENGTHS = (3, 8)
+LEAST_PROBABILITIES = (0.2, 0.5)
+MOST_EXITS = 6
+PAYS = 1.03  # below that a draft is within the noise of the measurement
+FINALISTS = 2
+
+
+def calibrate_draft(
+    model: PreTrainedModel,
+    base: PreTrainedModel,
+    stage: Stage | None,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int = 48,
+    rounds: int = 3,
+) -> SelfSpeculation:
+    """Return the draft with which `model` (it ends in `stage`) decodes the prompts (token ids) fastest.
+
+    Every exit (of many, six that are spread evenly), length and least probability decodes each prompt once, greedily;
+    the best take `rounds` turns with plain decoding, and medians decide. Raises `DecodingError` with the numbers when
+    none is at least 3 % faster than plain decoding.
+    """
+    prompts = [prompt for prompt in prompts if len(prompt)]
+    if not prompts:
+        raise DecodingError("Drafts are measured on prompts: expected at least one row of token ids, got none.")
+    exits = exits_below(base, stage)
+    if not exits:
+        raise DecodingError("This model makes no prediction below its top, so nothing in it can draft: decode plainly.")
+    rows = [torch.tensor([list(prompt)], device=model.device) for prompt in prompts]
+    options: dict[str, Any] = {"do_sample": False, "max_new_tokens": max_new_tokens}
+
+    generator: Any = model
+
+    def plain() -> int:
+        return _new(rows, [generator.generate(ids, **options) for ids in rows])
+
+    def drafted(loop: Any) -> Callable[[], int]:
+        return lambda: _new(rows, [generate_with(loop, model, ids, **options) for ids in rows])
+
+    spread = sorted({exits[round(i * (len(exits) - 1) / (MOST_EXITS - 1))] for i in range(MOST_EXITS)})
+    plain()  # warm
+    trials = []
+    for plan in itertools.starmap(SelfSpeculation, itertools.product(spread, LENGTHS, LEAST_PROBABILITIES)):
+        loop = drafting(model, base, stage, plan)
+        seconds = _seconds_per_token(drafted(loop))
+        acceptance = loop.accepted / loop.drafted if loop.drafted else 0.0
+        trials.append((seconds, dataclasses.replace(plan, acceptance=round(acceptance, 4))))
+    finalists = [plan for _, plan in sorted(trials, key=lambda trial: trial[0])[:FINALISTS]]
+    contestants = [plain, *(drafted(drafting(model, base, stage, plan)) for plan in finalists)]
+    times: list[list[float]] = [[] for _ in contestants]
+    for _ in range(rounds):
+        for taken, contestant in zip(times, contestants, strict=True):
+            taken.append(_seconds_per_token(contestant))
+    plainly, *others = (statistics.median(taken) for taken in times)
+    seconds, best = min(zip(others, finalists, strict=True), key=lambda pair: pair[0])
+    if plainly / seconds < PAYS:
+        raise DecodingError(
+            f"No exit pays as a draft here: plain decoding takes {1e3 * plainly:.3g} ms a token, and the best draft "
+            f"(after {best.exit} of {_depth(model)} layers, up to {best.num_tokens} tokens, of which "
+            f"{100 * (best.acceptance or 0):.0f} % are kept) {1e3 * seconds:.3g} ms. Decode plainly."
+        )
+    return dataclasses.replace(best, speedup=round(plainly / seconds, 3))
+
+
+def _new(prompts: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> int:
+    return sum(output.shape[1] - prompt.shape[1] for prompt, output in zip(prompts, outputs, strict=True))
+
+
+def _seconds_per_token(decode: Callable[[], int]) -> float:
+    started = perf_counter()
+    tokens = decode()
+    return (perf_counter() - started) / max(1, tokens)
+
+
+def _depth(model: PreTrainedModel) -> int:
+    return int(model.config.num_hidden_layers)
