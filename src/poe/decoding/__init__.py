@@ -1,1 +1,1 @@
-"""Ways to decode that only a cascade has: leave early, draft and verify, with one key-value cache."""
+"""Ways to decode that only a cascade has: leave early, draft and verify, decide together, route rows to stages."""
