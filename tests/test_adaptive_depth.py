@@ -202,4 +202,4 @@ def test_what_does_not_fit_is_refused(tmp_path) -> None:
     with pytest.raises(DecodingError, match="cache of its own, got a DynamicCache"):
         early(cascade, [1], [0.5])(token_ids(1, 3), past_key_values=cache)
     with pytest.raises(DecodingError, match="got a StaticCache"):
-        early(cascade, [1], [0.5]).generate(**prompts(1), **QUIET, cache_implementation="static")
+        early(decoding_cascade("qwen3"), [1], [0.5]).generate(**prompts(1), **QUIET, cache_implementation="static")
