@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from poe.errors import SourceError
 from poe.loaders.base_folder import save_base_folder
 from poe.loaders.nanochat import read_tensors, translate
-from poe.loaders.nanochat_tokenizer import ASSISTANT_END, find_tokenizer, read_tokenizer
+from poe.loaders.nanochat_tokenizer import find_tokenizer, read_tokenizer
 from poe.modeling.modeling_poe import PoEConfig, PoEForCausalLM
 
 _SIZES = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
@@ -75,8 +75,8 @@ class Imported:
 def import_nanochat(checkpoint: Path | str, output: Path | str) -> Imported:
     """Write a nanochat checkpoint as a PoE base folder, whole or not at all.
 
-    `checkpoint` is a folder with `model_<step>.pt` and `meta_<step>.json` (base, chat or RL; of several steps the last),
-    and with the tokenizer where `find_tokenizer` looks. The rows that nanochat pads its tables with are left out: it
+    `checkpoint` is a folder with `model_<step>.pt` and `meta_<step>.json` (base, chat or RL; of several steps the
+    last), and with the tokenizer where `find_tokenizer` looks. The rows that nanochat pads its tables with are left out: it
     never computes with them. Weights are written in the widest dtype that the checkpoint holds, fp32 as a rule. Raises
     `SourceError` for what is missing, damaged or not known, `OutputError` if the disk refuses.
     """
@@ -134,10 +134,10 @@ def read_sizes(meta: Path) -> dict[str, Any]:
 
 def recognise(tensors: Mapping[str, Tensor], path: Path) -> Layout:
     """Return the layout of a checkpoint from its tensors, under a PoE base's names. Raises `SourceError`."""
-    channels = {tensor.shape[1] for name, tensor in tensors.items() if name.endswith("value_gate.weight")} or {None}
+    channels = {tensor.shape[1] for name, tensor in tensors.items() if name.endswith("value_gate.weight")}
     last = _LAST & tensors.keys()
-    known = len(channels) == 1 and last in (set(), _LAST)
-    layout = _LAYOUTS.get((bool(last), channels.pop())) if known else None
+    known = len(channels) <= 1 and last in (set(), _LAST)
+    layout = _LAYOUTS.get((bool(last), next(iter(channels), None))) if known else None
     if layout is None:
         raise SourceError(
             f"{path} is of no known version of nanochat: expected gates of value embeddings that read 32 channels, or "
@@ -165,9 +165,8 @@ def configure(
     """Return the config of a PoE base that computes what nanochat does, up to the sequence length it was trained at."""
     depth, pattern = sizes["n_layer"], sizes["window_pattern"]
     kinds = [pattern[index % len(pattern)] for index in range(depth - 1)] + ["L"]
-    gates = [re.search(r"layers\.(\d+)\..*value_gate", name) for name in tensors]
+    gates = {int(name.split(".")[2]): t.shape[1] for name, t in tensors.items() if name.endswith("value_gate.weight")}
     smear_gate = tensors.get("model.smear.gate.weight")
-    gate_width = next((t.shape[-1] for name, t in tensors.items() if name.endswith("value_gate.weight")), None)
     names = {"S": "sliding_attention", "L": "full_attention"}
     return PoEConfig(
         vocab_size=sizes["vocab_size"],
@@ -181,17 +180,17 @@ def configure(
         attention_logit_scale=layout.sharpness**2,
         final_logit_softcapping=_SOFTCAP,
         layer_scalars="model.layers.0.resid_scale" in tensors,
-        value_embedding_layers=sorted(int(gate[1]) for gate in gates if gate) or None,
-        value_gate_channels=gate_width or PoEConfig.value_gate_channels,
+        value_embedding_layers=sorted(gates) or None,
+        value_gate_channels=next(iter(gates.values()), PoEConfig.value_gate_channels),
         value_gate_scale=layout.gate_scale,
         layer_types=[names[kind] for kind in kinds] if "S" in kinds else None,
         # nanochat counts the tokens before the one that looks, transformers counts that one too
         sliding_window=layout.short_window(sizes["sequence_len"]) + 1 if "S" in kinds else None,
-        smear_channels=None if smear_gate is None else smear_gate.shape[-1],
+        smear_channels=None if smear_gate is None else smear_gate.shape[1],
         backout_layer=depth // 2 if "model.backout_scale" in tensors else None,
         bos_token_id=tokenizer.bos_token_id,
-        # a text without conversation ends where the next one begins
-        eos_token_id=[tokenizer.convert_tokens_to_ids(ASSISTANT_END), tokenizer.bos_token_id],
+        # an answer ends at <|assistant_end|>, a plain text where the next one begins
+        eos_token_id=[tokenizer.eos_token_id, tokenizer.bos_token_id],
         pad_token_id=tokenizer.pad_token_id,
     )
 

@@ -38,8 +38,8 @@ class _Refused(Exception):
 def read_tiktoken_pickle(path: Path) -> TiktokenEncoding:
     """Return what the pickle of one tiktoken Encoding holds; nothing in the file is imported, called or built.
 
-    Raises `SourceError` for every other pickle, for a damaged one, and for one that only names an encoding of tiktoken's
-    own (it holds no tokens).
+    Raises `SourceError` for every other pickle, for a damaged one, and for one that only names an encoding of
+    tiktoken's own (it holds no tokens).
     """
     try:
         state = _Machine().run(path.read_bytes())
@@ -96,7 +96,7 @@ class _Machine:
             if name in ("SHORT_BINUNICODE", "BINUNICODE", "SHORT_BINBYTES", "BINBYTES", "BININT1", "BININT2", "BININT"):
                 self.stack.append(value)
             elif name in ("BINGET", "LONG_BINGET"):
-                self.stack.append(self.memo[value])
+                self.stack.append(self.memo[int(value)])
             elif name in self.simple:
                 self.simple[name]()
             elif name == "STOP":
