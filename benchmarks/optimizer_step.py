@@ -10,6 +10,7 @@ same rows, and times the step over one layer and a dense head delta.
 """
 
 import argparse
+import gc
 import json
 import os
 import socket
@@ -151,6 +152,7 @@ def process(rank: int, port: int, folder: Path, args: argparse.Namespace) -> Non
     record = {"losses": trajectory(rank, PROCESSES, dist.group.WORLD), **timed(args, dist.group.WORLD)}
     (folder / f"{rank}.json").write_text(json.dumps(record))
     dist.destroy_process_group()
+    gc.collect()  # gloo's threads end with the last holder of the group: before the interpreter does
 
 
 def two_against_one(args: argparse.Namespace) -> dict[str, Any]:

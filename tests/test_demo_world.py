@@ -1,21 +1,29 @@
 """The demo world: reproducible, its splits disjoint, its answers right."""
 
+import hashlib
 import itertools
 import json
 import re
+from random import Random
 
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
-from poe.data.demo import words
+from poe.data.demo import notations, words
 from poe.data.demo.conversations import Split, make_conversation
+from poe.data.demo.notations import make_notations
 from poe.data.demo.text import KEYS, make_text
 from poe.data.demo.tokenizer import SPECIAL_TOKENS, train_tokenizer
 from poe.data.demo.world import HELD_OUT_TOOLS, KINDS, TRAIN_TOOLS, make_tool
 from poe.data.drops import DropReport
+from poe.data.forms.calls import CALL_FORMS
+from poe.data.forms.tools import TOOL_FORMS
 from poe.data.readers import demo
 from poe.data.render import Renderer
 from poe.data.schema import check_call, lint_schema
+from poe.data.text import documents
+from poe.loaders.places import EMBEDDED_BASE
 
 SPLITS: tuple[Split, ...] = ("train", "unseen_values", "unseen_tools")
 
@@ -73,6 +81,59 @@ def test_a_text_marks_the_answers_that_follow_from_what_stands_before_them(index
         known = {"do", "no", "form", "fits", "true", "false", "End", *itertools.chain(*KEYS)}
         for word in re.findall(r"[A-Za-z]+|\d+", answer):
             assert word in known or word in text[:start] or answer.startswith('{"do"')
+
+
+def test_the_texts_that_made_the_embedded_base_stay_as_they_are() -> None:
+    digest = hashlib.blake2b(digest_size=8)
+    for i, easy in itertools.product(range(100), (0.0, 0.8)):
+        digest.update(repr(make_text(i, seed=i % 3, easy=easy)).encode())
+    assert digest.hexdigest() == "76c8a021bd387ad1"
+
+
+@given(st.integers(0, 10**6))
+def test_notations_are_reproducible_and_know_nothing_that_is_held_out(index: int) -> None:
+    text, answers = make_notations(index)
+    assert (text, answers) == make_notations(index)
+    assert answers
+    assert not {t.name for t in HELD_OUT_TOOLS} & set(re.findall(r"[a-z]+_[a-z]+", text))
+    descriptions = {t.description for t in HELD_OUT_TOOLS}
+    assert not descriptions & set(re.findall(r"[A-Z][a-z]+ an? [a-z]+", text))
+    assert all(text[:end].endswith(("\nEnd.\n", "<|assistant_end|>")) for _, end in answers)
+
+
+@given(st.integers(0, 10**6), st.booleans())
+def test_what_a_prompt_asks_for_is_written_in_the_form_that_it_asks_for(index: int, chat: bool) -> None:
+    text, answers = notations.calls(Random(index), chat)
+    wanted = [form for form in CALL_FORMS.values() if any(request in text for request in form.request)]
+    assert len(wanted) == 1
+    for start, end in answers:
+        answer = text[start:end].removesuffix("<|assistant_end|>").removesuffix("\nEnd.\n")
+        reply = wanted[0].read(answer)
+        assert not reply.malformed
+        assert (reply.content, bool(reply.calls)) in (("", True), ("no form fits", False))
+        for call in reply.calls:
+            assert all(re.search(rf"\b{name}\b", text[:start]) for name in (call.name, *call.arguments))
+
+
+def test_every_notation_occurs_and_the_documents_fit_in_a_row() -> None:
+    texts = [make_notations(i).text for i in range(1000)]
+    requests = {name: sum(any(r in t for r in form.request) for t in texts) for name, form in CALL_FORMS.items()}
+    assert min(requests.values()) > 30, requests
+    begins = ('\n"name"', '\n  "name"', '\n    "name"', '[{"name"', '[{"type"', "<tools>\n", "def ", "type ")
+    assert len(begins) == len(TOOL_FORMS) - 1  # a tool alone on its line looks like any JSON
+    assert all(sum(begin in t for t in texts) > 30 for begin in begins)
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_BASE)
+    lengths = [len(ids) for ids in tokenizer(texts, verbose=False)["input_ids"]]
+    assert sum(length > 512 for length in lengths) < 0.02 * len(texts)
+
+
+def test_sources_of_text_are_mixed_by_their_weights() -> None:
+    given = itertools.islice(documents("demo:2,notations", seed=5), 600)
+    kinds = {make_text(i, seed=5).text: "demo" for i in range(600)}
+    characters = {"demo": 0, "notations": 0}
+    for document in given:
+        characters[kinds.get(document.text, "notations")] += len(document.text)
+    assert 1.9 < characters["demo"] / characters["notations"] < 2.1
 
 
 def test_held_out_rows_use_new_values_and_new_tools() -> None:

@@ -7,6 +7,7 @@ import torch
 
 from conftest import scramble
 from poe import Cascade, StageConfig
+from poe.errors import DeltaError, FamilyError
 from poe.modeling.modeling_poe import PoEConfig, PoEForCausalLM
 
 FEATURES = {
@@ -15,6 +16,8 @@ FEATURES = {
     "windows": {"layer_types": ["sliding_attention"] * 3 + ["full_attention"], "sliding_window": 4},
     "smear": {"smear_channels": 8},
     "backout": {"backout_layer": 2},
+    "stage heads": {"stage_layers": [2, 1, 1], "stage_heads": True},
+    "vote": {"stage_layers": [2, 1, 1], "combiner": "log_op"},
 }
 COMBINATIONS = [(name,) for name in FEATURES] + [tuple(FEATURES)]
 IDS = torch.tensor([[1, 5, 9, 13, 17, 21, 7, 8], [1, 8, 12, 3, 40, 41, 42, 43]])
@@ -69,9 +72,11 @@ def test_a_stage_on_top_starts_as_the_base_and_moves_nothing_below(features) -> 
     base = make(features)
     before = base(IDS).logits
     cascade = Cascade(base).add_stage(StageConfig("t", 2))
-    assert torch.equal(cascade(IDS).logits, before)
+    top = cascade(IDS, stage=None, exit=4).logits  # a stage stands on the last prediction, not on the vote of all
+    assert torch.equal(top, before) == (base.config.combiner == "last")
+    assert torch.equal(cascade(IDS).logits, top)
     scramble(cascade.stages["t"])
-    assert not torch.allclose(cascade(IDS).logits, before)
+    assert not torch.allclose(cascade(IDS).logits, top)
     assert torch.equal(cascade(IDS, stage=None).logits, before)
     options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     options["attention_mask"] = torch.ones_like(IDS)
@@ -84,6 +89,56 @@ def test_a_saved_base_comes_back(features, tmp_path) -> None:
     model.save_pretrained(tmp_path)
     with torch.no_grad():
         assert torch.equal(PoEForCausalLM.from_pretrained(tmp_path)(IDS).logits, model(IDS).logits)
+
+
+@torch.no_grad()
+def predictions(model: PoEForCausalLM, ids: torch.Tensor = IDS) -> list[torch.Tensor]:
+    """The logits at every boundary, straight from the definition: the shared head plus the stage's own."""
+    states = model.model.stages(ids, boundaries=model.config.boundaries)
+    own = [head.weight for head in model.lm_head_stages] if model.config.stage_heads else [0.0] * 9
+    cap = model.config.final_logit_softcapping
+    return [cap * torch.tanh(h @ (model.lm_head.weight + w).T / cap) for h, w in zip(list(states), own, strict=False)]
+
+
+@pytest.mark.parametrize("heads", [True, False])
+@pytest.mark.parametrize("more", [(), ("backout", "windows", "value embeddings", "scalars", "smear")])
+@torch.no_grad()
+def test_every_boundary_is_an_exit(heads, more) -> None:
+    model = make((*more, "stage heads")) if heads else make(more, stage_layers=[2, 1, 1])
+    cascade, expected = Cascade(model), predictions(model)
+    for depth, logits in zip([2, 3, 4], expected, strict=True):
+        torch.testing.assert_close(cascade(IDS, exit=depth).logits, logits)
+    assert torch.equal(cascade(IDS, exit=4).logits, model(IDS).logits)
+    assert len({int(p.data_ptr()) for d in (2, 3, 4) for p in cascade.model(None, d).model.parameters()}) == len(
+        list(model.model.parameters())
+    )
+    with pytest.raises(FamilyError, match=r"exit is 1, but .* after any of its stages: expected 2, 3, 4"):
+        cascade(IDS, exit=1)
+
+
+@torch.no_grad()
+def test_a_vote_is_the_normalised_mean_of_log_probabilities() -> None:
+    model = make(("stage heads", "vote"))
+    votes = torch.stack([logits.log_softmax(-1) for logits in predictions(model)]).mean(0)
+    torch.testing.assert_close(model(IDS).logits, votes - votes.logsumexp(-1, keepdim=True))
+    torch.testing.assert_close(model(IDS).logits.exp().sum(-1), torch.ones(IDS.shape))
+
+
+@torch.no_grad()
+def test_a_specialist_stands_on_any_boundary_and_begins_as_its_prediction() -> None:
+    model = make(("stage heads", "backout", "scalars"))
+    for depth, logits in zip([2, 3, 4], predictions(model), strict=True):
+        cascade = Cascade(model).add_stage(StageConfig("low", 1, attach_at=depth))
+        torch.testing.assert_close(cascade(IDS).logits, logits)
+        assert torch.equal(cascade(IDS).logits, cascade(IDS, stage=None, exit=depth).logits)
+    with pytest.raises(DeltaError, match=r"attach_at is 1, but .* expected 2, 3, 4"):
+        Cascade(model).add_stage(StageConfig("low", 1, attach_at=1))
+
+
+def test_stages_that_do_not_make_up_the_layers_are_refused() -> None:
+    for wrong, said in (({"stage_layers": [2, 1]}, "sum to 4"), ({"combiner": "mean"}, "'log_op'")):
+        with pytest.raises(ValueError, match=said):
+            make((), **wrong)
 
 
 def test_value_embeddings_need_the_tokens() -> None:

@@ -21,6 +21,7 @@ PLAN_FIELDS = (
 STAGE_OPTIONS = {
     *PLAN_FIELDS,
     *"num_layers head head_rank epochs held_out eval_data near_duplicates augment eval_rows train_on".split(),
+    "attach_at",
     "isolate_documents",
     "cache_hidden",
     "shard_base",
@@ -28,6 +29,7 @@ STAGE_OPTIONS = {
 BASE_OPTIONS = {
     *PLAN_FIELDS,
     *"vocab_size hidden_size num_layers num_heads num_kv_heads attention_logit_scale embed_lr init".split(),
+    *"stage_layers stage_heads combiner learning".split(),
 }
 
 
@@ -55,7 +57,7 @@ def test_the_published_hyper_parameters() -> None:
     ("make", "message"),
     [
         (lambda: load_recipe("tol"), "Did you mean 'tool'"),
-        (lambda: load_base_recipe("tool"), "Known: demo, text"),
+        (lambda: load_base_recipe("tool"), "Known: demo, demo-notations, text"),
         (lambda: load_recipe("tool", matrix_rate=1), "Did you mean 'matrix_lr'"),
         (lambda: load_recipe("tool").replace(layers=2), "Did you mean 'num_layers'"),
         (lambda: load_recipe("tool", head="thick"), "head should be"),

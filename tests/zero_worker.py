@@ -3,6 +3,7 @@
 python zero_worker.py RANK PORT FOLDER     # needs FOLDER/whole.safetensors, writes FOLDER/<scenario>-<rank>.*
 """
 
+import gc
 import json
 import math
 import sys
@@ -157,3 +158,4 @@ def main(rank: int, port: int, folder: Path) -> None:
 
 if __name__ == "__main__":
     main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    gc.collect()  # gloo ends its threads when nobody holds the group any more: before the interpreter ends

@@ -15,6 +15,7 @@ from poe.errors import DeltaError, FamilyError, FingerprintError, suggest
 from poe.loaders.places import embedded_folders, place
 from poe.loaders.tokenizer import load_tokenizer
 from poe.modeling.access import Access, read_config
+from poe.modeling.exits import leave_at
 from poe.modeling.fingerprint import fingerprint_tensors
 from poe.modeling.growth import keep_in_step
 from poe.modeling.lineage import BaseSource, Lineage, base_source, is_stage, resolve, warn_unverified
@@ -52,6 +53,7 @@ class Cascade:
         self.active: str | None = None
         self._source = source
         self._models: dict[str, PreTrainedModel] = {}
+        self._exits: dict[int, PreTrainedModel] = {}
 
     @classmethod
     def from_pretrained(
@@ -243,8 +245,20 @@ class Cascade:
         self.active = name
         return self
 
-    def model(self, name: str | None) -> PreTrainedModel:
-        """Return the native model that ends in a stage, or the base for None; all of them share the base's tensors."""
+    def model(self, name: str | None, exit: int | None = None) -> PreTrainedModel:
+        """Return the native model that ends in a stage, or the base for None; all of them share the base's tensors.
+
+        `exit` is for the base: the model that ends after that many of its layers (a PoE base: after one of its stages).
+        """
+        if exit is not None:
+            if name is not None:
+                raise DeltaError(
+                    f"exit={exit} leaves the base below stage {name!r}, so the stage would not be used: expected "
+                    "stage=None with it. A cheaper specialist is one that is trained with attach_at."
+                )
+            if exit not in self._exits:
+                self._exits[exit] = leave_at(self.base, exit)
+            return self._exits[exit]
         if name is None:
             return self.base
         stage = self._stage(name)
@@ -255,13 +269,17 @@ class Cascade:
             self._models[name] = model
         return self._models[name]
 
-    def generate(self, *args: Any, stage: Any = _ACTIVE, **kwargs: Any) -> Any:
-        """Call `generate` of the model that ends in `stage` (default: the active one, None: the base)."""
-        return self.model(self.active if stage is _ACTIVE else stage).generate(*args, **kwargs)  # type: ignore[operator]
+    def generate(self, *args: Any, stage: Any = _ACTIVE, exit: int | None = None, **kwargs: Any) -> Any:
+        """Call `generate` of the model that ends in `stage` (default: the active one, None: the base).
 
-    def __call__(self, *args: Any, stage: Any = _ACTIVE, **kwargs: Any) -> Any:
-        """Call the model that ends in `stage` (default: the active one, None: the base)."""
-        return self.model(self.active if stage is _ACTIVE else stage)(*args, **kwargs)
+        `exit` leaves the base after that many layers: see `model`.
+        """
+        model: Any = self.model(self.active if stage is _ACTIVE else stage, exit)
+        return model.generate(*args, **kwargs)
+
+    def __call__(self, *args: Any, stage: Any = _ACTIVE, exit: int | None = None, **kwargs: Any) -> Any:
+        """Call the model that ends in `stage` (default: the active one, None: the base), or the base left at `exit`."""
+        return self.model(self.active if stage is _ACTIVE else stage, exit)(*args, **kwargs)
 
     def save_stage(
         self,

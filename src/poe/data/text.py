@@ -1,33 +1,38 @@
-"""Plain documents for pretraining a base: the demo world's own text, or local text files."""
+"""Plain documents for pretraining a base: the demo world's own texts, or local text files."""
 
 import gzip
 import json
 from collections.abc import Iterator
+from functools import partial
 from heapq import heappop, heappush
 from itertools import count
 from pathlib import Path
 
 from poe.data.conversation import Text
+from poe.data.demo.notations import make_notations
 from poe.data.demo.text import make_text
 from poe.data.spec import parse_spec
 from poe.errors import DataError
 
-TEXT_READERS = ("demo", "text")
+GENERATED = {"demo": make_text, "notations": make_notations}  # endless: a document is a function of its number
+TEXT_READERS = (*GENERATED, "text")
 PART_CHARACTERS = 20_000
 END_OF_TEXT = "<|endoftext|>"  # separates documents in a .txt file, where it occurs
 
 
 def documents(spec: str, *, seed: int = 0, easy: float = 0.0) -> Iterator[Text]:
-    """Yield the documents of a SPEC: `demo` (endless) or `text=FILES` (.txt, .md, .jsonl with a `text` field, .gz).
+    """Yield the documents of a SPEC: `demo` and `notations` (generated, endless, each with answers marked), or
+    `text=FILES` (.txt, .md, .jsonl with a `text` field, .gz).
 
     Several sources are interleaved so that each has given its weight's share of the characters at any time; long
-    documents come in parts. `easy` is the demo world's (`make_text`). Raises `DataError` for files that cannot be
+    documents come in parts. `easy` is the generated texts' (`make_text`). Raises `DataError` for files that cannot be
     read.
     """
     streams = []
     for number, source in enumerate(parse_spec(spec, TEXT_READERS)):
-        if source.name == "demo":
-            texts = (make_text(i, seed=seed, easy=easy) for i in count())
+        texts: Iterator[Text]
+        if source.name in GENERATED:
+            texts = map(partial(GENERATED[source.name], seed=seed, easy=easy), count())
         elif source.path is None:
             raise DataError("The reader 'text' reads local files: text=FILE, text=FOLDER/*.jsonl.gz, ...")
         else:
@@ -39,6 +44,11 @@ def documents(spec: str, *, seed: int = 0, easy: float = 0.0) -> Iterator[Text]:
         if (document := next(texts, None)) is not None:
             yield document
             heappush(streams, (given + len(document.text) / weight, number, weight, texts))
+
+
+def is_generated(spec: str) -> bool:
+    """Whether all that a SPEC names is generated, in documents that fit in a row of 512 tokens."""
+    return all(source.name in GENERATED for source in parse_spec(spec, TEXT_READERS))
 
 
 def _parts(text: str) -> Iterator[str]:

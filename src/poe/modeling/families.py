@@ -111,6 +111,11 @@ def grown_config(config: PreTrainedConfig, family: Family, below: int, count: in
     if (getattr(config, "max_window_layers", None) or 0) >= depth:
         # "No layer has a window": it must not come to mean that the new ones do.
         grown.max_window_layers = max(config.max_window_layers, total)
+    if getattr(grown, "stage_layers", None):
+        # A grown PoE base predicts at its top alone: what was below the new layers is folded into their head.
+        grown.stage_layers, grown.stage_heads, grown.combiner = None, False, "last"
+    if (getattr(grown, "backout_layer", None) or 0) >= below:
+        grown.backout_layer = None  # that layer is left out, and no new one takes its place
     grown.num_hidden_layers = total
     grown.tie_word_embeddings = False
     return grown

@@ -156,13 +156,16 @@ def _silence(module: nn.Module) -> None:
 def _share(source: nn.Module, target: nn.Module, without: set[str]) -> None:
     """Make the children, parameters and buffers of `target` the very objects that `source` holds.
 
-    Of its own parameters, those that are offloaded are read into memory: its hooks are not the target's.
+    What `target` does not have by its config (such as the heads of a PoE base's stages) is not given to it. Of its own
+    parameters, those that are offloaded are read into memory: its hooks are not the target's.
     """
+    children, parameters = dict(target.named_children()), dict(target.named_parameters(recurse=False))
     for name, child in source.named_children():
-        if name not in without:
+        if name not in without and name in children:
             setattr(target, name, child)
     for name, _ in source.named_parameters(recurse=False):
-        setattr(target, name, in_memory(source, name))
+        if name in parameters:
+            setattr(target, name, in_memory(source, name))
     for name, buffer in source.named_buffers(recurse=False):
         setattr(target, name, buffer)
 

@@ -7,7 +7,9 @@ Configuration and model share one file on purpose: two remote-code files can end
 Shape letters: B batch, T tokens, D hidden size, H heads, K key-value heads, E head dimension, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -37,6 +39,11 @@ class PoEConfig(PreTrainedConfig):
     `layer_types` and `sliding_window` as everywhere in transformers; `smear_channels` lets each position take up a
     share of the embedding before it, decided by that many channels; `backout_layer` is the layer whose output is
     subtracted, scaled, before the final norm (also below a stage: it stays where it is when layers are stacked).
+
+    `stage_layers`, such as [12, 5, 4, 3], cuts the layers into stages: after each of them the final norm and the head
+    make a prediction (PoE local learning trains every stage by its own). `stage_heads` gives every stage a head of its
+    own that is added to the shared one. `combiner` says which prediction the model returns: that of the last stage, or
+    with "log_op" the normalised mean of all stages' log-probabilities.
     """
 
     model_type = "poe"
@@ -62,6 +69,9 @@ class PoEConfig(PreTrainedConfig):
     sliding_window: int | None = None
     smear_channels: int | None = None
     backout_layer: int | None = None
+    stage_layers: list[int] | None = None
+    stage_heads: bool = False
+    combiner: str = "last"
     attention_dropout: float = 0.0
     use_cache: bool = True
     tie_word_embeddings: bool = False
@@ -77,6 +87,16 @@ class PoEConfig(PreTrainedConfig):
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
         super().__post_init__(**kwargs)
+        stages = self.stage_layers
+        if stages is not None and (min(stages, default=0) < 1 or sum(stages) != self.num_hidden_layers):
+            raise ValueError(f"stage_layers {stages} should be positive and sum to {self.num_hidden_layers} layers")
+        if self.combiner not in ("last", "log_op"):
+            raise ValueError(f"combiner should be 'last' or 'log_op', got {self.combiner!r}")
+
+    @property
+    def boundaries(self) -> list[int]:
+        """The number of layers below each prediction, the last one being all of them."""
+        return list(accumulate(self.stage_layers or [self.num_hidden_layers]))
 
 
 def rms_norm(x: Tensor, eps: float) -> Tensor:
@@ -327,6 +347,13 @@ class PoEPreTrainedModel(PreTrainedModel):
             nn.init.constant_(module.backout_scale, 0.2)
 
 
+@dataclass
+class PoEModelOutput(BaseModelOutputWithPast):
+    """`stage_states` are the normalised hidden states (B, T, D) at every boundary, where the combiner reads them."""
+
+    stage_states: tuple[Tensor, ...] | None = None
+
+
 class PoEModel(PoEPreTrainedModel):
     """The backbone: token ids (B, T) -> normalised hidden states (B, T, D)."""
 
@@ -353,14 +380,49 @@ class PoEModel(PoEPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
+    ) -> PoEModelOutput:
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        voting = self.config.combiner == "log_op"
+        states = tuple(
+            self.stages(
+                input_ids,
+                attention_mask,
+                position_ids,
+                past_key_values,
+                inputs_embeds,
+                boundaries=self.config.boundaries if voting else [self.config.num_hidden_layers],
+                **kwargs,
+            )
+        )
+        return PoEModelOutput(
+            last_hidden_state=states[-1],
+            past_key_values=past_key_values if use_cache else None,
+            stage_states=states if voting else None,
+        )
+
+    def stages(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        *,
+        boundaries: list[int],
+        detach: bool = False,
+        **kwargs: Any,
+    ) -> Iterator[Tensor]:
+        """Yield the normalised hidden states (B, T, D) after each of `boundaries` (numbers of layers), one at a time.
+
+        The layers above run when the next is asked for. With `detach` no gradient crosses a boundary, so that each
+        state can be learnt from before the next is made, and only one stage's graph exists at a time.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        use_cache = self.config.use_cache if use_cache is None else use_cache
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(past, past + inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0)
@@ -399,11 +461,14 @@ class PoEModel(PoEPreTrainedModel):
             )
             if index == self.config.backout_layer:
                 middle = hidden_states
-        if middle is not None and self.backout_scale is not None:
-            hidden_states = hidden_states - self.backout_scale.to(middle.dtype) * middle
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
-        )
+            if index + 1 in boundaries:
+                below = hidden_states
+                if middle is not None and self.backout_scale is not None:
+                    below = below - self.backout_scale.to(middle.dtype) * middle
+                yield self.norm(below)
+                if detach:
+                    hidden_states, first_hidden = hidden_states.detach(), first_hidden.detach()
+                    middle = None if middle is None else middle.detach()
 
 
 class PoEForCausalLM(PoEPreTrainedModel, GenerationMixin):
@@ -415,7 +480,39 @@ class PoEForCausalLM(PoEPreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.lm_head.initial_scale = 0.01
+        if config.stage_heads:
+            heads = (nn.Linear(config.hidden_size, config.vocab_size, bias=False) for _ in config.boundaries)
+            self.lm_head_stages = nn.ModuleList(heads)
+            for head in self.lm_head_stages:
+                head.initial_scale = 0.0  # type: ignore[assignment]
+        self._summed: dict[int, tuple[Any, Tensor]] = {}  # by stage: what it was made of, the sum
         self.post_init()
+
+    def head_weight(self, stage: int) -> Tensor:
+        """What reads the state of stage `stage`: the shared head (V, D), plus the stage's own where there is one.
+
+        The sum is made in fp32 and kept while no gradient is wanted and its parts do not change.
+        """
+        shared = self.lm_head.weight
+        if not self.config.stage_heads:
+            return shared
+        own: Tensor = self.lm_head_stages[stage].weight  # type: ignore[assignment]
+        if torch.is_grad_enabled() and (shared.requires_grad or own.requires_grad):
+            self._summed.clear()
+            return (shared.float() + own.float()).to(shared.dtype)
+        key = tuple((t.data_ptr(), t.device, t.dtype, 0 if t.is_inference() else t._version) for t in (shared, own))
+        if stage not in self._summed or self._summed[stage][0] != key:
+            self._summed[stage] = key, (shared.float() + own.float()).to(shared.dtype)
+        return self._summed[stage][1]
+
+    def _logits(self, hidden_states: Tensor, stage: int) -> Tensor:
+        """Normalised states (B, T, D) at the boundary of `stage` -> soft-capped logits (B, T, V)."""
+        if self.config.stage_heads:
+            logits = F.linear(hidden_states, self.head_weight(stage))
+        else:  # as a module: its device may have to be reached by a hook
+            logits = self.lm_head(hidden_states)
+        cap = self.config.final_logit_softcapping
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     @can_return_tuple
     def forward(
@@ -441,10 +538,11 @@ class PoEForCausalLM(PoEPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        cap = self.config.final_logit_softcapping
-        if cap is not None:
-            logits = cap * torch.tanh(logits / cap)
+        if outputs.stage_states is None:
+            logits = self._logits(outputs.last_hidden_state[:, kept], -1)
+        else:
+            votes = [self._logits(h[:, kept], k).float().log_softmax(-1) for k, h in enumerate(outputs.stage_states)]
+            logits = torch.stack(votes).mean(0).log_softmax(-1).to(votes[0].dtype)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)

@@ -11,8 +11,8 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from .delta_file import storage_error
+from .exits import exit_refusal, head_below
 from .failures import DeltaError
-from .families import family_of
 from .growth import build_layers, shell
 from .heads import FoldedHead, automatic_rank, build_head
 from .recognition import recognise
@@ -120,8 +120,12 @@ def build_stage(
             f"Stage {config.name!r}: attach_at is {below}, but a base of model type {family.model_type!r} is "
             "recurrent, and a stage stands above all of its cycles: expected attach_at None."
         )
-    base_head = family.head_of(base)
-    folded = FoldedHead(base_head, [])  # refuses a head that cannot carry a delta, before anything is built
+    if parent is None and (reason := exit_refusal(base, below)):
+        raise DeltaError(f"Stage {config.name!r}: attach_at is {below}, but {reason}.")
+    foot = below if parent is None else parent.chain[0].below
+    folded = FoldedHead(
+        head_below(base, foot), []
+    )  # refuses a head that cannot carry a delta, before anything is built
     layers = build_layers(base, config.num_layers, below, seed=seed, dtype=dtype)
     if config.head == "low_rank" and config.head_rank == "auto":
         rank = automatic_rank(folded.out_features, folded.in_features, sum(p.numel() for p in layers.parameters()))
@@ -139,7 +143,7 @@ def assemble(base: PreTrainedModel, stage: Stage) -> PreTrainedModel:
     """
     chain = stage.chain
     layers = [layer for link in chain for layer in link.layers]
-    head = FoldedHead(family_of(base).head_of(base), [link.head for link in chain])
+    head = FoldedHead(head_below(base, chain[0].below), [link.head for link in chain])
     model = shell(base, layers, head, below=chain[0].below)
     if stage.generation_config is not None:
         model.generation_config = copy.deepcopy(stage.generation_config)

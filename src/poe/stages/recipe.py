@@ -97,6 +97,7 @@ class Recipe(Plan):
     num_layers: int = 4
     head: Literal["dense", "low_rank", "none"] = "dense"
     head_rank: int | Literal["auto"] = 64
+    attach_at: int | None = None  # how many of the base's layers lie below the stage; None: all
     epochs: dict[str, int] = field(default_factory=dict)  # passes per data reader, unless the SPEC says so
     held_out: float = 0.02  # share of the queries kept for validation
     eval_data: str = ""  # a SPEC of questions to answer after training; rows that share a query or a call are left out
@@ -117,7 +118,7 @@ class Recipe(Plan):
 
     def stage_config(self, **fields: Any) -> StageConfig:
         """Return the shape of the stage; `fields` override."""
-        own = {"name": self.name, "num_layers": self.num_layers, "head": self.head, "head_rank": self.head_rank}
+        own = {name: getattr(self, name) for name in ("name", "num_layers", "head", "head_rank", "attach_at")}
         return StageConfig(**{**own, **fields})
 
 
@@ -131,11 +132,29 @@ class BaseRecipe(Plan):
     num_heads: int = 6
     num_kv_heads: int | None = None
     attention_logit_scale: float = 1.44
+    stage_layers: list[int] | None = None  # the layers of each PoE stage, such as [12, 5, 4, 3]; None: one stage
+    stage_heads: bool = False  # every stage adds a head of its own to the shared one
+    combiner: Literal["last", "log_op"] = "last"  # what the base predicts: its last stage's view, or that of all
+    learning: Literal["local", "backprop"] = "local"  # each stage by its own loss, or all by the last one's
     head_lr: float = 0.004  # AdamW, for the head
     embed_lr: float = 0.2
     warmdown: float = 0.5
     start: float = 0.0
     init: str | None = None  # a base folder to continue from, with its shape and its tokenizer
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        stages = self.stage_layers or [self.num_layers]
+        if min(stages) < 1 or sum(stages) != self.num_layers:
+            raise RecipeError(
+                f"Recipe {self.name!r}: stage_layers is {stages}, expected positive numbers that sum to the "
+                f"{self.num_layers} layers (num_layers)."
+            )
+        if self.compile and self.learning == "local" and len(stages) > 1:
+            raise RecipeError(
+                f"Recipe {self.name!r}: compile and local learning do not go together, because the backward pass of a "
+                "stage comes before the forward pass of the next. Choose learning: backprop, or leave compile out."
+            )
 
 
 def list_recipes(kind: type[Plan] = Recipe) -> list[str]:
@@ -182,6 +201,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return value in typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, part) for part in typing.get_args(hint))
+    if origin is list:
+        return isinstance(value, list) and all(_fits(part, typing.get_args(hint)[0]) for part in value)
     if origin is dict:
         return isinstance(value, dict)
     if hint is float:

@@ -7,12 +7,14 @@ there is one process and none of this happens.
 """
 
 import contextlib
+import gc
 import hashlib
 import json
 import os
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -45,13 +47,17 @@ class World:
     size: int = 1
     local_rank: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    group: "dist.ProcessGroup | None" = None
     store: "dist.Store | None" = None
     _turns: "count[int]" = field(default_factory=count, repr=False, compare=False)
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def group(self) -> "dist.ProcessGroup | None":
+        """The process group, None for one process alone."""
+        return dist.group.WORLD if self.size > 1 else None
 
     def own_rows(self, rows: int) -> slice:
         """This process's part of a step's rows: equal parts, in the order of the ranks."""
@@ -196,11 +202,12 @@ def joined_world() -> Iterator[World]:
         )
     except RuntimeError as error:
         raise TrainingError(f"Process {os.environ['RANK']} did not find the others: {error}") from error
-    world = World(rank, size, local_rank, device, dist.group.WORLD, store)
+    world = World(rank, size, local_rank, device, store)
     try:
         yield world
     except BaseException as error:
         _hold_signals()
+        traceback.clear_frames(error.__traceback__)
         if _is_lost(error):
             raise TrainingError(
                 f"Another of the {size} processes stopped, so this run stops too. The newest checkpoint, if any, was "
@@ -208,7 +215,9 @@ def joined_world() -> Iterator[World]:
             ) from error
         raise
     finally:
+        # gloo ends its threads when nobody holds the group any more; left to the interpreter's own end, they abort it
         dist.destroy_process_group()
+        gc.collect()
 
 
 def even_rows(plan: Plan, world: World) -> int:

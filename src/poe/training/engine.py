@@ -31,6 +31,7 @@ from poe.training.hidden import FromBoundary, Hidden, Whole
 from poe.training.history import History
 from poe.training.identity import refuse_another, run_identity
 from poe.training.interrupts import Interrupted, StopRequest
+from poe.training.local import Prediction, Stagewise
 from poe.training.loss import IGNORED, cross_entropy_sum, per_label_losses
 from poe.training.metrics import Metrics
 from poe.training.optim import build_optimizer
@@ -125,7 +126,8 @@ class Engine:
             while step < self.num_steps:
                 started = time.perf_counter()
                 factor = self._schedule(step)
-                loss, norm, slots = self._step(step)
+                losses, norm, slots = self._step(step)
+                loss = losses[-1]
                 elapsed = time.perf_counter() - started
                 step += 1
                 self.history.seconds += elapsed
@@ -137,6 +139,7 @@ class Engine:
                     "grad_norm": norm,
                     "lr_factor": factor,
                     "tokens_per_s": slots / elapsed,
+                    **({"stage_losses": losses} if len(losses) > 1 else {}),
                 }
                 self.history.steps.append(record)
                 metrics.write(record)
@@ -220,29 +223,41 @@ class Engine:
         for parts in zip(*(t.split(self.rows_per_batch) for t in batch), strict=True):
             yield Batch(*(part.to(device) for part in parts))
 
-    def _step(self, step: int) -> tuple[float, float, int]:
-        """One optimiser step; returns the loss (nats per trained token), the gradients' norm, the number of slots."""
+    def _step(self, step: int) -> tuple[list[float], float, int]:
+        """One optimiser step; returns the losses (nats per trained token), the gradients' norm, the number of slots."""
         self.model.train()
         batch = self.train.batch(step, self.rows_per_step)
         trained = max(int((batch.labels != IGNORED).sum()), 1)
         own = Batch(*(tensor[self.world.own_rows(self.rows_per_step)] for tensor in batch))
-        loss = self._accumulate(own, trained)
+        losses = self._accumulate(own, trained)
         norm = float(self.optimizer.clip_grad_norm_(self.plan.max_grad_norm))
-        check_step(step + 1, loss, norm, self.model, self.parameters, lambda: self._replay(own))
+        check_step(step + 1, sum(losses), norm, self.model, self.parameters, lambda: self._replay(own))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return loss, norm, batch.input_ids.numel()
+        return losses, norm, batch.input_ids.numel()
 
-    def _accumulate(self, batch: Batch, trained: int) -> float:
-        """Leave this process's part of the gradients of the mean over `trained` labels; return that mean over all."""
+    def _accumulate(self, batch: Batch, trained: int) -> list[float]:
+        """Leave this process's part of the gradients of the mean over `trained` labels; return that mean over all.
+
+        One mean for each of the model's predictions, its own the last: those of a PoE base's stages, or that one alone.
+        """
         losses = []
         for part in self._batches(batch):
-            hidden, head = self._hidden(part), self._head
-            loss = cross_entropy_sum(hidden, head.weight, part.labels, self.logits, head.bias, z_loss=self.plan.z_loss)
-            (loss / trained).backward()
-            losses.append(loss.detach())
-        (total,) = self.world.all_sum(sum(loss.item() for loss in losses))  # read at the end: a GPU does not wait
-        return total / trained
+            sums = []
+            for hidden, weight, bias in self._predictions(self._hidden, part, learning=True):
+                loss = cross_entropy_sum(hidden, weight, part.labels, self.logits, bias, z_loss=self.plan.z_loss)
+                (loss / trained).backward()
+                sums.append(loss.detach())
+            losses.append(torch.stack(sums))
+        totals = torch.stack(losses).double().sum(0).tolist()  # read at the end: a GPU does not wait
+        return [total / trained for total in self.world.all_sum(*totals)]
+
+    def _predictions(self, source: Hidden, batch: Batch, learning: bool = False) -> Iterator[Prediction]:
+        """What the model predicts at each place that counts; its own prediction is the last."""
+        if isinstance(source, Stagewise):
+            yield from source.predictions(batch, learning)
+        else:
+            yield Prediction(source(batch), self._head.weight, self._head.bias)
 
     def _replay(self, batch: Batch) -> None:
         for part in self._batches(batch):
@@ -260,22 +275,29 @@ class Engine:
             return
         started = time.perf_counter()
         self.model.eval()
-        nats = bits = labels_seen = bytes_seen = 0.0
+        total: Any = 0.0  # (K, 4), of every prediction: nats, labels, bits, bytes
         for numbers in self.world.shares(self.val.num_rows, self.rows_per_batch):
             # a part without rows goes through the network, too: the processes may have to bring its layers together
             rows = [self.val.batch(number, 1) for number in numbers] or [_unlabelled(self.val.batch(0, 1))]
             part = Batch(*(torch.cat(tensors).to(self._device) for tensors in zip(*rows, strict=True)))
-            losses = per_label_losses(
-                self._val_hidden(part), self._head.weight, part.labels, self.logits, self._head.bias
-            ).to(part.labels.device, torch.float64)
             sizes = self.token_bytes.to(part.labels.device)[part.labels[part.labels != IGNORED]]
-            nats += losses.sum().item()
-            labels_seen += losses.numel()
-            bits += losses[sizes > 0].sum().item() / math.log(2)
-            bytes_seen += int(sizes.sum())
+            found = []
+            for hidden, weight, bias in self._predictions(self._val_hidden, part):
+                losses = per_label_losses(hidden, weight, part.labels, self.logits, bias)
+                losses = losses.to(part.labels.device, torch.float64)
+                bits = losses[sizes > 0].sum().item() / math.log(2)
+                found.append([losses.sum().item(), losses.numel(), bits, int(sizes.sum())])
+            total = total + torch.tensor(found, dtype=torch.float64)
             self.progress.evaluating(numbers.stop, self.val.num_rows)
-        nats, bits, labels_seen, bytes_seen = self.world.all_sum(nats, bits, labels_seen, bytes_seen)
-        record = {"step": step, "val_bpb": bits / max(bytes_seen, 1), "val_loss": nats / max(labels_seen, 1)}
+        results = [self.world.all_sum(*sums) for sums in total.tolist()]
+        nats, labels_seen, bits, bytes_seen = results[-1]
+        record: dict[str, Any] = {
+            "step": step,
+            "val_bpb": bits / max(bytes_seen, 1),
+            "val_loss": nats / max(labels_seen, 1),
+        }
+        if len(results) > 1:
+            record["stage_bpb"] = [bits / max(bytes_seen, 1) for _, _, bits, bytes_seen in results]
         self.history.evals.append(record)
         self.history.eval_seconds += time.perf_counter() - started
         metrics.write(record)

@@ -9,9 +9,11 @@ from typing import Any
 class History:
     """It is saved with every checkpoint and ends in training.json."""
 
-    # step, epoch, loss (nats per trained token), grad_norm, lr_factor, tokens_per_s
-    steps: list[dict[str, float]] = field(default_factory=list)
-    evals: list[dict[str, float]] = field(default_factory=list)  # step, val_bpb, val_loss (nats per trained token)
+    # step, epoch, loss (nats per trained token), grad_norm, lr_factor, tokens_per_s; of a base with several stages also
+    # stage_losses, the last of which is the loss
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    # step, val_bpb, val_loss (nats per trained token); of a base with several stages also stage_bpb
+    evals: list[dict[str, Any]] = field(default_factory=list)
     best_step: int = -1
     best_bpb: float = math.inf
     seconds: float = 0.0

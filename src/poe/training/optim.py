@@ -326,7 +326,7 @@ def _role(name: str, param: Tensor) -> str:
         return "scalars"
     if parts[0] in ("head", "heads") or "deltas" in parts or parts[-1] in ("a", "b"):  # dense or low-rank deltas
         return "head"
-    if "lm_head" in parts:
+    if parts[0] in ("lm_head", "lm_head_stages"):
         return "unembedding"
     if any("embed" in part for part in parts):
         return "embeddings"

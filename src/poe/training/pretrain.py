@@ -17,14 +17,16 @@ from poe.data.demo.tokenizer import train_tokenizer
 from poe.data.demo.words import NOUNS
 from poe.data.packing import Batch, LongPolicy, PackedRows, pack
 from poe.data.render import token_bytes
-from poe.data.text import documents
+from poe.data.text import documents, is_generated
 from poe.errors import DataError, RecipeError
 from poe.loaders.base_folder import save_base_folder
 from poe.loaders.places import place
 from poe.modeling.modeling_poe import PoEConfig, PoEForCausalLM
 from poe.stages.recipe import BaseRecipe
 from poe.training.engine import Engine
+from poe.training.hidden import Hidden, Whole
 from poe.training.history import History
+from poe.training.local import Stagewise
 from poe.training.precision import choose_dtype
 from poe.training.progress import Progress
 from poe.training.recompute import recomputed
@@ -76,7 +78,15 @@ def train_base(
     val, train = _rows(recipe, tokenizer, num_steps)
     progress.note(f"{train.num_rows} rows of {recipe.seq_len} tokens, prepared in {time.time() - started:.0f} s")
     model: Any = (
-        PoEForCausalLM(base_config(recipe, tokenizer)) if recipe.init is None else _continued(recipe, PoEForCausalLM)
+        PoEForCausalLM(base_config(recipe, tokenizer))
+        if recipe.init is None
+        else _continued(
+            recipe,
+            PoEForCausalLM,
+            stage_layers=recipe.stage_layers,
+            stage_heads=recipe.stage_heads,
+            combiner=recipe.combiner,
+        )
     )
     model = model.to(choose_dtype(recipe.dtype))
     engine = Engine(
@@ -89,6 +99,7 @@ def train_base(
         run,
         num_steps,
         progress,
+        hidden=_hidden(model, recipe),
         trackers=trackers,
     )
     with recomputed(model.model.layers if recipe.checkpoint_activations else ()):
@@ -100,12 +111,18 @@ def train_base(
     return run
 
 
-def _continued(recipe: BaseRecipe, kind: Any) -> Any:
-    """Return the tokenizer or the model of the base that the recipe continues."""
+def _hidden(model: PoEForCausalLM, recipe: BaseRecipe) -> tuple[Hidden, Hidden]:
+    """Return the sources of hidden states for training and for validation."""
+    stagewise = Stagewise(model, recipe.learning == "local")
+    return Whole(model, compile=True) if recipe.compile else stagewise, stagewise
+
+
+def _continued(recipe: BaseRecipe, kind: Any, **options: Any) -> Any:
+    """Return the tokenizer or the model of the base that the recipe continues; `options` change its config."""
     assert recipe.init is not None
     folder = place(recipe.init)
     try:
-        return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
         raise RecipeError(f"init: {recipe.init!r} is not the folder of a PoE base: {error}") from error
 
@@ -118,6 +135,9 @@ def base_config(recipe: BaseRecipe, tokenizer: Any) -> PoEConfig:
         num_hidden_layers=recipe.num_layers,
         num_attention_heads=recipe.num_heads,
         num_key_value_heads=recipe.num_kv_heads,
+        stage_layers=recipe.stage_layers,
+        stage_heads=recipe.stage_heads,
+        combiner=recipe.combiner,
         attention_logit_scale=recipe.attention_logit_scale,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -149,7 +169,7 @@ def _tokenizer_texts(recipe: BaseRecipe) -> Iterator[str]:
         seen += len(document.text)
         if seen > TOKENIZER_CHARACTERS:
             break
-    if recipe.data == "demo":
+    if is_generated(recipe.data):
         for index in range(1000):
             yield " ".join(NOUNS)
             for message in make_conversation(index).messages:
@@ -160,6 +180,7 @@ def _rows(recipe: BaseRecipe, tokenizer: Any, num_steps: int) -> tuple[PackedRow
     """Return validation and training rows; the two share no document."""
     rows_per_step = recipe.tokens_per_step // recipe.seq_len
     needed = num_steps * recipe.tokens_per_step
+    generated = is_generated(recipe.data)
 
     def tokenised(texts: Iterator[Text], tokens: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         while tokens > 0 and (chunk := list(islice(texts, CHUNK))):
@@ -172,18 +193,18 @@ def _rows(recipe: BaseRecipe, tokenizer: Any, num_steps: int) -> tuple[PackedRow
                     return
 
     def packed(texts: Iterator[Text], tokens: int) -> PackedRows:
-        long: LongPolicy = "drop" if recipe.data == "demo" else "split"
+        long: LongPolicy = "drop" if generated else "split"
         return pack(
             tokenised(texts, tokens), recipe.seq_len, long=long, seed=recipe.seed, pad_id=tokenizer.pad_token_id
         )
 
-    if recipe.data == "demo":
-        val = packed(documents("demo", seed=recipe.seed + 1), VALIDATION_ROWS * recipe.seq_len)
+    if generated:
+        val = packed(documents(recipe.data, seed=recipe.seed + 1), VALIDATION_ROWS * recipe.seq_len)
         easy = round(num_steps * EASY_SHARE) * rows_per_step if recipe.init is None else 0
-        rows = packed(documents("demo", seed=recipe.seed + 3), needed)
+        rows = packed(documents(recipe.data, seed=recipe.seed + 3), needed)
         if not easy:
             return val, rows
-        first = packed(documents("demo", seed=recipe.seed + 2, easy=0.8), int(easy * recipe.seq_len * 1.01))
+        first = packed(documents(recipe.data, seed=recipe.seed + 2, easy=0.8), int(easy * recipe.seq_len * 1.01))
         return val, Chained(first, rows)
     texts = documents(recipe.data, seed=recipe.seed)
     val = packed(texts, VALIDATION_ROWS * recipe.seq_len)

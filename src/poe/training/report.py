@@ -75,8 +75,9 @@ def outcome(history: Any) -> dict[str, Any]:
 def draw_report(run: Path) -> bool:
     """Draw `run`/report.png from `run`/metrics.jsonl alone; returns False where matplotlib is not installed.
 
-    Loss in nats per trained token, validation in bits per byte, what the learning rates were multiplied by, the norm of
-    the gradient before clipping, tokens per second. Raises `OutputError` when there is no metrics.jsonl.
+    Loss in nats per trained token, validation in bits per byte (thin lines: the stages of a PoE base below the last),
+    what the learning rates were multiplied by, the norm of the gradient before clipping, tokens per second. Raises
+    `OutputError` when there is no metrics.jsonl.
     """
     try:
         from matplotlib.figure import Figure
@@ -102,6 +103,10 @@ def draw_report(run: Path) -> bool:
             panels[name].plot(*_columns(_smoothed(points)), color="#1d4ed8", linewidth=1.5)
         else:
             panels[name].plot(*_columns(points), "o-" if name == "val_bpb" else "-", color="#c2410c", markersize=3)
+        if name == "val_bpb":
+            for stage in range(len(evals[-1].get("stage_bpb", [])) - 1 if evals else 0):
+                points = [(r["step"], r["stage_bpb"][stage]) for r in evals]
+                panels[name].plot(*_columns(points), color="#c2410c", linewidth=0.8, alpha=0.5)
         panels[name].set_ylim(0, None)
     for name in ("grad_norm", "tokens_per_s"):
         panels[name].set_xlabel("step")

@@ -124,4 +124,11 @@ def open_trackers(names: str, note: Callable[[str], None]) -> Trackers:
 
 
 def _split(record: Mapping[str, Any]) -> tuple[dict[str, float], int]:
-    return {key: value for key, value in record.items() if key != "step"}, int(record["step"])
+    """The numbers of a record by name, those of a list by name and place, and the step that they are of."""
+    values: dict[str, float] = {}
+    for key, value in record.items():
+        if isinstance(value, list):
+            values |= {f"{key}/{place}": part for place, part in enumerate(value)}
+        elif key != "step":
+            values[key] = value
+    return values, int(record["step"])

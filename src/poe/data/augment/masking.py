@@ -117,19 +117,25 @@ def _same_place(place: Sequence[Any]) -> Iterator[dict[str, Any]]:
             yield from _same_place(inner)
 
 
+def random_name(rng: Random) -> str:
+    """Four to nine letters, small or of both cases, some with digits among them or a second part behind `_`."""
+    style = rng.randrange(4)
+    letters = "".join(rng.choice(string.ascii_lowercase) for _ in range(rng.randint(4, 9)))
+    if style == 1:
+        letters = f"{letters}_{''.join(rng.choice(string.ascii_lowercase) for _ in range(rng.randint(2, 5)))}"
+    elif style == 2:
+        letters = "".join(rng.choice((c, c.upper())) for c in letters)
+    elif style == 3:
+        letters = letters[0] + "".join(rng.choice((c, c.upper(), rng.choice(string.digits))) for c in letters[1:])
+    return letters
+
+
 def _fresh_name(rng: Random, text: str, mapping: Mapping) -> str:
     """A name that stands nowhere in the row: only so can a mention be told from a chance likeness."""
     while True:
-        style = rng.randrange(4)
-        letters = "".join(rng.choice(string.ascii_lowercase) for _ in range(rng.randint(4, 9)))
-        if style == 1:
-            letters = f"{letters}_{''.join(rng.choice(string.ascii_lowercase) for _ in range(rng.randint(2, 5)))}"
-        elif style == 2:
-            letters = "".join(rng.choice((c, c.upper())) for c in letters)
-        elif style == 3:
-            letters = letters[0] + "".join(rng.choice((c, c.upper(), rng.choice(string.digits))) for c in letters[1:])
-        if letters not in text and letters not in mapping.values():
-            return letters
+        name = random_name(rng)
+        if name not in text and name not in mapping.values():
+            return name
 
 
 class _Renamer:

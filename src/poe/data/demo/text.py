@@ -15,13 +15,13 @@ from typing import Any
 from poe.data.conversation import Text
 from poe.data.demo import words as w
 from poe.data.demo.conversations import capitalize, frame, pick_tools
-from poe.data.demo.world import DemoTool, Request, make_request, make_tool
+from poe.data.demo.world import DemoTool, make_request, make_tool
 
 CHAT_SHARE = 0.6  # of the documents; the others are plain text
 FORM_CHARACTERS = 1250  # a document of forms takes no further note beyond this, so that it fits in a row
 
 
-class _Writer:
+class Page:
     """Builds a `Text` from what is given, what is asked and what is answered; `chat` is how turns are marked."""
 
     def __init__(self, chat: bool = False) -> None:
@@ -64,7 +64,7 @@ def copying(rng: Random, chat: bool) -> Text:
     """A list, said twice or more."""
     items = [_token(rng) for _ in range(rng.randint(3, 12))]
     line = rng.choice((" ", ", ", " / ", "_")).join(items)
-    page = _Writer(chat)
+    page = Page(chat)
     for _ in range(rng.randint(1, 2)):
         page.asked(line)
         page.answer(line)
@@ -75,7 +75,7 @@ def lookup(rng: Random, chat: bool) -> Text:
     """Lines of keys and values, then questions about some of them, in another notation."""
     keys = list(dict.fromkeys(_token(rng) for _ in range(rng.randint(3, 8))))
     table = {key: _token(rng) for key in keys}
-    page = _Writer(chat)
+    page = Page(chat)
     style = rng.randrange(4)
     if style == 0:
         page.given("\n".join(f"{k}: {v}" for k, v in table.items()))
@@ -116,12 +116,12 @@ def _value(value: Any) -> str:
     return json.dumps(value)
 
 
+NO_FORM = "no form fits"
 KEYS = (("form", "fields"), ("use", "with"), ("sheet", "entries"), ("pick", "inputs"), ("action", "values"))
 
 
-def _filled(request: Request, style: int) -> str:
+def filled(name: str, arguments: dict[str, Any], style: int) -> str:
     """One form, filled in; notations 0 to 2 are words or lines, the others JSON with the keys of `KEYS`."""
-    name, arguments = request.tool.name, request.arguments
     if style == 0:
         return f"{name}: " + "; ".join(f"{k} = {_value(v)}" for k, v in arguments.items())
     if style == 1:
@@ -144,20 +144,20 @@ def forms(rng: Random, chat: bool) -> Text:
         tools = others + tools[: rng.randint(0, 1)]
         rng.shuffle(tools)
     style = rng.randrange(3 + len(KEYS))
-    page = _Writer(chat)
+    page = Page(chat)
     listing = _listing(tools, 0 if chat else rng.choice((0, 0, 1, 2, 3)))
     page.given(listing if chat else f"Forms:\n{listing}")
     for _ in range(rng.randint(3, 9)):
         kind = rng.choices(("one", "two", "none"), (50, 26, 24))[0]
         if kind == "none":
-            clauses, answer = frame(rng, make_request(_absent(tools, rng), rng, False).clause), "no form fits"
+            clauses, answer = frame(rng, make_request(absent(tools, rng), rng, False).clause), NO_FORM
         elif kind == "two" and len(tools) > 1:
             first, second = (make_request(tool, rng, False) for tool in rng.sample(tools, 2))
             clauses = frame(rng, first.clause, second.clause)
-            answer = f"{_filled(first, style)}\n{_filled(second, style)}"
+            answer = "\n".join(filled(r.tool.name, r.arguments, style) for r in (first, second))
         else:
             request = make_request(rng.choice(tools), rng, False)
-            clauses, answer = frame(rng, request.clause), _filled(request, style)
+            clauses, answer = frame(rng, request.clause), filled(request.tool.name, request.arguments, style)
         page.asked(clauses)
         page.answer(answer)
         if len(page.text) > FORM_CHARACTERS:
@@ -165,7 +165,7 @@ def forms(rng: Random, chat: bool) -> Text:
     return page.done()
 
 
-def _absent(tools: list[DemoTool], rng: Random) -> DemoTool:
+def absent(tools: list[DemoTool], rng: Random) -> DemoTool:
     """A tool not among `tools`, but (two in three) with a verb or a noun of theirs; never one that is held out."""
     names = {tool.name for tool in tools}
     while True:
@@ -178,7 +178,7 @@ def _absent(tools: list[DemoTool], rng: Random) -> DemoTool:
 
 def records(rng: Random, chat: bool) -> Text:
     """Short notes and what they say, field by field, without a choice of forms."""
-    page = _Writer(chat)
+    page = Page(chat)
     for _ in range(rng.randint(2, 5)):
         request = make_request(pick_tools(rng, "train", 1)[0], rng, False)
         page.asked(f"{capitalize(request.clause)}.")

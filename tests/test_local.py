@@ -1,0 +1,168 @@
+"""PoE local learning: every stage learns by its own prediction alone, one graph at a time, and becomes a way out."""
+
+import json
+import math
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+
+from conftest import scramble
+from poe import Cascade
+from poe.data.demo.text import make_text
+from poe.data.packing import Batch
+from poe.errors import RecipeError
+from poe.modeling.modeling_poe import PoEConfig, PoEForCausalLM
+from poe.stages import load_base_recipe
+from poe.training.local import Stagewise
+from poe.training.loss import cross_entropy_sum
+from poe.training.pretrain import train_base
+from poe.training.progress import Progress
+
+STAGES = [1, 2, 1]
+FEATURES = {"layer_scalars": True, "value_embedding_layers": [1, 3], "value_gate_channels": 8, "smear_channels": 8}
+QUIET = Progress("", quiet=True)
+
+
+def make(**fields) -> PoEForCausalLM:
+    torch.manual_seed(0)
+    config = PoEConfig(
+        vocab_size=61, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, stage_layers=STAGES, **fields
+    )
+    model = PoEForCausalLM(config)
+    scramble(model)
+    return model.train()
+
+
+def rows(seed: int = 0) -> Batch:
+    ids = torch.randint(0, 61, (2, 12), generator=torch.Generator().manual_seed(seed))
+    return Batch(ids, ids.roll(-1, 1), torch.arange(12).expand(2, -1))
+
+
+def learn(source: Stagewise, batch: Batch, labels: list[Tensor] | None = None) -> list[float]:
+    """Leave the gradients of every stage's loss; `labels` are those of each stage, if they are to differ."""
+    losses = []
+    for stage, (hidden, weight, _) in enumerate(source.predictions(batch, learning=True)):
+        loss = cross_entropy_sum(hidden, weight, batch.labels if labels is None else labels[stage])
+        loss.backward()
+        losses.append(loss.item())
+    return losses
+
+
+def gradients(model: PoEForCausalLM) -> dict[str, Tensor | None]:
+    return {n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
+
+
+def stage_of(name: str) -> int:
+    """The stage that a parameter belongs to; what feeds the first layer belongs to the first."""
+    parts = name.split(".")
+    if parts[0] == "lm_head_stages":
+        return int(parts[1])
+    return [0, 1, 1, 2][int(parts[2])] if "layers" in parts else 2 if "backout_scale" in name else 0
+
+
+@pytest.mark.parametrize("more", [{}, FEATURES, {**FEATURES, "backout_layer": 0}], ids=["plain", "features", "backout"])
+@pytest.mark.parametrize("stage_heads", [False, True])
+@pytest.mark.parametrize("changed", [1, 2])
+def test_what_a_later_stage_is_taught_does_not_reach_an_earlier_one(more, stage_heads: bool, changed: int) -> None:
+    """Other targets for one stage change the gradients of its layers, of the shared head, and of nothing else."""
+    batch, other = rows(), rows(1).labels
+    labels = [other if stage == changed else batch.labels for stage in range(3)]
+    found = []
+    for taught in (None, labels):
+        model = make(stage_heads=stage_heads, **more)
+        learn(Stagewise(model, local=True), batch, taught)
+        found.append(gradients(model))
+    before, after = found
+    same = {n for n, g in before.items() if g is not None and torch.equal(g, after[n])}
+    own = {n for n in before if n != "lm_head.weight" and "backout" not in n and stage_of(n) == changed}
+    assert own
+    assert not own & same
+    assert "lm_head.weight" not in same
+    assert {n for n in before if n != "lm_head.weight" and "backout" not in n} - own <= same
+    assert all(g is not None for g in before.values())
+
+
+def test_the_control_arm_is_ordinary_backpropagation() -> None:
+    batch = rows()
+    model = make(**FEATURES)
+    (loss,) = learn(Stagewise(model, local=False), batch)
+    expected = make(**FEATURES)
+    logits = expected.lm_head(expected.model(batch.input_ids, position_ids=batch.position_ids).last_hidden_state)
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="sum").backward()
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, expected.get_parameter(name).grad, rtol=1e-4, atol=1e-5)
+    assert len(list(Stagewise(model, local=False).predictions(batch))) == 3  # it is measured at every boundary, too
+    assert loss > 0
+
+
+class Held:
+    """A tensor that autograd has saved, which knows when it is let go; `sizes` are those of all that are held."""
+
+    sizes: ClassVar[dict[int, int]] = {}
+    peak = 0
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        Held.sizes[id(self)] = tensor.nbytes
+        Held.peak = max(Held.peak, sum(Held.sizes.values()))
+
+    def __del__(self) -> None:
+        del Held.sizes[id(self)]
+
+
+def test_one_stage_is_in_memory_at_a_time() -> None:
+    """Bytes that autograd holds, at most: with four equal stages a quarter of what backpropagation holds."""
+    peaks = {}
+    for local in (True, False):
+        torch.manual_seed(0)
+        shape = {"vocab_size": 61, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 8}
+        model = PoEForCausalLM(PoEConfig(**shape, stage_layers=[2, 2, 2, 2]))
+        Held.peak = 0
+        with torch.autograd.graph.saved_tensors_hooks(Held, lambda kept: kept.tensor):
+            learn(Stagewise(model, local), rows())
+        peaks[local] = Held.peak
+    assert peaks[True] < 0.3 * peaks[False]
+
+
+def test_a_base_learns_stage_by_stage_and_can_be_left_after_each(tmp_path: Path) -> None:
+    fields = {
+        "vocab_size": 500,
+        "hidden_size": 32,
+        "num_layers": 3,
+        "num_heads": 2,
+        "stage_layers": [1, 1, 1],
+        "stage_heads": True,
+        "seq_len": 512,
+        "tokens_per_step": 1024,
+        "max_steps": 25,
+        "eval_every": 25,
+        "dtype": "float32",
+    }
+    folder = train_base(load_base_recipe("demo", **fields), tmp_path / "base", progress=QUIET)
+    record = json.loads((folder / "training.json").read_text())
+    first, last = record["trajectory"][0], record["trajectory"][-1]
+    assert all(b < 0.8 * a for a, b in zip(first["stage_bpb"], last["stage_bpb"], strict=True))
+    assert last["val_bpb"] == last["stage_bpb"][-1]
+    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert all(s["stage_losses"][-1] == s["loss"] for s in steps if "loss" in s)
+
+    cascade = Cascade.from_pretrained(folder)
+    assert cascade.config.stage_layers == [1, 1, 1]
+    ids = cascade.tokenizer(make_text(7, seed=9).text, return_tensors="pt").input_ids
+    losses = [float(cascade(ids, labels=ids, exit=depth).loss) for depth in (1, 2, 3)]
+    assert max(losses) < 0.9 * math.log(500)
+    assert len({round(loss, 3) for loss in losses}) == 3
+    assert torch.equal(cascade(ids, exit=3).logits, cascade(ids).logits)
+
+
+def test_recipes_whose_stages_do_not_fit_are_refused() -> None:
+    with pytest.raises(RecipeError, match="sum to the 6 layers"):
+        load_base_recipe("demo", stage_layers=[2, 2])
+    with pytest.raises(RecipeError, match="stage_layers should be"):
+        load_base_recipe("demo", stage_layers=[2, "4"])
+    with pytest.raises(RecipeError, match="compile and local learning"):
+        load_base_recipe("demo", stage_layers=[2, 4], compile=True)
+    assert load_base_recipe("demo", stage_layers=[2, 4], compile=True, learning="backprop").compile
