@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import scramble
 from poe import Cascade, StageConfig
-from poe.data.render import token_bytes
+from poe.data.conversation import Conversation
+from poe.data.render import Renderer, token_bytes
 from poe.data.templates import extend_with_tools
 from poe.errors import SourceError
 from poe.loaders.nanochat_base import import_nanochat
@@ -302,6 +303,14 @@ def test_conversations_are_rendered_as_nanochat_does(row: dict, tokenizer) -> No
 def test_conversations_that_nanochat_does_not_know_are_refused(roles: list[str], message: str, tokenizer) -> None:
     with pytest.raises(Exception, match=message):
         tokenizer.apply_chat_template([{"role": role, "content": "x"} for role in roles], tokenize=False)
+
+
+def test_a_stage_learns_its_turns_with_their_ends(tokenizer) -> None:
+    """nanochat's rows, rendered for training: what it learns, up to the token that ends an answer."""
+    for row in TOKENS["conversations"][:2]:  # the third is in parts, which rows of ours never are
+        rendered = Renderer(tokenizer).render(Conversation(row["messages"]))
+        assert rendered.input_ids == row["ids"]
+        assert [int(learnt) for learnt in rendered.loss_mask] == row["mask"]
 
 
 def test_tools_are_told_in_the_first_question(imported) -> None:

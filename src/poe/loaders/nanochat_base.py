@@ -76,9 +76,9 @@ def import_nanochat(checkpoint: Path | str, output: Path | str) -> Imported:
     """Write a nanochat checkpoint as a PoE base folder, whole or not at all.
 
     `checkpoint` is a folder with `model_<step>.pt` and `meta_<step>.json` (base, chat or RL; of several steps the
-    last), and with the tokenizer where `find_tokenizer` looks. The rows that nanochat pads its tables with are left out: it
-    never computes with them. Weights are written in the widest dtype that the checkpoint holds, fp32 as a rule. Raises
-    `SourceError` for what is missing, damaged or not known, `OutputError` if the disk refuses.
+    last), and with the tokenizer where `find_tokenizer` looks. The rows that nanochat pads its tables with are left
+    out: it never computes with them. Weights are written in the widest dtype that the checkpoint holds, fp32 as a rule.
+    Raises `SourceError` for what is missing, damaged or not known, `OutputError` if the disk refuses.
     """
     folder = Path(checkpoint).expanduser()
     step, weights, meta = last_checkpoint(folder)

@@ -74,14 +74,14 @@ class _Machine:
 
     def __init__(self) -> None:
         self.stack: list[Any] = []
-        self.memo: list[Any] = []
+        self.memo: dict[Any, Any] = {}  # by the order in which things were remembered
         self.mark, self.named, self.instance = _Mark(), _Mark(), _Mark()
         self.state: dict[Any, Any] | str | None = None
         self.simple: dict[str, Callable[[], None]] = {
             "EMPTY_DICT": lambda: self.stack.append({}),
             "EMPTY_TUPLE": lambda: self.stack.append(()),
             "MARK": lambda: self.stack.append(self.mark),
-            "MEMOIZE": lambda: self.memo.append(self.stack[-1]),
+            "MEMOIZE": lambda: self.memo.update({len(self.memo): self.stack[-1]}),
             "STACK_GLOBAL": self._name_class,
             "NEWOBJ": self._make_instance,
             "SETITEM": self._set_item,
@@ -96,7 +96,7 @@ class _Machine:
             if name in ("SHORT_BINUNICODE", "BINUNICODE", "SHORT_BINBYTES", "BINBYTES", "BININT1", "BININT2", "BININT"):
                 self.stack.append(value)
             elif name in ("BINGET", "LONG_BINGET"):
-                self.stack.append(self.memo[int(value)])
+                self.stack.append(self.memo[value])
             elif name in self.simple:
                 self.simple[name]()
             elif name == "STOP":
