@@ -120,7 +120,7 @@ def test_logits_are_nanochats(layout: str, imported) -> None:
 )
 @torch.no_grad()
 def test_every_constant_matters_to_the_golden_numbers(change: dict, imported) -> None:
-    model = AutoModelForCausalLM.from_pretrained(imported(NEWEST), **change)
+    model = AutoModelForCausalLM.from_pretrained(imported(NEWEST), trust_remote_code=True, **change)
     assert (kept(model(IDS).logits) - golden(NEWEST)).abs().max() > 1e-3
 
 

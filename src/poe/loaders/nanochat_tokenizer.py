@@ -26,7 +26,7 @@ def find_tokenizer(checkpoint: Path) -> Path:
     nanochat keeps checkpoints two folders below its base folder and the tokenizer in `tokenizer` there. Raises
     `SourceError`.
     """
-    places = (checkpoint, checkpoint / "tokenizer", checkpoint.absolute().parents[1] / "tokenizer")
+    places = (checkpoint, checkpoint / "tokenizer", checkpoint.resolve().parent.parent / "tokenizer")
     for folder in places:
         if (folder / "tokenizer.pkl").is_file():
             return folder
