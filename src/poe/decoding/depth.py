@@ -21,7 +21,8 @@ from poe.modeling.families import family_of
 from poe.modeling.stage import Stage
 
 CERTAIN = 1.65  # standard errors: with 95 % probability other tokens of the same kind agree as often as was asked for
-WORTH = 0.95  # exits have to save this much of the reading of weights: every part has a cost that is not counted
+# With exits a token must read at most this share of the weights: what parts and wider passes cost is not counted.
+WORTH = 0.85
 
 
 @dataclass(frozen=True)
