@@ -1,6 +1,6 @@
 """The rows a base is trained on: the texts of its recipe, tokenised and packed."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, islice
@@ -22,7 +22,6 @@ from poe.stages.recipe import BaseRecipe
 TOKENIZER_CHARACTERS = 20_000_000
 VALIDATION_ROWS = 48
 EASY_SHARE = 0.1  # of the steps: the demo world begins with copying and looking up
-CHUNK = 4096  # generated documents made and tokenised at a time
 ENCODED_AT_ONCE = 256  # documents: what the tokenizer returns takes thirty times the memory of its arrays
 
 
@@ -102,8 +101,9 @@ def _generated_rows(recipe: BaseRecipe, tokenizer: Any, num_steps: int) -> tuple
 
     def packed(seed: int, tokens: int, easy: float = 0.0) -> PackedRows:
         texts = documents(recipe.data, seed=seed, easy=easy)
-        some = _up_to(tokens, (part for chunk in _chunks(texts) for part in _encoded(tokenizer, chunk)))
-        return pack(some, recipe.seq_len, seed=recipe.seed, pad_id=tokenizer.pad_token_id)
+        return pack(
+            _up_to(tokens, _encoded(tokenizer, texts)), recipe.seq_len, seed=recipe.seed, pad_id=tokenizer.pad_token_id
+        )
 
     val = packed(recipe.seed + 1, VALIDATION_ROWS * recipe.seq_len)
     easy = round(num_steps * EASY_SHARE) * rows_per_step if recipe.init is None else 0
@@ -111,11 +111,6 @@ def _generated_rows(recipe: BaseRecipe, tokenizer: Any, num_steps: int) -> tuple
     if not easy:
         return val, rows
     return val, Chained(packed(recipe.seed + 2, int(easy * recipe.seq_len * 1.01), easy=0.8), rows)
-
-
-def _chunks(texts: Iterator[Text]) -> Iterator[list[Text]]:
-    while chunk := list(islice(texts, CHUNK)):
-        yield chunk
 
 
 def _up_to(tokens: int, encoded: Iterator[Document]) -> Iterator[Document]:
@@ -126,7 +121,7 @@ def _up_to(tokens: int, encoded: Iterator[Document]) -> Iterator[Document]:
             return
 
 
-def _encoded(tokenizer: Any, texts: list[Text]) -> Iterator[Document]:
+def _encoded(tokenizer: Any, texts: Iterable[Text]) -> Iterator[Document]:
     """The token ids of each text, and which of them the loss counts.
 
     In a text with answers the marks of a chat are marks; in any other they are what somebody wrote.
