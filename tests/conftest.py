@@ -43,7 +43,7 @@ TIED = {"tie_word_embeddings": True}
 # name -> (model type, fields of its config)
 BASES: dict[str, tuple[str, dict]] = {
     "poe": ("poe", {}),
-    "poe-stages": ("poe", {"num_hidden_layers": 4, "stage_layers": [2, 1, 1], "stage_heads": True, "backout_layer": 1}),
+    "poe-stages": ("poe", {"stage_layers": [1, 1], "stage_heads": True, "backout_layer": 0}),
     "llama": ("llama", {}),
     "qwen2": ("qwen2", {}),
     "qwen2-tied": ("qwen2", TIED),

@@ -10,6 +10,7 @@ WINDOWS = ["sliding_attention", "full_attention", "sliding_attention", "full_att
 # name -> (model type, fields of its config); all have four layers
 MODELS: dict[str, tuple[str, dict]] = {
     "poe": ("poe", {}),
+    "poe with stages": ("poe", {"stage_layers": [1, 1, 1, 1], "stage_heads": True}),
     "poe with everything": (
         "poe",
         {

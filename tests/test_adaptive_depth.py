@@ -50,6 +50,16 @@ def test_who_always_leaves_is_the_model_that_ends_there(name: str, rows: int) ->
 
 
 @pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("name", MODELS)
+def test_in_bf16_too(name: str, rows: int) -> None:
+    """As long as all tokens go the same way, every pass has the plain path's shape: equal to the last bit."""
+    cascade, inputs = decoding_cascade(name, dtype=torch.bfloat16), prompts(rows)
+    for threshold, exit in ((math.inf, None), (-1.0, 2)):
+        plain = cascade.generate(**inputs, **QUIET, exit=exit)
+        assert torch.equal(early(cascade, [2], [threshold]).generate(**inputs, **QUIET), plain)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("stage", [None, "top", "low"])
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
@@ -202,4 +212,4 @@ def test_what_does_not_fit_is_refused(tmp_path) -> None:
     with pytest.raises(DecodingError, match="cache of its own, got a DynamicCache"):
         early(cascade, [1], [0.5])(token_ids(1, 3), past_key_values=cache)
     with pytest.raises(DecodingError, match="got a StaticCache"):
-        early(cascade, [1], [0.5]).generate(**prompts(1), **QUIET, cache_implementation="static")
+        early(decoding_cascade("qwen3"), [1], [0.5]).generate(**prompts(1), **QUIET, cache_implementation="static")

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, LogitsProcessor, StoppingCriteria, TextStreamer
 
-from conftest import token_ids
+from conftest import tiny_model, token_ids
 from decoding_models import MODELS, decoding_cascade, model_of, prompts
 from poe import Cascade
 from poe.decoding import drafts
@@ -234,6 +234,15 @@ def test_what_cannot_be_drafted_is_refused() -> None:
         cascade.generate(**inputs, **GREEDY, draft=1, stop_strings="x")
     with pytest.raises(DecodingError, match="at least one token"):
         SelfSpeculation(1, num_tokens=0)
+
+
+def test_a_poe_base_drafts_at_its_boundaries_only() -> None:
+    cascade = Cascade(tiny_model("poe", {"num_hidden_layers": 4, "stage_layers": [1, 3]}))
+    with pytest.raises(DecodingError, match=r"after 2 layers, but .* after 1 \(layers\)"):
+        cascade.generate(**prompts(1), draft=2)
+    voting = Cascade(tiny_model("poe", {"num_hidden_layers": 4, "stage_layers": [1, 3], "combiner": "log_op"}))
+    with pytest.raises(DecodingError, match="vote of all its stages"):
+        voting.generate(**prompts(1), draft=1)
 
 
 def count_layers(cascade: Cascade, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""`poe import`: what others trained becomes a stage in the delta format."""
+"""`poe import`: what others trained becomes a PoE base, or a stage in the delta format."""
 
 from pathlib import Path
 from typing import Annotated
@@ -24,3 +24,20 @@ def cognica(
     cascade.save_stage(name, output)
     size = (output / "delta.safetensors").stat().st_size
     out.print(f"{output}: stage {name!r}, {cascade.stages[name].num_parameters():,} parameters, {size:,} bytes")
+
+
+@app.command()
+def nanochat(
+    checkpoint: Annotated[Path, typer.Argument(help="folder with model_*.pt and meta_*.json; the last step is taken")],
+    output: Annotated[Path, typer.Argument(help="folder to write the PoE base to")],
+) -> None:
+    """Rewrite a nanochat checkpoint and its tokenizer as a PoE base. What is not known is listed and refused."""
+    from poe.loaders.nanochat_base import import_nanochat
+
+    done = import_nanochat(checkpoint, output)
+    out.print(
+        f"{output}: step {done.step:,}, {done.parameters:,} parameters, in the layout of nanochat since "
+        f"{done.layout.since}"
+    )
+    if done.layout.doubt:
+        out.print(f"note: {done.layout.doubt}")

@@ -100,7 +100,7 @@ def _tries(given: list[str]) -> dict[str, list[Any]]:
 @recipe_options(BaseRecipe)
 def base(
     recipe: Annotated[str, typer.Argument(help="a shipped base recipe, or a YAML file")],
-    data: Annotated[str | None, typer.Option(help="demo, or text=FILES")] = None,
+    data: Annotated[str | None, typer.Option(help="demo, notations, text=FILES or text=USER/DATASET")] = None,
     out_folder: Annotated[Path | None, typer.Option("--out", help="the run's folder [runs/base-RECIPE]")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue the run in --out")] = False,
     fields: dict[str, Any] | None = None,

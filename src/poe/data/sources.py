@@ -1,9 +1,9 @@
 """Raw rows: from files, folders, globs and the Hub, each with an id that says where it stood.
 
 Formats: JSON (a list, or an object with the list under `data` or `rows`; a `.json` file that holds lines is read as
-lines), JSON Lines, parquet, and each of them gzipped. UTF-8, with or without a byte order mark. A line or list element
-that cannot be parsed is dropped and counted, and the rows around it are kept; a file that breaks off gives the rows
-before the break and one drop, "truncated file".
+lines), JSON Lines, parquet, and each of them as .gz or .zst. UTF-8, with or without a byte order mark. A line or list
+element that cannot be parsed is dropped and counted, and the rows around it are kept; a file that breaks off gives the
+rows before the break and one drop, "truncated file".
 """
 
 import codecs
@@ -15,7 +15,7 @@ import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 from typing import IO, Any, AnyStr, Generic
 
@@ -26,7 +26,7 @@ Row = tuple[str, Any]
 """An id for reports (`rows.jsonl:12`, counted from 1) and the raw value."""
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet")
-KINDS = "json, jsonl, ndjson or parquet, each also as .gz"
+COMPRESSED = (".gz", ".zst")
 TRAIN_EXTRA = 'pip install "poe-cascade[train]"'
 KEPT_TEXT = 20_000
 """How many characters of an unreadable text go to the drop report."""
@@ -52,15 +52,22 @@ def parse_json(text: str, *, strict: bool = True) -> Any:
         raise ValueError("nested too deeply") from None
 
 
-def expand(path: str) -> list[Path]:
-    """The files that a path names: itself, every data file below a folder, or what a glob finds. Sorted."""
+def kinds_text(kinds: tuple[str, ...]) -> str:
+    names = [kind.removeprefix(".") for kind in kinds]
+    return f"{', '.join(names[:-1])} or {names[-1]}, each also as .gz or .zst"
+
+
+def expand(path: str, kinds: tuple[str, ...] = SUFFIXES) -> list[Path]:
+    """The files that a path names: itself, every file of these kinds below a folder, or what a glob finds. Sorted."""
     plain = Path(path).expanduser()
     if plain.is_file():
         return [plain]
     if plain.is_dir():
-        found = [f for f in plain.rglob("*") if f.is_file() and _is_data(f) and not _is_hidden(f.relative_to(plain))]
+        found = [
+            f for f in plain.rglob("*") if f.is_file() and kind_of(f) in kinds and not _is_hidden(f.relative_to(plain))
+        ]
         if not found:
-            raise DataError(f"The folder {path!r} holds no data file ({KINDS}).")
+            raise DataError(f"The folder {path!r} holds no data file ({kinds_text(kinds)}).")
         return sorted(found)
     if glob.has_magic(str(plain)):
         files = sorted(Path(f) for f in glob.glob(str(plain), recursive=True) if os.path.isfile(f))
@@ -70,13 +77,10 @@ def expand(path: str) -> list[Path]:
     raise DataError(f"There is no file or folder {path!r} (seen from {Path.cwd()}).")
 
 
-def _kind(path: Path) -> str:
-    suffixes = path.suffixes[:-1] if path.suffix.lower() == ".gz" else path.suffixes
+def kind_of(path: Path) -> str:
+    """The suffix that tells a file's format, in lower case; that of its compression is looked through."""
+    suffixes = path.suffixes[:-1] if path.suffix.lower() in COMPRESSED else path.suffixes
     return suffixes[-1].lower() if suffixes else ""
-
-
-def _is_data(path: Path) -> bool:
-    return _kind(path) in SUFFIXES
 
 
 def _is_hidden(path: Path) -> bool:
@@ -86,10 +90,10 @@ def _is_hidden(path: Path) -> bool:
 def file_rows(path: str, source: str, report: DropReport) -> Iterator[Row]:
     """Every row of every file that `path` names. What cannot be parsed is read, dropped and counted under `source`."""
     for file in expand(path):
-        if not _is_data(file):
-            raise DataError(f"{str(file)!r} is of no kind that can be read; expected {KINDS}.")
+        if kind_of(file) not in SUFFIXES:
+            raise DataError(f"{str(file)!r} is of no kind that can be read; expected {kinds_text(SUFFIXES)}.")
         try:
-            if _kind(file) == ".parquet":
+            if kind_of(file) == ".parquet":
                 yield from _parquet_rows(file)
             else:
                 yield from _text_rows(file, source, report)
@@ -105,11 +109,22 @@ def _lost(source: str, report: DropReport, reason: str, text: str, row_id: str) 
 
 
 def _open(file: Path) -> IO[bytes]:
+    if file.suffix.lower() == ".zst":
+        pyarrow = _pyarrow(".zst")
+        return pyarrow.CompressedInputStream(pyarrow.OSFile(str(file)), "zstd")
     return gzip.open(file, "rb") if file.suffix.lower() == ".gz" else file.open("rb")  # type: ignore[return-value]
 
 
-class _Blocks:
-    """The blocks of a file; `broken` turns true where compressed data breaks off."""
+def _pyarrow(what: str) -> Any:
+    try:
+        import pyarrow
+    except ImportError:
+        raise MissingExtraError(f"Reading {what} needs pyarrow: {TRAIN_EXTRA}") from None
+    return pyarrow
+
+
+class Blocks:
+    """The blocks of a file, decompressed; `broken` turns true where compressed data breaks off."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -131,6 +146,13 @@ class _Blocks:
                         raise DataError(f"{str(self._file)!r} is not a gzip file: {error}.") from None
                     self.broken = True
                     return
+                except OSError as error:
+                    if error.errno is not None or self._file.suffix.lower() != ".zst":
+                        raise  # the disk's failure, not that of what lies on it
+                    if first:
+                        raise DataError(f"{str(self._file)!r} is not a zstd file that can be read: {error}.") from None
+                    self.broken = True
+                    return
                 if not block:
                     return
                 if first and block.startswith((b"\xff\xfe", b"\xfe\xff")):
@@ -140,8 +162,8 @@ class _Blocks:
 
 
 def _text_rows(file: Path, source: str, report: DropReport) -> Iterator[Row]:
-    blocks = _Blocks(file)
-    if _kind(file) != ".json":
+    blocks = Blocks(file)
+    if kind_of(file) != ".json":
         yield from _lines(blocks, blocks, file, source, report)
         return
     chunks = _decoded(blocks, file)
@@ -177,7 +199,7 @@ def _text_rows(file: Path, source: str, report: DropReport) -> Iterator[Row]:
     )
 
 
-def _decoded(blocks: _Blocks, file: Path) -> Iterator[str]:
+def _decoded(blocks: Blocks, file: Path) -> Iterator[str]:
     """The blocks as text. A character that compression breaks off in is left out."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     at = 0
@@ -191,7 +213,7 @@ def _decoded(blocks: _Blocks, file: Path) -> Iterator[str]:
         raise DataError(f"{str(file)!r} is not UTF-8: {error.reason} near byte {at + error.start}.") from None
 
 
-def _lines(data: Iterable[bytes], blocks: _Blocks, file: Path, source: str, report: DropReport) -> Iterator[Row]:
+def _lines(data: Iterable[bytes], blocks: Blocks, file: Path, source: str, report: DropReport) -> Iterator[Row]:
     """One row per line; only the line feed separates, so other line breaks may stand inside a text."""
 
     def row(line: _Bounded[bytes], number: int) -> Iterator[Row]:
@@ -292,14 +314,12 @@ class _Bounded(Generic[AnyStr]):
 
 
 def _parquet_rows(file: Path) -> Iterator[Row]:
-    try:
-        import pyarrow
-        import pyarrow.parquet as parquet
-    except ImportError:
-        raise MissingExtraError(f"Reading parquet needs pyarrow: {TRAIN_EXTRA}") from None
+    pyarrow = _pyarrow("parquet")
+    import pyarrow.parquet as parquet
+
     try:
         with _open(file) as stream:
-            data = io.BytesIO(stream.read()) if file.suffix.lower() == ".gz" else stream
+            data = io.BytesIO(stream.read()) if file.suffix.lower() in COMPRESSED else stream
             index = 0
             for batch in parquet.ParquetFile(data).iter_batches(batch_size=512):
                 for row in batch.to_pylist():
@@ -309,10 +329,24 @@ def _parquet_rows(file: Path) -> Iterator[Row]:
         raise DataError(f"{str(file)!r} is not a parquet file that can be read: {error}.") from error
 
 
-def hub_rows(dataset_id: str, name: str, split: str = "train", config: str | None = None) -> Iterator[Row]:
-    """Every row of a public data set, through `datasets` (its cache is used when the Hub cannot be reached)."""
+def hub_rows(
+    dataset_id: str, name: str, split: str = "train", config: str | None = None, *, streaming: bool = False
+) -> Iterator[Row]:
+    """Every row of a public data set, through `datasets` (its cache is used when the Hub cannot be reached).
+
+    `streaming`: rows are fetched while they are read, at the revision that the Hub has now, and nothing is stored.
+    """
     place = dataset_id if config is None else f"{dataset_id}/{config}"
-    yield from ((f"{place}[{i}]", row) for i, row in enumerate(_hub_dataset(dataset_id, name, split, config)))
+    rows = iter(_hub_dataset(dataset_id, name, split, config, streaming))
+    for i in count():
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except Exception as error:  # of whatever kind: the network, the file, the codec
+            why = next(iter(str(error).splitlines()), type(error).__name__)
+            raise SourceError(f"The data set {place!r} broke off at row {i}: {why}.") from error
+        yield f"{place}[{i}]", row
 
 
 def hub_fingerprint(dataset_id: str, name: str, split: str = "train", config: str | None = None) -> str:
@@ -320,7 +354,7 @@ def hub_fingerprint(dataset_id: str, name: str, split: str = "train", config: st
     return str(getattr(_hub_dataset(dataset_id, name, split, config), "_fingerprint", ""))
 
 
-def _hub_dataset(dataset_id: str, name: str, split: str, config: str | None) -> Any:
+def _hub_dataset(dataset_id: str, name: str, split: str, config: str | None, streaming: bool = False) -> Any:
     try:
         import datasets
         import huggingface_hub
@@ -336,9 +370,11 @@ def _hub_dataset(dataset_id: str, name: str, split: str, config: str | None) -> 
         )
 
     # `datasets` repeats an unreachable Hub for half a minute; one plain request tells at once.
-    offline = False
+    offline, options = False, {}
     try:
-        huggingface_hub.HfApi().dataset_info(dataset_id, timeout=10)
+        info = huggingface_hub.HfApi().dataset_info(dataset_id, timeout=10)
+        if streaming:
+            options = {"streaming": True, "revision": getattr(info, "sha", None)}
     except huggingface_hub.errors.GatedRepoError:
         raise failed(
             f"it is gated; accept its terms at https://huggingface.co/datasets/{dataset_id} and run `hf auth login`"
@@ -348,18 +384,18 @@ def _hub_dataset(dataset_id: str, name: str, split: str, config: str | None) -> 
     except Exception:  # of whatever kind: a copy in the cache may still serve, and if not the message below says so
         offline = True
     try:
-        return _load(datasets, huggingface_hub, dataset_id, config, split, offline)
+        return _load(datasets, huggingface_hub, (dataset_id, config), {"split": split, **options}, offline)
     except Exception as error:
         first_line = next(iter(str(error).splitlines()), type(error).__name__)
         raise failed("the Hub cannot be reached and no copy is cached" if offline else first_line) from error
 
 
-def _load(datasets: Any, hub: Any, dataset_id: str, config: str | None, split: str, offline: bool) -> Any:
+def _load(datasets: Any, hub: Any, what: tuple[str, str | None], options: dict[str, Any], offline: bool) -> Any:
     """`load_dataset`, from the cache alone when offline."""
     before = datasets.config.HF_HUB_OFFLINE, hub.constants.HF_HUB_OFFLINE
     if offline:
         datasets.config.HF_HUB_OFFLINE = hub.constants.HF_HUB_OFFLINE = True
     try:
-        return datasets.load_dataset(dataset_id, config, split=split)
+        return datasets.load_dataset(*what, **options)
     finally:
         datasets.config.HF_HUB_OFFLINE, hub.constants.HF_HUB_OFFLINE = before

@@ -20,7 +20,9 @@ from poe.errors import DecodingError, OutputError
 from poe.modeling.families import family_of
 from poe.modeling.stage import Stage
 
-WORTH = 0.95  # exits have to save this much of the reading of weights: every part has a cost that is not counted
+CERTAIN = 1.65  # standard errors: with 95 % probability other tokens of the same kind agree as often as was asked for
+# With exits a token must read at most this share of the weights: what parts and wider passes cost is not counted.
+WORTH = 0.85
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,8 @@ def calibrate_depth(
 
     Every second of `rows` (token ids) is for finding them, the others for measuring. All tokens of an exit that are
     surer than its threshold leave there; the thresholds are the lowest at which no more than a common share of those
-    that leave are wrong, that share as high as the target allows. Exits are added while they save reading of weights.
+    that leave are wrong, that share as high as the target, and a margin for chance, allow. Exits are added while they
+    save reading of weights.
     """
     if not 0 < agreement <= 1:
         raise DecodingError(f"agreement must be a share of tokens above 0 and at most 1, got {agreement!r}.")
@@ -119,6 +122,7 @@ def calibrate_depth(
     path = path_of(base, stage, depths, model)
     finding, measuring = (_Said.of(path, rows[half::2], confidence, model.device) for half in (0, 1))
     costs = _Costs(base, stage, model)
+    strict = min(1.0, agreement + CERTAIN * math.sqrt(agreement * (1 - agreement) / finding.right.shape[1]))
     chosen: list[int] = []
     thresholds: list[float] = []
     cost = costs([], [1.0]) * WORTH
@@ -129,7 +133,7 @@ def calibrate_depth(
         together = 2 if confidence == "agreement" and not chosen else 1
         for added in itertools.combinations(others, together):
             exits = sorted([*chosen, *added])
-            found = _thresholds(finding, exits, agreement)
+            found = _thresholds(finding, exits, strict)
             price = costs([depths[i] for i in exits], _leaving(finding, exits, found)[1])
             trials.append((price, exits, found))
         if not trials or min(trials)[0] >= cost:

@@ -45,7 +45,11 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], Path]:
             f"{folder}: expected one *.safetensors or one model_*.pt, found {[p.name for p in found] or 'none'}. "
             "Leave the one to import."
         )
-    path = found[0]
+    return read_tensors(found[0]), found[0]
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint's file by its own names. Raises `SourceError` if it holds anything else."""
     try:
         content = (
             load_file(path)
@@ -56,7 +60,7 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], Path]:
         raise SourceError(f"{path} is not a file of tensors alone: {error}. Nothing was read from it.") from error
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise SourceError(f"{path}: expected a mapping of names to tensors, got {type(content).__name__}.")
-    return {str(name).removeprefix("_orig_mod."): tensor for name, tensor in content.items()}, path
+    return {str(name).removeprefix("_orig_mod."): tensor for name, tensor in content.items()}
 
 
 def translate(tensors: Mapping[str, Tensor], head_dim: int, path: Path) -> dict[str, Tensor]:
@@ -75,6 +79,8 @@ def translate(tensors: Mapping[str, Tensor], head_dim: int, path: Path) -> dict[
             if match := re.fullmatch(pattern, name):
                 full_name = ours.format(**match.groupdict())
                 rotated = full_name.endswith(("q_proj.weight", "k_proj.weight"))
+                if name.endswith(".weight") and (tensor.ndim != 2 or (rotated and tensor.shape[0] % head_dim)):
+                    raise SourceError(f"{path}: {name} is {tuple(tensor.shape)}, which fits no head of {head_dim}.")
                 translated[full_name] = swap_halves(tensor, head_dim) if rotated else tensor
                 break
         else:

@@ -30,13 +30,13 @@ from poe.data.packing import Batch
 from poe.errors import OutputError
 from poe.stages.recipe import Plan
 from poe.training.checkpoint import checkpoints
+from poe.training.identity import sampled
 from poe.training.loss import chunk_rows
 from poe.training.optim import POLAR_EXPRESS, MuonAdamW
 
 if TYPE_CHECKING:
     from poe.training.engine import Rows
 
-SAMPLED_ROWS = 64
 CALIBRATION_TOKENS = 2048  # enough for a network to reach its speed
 LABELS = {
     "parameters": "parameters trained",
@@ -96,8 +96,7 @@ def count_weights(model: PreTrainedModel, parameters: Iterable[tuple[str, nn.Par
 
 def trained_share(rows: "Rows") -> float:
     """Return the share of the slots that have a label, from at most 64 rows spread evenly."""
-    count = min(rows.num_rows, SAMPLED_ROWS)
-    labels = [rows.batch(i * rows.num_rows // count, 1).labels for i in range(count)]
+    labels = [batch.labels for batch in sampled(rows)]
     return sum(int((part != -100).sum()) for part in labels) / sum(part.numel() for part in labels)
 
 

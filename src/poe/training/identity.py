@@ -2,12 +2,13 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from poe.data.packing import Batch
 from poe.errors import TrainingError
 from poe.stages.recipe import Plan
 
@@ -38,13 +39,19 @@ def run_identity(
 
 
 def rows_fingerprint(rows: "Rows") -> str:
-    """Return how many rows there are and a hash of their number and of rows spread evenly over them."""
+    """Return how many rows there are and a hash of their number and of rows spread evenly over those at hand."""
     digest = hashlib.sha256(str(rows.num_rows).encode())
-    count = min(rows.num_rows, SAMPLED_ROWS)
-    for i in range(count):
-        for tensor in rows.batch(i * rows.num_rows // count, 1):
+    for batch in sampled(rows):
+        for tensor in batch:
             digest.update(tensor.numpy().tobytes())
     return f"{rows.num_rows:,} rows, {digest.hexdigest()[:12]}"
+
+
+def sampled(rows: "Rows") -> Iterator[Batch]:
+    """Yield at most 64 single rows, spread evenly over all; of rows made while they are used, over the first made."""
+    num_rows = getattr(rows, "num_first_rows", rows.num_rows)
+    count = min(num_rows, SAMPLED_ROWS)
+    return (rows.batch(i * num_rows // count, 1) for i in range(count))
 
 
 def refuse_another(saved: Mapping[str, Any], mine: Mapping[str, Any], run: Path) -> None:

@@ -1,23 +1,16 @@
 """Training a PoE base from scratch: tokenizer, packed text, the shared engine, a base folder."""
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import AutoTokenizer
 
-from poe.data.conversation import Text
-from poe.data.demo.conversations import make_conversation
-from poe.data.demo.tokenizer import train_tokenizer
-from poe.data.demo.words import NOUNS
-from poe.data.packing import Batch, LongPolicy, PackedRows, pack
+from poe.data.drops import DropReport
 from poe.data.render import token_bytes
-from poe.data.text import documents, is_generated
+from poe.data.streamed import StreamedRows
+from poe.data.text import is_generated
 from poe.errors import DataError, RecipeError
 from poe.loaders.base_folder import save_base_folder
 from poe.loaders.places import place
@@ -30,29 +23,9 @@ from poe.training.local import Stagewise
 from poe.training.precision import choose_dtype
 from poe.training.progress import Progress
 from poe.training.recompute import recomputed
-from poe.training.report import draw_report, environment, outcome, prepare_output, write_training_json
+from poe.training.report import CHUNKS, draw_report, environment, outcome, prepare_output, write_training_json
+from poe.training.text_rows import tokenizer_for, training_rows
 from poe.training.tracking import open_trackers
-
-TOKENIZER_CHARACTERS = 20_000_000
-VALIDATION_ROWS = 48
-EASY_SHARE = 0.1  # of the steps: the demo world begins with copying and looking up
-CHUNK = 4096  # documents tokenised at a time
-
-
-@dataclass
-class Chained:
-    """The rows of `first`, then those of `second`."""
-
-    first: PackedRows
-    second: PackedRows
-
-    @property
-    def num_rows(self) -> int:
-        return self.first.num_rows + self.second.num_rows
-
-    def batch(self, step: int, rows_per_step: int) -> Batch:
-        steps = self.first.num_rows // rows_per_step
-        return self.first.batch(step, rows_per_step) if step < steps else self.second.batch(step - steps, rows_per_step)
 
 
 def train_base(
@@ -69,14 +42,15 @@ def train_base(
     trackers = open_trackers(recipe.track, progress.note)
     started = time.time()
     if recipe.init is None:
-        tokenizer: Any = train_tokenizer(_tokenizer_texts(recipe), recipe.vocab_size)
+        tokenizer: Any = tokenizer_for(recipe)
     else:
         tokenizer = _continued(recipe, AutoTokenizer)
     if recipe.init is None and len(tokenizer) < recipe.vocab_size:
         raise DataError(f"The text gives a vocabulary of only {len(tokenizer)} tokens: lower vocab_size or add text.")
     num_steps = recipe.max_steps or 1000
-    val, train = _rows(recipe, tokenizer, num_steps)
-    progress.note(f"{train.num_rows} rows of {recipe.seq_len} tokens, prepared in {time.time() - started:.0f} s")
+    report = DropReport(None if is_generated(recipe.data) else run / "dropped.jsonl")
+    val, train = training_rows(recipe, tokenizer, num_steps, report, run / CHUNKS, resume)
+    progress.note(f"{train.num_rows} rows of {recipe.seq_len} tokens, begun after {time.time() - started:.0f} s")
     model: Any = (
         PoEForCausalLM(base_config(recipe, tokenizer))
         if recipe.init is None
@@ -104,10 +78,15 @@ def train_base(
     )
     with recomputed(model.model.layers if recipe.checkpoint_activations else ()):
         history = engine.run(resume)
+    report.close()
     save_base_folder(model.to(torch.bfloat16).eval(), run, tokenizer)
-    write_training_json(run, training_record(recipe, history, num_steps))
+    record = training_record(recipe, history, num_steps)
+    if isinstance(train, StreamedRows):
+        record["data"] = {"spec": recipe.data, "rows": report.as_dict(), "passes": train.passes}
+    write_training_json(run, record)
     draw_report(run)
     engine.clean_up()
+    (run / CHUNKS).unlink(missing_ok=True)
     return run
 
 
@@ -159,60 +138,3 @@ def training_record(recipe: BaseRecipe, history: History, num_steps: int) -> dic
         "trajectory": history.evals,
         "environment": environment(),
     }
-
-
-def _tokenizer_texts(recipe: BaseRecipe) -> Iterator[str]:
-    """Text for the tokenizer: the data; of the demo world also its nouns and some calls, to make them cheap."""
-    seen = 0
-    for document in islice(documents(recipe.data, seed=recipe.seed), 12_000):
-        yield document.text
-        seen += len(document.text)
-        if seen > TOKENIZER_CHARACTERS:
-            break
-    if is_generated(recipe.data):
-        for index in range(1000):
-            yield " ".join(NOUNS)
-            for message in make_conversation(index).messages:
-                yield message["content"] or str(message.get("tool_calls"))
-
-
-def _rows(recipe: BaseRecipe, tokenizer: Any, num_steps: int) -> tuple[PackedRows, PackedRows | Chained]:
-    """Return validation and training rows; the two share no document."""
-    rows_per_step = recipe.tokens_per_step // recipe.seq_len
-    needed = num_steps * recipe.tokens_per_step
-    generated = is_generated(recipe.data)
-
-    def tokenised(texts: Iterator[Text], tokens: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        while tokens > 0 and (chunk := list(islice(texts, CHUNK))):
-            encoded = tokenizer([t.text for t in chunk], verbose=False, return_offsets_mapping=True)
-            for text, ids, offsets in zip(chunk, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-                # all documents are held until they are shuffled: as lists they would take eight times as much
-                yield np.asarray(ids, dtype=np.int32), np.asarray(_learnt(text, offsets), dtype=bool)
-                tokens -= len(ids)
-                if tokens <= 0:
-                    return
-
-    def packed(texts: Iterator[Text], tokens: int) -> PackedRows:
-        long: LongPolicy = "drop" if generated else "split"
-        return pack(
-            tokenised(texts, tokens), recipe.seq_len, long=long, seed=recipe.seed, pad_id=tokenizer.pad_token_id
-        )
-
-    if generated:
-        val = packed(documents(recipe.data, seed=recipe.seed + 1), VALIDATION_ROWS * recipe.seq_len)
-        easy = round(num_steps * EASY_SHARE) * rows_per_step if recipe.init is None else 0
-        rows = packed(documents(recipe.data, seed=recipe.seed + 3), needed)
-        if not easy:
-            return val, rows
-        first = packed(documents(recipe.data, seed=recipe.seed + 2, easy=0.8), int(easy * recipe.seq_len * 1.01))
-        return val, Chained(first, rows)
-    texts = documents(recipe.data, seed=recipe.seed)
-    val = packed(texts, VALIDATION_ROWS * recipe.seq_len)
-    return val, packed(texts, needed)
-
-
-def _learnt(text: Text, offsets: list[tuple[int, int]]) -> list[bool]:
-    """For each token, by its characters, whether the loss counts it: all, or those that touch an answer."""
-    if text.answers is None:
-        return [True] * len(offsets)
-    return [any(a < end and b > start for start, end in text.answers) for a, b in offsets]

@@ -17,8 +17,9 @@ from poe.training.metrics import METRICS, read_metrics
 from poe.training.tracking import TENSORBOARD, WANDB
 
 REPORT = "report.png"
+CHUNKS = "chunks.jsonl"  # what a stream of text was packed into so far
 # What a run that failed early may leave; it does not make a folder taken.
-LEFTOVERS = ("dropped.jsonl", METRICS, METRICS + ".new", UNFINISHED, TENSORBOARD, WANDB)
+LEFTOVERS = ("dropped.jsonl", CHUNKS, METRICS, METRICS + ".new", UNFINISHED, TENSORBOARD, WANDB)
 VERSIONED = ("torch", "transformers", "safetensors", "tokenizers", "poe-cascade")
 
 

@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer of a few hundred words, with a chat template that shows tools and marks what is learnt."""
+"""Byte-level BPE tokenizers, with a chat template that shows tools and marks what is learnt."""
 
 from collections.abc import Iterable
 
@@ -18,6 +18,17 @@ SPECIAL_TOKENS = (
     "<|output_end|>",
     "<tool_call>",
     "</tool_call>",
+)
+
+# Letters, single digits, and everything between are separate pieces: a word is the same tokens after a space, a quote
+# or a bracket, so copying it is copying token ids, and `": {"` is one token.
+COPYING = r"\p{L}+|\p{N}|[^\p{L}\p{N}]+"
+
+# The pieces of GPT-4's tokenizer, save that digits stand alone and marks belong to their letters: a word takes the
+# space before it along. A sixth fewer tokens for the same text.
+PROSE = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 # Prefix-preserving: rendering more messages never changes what is before them. The stop token is inside the
@@ -64,16 +75,15 @@ CHAT_TEMPLATE = """\
 """
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Train byte-level BPE on `texts`; deterministic.
+def train_tokenizer(texts: Iterable[str], vocab_size: int, pieces: str = COPYING) -> PreTrainedTokenizerFast:
+    """Train byte-level BPE on `texts`; deterministic. `pieces` is what a text is cut into first, `COPYING` or `PROSE`.
 
-    Letters, single digits, and everything between are separate pieces: a word is the same tokens after a space, a
-    quote or a bracket, so copying it is copying token ids, and `": {"` is one token.
+    Every text is encoded, none to an unknown token, and decodes to itself, but for a special token spelled out in it.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(r"\p{L}+|\p{N}|[^\p{L}\p{N}]+"), behavior="isolated"),
+            pre_tokenizers.Split(Regex(pieces), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

@@ -1,0 +1,116 @@
+"""Training a base on text that is read while it trains: stopped and resumed, and what became of every document."""
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from poe.data import streamed
+from poe.data.demo.words import THINGS
+from poe.errors import DataError
+from poe.loaders.places import EMBEDDED_BASE
+from poe.stages import BaseRecipe
+from poe.training import text_rows
+from poe.training.engine import Interrupted
+from poe.training.pretrain import train_base
+from poe.training.progress import Progress
+from poe.training.text_rows import tokenizer_for, training_rows
+
+QUIET = Progress("test", quiet=True)
+RECIPE = BaseRecipe(
+    name="small",
+    vocab_size=300,
+    hidden_size=32,
+    num_layers=2,
+    num_heads=2,
+    seq_len=32,
+    tokens_per_step=64,
+    max_steps=30,
+    eval_every=10,
+    dtype="float32",
+)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> BaseRecipe:
+    """Sixty short documents, of which five make a chunk, and two broken lines."""
+    monkeypatch.setattr(streamed, "CHUNK_CHARACTERS", 500)
+    monkeypatch.setattr(text_rows, "VALIDATION_ROWS", 4)
+    rows = [{"text": f"Document {n}: " + " and ".join(THINGS[n % 20 :][:12])} for n in range(60)]
+    lines = [*map(json.dumps, rows), '{"text": ', "{}"]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    return RECIPE.replace(data=f"text={tmp_path}/a.jsonl")
+
+
+class StopsAt(Progress):
+    """Asks the run to stop after a step."""
+
+    def __init__(self, last: int) -> None:
+        super().__init__("test", quiet=True)
+        self.last = last
+
+    def step(self, step: int, *args: Any, **kwargs: Any) -> None:
+        super().step(step, *args, **kwargs)
+        if step == self.last:
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.slow
+def test_a_run_on_a_stream_resumes_to_the_same_bytes(recipe: BaseRecipe, tmp_path: Path) -> None:
+    whole = train_base(recipe, tmp_path / "whole", progress=QUIET)
+    parts = tmp_path / "parts"
+    for last in (3, 17):
+        with pytest.raises(Interrupted):
+            train_base(recipe, parts, resume=parts.exists(), progress=StopsAt(last))
+        assert (parts / "chunks.jsonl").exists()
+    train_base(recipe, parts, resume=True, progress=QUIET)
+    for name in ("model.safetensors", "tokenizer.json"):
+        assert (parts / name).read_bytes() == (whole / name).read_bytes()
+    records = [json.loads((folder / "training.json").read_text()) for folder in (whole, parts)]
+    assert records[0]["trajectory"] == records[1]["trajectory"]
+    assert records[0]["data"] == records[1]["data"]
+    assert not (parts / "chunks.jsonl").exists()
+
+
+def test_what_was_read_and_dropped_is_said(recipe: BaseRecipe, tmp_path: Path) -> None:
+    folder = train_base(
+        recipe.replace(max_steps=40, eval_every=40, tokens_per_step=256), tmp_path / "run", progress=QUIET
+    )
+    data = json.loads((folder / "training.json").read_text())["data"]
+    dropped = {"not JSON": 1, "no text in the column 'text'": 1}
+    assert data["rows"] == {"text": {"read": 62, "kept": 60, "dropped": dropped}}  # each counts once
+    assert data["passes"] > 1
+    assert len((folder / "dropped.jsonl").read_text().splitlines()) == 2
+
+
+def test_training_and_validation_share_no_document(recipe: BaseRecipe) -> None:
+    tokenizer = tokenizer_for(recipe)
+    val, train = training_rows(recipe, tokenizer, 60)
+
+    def numbers(rows: Any, count: int) -> set[str]:
+        text = " ".join(tokenizer.batch_decode([rows.batch(n, 1).input_ids[0] for n in range(count)]))
+        return {word.split(":")[0] for word in text.split("Document ")[1:] if ":" in word}
+
+    held_out, trained = numbers(val, val.num_rows), numbers(train, 200)  # more than one pass
+    assert held_out
+    assert len(trained) > 40
+    assert not held_out & trained
+
+
+def test_marks_of_a_chat_in_a_text_are_words_and_in_a_generated_one_marks(recipe: BaseRecipe, tmp_path: Path) -> None:
+    (tmp_path / "b.txt").write_text("He wrote <|assistant_end|> and <tool_call>. " * 20)
+    tokenizer = tokenizer_for(recipe)
+    marks = set(tokenizer.all_special_ids) - {tokenizer.bos_token_id, tokenizer.pad_token_id}
+    for spec, expected in ((f"text={tmp_path}/b.txt", False), ("demo", True)):
+        val = training_rows(recipe.replace(data=f"{spec},text={tmp_path}/b.txt"), tokenizer, 1)[0]
+        ids = set(val.batch(0, val.num_rows).input_ids.flatten().tolist())
+        assert bool(marks & ids) == expected
+
+
+def test_text_that_validation_uses_up_is_refused(recipe: BaseRecipe, tmp_path: Path) -> None:
+    (tmp_path / "c.txt").write_text("Too short. " * 3)
+    with pytest.raises(DataError, match="no text to train on"):
+        training_rows(recipe.replace(data=f"text={tmp_path}/c.txt"), AutoTokenizer.from_pretrained(EMBEDDED_BASE), 1)
