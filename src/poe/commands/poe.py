@@ -12,11 +12,13 @@ from rich.table import Table
 
 from poe.commands import data, imports
 from poe.commands.app import FAILED, err, out, run
-from poe.errors import DataError, DeltaError, PoEError
+from poe.errors import DataError, DecodingError, DeltaError, PoEError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode="rich")
 app.add_typer(imports.app, name="import")
 app.add_typer(data.app, name="data")
+
+CALIBRATED_TOKENS = 512  # of each document
 
 Repo = Annotated[str, typer.Argument(help="a base or a stage: folder, Hub id, or 'demo'", show_default=False)]
 Base = Annotated[str | None, typer.Option(help="where the stage's base is, if not where the stage says")]
@@ -33,18 +35,73 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
     seed: int = 0,
     off: Off = False,
+    exit: Annotated[int | None, typer.Option(help="leave the base after this many layers")] = None,
+    adaptive: Annotated[Path | None, typer.Option(help="thresholds that `poe calibrate` wrote")] = None,
+    draft: Annotated[int | None, typer.Option(help="draft with the exit at this depth, verify with full depth")] = None,
+    sibling: Annotated[
+        list[str] | None,
+        typer.Option("--with", help="REPO=WEIGHT: another stage decides too (repeatable)"),
+    ] = None,
 ) -> None:
     """Continue a text, as it is: no chat template."""
     import torch
 
+    from poe.decoding import AdaptiveDepth
+
     cascade = _open(repo, base)
     text = sys.stdin.read() if prompt == "-" else prompt
     inputs = cascade.tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(cascade.base.device)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
+    if temperature > 0:
+        options["temperature"] = temperature
+    stage = None if off or exit is not None else cascade.active
     torch.manual_seed(seed)
-    stage = None if off else cascade.active
-    output = cascade.generate(**inputs, stage=stage, max_new_tokens=max_new_tokens, **sampling)
+    if sibling:
+        if exit is not None or adaptive is not None or draft is not None or off:
+            raise DecodingError(
+                "--with lets several stages decide at full depth: leave out --exit, --adaptive, --draft, --off."
+            )
+        output = cascade.compose(_weights(cascade, sibling)).generate(**inputs, **options)
+    else:
+        depth = None if adaptive is None else AdaptiveDepth.load(adaptive)
+        output = cascade.generate(**inputs, stage=stage, exit=exit, adaptive=depth, draft=draft, **options)
     print(cascade.tokenizer.decode(output[0][inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+
+
+@app.command()
+def calibrate(
+    repo: Repo,
+    output: Annotated[Path, typer.Option("--out", help="JSON file to write, for `poe generate --adaptive`")],
+    data: Annotated[str, typer.Option(help="text like that to be generated: demo, or text=FILES")] = "demo",
+    agreement: Annotated[float, typer.Option(help="share of the tokens that must be full depth's")] = 0.99,
+    confidence: Annotated[str, typer.Option(help="margin, probability or agreement")] = "margin",
+    rows: Annotated[int, typer.Option(help="documents: half to find thresholds, half to measure")] = 200,
+    base: Base = None,
+    off: Off = False,
+) -> None:
+    """Find out on texts where tokens may leave a model early, and write the thresholds."""
+    from itertools import islice
+
+    from poe.data.text import documents
+
+    cascade = _open(repo, base)
+    texts = [text.text for text in islice(documents(data), rows)]
+    ids = cascade.tokenizer(texts, verbose=False)["input_ids"]
+    stage = None if off else cascade.active
+    depth = cascade.calibrate_depth(
+        [row[:CALIBRATED_TOKENS] for row in ids], agreement=agreement, confidence=confidence, stage=stage
+    )
+    depth.save(output)
+    table = Table(
+        title=f"agreement with full depth: {depth.agreement:.2%} (asked for {agreement:.2%})", title_justify="left"
+    )
+    for column in ("layers", f"{confidence} at least", "tokens that leave"):
+        table.add_column(column, justify="right")
+    thresholds = [*(f"{threshold:.3f}" for threshold in depth.thresholds), ""]
+    for layers, threshold, share in zip([*depth.depths, depth.full], thresholds, depth.shares, strict=True):
+        table.add_row(str(layers), threshold, f"{share:.1%}")
+    out.print(table)
+    out.print(f"{output}: for poe generate {repo} TEXT --adaptive {output}", markup=False)
 
 
 @app.command()
@@ -237,6 +294,21 @@ def _open(repo: str, base: str | None) -> Any:
         device_map=None if device.type == "cpu" else {"": device},
         base=base,
     )
+
+
+def _weights(cascade: Any, siblings: list[str]) -> dict[str | None, float]:
+    """Load the stages of `--with` beside the one that is open; returns all weights, which sum to one."""
+    own, weights = cascade.active, {}
+    for spec in siblings:
+        place, _, number = spec.rpartition("=")
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = -1.0
+        if not place or not 0 <= weight <= 1:
+            raise DecodingError(f"--with {spec!r}: expected REPO=WEIGHT with a weight from 0 to 1.")
+        weights[cascade.load_stage(place).active] = weight
+    return {own: 1 - sum(weights.values()), **weights}
 
 
 def _read_tools(path: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,75 @@
+"""Ways to decode, in one line each, as a user types them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import scramble
+from poe import Cascade, StageConfig
+
+TEXT = "w5 w6 w7 w8"
+
+
+@pytest.fixture(scope="module")
+def folders(saved_base, tmp_path_factory) -> dict[str, str]:
+    """A PoE base of two stages, two siblings on it, and a text."""
+    root = tmp_path_factory.mktemp("decoding")
+    base = saved_base("poe-stages")
+    found = {"base": str(base)}
+    for seed, name in enumerate(("tool", "math")):
+        cascade = Cascade.from_pretrained(base).add_stage(StageConfig(name, 1, "low_rank", 4), seed=seed)
+        scramble(cascade.stages[name], seed)
+        found[name] = str(cascade.save_stage(name, root / name))
+    (root / "text.txt").write_text("<|endoftext|>".join(f"w{i} w{i + 1} w{i + 2} w{i % 7 + 3}" for i in range(3, 50)))
+    found["text"] = str(root / "text.txt")
+    return found
+
+
+def poe(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "poe.commands.poe", *arguments], capture_output=True, text=True, check=False
+    )
+
+
+def said(*arguments: str) -> str:
+    done = poe(*arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_each_way_in_one_line(folders, tmp_path: Path) -> None:
+    base, short = folders["base"], ("--max-new-tokens", "12")
+    plain = said("generate", base, TEXT, *short)
+    assert said("generate", base, TEXT, "--draft", "1", *short) == plain
+    assert said("generate", base, TEXT, "--exit", "1", *short) != plain
+    assert said("generate", base, TEXT, "--exit", "2", *short) == plain
+
+    depth = tmp_path / "depth.json"
+    table = said("calibrate", base, "--data", f"text={folders['text']}", "--agreement", "0.5", "--out", str(depth))
+    assert "agreement with full depth" in table
+    assert json.loads(depth.read_text())["target"] == 0.5
+    assert said("generate", base, TEXT, "--adaptive", str(depth), *short)
+
+    tool = said("generate", folders["tool"], TEXT, *short)
+    assert said("generate", folders["tool"], TEXT, "--with", f"{folders['math']}=0", *short) == tool
+    math = said("generate", folders["math"], TEXT, *short)
+    assert said("generate", folders["tool"], TEXT, "--with", f"{folders['math']}=1", *short) == math != tool
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_is_one_message(folders, tmp_path: Path) -> None:
+    for arguments, words in (
+        ((folders["base"], TEXT, "--exit", "5"), "exit is 5, but this base can be left after any of its stages"),
+        ((folders["tool"], TEXT, "--with", folders["math"]), "expected REPO=WEIGHT"),
+        ((folders["tool"], TEXT, "--with", f"{folders['math']}=0.5", "--exit", "1"), "at full depth"),
+        ((folders["base"], TEXT, "--exit", "1", "--draft", "1"), "expected one of them"),
+        ((folders["base"], TEXT, "--adaptive", folders["text"]), "is not a saved adaptive depth"),
+    ):
+        done = poe("generate", *arguments)
+        assert done.returncode == 1, arguments
+        assert words in " ".join(done.stderr.split()), done.stderr
+        assert "Traceback" not in done.stderr
