@@ -3,11 +3,11 @@
     pip install -c constraints.txt -e ".[bench]"
     python benchmarks/decoding.py --base FOLDER --text FILE [--prompts FILE] [--stage FOLDER] [--rounds 3]
 
-`--text` is plain text, cut into rows: every second row calibrates, the others give each exit's bits per byte and its
-agreement with full depth's likeliest token. Decoded are the beginnings of rows ("text"), repeated JSON calls ("json")
-and the lines of `--prompts` ("prompts"), each one alone, greedily and to the full length. All arms of a set take turns
-within this one process; tokens per second are medians over the rounds, and `x` is the median of each round's ratio to
-the plain path in that round. `same` is the share of tokens that are the plain path's.
+`--text` is plain text, cut into rows: every second row calibrates (for the JSON set: calls with other names), the others
+give each exit's bits per byte and its agreement with full depth's likeliest token. Decoded are the beginnings of rows
+("text"), repeated JSON calls ("json") and the lines of `--prompts` ("prompts"), each one alone, greedily and to the full
+length. All arms of a set take turns within this one process; tokens per second are medians over the rounds, and `x` is
+the median of each round's ratio to the plain path in that round. `same` is the share of tokens that are the plain path's.
 """
 
 import argparse
@@ -23,7 +23,8 @@ from typing import Any
 import torch
 
 from poe import Cascade
-from poe.decoding.segments import exits_below, path_of
+from poe.decoding import AdaptiveDepth
+from poe.decoding.segments import States, exits_below, path_of
 from poe.decoding.speculation import SelfSpeculation, drafting, generate_with
 from poe.errors import DecodingError
 
@@ -35,12 +36,17 @@ CALLS = [
 PLACES = ["Paris", "London", "Rome", "Oslo", "Cairo", "Lima"]
 
 
-def json_prompts() -> list[str]:
+OTHERS = "Bern Delhi Quito Sofia Tunis Seoul Accra Milan Lyon Perth Osaka Porto".split()  # to calibrate on
+
+
+def json_prompts(names: list[str], count: int) -> list[str]:
     """Several calls of one form, one after the other: what structured output looks like to a model."""
     prompts = []
-    for form in CALLS:
+    for index in range(count):
+        form = CALLS[index % len(CALLS)]
+        turned = names[index % len(names) :] + names[: index % len(names)]
         values = [
-            (place, i + 2) if form.index("%s") < form.index("%d") else (i + 2, place) for i, place in enumerate(PLACES)
+            (name, i + 2) if form.index("%s") < form.index("%d") else (i + 2, name) for i, name in enumerate(turned)
         ]
         prompts.append("".join(form % value for value in values))
     return prompts
@@ -55,7 +61,8 @@ def exits_table(cascade: Cascade, rows: list[list[int]]) -> list[dict[str, Any]]
     count = size = 0
     for row in rows:
         ids = torch.tensor([row])
-        states, said = (), []
+        states: States = ()
+        said = []
         for index, part in enumerate(path.parts):
             states, hidden = part(states, ids, torch.arange(len(row))[None])
             logits = path.logits(index, hidden[0, :-1]).float()
@@ -121,6 +128,18 @@ def arms_of(
     return arms
 
 
+def calibrated(cascade: Cascade, rows: list[list[int]], args: argparse.Namespace) -> dict[str, AdaptiveDepth]:
+    """Thresholds for 99 % and 100 % agreement on rows of the kind that is to be decoded; prints what they do."""
+    depths = {}
+    for target in (0.99, 1.0):
+        depth = cascade.calibrate_depth(rows, agreement=target, confidence=args.confidence)
+        pairs = zip([*depth.depths, depth.full], depth.shares, strict=True)
+        shares = ", ".join(f"{share:.0%} at {layers}" for layers, share in pairs)
+        print(f"\nadaptive {target:.0%}: held-out agreement {depth.agreement:.2%}; leave: {shares}")
+        depths[f"adaptive {target:.0%}"] = depth
+    return depths
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", required=True)
@@ -151,24 +170,17 @@ def main() -> None:
     print("| exit | bits per byte | agreement |\n|---:|---:|---:|")
     for row in report["exits"]:
         print(f"| {row['exit']} | {row['bpb']} | {100 * row['agreement']:.1f} % |")
-    depths = {
-        f"adaptive {100 * a:g} %": cascade.calibrate_depth(rows, agreement=a, confidence=args.confidence)
-        for a in (0.99, 1.0)
-    }
-    report["adaptive"] = {name: vars(depth) for name, depth in depths.items()}
-    for name, depth in depths.items():
-        shares = ", ".join(
-            f"{100 * s:.0f} % at {d}" for d, s in zip([*depth.depths, depth.full], depth.shares, strict=True)
-        )
-        print(f"\n{name}: held-out agreement {100 * depth.agreement:.2f} %; leave: {shares}")
+    calls = cascade.tokenizer(json_prompts(OTHERS, 36))["input_ids"]
     prompts = {"text": [row[: len(row) // 4] for row in rows[1::2][: args.texts]]}
-    prompts["json"] = [cascade.tokenizer(prompt)["input_ids"] for prompt in json_prompts()]
+    prompts["json"] = cascade.tokenizer(json_prompts(PLACES, len(CALLS)))["input_ids"]
     if args.prompts:
         lines = args.prompts.read_text(encoding="utf-8").splitlines()
         prompts["prompts"] = [cascade.tokenizer(line)["input_ids"] for line in lines if line.strip()]
-    report["races"], report["calibrated"] = {}, {}
+    report["adaptive"], report["races"], report["calibrated"] = {}, {}, {}
     for name, given in prompts.items():
         loops: dict[str, Any] = {}
+        depths = calibrated(cascade, calls if name == "json" else rows, args)
+        report["adaptive"][name] = {way: vars(depth) for way, depth in depths.items()}
         arms = arms_of(cascade, depths, args, loops)
         try:
             draft = cascade.calibrate_draft(given, max_new_tokens=args.new_tokens)
