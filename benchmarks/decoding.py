@@ -3,11 +3,12 @@
     pip install -c constraints.txt -e ".[bench]"
     python benchmarks/decoding.py --base FOLDER --text FILE [--prompts FILE] [--stage FOLDER] [--rounds 3]
 
-`--text` is plain text, cut into rows: every second row calibrates (for the JSON set: calls with other names), the others
-give each exit's bits per byte and its agreement with full depth's likeliest token. Decoded are the beginnings of rows
-("text"), repeated JSON calls ("json") and the lines of `--prompts` ("prompts"), each one alone, greedily and to the full
-length. All arms of a set take turns within this one process; tokens per second are medians over the rounds, and `x` is
-the median of each round's ratio to the plain path in that round. `same` is the share of tokens that are the plain path's.
+`--text` is plain text, cut into rows: every second row calibrates (for the JSON set: calls with other names), the
+others give each exit's bits per byte and its agreement with full depth's likeliest token. Decoded are the beginnings
+of rows ("text"), repeated JSON calls ("json") and the lines of `--prompts` ("prompts"), each one alone, greedily and
+to the full length. All arms of a set take turns within this one process; tokens per second are medians over the
+rounds, and `x` is the median of each round's ratio to the plain path in that round. `same` is the share of tokens
+that are the plain path's.
 """
 
 import argparse
