@@ -43,7 +43,6 @@ TIED = {"tie_word_embeddings": True}
 # name -> (model type, fields of its config)
 BASES: dict[str, tuple[str, dict]] = {
     "poe": ("poe", {}),
-    "poe-stages": ("poe", {"stage_layers": [1, 1], "stage_heads": True, "backout_layer": 0}),
     "llama": ("llama", {}),
     "qwen2": ("qwen2", {}),
     "qwen2-tied": ("qwen2", TIED),
@@ -78,6 +77,10 @@ BASES: dict[str, tuple[str, dict]] = {
     "phi": ("phi", {"num_key_value_heads": 4}),
     "stablelm": ("stablelm", {}),
 }
+# a PoE base whose stages have heads of their own: its head is a sum, so what is said of "the base's head" needs care
+STAGED: dict[str, tuple[str, dict]] = {
+    "poe-stages": ("poe", {"stage_layers": [1, 1], "stage_heads": True, "backout_layer": 0})
+}
 RECURRENT = ("hrm", "hrm-tied")  # no ordinary checkpoint can hold a stage on them, and none attaches below the top
 # One base of every kind: tests of what does not depend on the family need no more.
 EXEMPLARS = ("poe", "qwen2-tied", "qwen3", "qwen3-tied", "gemma3-tied", "cohere-tied", "hrm")
@@ -94,7 +97,7 @@ def scramble(module: nn.Module, seed: int = 0, scale: float = 0.2) -> None:
 
 def tiny_base(name: str = "qwen3", dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
     """Return a base of two layers and width 32 with random weights."""
-    model_type, fields = BASES[name]
+    model_type, fields = (BASES | STAGED)[name]
     return tiny_model(model_type, fields, dtype, seed)
 
 

@@ -110,7 +110,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_loses_nothing(base: Path, tmp_path: 
     process = start(command(base, tmp_path / "a", *options))
     wait_for_steps(tmp_path / "a", 5, process)
     process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=60)[1].decode()
+    said = process.communicate(timeout=300)[1].decode()
     assert process.returncode == 130, said
     assert re.search(r"Stopped; saved at step \d+\. To go on: poe-train stage demo --out .* --resume", said)
     again = run(command(base, tmp_path / "a", *options))
@@ -134,7 +134,7 @@ def test_ctrl_c_while_data_is_prepared_says_that_nothing_was_written(base: Path,
         assert line, "it ended by itself"
     time.sleep(1)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of its processes
-    said = process.communicate(timeout=60)[1]
+    said = process.communicate(timeout=300)[1]
     assert process.returncode == 130, said
     assert said == "Stopped before there was anything to keep: nothing was written.\n"
     assert left(tmp_path / "out") == []
