@@ -15,8 +15,12 @@ from conftest import HRM, RECURRENT, VOCABULARY, scramble, tiny_base, tiny_model
 from poe import Cascade, StageConfig, train_stage
 from poe.data.demo.text import make_text
 from poe.data.demo.tokenizer import train_tokenizer
-from poe.errors import DeltaError, FamilyError
+from poe.data.packing import IGNORED, Batch
+from poe.errors import DeltaError, FamilyError, TrainingError
+from poe.evaluation.calls import answer
 from poe.loaders.base_folder import save_base_folder
+from poe.training.hidden import Whole
+from poe.training.prefix import prompt_positions
 from poe.training.progress import Progress
 
 RECURRENT_BASE = pytest.mark.parametrize("name", RECURRENT)
@@ -229,6 +233,45 @@ def test_a_stage_is_trained_saved_and_opened(tmp_path: Path) -> None:
     door = AutoModelForCausalLM.from_pretrained(run.folder, trust_remote_code=True)
     types = prefix_types(ids, 30)
     assert torch.equal(door(ids, token_type_ids=types).logits, opened(ids, token_type_ids=types).logits)
+
+
+def test_packed_documents_read_their_own_prompts_both_ways() -> None:
+    """What training computes of a row of documents is what the model says of each alone, its prompt being of type 1."""
+    model = grown().model("child")
+    lengths, prompts = [6, 9, 5], [3, 4, 5]  # of the last document nothing is learnt
+    ids = token_ids(2, sum(lengths))
+    labels = torch.full_like(ids, IGNORED)
+    start = 0
+    for length, prompt in zip(lengths, prompts, strict=True):
+        learnt = slice(start + prompt - 1, start + length - 1 if prompt < length else start + prompt - 1)
+        labels[:, learnt] = ids[:, learnt.start + 1 : learnt.stop + 1]
+        start += length
+    positions = torch.cat([torch.arange(length) for length in lengths]).expand_as(ids)
+    batch = Batch(ids, labels, positions)
+    expected = [k < p for n, p in zip(lengths, prompts, strict=True) for k in range(n)]
+    assert prompt_positions(batch)[0].tolist() == expected
+    packed = Whole(model)(batch)
+    start = 0
+    for length, prompt in zip(lengths, prompts, strict=True):
+        own = ids[:, start : start + length]
+        alone = model.model(own, token_type_ids=prefix_types(own, prompt), use_cache=False).last_hidden_state
+        torch.testing.assert_close(packed[:, start : start + length], alone)
+        start += length
+    causal = model.model(ids, position_ids=positions, use_cache=False).last_hidden_state
+    assert not torch.allclose(packed, causal)
+
+
+def test_a_base_that_reads_both_ways_is_asked_so(tmp_path: Path) -> None:
+    """Questions after training come with types; the cache of hidden states, which does not know prompts, is refused."""
+    cascade = Cascade.from_pretrained(trainable_base(tmp_path / "base"))
+    seen = []
+    generate = cascade.base.generate
+    cascade.base.generate = lambda **given: seen.append(given) or generate(**given)  # type: ignore[method-assign]
+    answer(cascade, None, [[5, 6, 7], [5, 6, 7, 8, 9]], [1], max_new_tokens=2)
+    assert torch.equal(seen[0]["token_type_ids"], seen[0]["attention_mask"])
+    fields = {"seq_len": 256, "tokens_per_step": 512, "num_layers": 1, "held_out": 0.1, "max_steps": 1}
+    with pytest.raises(TrainingError, match=r"cache_hidden: .* both directions"):
+        train_stage(cascade, "demo", "demo=80", tmp_path / "t", cache_hidden=True, **fields)
 
 
 def test_a_base_in_memory_is_known_by_its_files(saved_base, tmp_path: Path) -> None:

@@ -47,11 +47,14 @@ def generate(
     import torch
 
     from poe.decoding import AdaptiveDepth
+    from poe.modeling.families import is_prefix_lm
 
     cascade = _open(repo, base)
     text = sys.stdin.read() if prompt == "-" else prompt
     inputs = cascade.tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(cascade.base.device)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
+    if is_prefix_lm(cascade.config):
+        inputs["token_type_ids"] = inputs["attention_mask"]
     if temperature > 0:
         options["temperature"] = temperature
     stage = None if off or exit is not None else cascade.active

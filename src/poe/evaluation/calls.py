@@ -10,6 +10,7 @@ from poe.cascade import Cascade
 from poe.data.conversation import Conversation
 from poe.data.render import Renderer
 from poe.data.templates import reply_form
+from poe.modeling.families import is_prefix_lm
 from poe.modeling.placement import device_of
 from poe.tools.calls import parse_reply, problems
 
@@ -61,9 +62,11 @@ def answer(
         width = max(len(prompts[i]) for i in part)
         ids = torch.tensor([[pad] * (width - len(prompts[i])) + list(prompts[i]) for i in part])
         mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in part])
+        prefix: dict[str, Any] = {"token_type_ids": mask.to(device)} if is_prefix_lm(cascade.config) else {}
         output = cascade.generate(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
+            **prefix,
             stage=stage,
             max_new_tokens=max_new_tokens,
             do_sample=False,

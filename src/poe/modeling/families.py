@@ -121,6 +121,11 @@ def grown_config(config: PreTrainedConfig, family: Family, below: int, count: in
     return grown
 
 
+def is_prefix_lm(config: PreTrainedConfig) -> bool:
+    """Return whether a model reads its prompt in both directions: the tokens whose `token_type_ids` are 1."""
+    return bool(getattr(config, "prefix_lm", False))
+
+
 @dataclass(frozen=True)
 class Logits:
     """What a family does to its head's output x: `softcap * tanh(scale * x / softcap)`, without a cap `scale * x`."""

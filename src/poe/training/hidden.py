@@ -16,9 +16,11 @@ from transformers import PreTrainedModel
 from poe.data.packing import Batch, PackedRows
 from poe.errors import TrainingError
 from poe.modeling.boundary import Boundary
+from poe.modeling.families import is_prefix_lm
 from poe.stages.recipe import Recipe
 from poe.training.compiled import compiled
 from poe.training.hidden_cache import HiddenCache, boundary_facts
+from poe.training.prefix import prompt_attention
 from poe.training.progress import Progress
 
 if TYPE_CHECKING:
@@ -31,15 +33,19 @@ _TRIED_TOKENS = 64
 
 
 class Whole:
-    """The whole model, every time, compiled if `compile`; documents in a row do not see each other."""
+    """The whole model, every time, compiled if `compile`; documents in a row do not see each other.
+
+    A PrefixLM base reads the prompt of each document in both directions.
+    """
 
     def __init__(self, model: PreTrainedModel, compile: bool = False) -> None:
         backbone = getattr(model, model.base_model_prefix)
-        self._backbone = compiled(backbone) if compile else backbone
+        self._model, self._backbone = model, compiled(backbone) if compile else backbone
 
     def __call__(self, batch: Batch) -> Tensor:
+        mask = prompt_attention(self._model, batch) if is_prefix_lm(self._model.config) else None
         hidden: Tensor = self._backbone(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
+            input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False
         ).last_hidden_state
         return hidden
 
@@ -84,11 +90,18 @@ def hidden_sources(
     """Return the sources for training and for validation of stage `plan.name`; fill the cache if the recipe has one.
 
     Raises `OutputError` when the cache does not fit on the disk, `TrainingError` for a base whose upper layers read
-    more than the hidden state below them.
+    more than the hidden state below them, or whose states depend on more than the row.
     """
     model, base = cascade.model(plan.name), cascade.base
     boundary = Boundary(base, cascade.stages[plan.name])
     whole, training = Whole(model), Whole(model, plan.compile)
+    if is_prefix_lm(base.config):
+        if plan.cache_hidden:
+            raise TrainingError(
+                "cache_hidden: this base reads prompts in both directions (prefix_lm), so what it makes of a row "
+                "depends on what is learnt of it, which the cache does not know: leave the option out."
+            )
+        return training, whole
     if not _is_enough(boundary, whole, train.batch(0, 1)):
         if plan.cache_hidden:
             raise TrainingError(
