@@ -13,7 +13,7 @@ from conftest import scramble
 from poe import Cascade
 from poe.data.demo.text import make_text
 from poe.data.packing import Batch
-from poe.errors import RecipeError
+from poe.errors import DataError, RecipeError
 from poe.modeling.modeling_poe import PoEConfig, PoEForCausalLM
 from poe.stages import load_base_recipe
 from poe.training.local import Stagewise
@@ -156,6 +156,12 @@ def test_a_base_learns_stage_by_stage_and_can_be_left_after_each(tmp_path: Path)
     assert max(losses) < 0.9 * math.log(500)
     assert len({round(loss, 3) for loss in losses}) == 3
     assert torch.equal(cascade(ids, exit=3).logits, cascade(ids).logits)
+
+
+def test_a_base_that_cannot_begin_leaves_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nowhere"):
+        train_base(load_base_recipe("text", data=f"text={tmp_path}/nowhere.txt"), tmp_path / "base", progress=QUIET)
+    assert not (tmp_path / "base").exists()
 
 
 def test_recipes_whose_stages_do_not_fit_are_refused() -> None:

@@ -23,7 +23,15 @@ from poe.training.local import Stagewise
 from poe.training.precision import choose_dtype
 from poe.training.progress import Progress
 from poe.training.recompute import recomputed
-from poe.training.report import CHUNKS, draw_report, environment, outcome, prepare_output, write_training_json
+from poe.training.report import (
+    CHUNKS,
+    draw_report,
+    environment,
+    outcome,
+    prepare_output,
+    remove_if_unused,
+    write_training_json,
+)
 from poe.training.text_rows import tokenizer_for, training_rows
 from poe.training.tracking import open_trackers
 
@@ -37,7 +45,13 @@ def train_base(
     is saved.
     """
     run = prepare_output(Path(output_dir), resume)
-    progress = progress or Progress(f"base {recipe.name}")
+    try:
+        return _trained(recipe, run, resume, progress or Progress(f"base {recipe.name}"))
+    finally:
+        remove_if_unused(run)
+
+
+def _trained(recipe: BaseRecipe, run: Path, resume: bool, progress: Progress) -> Path:
     torch.manual_seed(recipe.seed)
     trackers = open_trackers(recipe.track, progress.note)
     started = time.time()

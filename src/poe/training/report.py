@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ REPORT = "report.png"
 CHUNKS = "chunks.jsonl"  # what a stream of text was packed into so far
 # What a run that failed early may leave; it does not make a folder taken.
 LEFTOVERS = ("dropped.jsonl", CHUNKS, METRICS, METRICS + ".new", UNFINISHED, TENSORBOARD, WANDB)
+RESULTS = ("delta.safetensors", "model.safetensors")
 VERSIONED = ("torch", "transformers", "safetensors", "tokenizers", "poe-cascade")
 
 
@@ -43,6 +45,19 @@ def prepare_output(folder: Path, resume: bool) -> Path:
             f"{hint}Choose another with --out, or empty it."
         )
     return folder
+
+
+def remove_if_unused(run: Path) -> None:
+    """Remove what a failed run left, if it left neither a checkpoint nor a result: the next try finds a free folder."""
+    if any((run / name).exists() for name in RESULTS) or has_checkpoint(run):
+        return
+    for path in [path for pattern in LEFTOVERS for path in run.glob(pattern)]:
+        if path.match(UNFINISHED):
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.is_file() and (path.name != "dropped.jsonl" or path.stat().st_size == 0):
+            path.unlink()  # dropped rows may be why it failed: they stay, and so does what a tracker wrote
+    if run.exists() and not any(run.iterdir()):
+        run.rmdir()
 
 
 def environment() -> dict[str, Any]:

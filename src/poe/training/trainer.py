@@ -2,7 +2,6 @@
 
 import hashlib
 import platform
-import shutil
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -25,7 +24,6 @@ from poe.modeling.delta_file import delta_size
 from poe.modeling.placement import quantisation_of
 from poe.modeling.stage import Stage
 from poe.stages import Recipe, load_recipe
-from poe.training.checkpoint import UNFINISHED, has_checkpoint
 from poe.training.distributed import ALONE, World, even_rows
 from poe.training.engine import Engine
 from poe.training.frozen import assert_frozen_below
@@ -34,7 +32,7 @@ from poe.training.history import History
 from poe.training.precision import refuse_fp16, stage_dtype
 from poe.training.progress import Progress
 from poe.training.recompute import recomputed
-from poe.training.report import LEFTOVERS, draw_report, environment, outcome, prepare_output
+from poe.training.report import draw_report, environment, outcome, prepare_output, remove_if_unused
 from poe.training.sharding import gather_ahead, resident_bytes, shard_base
 from poe.training.tracking import open_trackers
 
@@ -97,7 +95,7 @@ def train_stage(
     with ExitStack() as stack:
         # until there is a checkpoint, a run that fails leaves its folder as empty as it found it
         if world.is_main:
-            stack.callback(_remove_if_unused, run)
+            stack.callback(remove_if_unused, run)
         if told:
             progress.note("the base's chat template ignores tools: extended by ours, and saved so with the stage")
         started = time.time()
@@ -259,16 +257,3 @@ def _seen(run: Path) -> Path:
             "a disk that all of them share."
         )
     return run
-
-
-def _remove_if_unused(run: Path) -> None:
-    """Remove what a failed run left, if it left neither a checkpoint nor a result: the next try finds a free folder."""
-    if (run / "delta.safetensors").exists() or has_checkpoint(run):
-        return
-    for path in [path for pattern in LEFTOVERS for path in run.glob(pattern)]:
-        if path.match(UNFINISHED):
-            shutil.rmtree(path, ignore_errors=True)
-        elif path.is_file() and (path.name != "dropped.jsonl" or path.stat().st_size == 0):
-            path.unlink()  # dropped rows may be why it failed: they stay, and so does what a tracker wrote
-    if run.exists() and not any(run.iterdir()):
-        run.rmdir()
