@@ -1,16 +1,19 @@
-"""Chat templates that know no tools are extended: tools, calls and results told in text, the rest as before."""
+"""Chat templates that know no tools are extended, tokenizers without one get ours: tools, calls, results as text."""
 
 import copy
 
 import pytest
 from hypothesis import given, settings
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from augment_rows import demo_rows
 from poe.data.conversation import Conversation
 from poe.data.demo.conversations import make_conversation
 from poe.data.forms.prompt import PromptForm
 from poe.data.render import Renderer
-from poe.data.templates import extend_with_tools, knows_tools, reply_form, template_call_form
+from poe.data.templates import complete_template, extend_with_tools, knows_tools, reply_form, template_call_form
+from poe.errors import TemplateError
 from poe.evaluation.calls import question, score
 from test_prompt_forms import ROW
 from test_render import TOKENIZERS, assistant, trained, user
@@ -131,3 +134,79 @@ def test_replies_are_read_in_the_form_of_the_template() -> None:
     said = text[len(renderer.prompt(question(row)[0], row.tools)) :].removesuffix("<|eot_id|>")
     assert score([row], [said], "llama").exact == 1.0
     assert score([row], [said]).exact == 0.0
+
+
+def marked_tokenizer(*marks: str, eos: str | None):
+    """A byte-level tokenizer without a chat template that has these special tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=list(marks), initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(["the quick brown fox"], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos)
+
+
+HRM = ("<|im_start|>", "<|object_ref_start|>", "<|im_end|>", "<|box_end|>")
+WITHOUT = {  # what a tokenizer has; a conversation as ours tells it
+    "conditioned": (
+        marked_tokenizer(*HRM, eos="<|box_end|>"),
+        "<|im_start|><|object_ref_start|>Be brief.\n\nhello<|im_end|>Hello!<|box_end|>"
+        "<|im_start|><|object_ref_start|>bye<|im_end|>Bye.<|box_end|>",
+        "<|im_start|><|object_ref_start|>Be brief.\n\nhello<|im_end|>",
+    ),
+    "chatml": (
+        marked_tokenizer("<|endoftext|>", "<|im_start|>", "<|im_end|>", eos="<|endoftext|>"),
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nhello<|im_end|>\n"
+        "<|im_start|>assistant\nHello!<|im_end|>\n"
+        "<|im_start|>user\nbye<|im_end|>\n<|im_start|>assistant\nBye.<|im_end|>\n",
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n",
+    ),
+    "plain": (
+        marked_tokenizer("</s>", eos="</s>"),
+        "Be brief.\n\nUser: hello\n\nAssistant: Hello!</s>\n\nUser: bye\n\nAssistant: Bye.</s>\n\n",
+        "Be brief.\n\nUser: hello\n\nAssistant:",
+    ),
+}
+TALK = [{"role": "system", "content": "Be brief."}, user("hello"), assistant("Hello!"), user("bye"), assistant("Bye.")]
+
+
+@pytest.mark.parametrize("name", WITHOUT)
+def test_a_tokenizer_without_a_template_gets_one_of_ours(name) -> None:
+    tokenizer, whole, prompt = copy.deepcopy(WITHOUT[name][0]), *WITHOUT[name][1:]
+    assert f"ours is taken ({name})" in complete_template(tokenizer)
+    assert complete_template(tokenizer) == ""
+    renderer = Renderer(tokenizer)
+    talk = renderer.render(Conversation(TALK))
+    assert talk.text == whole
+    assert renderer.prompt(TALK[:2]) == prompt
+    stop = tokenizer.convert_ids_to_tokens(renderer.stop_token_ids)[-1]
+    assert [said.lstrip() for said in trained(renderer, talk)] == [f"Hello!{stop}", f"Bye.{stop}"]
+    assert knows_tools(tokenizer)
+    assert reply_form(tokenizer) == "hermes"
+
+
+@given(demo_rows)
+@settings(max_examples=20, deadline=None)
+def test_rows_with_tools_are_told_in_templates_of_ours(row) -> None:
+    for name, (tokenizer, *_) in WITHOUT.items():
+        tokenizer = copy.deepcopy(tokenizer)
+        complete_template(tokenizer)
+        renderer = Renderer(tokenizer)
+        whole = renderer.render(row)
+        assert whole.text.startswith(renderer.prompt(question(row)[0], row.tools)), name
+        assert all(tool["function"]["description"] in whole.text for tool in row.tools)
+        said = trained(renderer, whole)
+        assert len(said) == sum(message["role"] == "assistant" for message in row.messages)
+        assert sum(turn.count("<tool_call>") for turn in said) == sum(
+            len(message.get("tool_calls") or ()) for message in row.messages
+        )
+
+
+def test_a_tokenizer_that_cannot_end_a_turn_is_refused() -> None:
+    tokenizer = marked_tokenizer("<a>", eos=None)
+    assert complete_template(tokenizer) == ""
+    with pytest.raises(TemplateError, match="without one"):
+        Renderer(tokenizer)

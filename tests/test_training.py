@@ -18,7 +18,7 @@ import torch
 from poe import Cascade, train_stage
 from poe.data.demo.text import make_text
 from poe.data.demo.tokenizer import train_tokenizer
-from poe.errors import DataError, OutputError, RecipeError, TrainingError
+from poe.errors import DataError, OutputError, RecipeError, TemplateError, TrainingError
 from poe.loaders.base_folder import save_base_folder
 from poe.modeling.modeling_poe import PoEConfig, PoEForCausalLM
 from poe.stages import load_recipe
@@ -199,10 +199,19 @@ def test_wrong_names_and_usage(tmp_path: Path, args: list[str], code: int, messa
     assert not list(tmp_path.iterdir())
 
 
-def test_a_base_without_a_chat_template_is_refused_before_anything_is_written(base: Path, tmp_path: Path) -> None:
+def test_a_base_without_a_chat_template_gets_one_that_is_saved_with_the_stage(base: Path, tmp_path: Path) -> None:
     cascade = Cascade.from_pretrained(base)
     cascade.tokenizer.chat_template = None
-    with pytest.raises(Exception, match="chat template"):
+    long = {**SMALL, "seq_len": 4096, "tokens_per_step": 4096, "max_steps": 1}
+    train_stage(cascade, "demo", "demo=40", tmp_path / "out", progress=QUIET, **long)
+    saved = Cascade.from_pretrained(tmp_path / "out").tokenizer
+    assert saved.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False) == "User: hello\n\n"
+
+
+def test_a_tokenizer_that_cannot_end_a_turn_is_refused_before_anything_is_written(base: Path, tmp_path: Path) -> None:
+    cascade = Cascade.from_pretrained(base)
+    cascade.tokenizer.chat_template = cascade.tokenizer.eos_token = None
+    with pytest.raises(TemplateError, match="chat template"):
         train_stage(cascade, "demo", "demo=40", tmp_path / "out", progress=QUIET, **SMALL)
     assert not (tmp_path / "out").exists()
 

@@ -136,14 +136,14 @@ def _corpus(spec: str, recipe: Recipe, report: Any) -> Any:
 
 def _renderer(base: str) -> Any:
     from poe.data.render import Renderer
-    from poe.data.templates import extend_with_tools
+    from poe.data.templates import complete_template
     from poe.loaders.places import place
     from poe.loaders.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(place(base))
     if tokenizer is None:
-        raise TemplateError(f"{base} has no tokenizer: name a base that has one, with a chat template.")
-    extend_with_tools(tokenizer)  # as training does
+        raise TemplateError(f"{base} has no tokenizer: name a base that has one.")
+    complete_template(tokenizer)  # as training does
     return Renderer(tokenizer)
 
 

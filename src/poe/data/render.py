@@ -62,7 +62,7 @@ class Renderer:
         if not tokenizer.chat_template:
             raise TemplateError(
                 f"Expected a tokenizer with a chat template, got {_name(tokenizer)} without one. Set its chat_template "
-                "to the Jinja template of your prompts, or take the tokenizer of an instruct model."
+                "to the Jinja template of your prompts, or train a stage: it comes with one."
             )
         if not tokenizer.is_fast:
             raise TemplateError(

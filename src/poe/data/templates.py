@@ -1,4 +1,4 @@
-"""Chat templates that know no tools, extended by ours; and the form in which a template writes calls.
+"""Chat templates of ours: for tokenizers without one, and for tools where the base's own knows none; forms of calls.
 
 Many instruct models come with a template that ignores `tools` and fails on an assistant turn with calls alone. What
 stands here goes before such a template, in Jinja: it tells tools, calls and results in text (as `PromptForm()` does)
@@ -16,7 +16,7 @@ from poe.data.conversation import Message
 from poe.data.forms.calls import CALL_FORMS, call_form
 from poe.data.forms.prompt import PromptForm
 
-__all__ = ["extend_with_tools", "knows_tools", "reply_form", "template_call_form"]
+__all__ = ["complete_template", "extend_with_tools", "knows_tools", "reply_form", "template_call_form"]
 
 _TOOL = {
     "type": "function",
@@ -41,7 +41,34 @@ _RESULT: list[Message] = [
     {"role": "assistant", "content": "Sunny."},
 ]
 
-_EXTENSION = Path(__file__).parents[1] / "assets" / "tools.jinja"
+_ASSETS = Path(__file__).parents[1] / "assets"
+
+
+def complete_template(tokenizer: Any) -> str:
+    """Give a tokenizer what its chat template lacks; returns what was done, in words, nothing if nothing was.
+
+    Without a template: that of HRM-Text if its marks end a turn (the condition is "direct"), ChatML where its marks are
+    tokens, else roles in words with the end of text after every answer. Then `extend_with_tools`. A tokenizer without a
+    template and without an end of text stays as it is.
+    """
+    done = []
+    if not tokenizer.chat_template and (name := _own_template(tokenizer)):
+        tokenizer.chat_template = (_ASSETS / f"chat_{name}.jinja").read_text(encoding="utf-8")
+        done.append(f"the base has no chat template: ours is taken ({name})")
+    if extend_with_tools(tokenizer) and not done:
+        done.append("the base's chat template ignores tools: extended by ours")
+    return f"{done[0]}, and saved so with the stage" if done else ""
+
+
+def _own_template(tokenizer: Any) -> str | None:
+    vocabulary = tokenizer.get_vocab()
+    if tokenizer.eos_token == "<|box_end|>" and {"<|im_start|>", "<|object_ref_start|>", "<|im_end|>"} <= set(
+        vocabulary
+    ):
+        return "conditioned"
+    if "<|im_start|>" in vocabulary and "<|im_end|>" in vocabulary:
+        return "chatml"
+    return "plain" if tokenizer.eos_token else None
 
 
 def knows_tools(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -63,7 +90,7 @@ def extend_with_tools(tokenizer: Any) -> bool:
     place = "system" if "The probe's rule." in _rendered(tokenizer, system, None) else "user"
     told = PromptForm(place=place)
     values = {"PLACE": place, "HEADING": told.heading, "REQUEST": call_form(told.calls).request[0]}
-    extension = _EXTENSION.read_text(encoding="utf-8")
+    extension = (_ASSETS / "tools.jinja").read_text(encoding="utf-8")
     for name, value in values.items():
         extension = extension.replace(name, json.dumps(value))
     before = tokenizer.chat_template

@@ -18,7 +18,7 @@ from poe.data.conversation import Conversation
 from poe.data.drops import DropReport
 from poe.data.pipeline import TrainingData, prepare
 from poe.data.render import Renderer, token_bytes
-from poe.data.templates import extend_with_tools
+from poe.data.templates import complete_template
 from poe.errors import OutputError, TemplateError
 from poe.modeling.delta_file import delta_size
 from poe.modeling.placement import quantisation_of
@@ -84,8 +84,8 @@ def train_stage(
     if cascade.tokenizer is None:
         raise TemplateError("The base has no tokenizer: put its tokenizer files, with a chat template, beside it.")
     refuse_fp16(cascade.base, *(stage for name, stage in cascade.stages.items() if name == plan.name))
-    told = extend_with_tools(cascade.tokenizer)
-    # Refuses a base without a chat template before anything is written.
+    told = complete_template(cascade.tokenizer)
+    # Refuses a tokenizer that it cannot use before anything is written.
     renderer = Renderer(cascade.tokenizer, calls_only=plan.train_on == "calls")
     progress = progress or Progress(f"stage {plan.name}", quiet=not world.is_main)
     trackers = open_trackers(plan.track if world.is_main else "", progress.note)
@@ -97,7 +97,7 @@ def train_stage(
         if world.is_main:
             stack.callback(remove_if_unused, run)
         if told:
-            progress.note("the base's chat template ignores tools: extended by ours, and saved so with the stage")
+            progress.note(told)
         started = time.time()
         with world.in_order(), DropReport(run / "dropped.jsonl" if world.is_main else None) as report:
             prepared = prepare(
