@@ -83,7 +83,8 @@ def test_the_embedded_base_is_small_and_loads_by_name() -> None:
     assert cascade.base.dtype == torch.bfloat16
     assert cascade.tokenizer.chat_template
     record = json.loads((EMBEDDED_BASE / "training.json").read_text())
-    assert record["recipe"]["data"] == "demo"
+    assert (record["recipe"]["data"], record["recipe"]["learning"]) == ("demo:2,notations", "local")
+    assert cascade.base.config.boundaries == [1, 7]
     assert not [p for end in ("bin", "pkl", "pt") for p in EMBEDDED_BASE.glob(f"*.{end}")]
 
 

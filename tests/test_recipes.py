@@ -29,7 +29,7 @@ STAGE_OPTIONS = {
 BASE_OPTIONS = {
     *PLAN_FIELDS,
     *"vocab_size hidden_size num_layers num_heads num_kv_heads attention_logit_scale embed_lr init".split(),
-    *"stage_layers stage_heads combiner learning".split(),
+    *"stage_layers stage_heads combiner network learning".split(),
 }
 
 

@@ -91,6 +91,18 @@ class PoEConfig(PreTrainedConfig):
         stages = self.stage_layers
         if stages is not None and (min(stages, default=0) < 1 or sum(stages) != self.num_hidden_layers):
             raise ValueError(f"stage_layers {stages} should be positive and sum to {self.num_hidden_layers} layers")
+        layers = range(self.num_hidden_layers)
+        named = {
+            "smear_channels": (self.smear_channels or 1, range(1, self.hidden_size + 1)),
+            "backout_layer": (self.backout_layer or 0, layers),
+            **{f"value_embedding_layers[{i}]": (x, layers) for i, x in enumerate(self.value_embedding_layers or [])},
+        }
+        for name, (value, allowed) in named.items():
+            if value not in allowed:
+                raise ValueError(f"{name} should be in {allowed.start}..{allowed.stop - 1}, got {value}")
+        kinds = {"full_attention", "sliding_attention"}
+        if self.layer_types is not None and (len(self.layer_types) != len(layers) or {*self.layer_types} - kinds):
+            raise ValueError(f"layer_types should be {len(layers)} of {sorted(kinds)}, got {self.layer_types}")
         if self.combiner not in ("last", "log_op"):
             raise ValueError(f"combiner should be 'last' or 'log_op', got {self.combiner!r}")
 

@@ -135,6 +135,7 @@ class BaseRecipe(Plan):
     stage_layers: list[int] | None = None  # the layers of each PoE stage, such as [12, 5, 4, 3]; None: one stage
     stage_heads: bool = False  # every stage adds a head of its own to the shared one
     combiner: Literal["last", "log_op"] = "last"  # what the base predicts: its last stage's view, or that of all
+    network: dict[str, Any] = field(default_factory=dict)  # further values of PoEConfig, as in {layer_scalars: true}
     learning: Literal["local", "backprop"] = "local"  # each stage by its own loss, or all by the last one's
     head_lr: float = 0.004  # AdamW, for the head
     embed_lr: float = 0.2

@@ -5,15 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer
 
 from poe.data.drops import DropReport
 from poe.data.render import token_bytes
 from poe.data.streamed import StreamedRows
 from poe.data.text import is_generated
-from poe.errors import DataError, RecipeError
+from poe.errors import DataError, RecipeError, suggest
 from poe.loaders.base_folder import save_base_folder
 from poe.loaders.places import place
+from poe.modeling.early import with_early_layers
 from poe.modeling.modeling_poe import PoEConfig, PoEForCausalLM
 from poe.stages.recipe import BaseRecipe
 from poe.training.engine import Engine
@@ -35,6 +37,18 @@ from poe.training.report import (
 from poe.training.text_rows import tokenizer_for, training_rows
 from poe.training.tracking import open_trackers
 
+_OF_THE_RECIPE = {  # values of PoEConfig that a recipe says in fields of its own, or that the tokenizer decides
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "attention_logit_scale",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+}
+
 
 def train_base(
     recipe: BaseRecipe, output_dir: str | Path, *, resume: bool = False, progress: Progress | None = None
@@ -55,27 +69,15 @@ def _trained(recipe: BaseRecipe, run: Path, resume: bool, progress: Progress) ->
     torch.manual_seed(recipe.seed)
     trackers = open_trackers(recipe.track, progress.note)
     started = time.time()
-    if recipe.init is None:
-        tokenizer: Any = tokenizer_for(recipe)
-    else:
-        tokenizer = _continued(recipe, AutoTokenizer)
+    base_config(recipe)  # a network that cannot be is refused before any text is read
+    tokenizer: Any = tokenizer_for(recipe) if recipe.init is None else _continued(recipe, AutoTokenizer)
     if recipe.init is None and len(tokenizer) < recipe.vocab_size:
         raise DataError(f"The text gives a vocabulary of only {len(tokenizer)} tokens: lower vocab_size or add text.")
+    model = _network(recipe, tokenizer)
     num_steps = recipe.max_steps or 1000
     report = DropReport(None if is_generated(recipe.data) else run / "dropped.jsonl")
     val, train = training_rows(recipe, tokenizer, num_steps, report, run / CHUNKS, resume)
     progress.note(f"{train.num_rows} rows of {recipe.seq_len} tokens, begun after {time.time() - started:.0f} s")
-    model: Any = (
-        PoEForCausalLM(base_config(recipe, tokenizer))
-        if recipe.init is None
-        else _continued(
-            recipe,
-            PoEForCausalLM,
-            stage_layers=recipe.stage_layers,
-            stage_heads=recipe.stage_heads,
-            combiner=recipe.combiner,
-        )
-    )
     model = model.to(choose_dtype(recipe.dtype))
     engine = Engine(
         model,
@@ -110,6 +112,19 @@ def _hidden(model: PoEForCausalLM, recipe: BaseRecipe) -> tuple[Hidden, Hidden]:
     return Whole(model, compile=True) if recipe.compile else stagewise, stagewise
 
 
+def _network(recipe: BaseRecipe, tokenizer: Any) -> Any:
+    """Return the network to train: a new one, or that of `init`, over new layers where the recipe has more."""
+    if recipe.init is None:
+        return PoEForCausalLM(base_config(recipe, tokenizer))
+    base: PoEForCausalLM = _continued(recipe, PoEForCausalLM)
+    if recipe.num_layers == base.config.num_hidden_layers:
+        return _continued(recipe, PoEForCausalLM, **_shape(recipe))
+    try:
+        return with_early_layers(base, **_shape(recipe), num_hidden_layers=recipe.num_layers)
+    except ValueError as error:
+        raise RecipeError(f"Recipe {recipe.name!r} does not fit its init: {error}") from error
+
+
 def _continued(recipe: BaseRecipe, kind: Any, **options: Any) -> Any:
     """Return the tokenizer or the model of the base that the recipe continues; `options` change its config."""
     assert recipe.init is not None
@@ -120,22 +135,34 @@ def _continued(recipe: BaseRecipe, kind: Any, **options: Any) -> Any:
         raise RecipeError(f"init: {recipe.init!r} is not the folder of a PoE base: {error}") from error
 
 
-def base_config(recipe: BaseRecipe, tokenizer: Any) -> PoEConfig:
-    """Return the network's configuration as the recipe shapes it."""
-    return PoEConfig(
-        vocab_size=recipe.vocab_size,
-        hidden_size=recipe.hidden_size,
-        num_hidden_layers=recipe.num_layers,
-        num_attention_heads=recipe.num_heads,
-        num_key_value_heads=recipe.num_kv_heads,
-        stage_layers=recipe.stage_layers,
-        stage_heads=recipe.stage_heads,
-        combiner=recipe.combiner,
-        attention_logit_scale=recipe.attention_logit_scale,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+def _shape(recipe: BaseRecipe) -> dict[str, Any]:
+    """Return the values of PoEConfig that a recipe sets for new and continued bases alike."""
+    own = {"stage_layers": recipe.stage_layers, "stage_heads": recipe.stage_heads, "combiner": recipe.combiner}
+    known = set(PoEConfig.__annotations__) - {*own, *_OF_THE_RECIPE}
+    for name in recipe.network:
+        if name not in known:
+            raise RecipeError(f"Recipe {recipe.name!r}: network has no {name!r}.{suggest(name, known)}")
+    return {**own, **recipe.network}
+
+
+def base_config(recipe: BaseRecipe, tokenizer: Any = None) -> PoEConfig:
+    """Return the network's configuration as the recipe shapes it, with the ids of its tokenizer once there is one."""
+    ids: dict[str, Any] = {
+        name: getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+    }
+    try:
+        return PoEConfig(
+            vocab_size=recipe.vocab_size,
+            hidden_size=recipe.hidden_size,
+            num_hidden_layers=recipe.num_layers,
+            num_attention_heads=recipe.num_heads,
+            num_key_value_heads=recipe.num_kv_heads,
+            attention_logit_scale=recipe.attention_logit_scale,
+            **ids,
+            **_shape(recipe),
+        )
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise RecipeError(f"Recipe {recipe.name!r} does not make a network: {error}") from error
 
 
 def training_record(recipe: BaseRecipe, history: History, num_steps: int) -> dict[str, Any]:
