@@ -328,7 +328,7 @@ def test_tokens_that_the_data_never_asks_for_keep_the_logits_of_the_base(base, h
 
 @pytest.mark.slow
 def test_a_base_can_be_continued_with_its_shape_and_its_words(base: Path, tmp_path: Path) -> None:
-    recipe = load_base_recipe("demo", init=str(base), max_steps=2, seq_len=1024, tokens_per_step=1024)
+    recipe = load_base_recipe("demo", init=str(base), num_layers=2, max_steps=2, seq_len=1024, tokens_per_step=1024)
     recipe = recipe.replace(checkpoint_activations=True)
     folder = train_base(recipe, tmp_path / "more", progress=QUIET)
     before, after = (PoEForCausalLM.from_pretrained(f) for f in (base, folder))

@@ -141,7 +141,7 @@ class BaseRecipe(Plan):
     embed_lr: float = 0.2
     warmdown: float = 0.5
     start: float = 0.0
-    init: str | None = None  # a base folder to continue from, with its shape and its tokenizer
+    init: str | None = None  # a base folder to continue from, with its tokenizer and shape; more num_layers go below it
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -122,7 +122,10 @@ def _network(recipe: BaseRecipe, tokenizer: Any) -> Any:
     try:
         return with_early_layers(base, **_shape(recipe), num_hidden_layers=recipe.num_layers)
     except ValueError as error:
-        raise RecipeError(f"Recipe {recipe.name!r} does not fit its init: {error}") from error
+        raise RecipeError(
+            f"Recipe {recipe.name!r} does not fit its init: {error}. num_layers is {recipe.num_layers}: set it to "
+            f"{base.config.num_hidden_layers} to keep the shape of the base, or to more for an early stage below it."
+        ) from error
 
 
 def _continued(recipe: BaseRecipe, kind: Any, **options: Any) -> Any:
