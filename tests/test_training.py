@@ -67,8 +67,15 @@ def left(folder: Path) -> list[str]:
 
 
 def start(args: list[str]) -> subprocess.Popen[bytes]:
+    """A process that hears Ctrl-C even where the tests run in the background of a shell, which makes its jobs deaf."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(args, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deaf = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    before = signal.signal(signal.SIGINT, signal.default_int_handler) if deaf else None
+    try:
+        return subprocess.Popen(args, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    finally:
+        if deaf:
+            signal.signal(signal.SIGINT, before)
 
 
 def wait_for_steps(out: Path, steps: int, process: subprocess.Popen[bytes]) -> None:
