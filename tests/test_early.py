@@ -42,6 +42,14 @@ def test_the_old_layers_need_the_embedding() -> None:
         with_early_layers(make(()), num_hidden_layers=3, layer_scalars=True)
 
 
+def test_what_the_base_has_must_find_a_place() -> None:
+    for features, changes in (("smear", {"smear_channels": None}), ("smear", {"smear_channels": 4})):
+        with pytest.raises(ValueError, match=r"has model\.smear.* no place"):
+            with_early_layers(make((features,)), num_hidden_layers=5, layer_scalars=True, **changes)
+    with pytest.raises(ValueError, match=r"has lm_head_stages\.0\.weight .* no place"):
+        with_early_layers(make(("stage heads",)), num_hidden_layers=5, layer_scalars=True, stage_heads=False)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     """A base of one stage."""
@@ -88,6 +96,7 @@ def test_a_base_is_continued_over_an_early_stage(trained, tmp_path) -> None:
         ({"network": {"layer_types": ["round"] * 2}}, "layer_types"),
         ({"init": "trained", "num_layers": 3}, "layer_scalars"),
         ({"init": "trained", "num_layers": 1, "network": {"layer_scalars": True}}, "2 layers, more than 1"),
+        ({"init": "trained", "network": {"smear_channels": 64}}, "does not fit its init: smear_channels"),
         ({"init": "nowhere"}, "not the folder of a PoE base"),
     ],
 )

@@ -61,13 +61,10 @@ def complete_template(tokenizer: Any) -> str:
 
 
 def _own_template(tokenizer: Any) -> str | None:
-    vocabulary = tokenizer.get_vocab()
-    if tokenizer.eos_token == "<|box_end|>" and {"<|im_start|>", "<|object_ref_start|>", "<|im_end|>"} <= set(
-        vocabulary
-    ):
-        return "conditioned"
-    if "<|im_start|>" in vocabulary and "<|im_end|>" in vocabulary:
-        return "chatml"
+    known = set(tokenizer.get_vocab())
+    if {"<|im_start|>", "<|im_end|>"} <= known:
+        is_conditioned = "<|object_ref_start|>" in known and tokenizer.eos_token == "<|box_end|>"
+        return "conditioned" if is_conditioned else "chatml"
     return "plain" if tokenizer.eos_token else None
 
 

@@ -43,8 +43,11 @@ def with_early_layers(base: PoEForCausalLM, **changes: Any) -> PoEForCausalLM:
     model.to(base.dtype)
     state = model.state_dict()
     for name, tensor in base.state_dict().items():
-        name = _LAYER.sub(lambda found: str(int(found[0]) + new_layers), name)
-        state[_HEAD.sub(lambda found: str(int(found[0]) + new_stages), name)].copy_(tensor)
+        moved = _LAYER.sub(lambda found: str(int(found[0]) + new_layers), name)
+        place = state.get(_HEAD.sub(lambda found: str(int(found[0]) + new_stages), moved))
+        if place is None or place.shape != tensor.shape:
+            raise ValueError(f"the base has {name} {tuple(tensor.shape)}, for which the changed network has no place")
+        place.copy_(tensor)
     joint = model.model.layers[new_layers]  # both of its inputs were the embedding
     whole = joint.resid_scale + joint.first_scale
     joint.resid_scale.copy_(LOWER_SHARE * whole)

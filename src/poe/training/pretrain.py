@@ -69,11 +69,17 @@ def _trained(recipe: BaseRecipe, run: Path, resume: bool, progress: Progress) ->
     torch.manual_seed(recipe.seed)
     trackers = open_trackers(recipe.track, progress.note)
     started = time.time()
-    base_config(recipe)  # a network that cannot be is refused before any text is read
-    tokenizer: Any = tokenizer_for(recipe) if recipe.init is None else _continued(recipe, AutoTokenizer)
-    if recipe.init is None and len(tokenizer) < recipe.vocab_size:
-        raise DataError(f"The text gives a vocabulary of only {len(tokenizer)} tokens: lower vocab_size or add text.")
-    model = _network(recipe, tokenizer)
+    if recipe.init is None:
+        base_config(recipe)  # a network that cannot be is refused before any text is read
+        tokenizer: Any = tokenizer_for(recipe)
+        if len(tokenizer) < recipe.vocab_size:
+            raise DataError(
+                f"The text gives a vocabulary of only {len(tokenizer)} tokens: lower vocab_size or add text."
+            )
+        model: Any = PoEForCausalLM(base_config(recipe, tokenizer))
+    else:
+        tokenizer = _continued(recipe, AutoTokenizer)
+        model = _continued_network(recipe)
     num_steps = recipe.max_steps or 1000
     report = DropReport(None if is_generated(recipe.data) else run / "dropped.jsonl")
     val, train = training_rows(recipe, tokenizer, num_steps, report, run / CHUNKS, resume)
@@ -112,28 +118,31 @@ def _hidden(model: PoEForCausalLM, recipe: BaseRecipe) -> tuple[Hidden, Hidden]:
     return Whole(model, compile=True) if recipe.compile else stagewise, stagewise
 
 
-def _network(recipe: BaseRecipe, tokenizer: Any) -> Any:
-    """Return the network to train: a new one, or that of `init`, over new layers where the recipe has more."""
-    if recipe.init is None:
-        return PoEForCausalLM(base_config(recipe, tokenizer))
-    base: PoEForCausalLM = _continued(recipe, PoEForCausalLM)
-    if recipe.num_layers == base.config.num_hidden_layers:
-        return _continued(recipe, PoEForCausalLM, **_shape(recipe))
+def _continued_network(recipe: BaseRecipe) -> Any:
+    """Return the network of `init` as the recipe shapes it, over new layers where the recipe has more."""
+    shape = _shape(recipe)
+    config = _continued(recipe, PoEConfig)
+    before = config.num_hidden_layers
+    known = {name: value for name, value in config.to_dict().items() if name in PoEConfig.__annotations__}
     try:
-        return with_early_layers(base, **_shape(recipe), num_hidden_layers=recipe.num_layers)
-    except ValueError as error:
+        if recipe.num_layers == before:
+            config = PoEConfig(**{**known, **shape})  # made anew: changed attributes of a config are not checked
+        base = PoEForCausalLM.from_pretrained(place(str(recipe.init)), config=config, local_files_only=True)
+        if recipe.num_layers == before:
+            return base
+        return with_early_layers(base, **shape, num_hidden_layers=recipe.num_layers)
+    except (ValueError, TypeError, StrictDataclassError) as error:
         raise RecipeError(
             f"Recipe {recipe.name!r} does not fit its init: {error}. num_layers is {recipe.num_layers}: set it to "
-            f"{base.config.num_hidden_layers} to keep the shape of the base, or to more for an early stage below it."
+            f"{before} to keep the shape of the base, or to more for an early stage below it."
         ) from error
 
 
-def _continued(recipe: BaseRecipe, kind: Any, **options: Any) -> Any:
-    """Return the tokenizer or the model of the base that the recipe continues; `options` change its config."""
+def _continued(recipe: BaseRecipe, kind: Any) -> Any:
+    """Return the tokenizer or the config of the base that the recipe continues."""
     assert recipe.init is not None
-    folder = place(recipe.init)
     try:
-        return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
+        return kind.from_pretrained(place(recipe.init), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise RecipeError(f"init: {recipe.init!r} is not the folder of a PoE base: {error}") from error
 

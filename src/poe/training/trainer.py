@@ -82,7 +82,7 @@ def train_stage(
     augmentation = Augmentation.from_dict(plan.augment)
     run = Path(output_dir or f"runs/{plan.name}")
     if cascade.tokenizer is None:
-        raise TemplateError("The base has no tokenizer: put its tokenizer files, with a chat template, beside it.")
+        raise TemplateError("The base has no tokenizer: put its tokenizer files beside it.")
     refuse_fp16(cascade.base, *(stage for name, stage in cascade.stages.items() if name == plan.name))
     told = complete_template(cascade.tokenizer)
     # Refuses a tokenizer that it cannot use before anything is written.
