@@ -141,10 +141,13 @@ def _continued_network(recipe: BaseRecipe) -> Any:
 def _continued(recipe: BaseRecipe, kind: Any) -> Any:
     """Return the tokenizer or the config of the base that the recipe continues."""
     assert recipe.init is not None
+    folder = place(recipe.init)
     try:
-        return kind.from_pretrained(place(recipe.init), local_files_only=True, trust_remote_code=False)
+        return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise RecipeError(f"init: {recipe.init!r} is not the folder of a PoE base: {error}") from error
+        missing = "there is no such folder. `poe-train base NAME --out FOLDER` writes one."
+        reason = error if Path(folder).is_dir() else missing
+        raise RecipeError(f"init: {recipe.init!r} is not the folder of a PoE base: {reason}") from error
 
 
 def _shape(recipe: BaseRecipe) -> dict[str, Any]:
