@@ -25,7 +25,7 @@ from poe.data.render import Renderer
 from poe.loaders.places import place
 from poe.loaders.tokenizer import load_tokenizer
 
-DEMO_TRAINER = 10_684  # tokens/s of `make demo` on two cores
+DEMO_TRAINER = 9_511  # tokens/s of `make demo` on two cores
 H100_TRAINER = 0.4 * 989e12 / (2 * 1.384e9 + 6 * 163.6e6)
 EVERYTHING = Augmentation(
     mask=0.33, irrelevance=0.1, contrast=0.1, distractors=0.3, shuffle=1.0, case=0.1, paraphrase=0.3, formats=0.3

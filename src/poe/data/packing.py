@@ -6,7 +6,7 @@ document's last token, and on padding. Positions restart at every document (and 
 kernels tell packed documents by.
 
 Best-fit packing from a bounded buffer: a row starts with a document drawn at random from the buffer (which so shuffles,
-too), then takes the longest document that still fits, until none does.
+too), then takes the longest document that still fits, or a pair that fills the rest better, until none does.
 """
 
 import json
@@ -27,6 +27,8 @@ __all__ = ["Batch", "PackedRows", "PackingStats", "pack", "pack_stream", "pack_t
 
 IGNORED = -100
 BUFFER_SIZE = 1000
+PAIRS = 32  # of documents that are tried for a hole
+SLACK = 1 / 64  # of a row: a smaller hole is not worth a short document, which a long one may need beside it
 _ROWS_AT_ONCE = 1024
 _FILES = (("tokens", np.int32, 1), ("trained", np.bool_, 0), ("starts", np.bool_, 0))
 
@@ -293,13 +295,33 @@ def _rows(
             return
         row = [take(int(rng.integers(len(buffer))))]
         left = stats.seq_len - len(row[0].trained)
-        while left and (position := bisect_left(buffer, (left + 1, -1))):
-            row.append(take(position - 1))
+        while (position := _best_fit(buffer, left, int(SLACK * stats.seq_len))) is not None:
+            row.append(take(position))
             left -= len(row[-1].trained)
         stats.rows += 1
         stats.tokens += stats.seq_len - left
         stats.trained_tokens += sum(int(p.trained.sum()) for p in row)
         yield row
+
+
+def _best_fit(buffer: list[tuple[int, int]], left: int, slack: int) -> int | None:
+    """Where in the sorted buffer the next piece for a hole of `left` tokens lies; None if none fits.
+
+    That is the longest that fits; or, if it leaves more than `slack` tokens empty, the longer one of two that fill more.
+    """
+    fitting = bisect_left(buffer, (left + 1, -1))
+    if not fitting:
+        return None
+    chosen = fitting - 1
+    filled = buffer[chosen][0]
+    if left - filled <= slack:
+        return chosen
+    for one in range(0, fitting, max(1, fitting // PAIRS)):
+        other = bisect_left(buffer, (left - buffer[one][0] + 1, -1)) - 1
+        other -= other == one
+        if other >= 0 and buffer[one][0] + buffer[other][0] > filled:
+            chosen, filled = max(one, other), buffer[one][0] + buffer[other][0]
+    return chosen
 
 
 def _assemble(row: list[_Piece], seq_len: int, pad_id: int) -> _Row:
