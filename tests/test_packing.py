@@ -182,7 +182,8 @@ def test_two_documents_fill_what_one_leaves_empty():
     documents = [(np.zeros(n, np.int32), np.ones(n, bool)) for n in lengths]
     rows = pack(documents, 1024)
     assert rows.fill > 0.995
-    assert rows.stats.documents == 3000 and rows.stats.tokens == lengths.sum()
+    assert rows.stats.documents == 3000
+    assert rows.stats.tokens == lengths.sum()
 
 
 def test_short_documents_are_kept_for_rows_that_need_them():

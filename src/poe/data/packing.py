@@ -307,7 +307,7 @@ def _rows(
 def _best_fit(buffer: list[tuple[int, int]], left: int, slack: int) -> int | None:
     """Where in the sorted buffer the next piece for a hole of `left` tokens lies; None if none fits.
 
-    That is the longest that fits; or, if it leaves more than `slack` tokens empty, the longer one of two that fill more.
+    The longest that fits; or, where it leaves more than `slack` tokens empty, the longer one of two that fill more.
     """
     fitting = bisect_left(buffer, (left + 1, -1))
     if not fitting:
