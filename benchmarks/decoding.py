@@ -5,8 +5,9 @@
 
 `--text` is plain text, cut into rows: every second row calibrates (for the JSON set: calls with other names), the
 others give each exit's bits per byte and its agreement with full depth's likeliest token. Decoded are the beginnings
-of rows ("text"), repeated JSON calls ("json") and the lines of `--prompts` ("prompts"), each one alone, greedily and
-to the full length. All arms of a set take turns within this one process; tokens per second are medians over the
+of rows ("text"), repeated JSON calls ("json") and `--prompts`, a JSON list of them ("prompts"), each one alone,
+greedily and to the full length. The peer is transformers' own drafting, by looking up what followed the last tokens
+earlier in the text. All arms of a set take turns within this one process; tokens per second are medians over the
 rounds, and `x` is the median of each round's ratio to the plain path in that round. `same` is the share of tokens
 that are the plain path's.
 """
@@ -117,6 +118,7 @@ def arms_of(
     stage = None if cascade.active is None else cascade.stages[cascade.active]
     exits = exits_below(cascade.base, stage)
     arms: dict[str, Any] = {"plain": partial(model.generate, **options)}
+    arms["peer: prompt lookup, up to 8"] = partial(model.generate, **options, prompt_lookup_num_tokens=8)
     for depth in exits:
         arms[f"exit {depth}"] = partial(cascade.generate, **options, stage=None, exit=depth)
     for name, depth in depths.items():
@@ -146,7 +148,7 @@ def main() -> None:
     parser.add_argument("--base", required=True)
     parser.add_argument("--stage", type=Path, help="a saved stage: base + stage is then full depth")
     parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--prompts", type=Path, help="a prompt per line")
+    parser.add_argument("--prompts", type=Path, help="a JSON list of prompts")
     parser.add_argument("--dtype", default="float32")
     for name, value in {"rows": 64, "seq_len": 256, "texts": 4, "new_tokens": 64, "rounds": 3}.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
@@ -175,8 +177,7 @@ def main() -> None:
     prompts = {"text": [row[: len(row) // 4] for row in rows[1::2][: args.texts]]}
     prompts["json"] = cascade.tokenizer(json_prompts(PLACES, len(CALLS)))["input_ids"]
     if args.prompts:
-        lines = args.prompts.read_text(encoding="utf-8").splitlines()
-        prompts["prompts"] = [cascade.tokenizer(line)["input_ids"] for line in lines if line.strip()]
+        prompts["prompts"] = [cascade.tokenizer(text)["input_ids"] for text in json.loads(args.prompts.read_text())]
     report["adaptive"], report["races"], report["calibrated"] = {}, {}, {}
     for name, given in prompts.items():
         loops: dict[str, Any] = {}
