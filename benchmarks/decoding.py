@@ -124,10 +124,11 @@ def arms_of(
     for name, depth in depths.items():
         arms[name] = partial(cascade.generate, **options, adaptive=depth)
     for depth in args.draft_exits or exits:
-        for length in args.lengths:
-            loop = drafting(model, cascade.base, stage, SelfSpeculation(depth, length, args.least_probability))
-            loops[f"draft {depth}, up to {length}"] = loop
-            arms[f"draft {depth}, up to {length}"] = partial(generate_with, loop, model, **options)
+        plans = {f"up to {n}": SelfSpeculation(depth, n, args.least_probability) for n in args.lengths}
+        most = SelfSpeculation(depth, args.lengths[-1], args.least_probability, prompt_lookup_num_tokens=8)
+        for name, plan in {**plans, f"up to {args.lengths[-1]}, or looked up": most}.items():
+            loop = loops[f"draft {depth}, {name}"] = drafting(model, cascade.base, stage, plan)
+            arms[f"draft {depth}, {name}"] = partial(generate_with, loop, model, **options)
     return arms
 
 

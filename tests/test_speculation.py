@@ -12,7 +12,7 @@ from conftest import tiny_model, token_ids
 from decoding_models import MODELS, decoding_cascade, model_of, prompts
 from poe import Cascade
 from poe.decoding import drafts
-from poe.decoding.speculation import Drafting, SelfSpeculation, accept, drafting, generate_with
+from poe.decoding.speculation import Drafting, SelfSpeculation, accept, drafting, generate_with, looked_up
 from poe.errors import DecodingError
 from poe.loaders.places import EMBEDDED_BASE
 
@@ -31,8 +31,8 @@ def settled(cascade: Cascade, scale: float = 0.3) -> Cascade:
     return cascade
 
 
-def loop_of(cascade: Cascade, exit: int = 2, tokens: int = 4, least: float = 0.0) -> Drafting:
-    plan = SelfSpeculation(exit, tokens, least)
+def loop_of(cascade: Cascade, exit: int = 2, tokens: int = 4, least: float = 0.0, lookup: int = 0) -> Drafting:
+    plan = SelfSpeculation(exit, tokens, least, lookup)
     return drafting(model_of(cascade), cascade.base, cascade.stages.get("s"), plan)
 
 
@@ -43,8 +43,8 @@ def test_greedy_tokens_are_those_of_plain_decoding(name: str, stage: str | None,
     """Past the windows, with rows padded on the left that end at different times."""
     cascade, inputs = settled(decoding_cascade(name, stage)), prompts(rows)
     plain = cascade.generate(**inputs, **GREEDY)
-    for tokens, least in ((1, 0.0), (4, 0.0), (6, 0.2)):
-        loop = loop_of(cascade, 2, tokens, least)
+    for tokens, least, lookup in ((1, 0.0, 0), (4, 0.0, 0), (6, 0.2, 0), (4, 0.1, 5)):
+        loop = loop_of(cascade, 2, tokens, least, lookup)
         assert torch.equal(generate_with(loop, model_of(cascade), **inputs, **GREEDY), plain)
     assert torch.equal(cascade.generate(**inputs, **GREEDY, draft=1), plain)
 
@@ -149,6 +149,35 @@ def test_scores_come_back_as_asked_for() -> None:
         assert (a - b).abs().max() < 1e-4
 
 
+def test_text_that_repeats_is_drafted_without_a_layer() -> None:
+    """Without its layers a model says the same after the same token, so it goes round; no draft is sure of anything."""
+    cascade, inputs = decoding_cascade("llama"), prompts(1)
+    with torch.no_grad():
+        for layer in cascade.base.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+    options = {"max_new_tokens": 200, "do_sample": False, "eos_token_id": None}
+    plain = cascade.generate(**inputs, **options)
+    without, looking = loop_of(cascade, least=0.9), loop_of(cascade, least=0.9, lookup=8)
+    for loop in (without, looking):
+        assert torch.equal(generate_with(loop, cascade.base, **inputs, **options), plain)
+    assert without.passes == 200
+    assert looking.passes < 100
+    assert looking.accepted > 0.9 * looking.drafted
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.integers(0, 6))
+def test_what_is_looked_up_followed_the_same_tokens_before(row: list[int], most: int) -> None:
+    found = looked_up(torch.tensor([row]), most)[0].tolist()
+    before = {size: [i for i in range(size, len(row)) if row[i - size : i] == row[-size:]] for size in (3, 2)}
+    places = (before[3] if len(row) > 3 else []) or (before[2] if len(row) > 2 else [])
+    if not places or not most:
+        assert found == []
+    else:
+        assert found in [row[i : i + most] for i in places]
+        assert len(found) == max(len(row[i : i + most]) for i in places)
+
+
 probabilities = st.lists(st.floats(0.0, 1.0), min_size=5, max_size=5).filter(lambda p: sum(p) > 0.1)
 
 
@@ -232,8 +261,9 @@ def test_what_cannot_be_drafted_is_refused() -> None:
         cascade.generate(**inputs, **GREEDY, draft=1, cache_implementation="static")
     with pytest.raises(DecodingError, match="tokenizer"):
         cascade.generate(**inputs, **GREEDY, draft=1, stop_strings="x")
-    with pytest.raises(DecodingError, match="at least one token"):
-        SelfSpeculation(1, num_tokens=0)
+    for wrong in ({"num_tokens": 0}, {"prompt_lookup_num_tokens": -1}, {"least_probability": 1.0}):
+        with pytest.raises(DecodingError, match="at least one token"):
+            SelfSpeculation(1, **wrong)
 
 
 def test_a_poe_base_drafts_at_its_boundaries_only() -> None:

@@ -17,6 +17,7 @@ from poe.modeling.stage import Stage
 
 LENGTHS = (3, 8)
 LEAST_PROBABILITIES = (0.2, 0.5)
+LOOKED_UP = 8
 MOST_EXITS = 6
 PAYS = 1.03  # below that a draft is within the noise of the measurement
 FINALISTS = 2
@@ -34,8 +35,8 @@ def calibrate_draft(
     """Return the draft with which `model` (it ends in `stage`) decodes the prompts (token ids) fastest.
 
     Every exit (of many, six that are spread evenly), length and least probability decodes each prompt once, greedily;
-    the best take `rounds` turns with plain decoding, and medians decide. Raises `DecodingError` with the numbers when
-    none is at least 3 % faster than plain decoding.
+    the best take `rounds` turns with plain decoding, with and without looking up what followed before, and medians
+    decide. Raises `DecodingError` with the numbers when none is at least 3 % faster than plain decoding.
     """
     prompts = [prompt for prompt in prompts if len(prompt)]
     if not prompts:
@@ -58,22 +59,22 @@ def calibrate_draft(
     plain()  # warm
     trials = []
     for plan in itertools.starmap(SelfSpeculation, itertools.product(spread, LENGTHS, LEAST_PROBABILITIES)):
-        loop = drafting(model, base, stage, plan)
-        seconds = _seconds_per_token(drafted(loop))
-        acceptance = loop.accepted / loop.drafted if loop.drafted else 0.0
-        trials.append((seconds, dataclasses.replace(plan, acceptance=round(acceptance, 4))))
+        trials.append((_seconds_per_token(drafted(drafting(model, base, stage, plan))), plan))
     finalists = [plan for _, plan in sorted(trials, key=lambda trial: trial[0])[:FINALISTS]]
-    contestants = [plain, *(drafted(drafting(model, base, stage, plan)) for plan in finalists)]
+    finalists += [dataclasses.replace(plan, prompt_lookup_num_tokens=LOOKED_UP) for plan in finalists]
+    loops = [drafting(model, base, stage, plan) for plan in finalists]
+    contestants = [plain, *map(drafted, loops)]
     times: list[list[float]] = [[] for _ in contestants]
     for _ in range(rounds):
         for taken, contestant in zip(times, contestants, strict=True):
             taken.append(_seconds_per_token(contestant))
     plainly, *others = (statistics.median(taken) for taken in times)
-    seconds, best = min(zip(others, finalists, strict=True), key=lambda pair: pair[0])
+    seconds, loop, best = min(zip(others, loops, finalists, strict=True), key=lambda each: each[0])
+    best = dataclasses.replace(best, acceptance=round(loop.accepted / loop.drafted, 4) if loop.drafted else 0.0)
     if plainly / seconds < PAYS:
         raise DecodingError(
             f"No exit pays as a draft here: plain decoding takes {1e3 * plainly:.3g} ms a token, and the best draft "
-            f"(after {best.exit} of {_depth(model)} layers, up to {best.num_tokens} tokens, of which "
+            f"(after {best.exit} of {_depth(model)} layers, up to {best.num_tokens} tokens, {_looked_up(best)}of which "
             f"{100 * (best.acceptance or 0):.0f} % are kept) {1e3 * seconds:.3g} ms. Decode plainly."
         )
     return dataclasses.replace(best, speedup=round(plainly / seconds, 3))
@@ -87,6 +88,10 @@ def _seconds_per_token(decode: Callable[[], int]) -> float:
     started = perf_counter()
     tokens = decode()
     return (perf_counter() - started) / max(1, tokens)
+
+
+def _looked_up(plan: SelfSpeculation) -> str:
+    return "or looked up, " if plan.prompt_lookup_num_tokens else ""
 
 
 def _depth(model: PreTrainedModel) -> int:

@@ -1,5 +1,7 @@
 """Self-speculation: an early exit drafts, the layers above it verify all drafted tokens in one pass.
 
+Where the text repeats itself, what followed the last time may be drafted instead: looked up, for no layer's time.
+
 Draft and model share their lower layers, so they share those layers' cache, and verifying starts from the states that
 drafting left behind: nothing is computed twice. Greedy, the tokens are those of full depth; sampled, every token is
 accepted or drawn again so that its distribution is full depth's (Leviathan et al., arXiv 2211.17192).
@@ -26,30 +28,54 @@ class SelfSpeculation:
     """How to draft: up to `num_tokens` from the exit after `exit` layers, while the draft is sure.
 
     A token is drafted only where the likeliest one has at least `least_probability` in the draft's own distribution.
-    `acceptance`, the share of drafted tokens that full depth kept, and `speedup` over plain decoding are what
+    With `prompt_lookup_num_tokens`, up to so many tokens are copied from where the last three tokens (or else the last
+    two) occurred before (as transformers' prompt lookup does, Saxena 2023), and the exit drafts only where they did
+    not. `acceptance`, the share of drafted tokens that full depth kept, and `speedup` over plain decoding are what
     `calibrate_draft` measured; None where nothing was.
     """
 
     exit: int
     num_tokens: int = 5
     least_probability: float = 0.4
+    prompt_lookup_num_tokens: int = 0
     acceptance: float | None = None
     speedup: float | None = None
 
     def __post_init__(self) -> None:
-        if self.num_tokens < 1 or not 0 <= self.least_probability < 1:
+        if self.num_tokens < 1 or not 0 <= self.least_probability < 1 or self.prompt_lookup_num_tokens < 0:
             raise DecodingError(
-                f"A draft has at least one token and a least probability below 1, got num_tokens={self.num_tokens!r}, "
-                f"least_probability={self.least_probability!r}."
+                "A draft has at least one token, a least probability below 1, and looks up no fewer than 0 tokens; got "
+                f"num_tokens={self.num_tokens!r}, least_probability={self.least_probability!r}, "
+                f"prompt_lookup_num_tokens={self.prompt_lookup_num_tokens!r}."
             )
 
 
-def accept(target: Tensor, draft: Tensor, drafted: Tensor) -> tuple[Tensor, Tensor]:
+def looked_up(ids: Tensor, most: int) -> Tensor:
+    """Return up to `most` tokens (1, n) that followed the last three, or else two, tokens of `ids` (1, T) earlier.
+
+    Of several places it is the last one that enough tokens follow, or else the first.
+    """
+    for size in (3, 2):
+        if most < 1 or ids.shape[1] <= size:
+            continue
+        earlier = ids[0, :-1].unfold(0, size, 1)
+        starts = (earlier == ids[0, -size:]).all(-1).nonzero().squeeze(1) + size
+        if len(starts):
+            enough = starts[starts <= ids.shape[1] - most]
+            start = int(enough[-1] if len(enough) else starts[0])
+            return ids[:, start : start + most]
+    return ids[:, :0]
+
+
+def accept(target: Tensor, draft: Tensor | None, drafted: Tensor) -> tuple[Tensor, Tensor]:
     """Leviathan's rule: given tokens drafted from `draft`, return tokens distributed as `target`, and which were kept.
 
     `target`, `draft` (B, V) are probabilities, `drafted` (B, 1) token ids. A token x is kept with probability
-    min(1, target(x) / draft(x)); where it is not, another is drawn from max(0, target - draft), normalised.
+    min(1, target(x) / draft(x)); where it is not, another is drawn from max(0, target - draft), normalised. Without
+    `draft` the tokens were not drawn: each had probability one.
     """
+    if draft is None:
+        draft = torch.zeros_like(target).scatter_(1, drafted, 1.0)
     chance = target.gather(1, drafted) / draft.gather(1, drafted)
     kept = torch.rand_like(chance) < chance
     if kept.all():
@@ -68,8 +94,8 @@ class Drafting:
     `drafted`, `accepted` and `passes` count over all calls, in tokens of one row.
     """
 
-    def __init__(self, path: Path, num_tokens: int, least_probability: float) -> None:
-        self._path, self._num_tokens, self._least = path, num_tokens, least_probability
+    def __init__(self, path: Path, plan: SelfSpeculation) -> None:
+        self._path, self._plan = path, plan
         self.drafted = self.accepted = self.passes = 0
 
     def __call__(
@@ -93,7 +119,7 @@ class Drafting:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         states, _ = self._path.parts[0]((), input_ids, position_ids, rows.mask(input_ids.shape[1]), cache.of[0])
         # What the upper part has not seen yet: (B, T) tokens, the drafted ones last, and what these were drawn from.
-        new, where, guesses = input_ids, position_ids, list[Tensor]()
+        new, where, guesses = input_ids, position_ids, list[Tensor | None]()
         while True:
             count = len(guesses)
             _, hidden = upper(states, new, where, rows.mask(rows.ids.shape[1] + count), cache.of[1])
@@ -117,16 +143,21 @@ class Drafting:
             logits=tuple(rows.logits) if generation_config.output_logits else None,  # type: ignore[arg-type]
         )
 
-    def _draft(self, rows: "_Rows", cache: PartsCache, position: Tensor) -> tuple[States, Tensor, Tensor, list[Tensor]]:
+    def _draft(
+        self, rows: "_Rows", cache: PartsCache, position: Tensor
+    ) -> tuple[States, Tensor, Tensor, list[Tensor | None]]:
         """Run the lower part over the last token, at `position` (B or 1, 1), and over those that it drafts after it.
 
         Returns the states, ids and positions (B, T) of all of them, and for each drafted token the probabilities (B, V)
         that it was drawn from. Where the draft is not sure, full depth predicts from the states that are there anyway.
         """
         states: list[States] = []
-        guesses: list[Tensor] = []
-        ids, tokens, places = rows.ids, [rows.ids[:, -1:]], [position]
-        most = min(self._num_tokens, rows.room - 1)
+        found = rows.looked_up(min(self._plan.prompt_lookup_num_tokens, rows.room - 1))
+        guesses: list[Tensor | None] = [None] * found.shape[1]
+        ids = torch.cat([rows.ids, found], dim=1)
+        tokens = [ids[:, ids.shape[1] - 1 - len(guesses) :]]
+        places = [position + torch.arange(1 + len(guesses), device=position.device)]
+        most = 0 if guesses else min(self._plan.num_tokens, rows.room - 1)
         while True:
             state, hidden = self._path.parts[0]((), tokens[-1], places[-1], rows.mask(ids.shape[1]), cache.of[0])
             states.append(state)
@@ -134,7 +165,7 @@ class Drafting:
                 break
             guess = rows.processed(ids, self._path.logits(0, hidden)[:, -1].to(torch.float32)).softmax(-1)
             surest, likeliest = guess.max(-1, keepdim=True)
-            if bool(((surest.squeeze(1) < self._least) & rows.waited_for).any()):
+            if bool(((surest.squeeze(1) < self._plan.least_probability) & rows.waited_for).any()):
                 break
             tokens.append(guess.multinomial(1) if rows.sampling else likeliest)
             places.append(places[-1] + 1)
@@ -177,7 +208,13 @@ class _Rows:
         """The attention mask (B, length) of all tokens up to there, None if none is padding."""
         return None if self._mask is None else self._mask[:, :length]
 
-    def verify(self, logits: Tensor, drafted: Tensor, guesses: list[Tensor]) -> int:
+    def looked_up(self, most: int) -> Tensor:
+        """Up to `most` tokens (B, n) that followed before: as many as every row that is waited for has, else none."""
+        found = [looked_up(row[None], most)[0] for row in self.ids]
+        count = min((len(own) for own, on in zip(found, self.waited_for.tolist(), strict=True) if on), default=0)
+        return torch.stack([pad(own[:count], (0, count - len(own[:count]))) for own in found])
+
+    def verify(self, logits: Tensor, drafted: Tensor, guesses: list[Tensor | None]) -> int:
         """Take over drafted tokens (B, n) as far as full depth's logits (B, n + 1, V) keep them, and one token more.
 
         Returns how many were kept in every row that is waited for.
@@ -221,7 +258,7 @@ def drafting(
             f"draft leaves after {plan.exit!r} layers, but this model makes its predictions below the top after "
             f"{', '.join(map(str, known)) or 'none'} (layers): expected one of these."
         )
-    return Drafting(path_of(base, stage, [plan.exit], model), plan.num_tokens, plan.least_probability)
+    return Drafting(path_of(base, stage, [plan.exit], model), plan)
 
 
 def generate_with(
