@@ -206,14 +206,18 @@ def chi_square(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("lookup", [0, 3])
 @pytest.mark.parametrize(("name", "rows"), [("poe with everything", 4), ("qwen3 sliding", 1), ("qwen3 sliding", 4)])
-def test_sampled_tokens_have_exactly_the_targets_distribution(name: str, rows: int) -> None:
+def test_sampled_tokens_have_exactly_the_targets_distribution(name: str, rows: int, lookup: int) -> None:
     """Three tokens over a vocabulary cut to three: all 27 continuations against their exact probabilities.
 
-    Equal rows are sampled in groups of `rows`, which advance together.
+    Equal rows are sampled in groups of `rows`, which advance together. To be looked up, every pair is in the prompt.
     """
     cascade = settled(decoding_cascade(name))
-    prompt, few = prompts(1)["input_ids"], [5, 11, 23]
+    few = [5, 11, 23]
+    pairs = torch.tensor([[5, 5, 11, 11, 23, 23, 5, 23, 11, 5]])
+    prompt = pairs if lookup else prompts(1)["input_ids"]
+    length = prompt.shape[1]
 
     class Few(LogitsProcessor):
         def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -223,15 +227,15 @@ def test_sampled_tokens_have_exactly_the_targets_distribution(name: str, rows: i
 
     sequences = torch.tensor(list(itertools.product(few, repeat=3)))
     with torch.no_grad():
-        logits = cascade.base(torch.cat([prompt.expand(27, -1), sequences], 1)).logits[:, 6:9]
+        logits = cascade.base(torch.cat([prompt.expand(27, -1), sequences], 1)).logits[:, length - 1 : length + 2]
         shares = Few()(torch.empty(0), logits.flatten(0, 1)).view(27, 3, -1).double().log_softmax(-1)
     expected = shares.gather(-1, sequences[..., None]).squeeze(-1).sum(-1).exp()
     assert float(expected.sum()) == pytest.approx(1)
     torch.manual_seed(0)
-    loop = loop_of(cascade, exit=1, tokens=3)
+    loop = loop_of(cascade, exit=1, tokens=3, lookup=lookup)
     drawn = 400 if rows == 1 else 300
     options = {"max_new_tokens": 3, "do_sample": True, "top_k": 0, "logits_processor": [Few()], "eos_token_id": None}
-    out = [generate_with(loop, cascade.base, prompt.expand(rows, -1), **options)[:, 7:] for _ in range(drawn)]
+    out = [generate_with(loop, cascade.base, prompt.expand(rows, -1), **options)[:, length:] for _ in range(drawn)]
     index = {tuple(s): i for i, s in enumerate(sequences.tolist())}
     counts = torch.bincount(torch.tensor([index[tuple(row)] for row in torch.cat(out).tolist()]), minlength=27)
     assert 0 < loop.accepted < loop.drafted
