@@ -1,6 +1,7 @@
 """Training a base on text that is read while it trains: stopped and resumed, and what became of every document."""
 
 import json
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from poe.data import streamed
+from poe.data import text as text_reader
 from poe.data.demo.words import THINGS
 from poe.errors import DataError
 from poe.loaders.places import EMBEDDED_BASE
@@ -100,12 +102,35 @@ def test_training_and_validation_share_no_document(recipe: BaseRecipe) -> None:
     assert not held_out & trained
 
 
+def test_the_rest_of_a_long_row_that_is_held_out_is_not_trained_on(
+    recipe: BaseRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of several parts each, read in turns with others, and some gone through twice in one pass."""
+    monkeypatch.setattr(text_reader, "PART_CHARACTERS", 200)
+    for name in "ab":
+        rows = [f"Of row {name}{number} comes line. " * 30 for number in range(9)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    recipe = recipe.replace(data=f"text={tmp_path}/a.jsonl*2,text={tmp_path}/b.jsonl:0.5")
+    tokenizer = tokenizer_for(recipe)
+    val, train = training_rows(recipe, tokenizer, 200)
+
+    def numbers(rows: Any, count: int) -> set[str]:
+        text = " ".join(tokenizer.batch_decode([rows.batch(n, 1).input_ids[0] for n in range(count)]))
+        return set(re.findall(r"Of row (\w\d) comes", text))
+
+    held_out, trained = numbers(val, val.num_rows), numbers(train, 400)
+    assert held_out
+    assert len(trained) > 9
+    assert not held_out & trained
+
+
 def test_marks_of_a_chat_in_a_text_are_words_and_in_a_generated_one_marks(recipe: BaseRecipe, tmp_path: Path) -> None:
-    (tmp_path / "b.txt").write_text("He wrote <|assistant_end|> and <tool_call>. " * 20)
+    for name in "bc":
+        (tmp_path / f"{name}.txt").write_text("He wrote <|assistant_end|> and <tool_call>. " * 20)
     tokenizer = tokenizer_for(recipe)
     marks = set(tokenizer.all_special_ids) - {tokenizer.bos_token_id, tokenizer.pad_token_id}
     for spec, expected in ((f"text={tmp_path}/b.txt", False), ("demo", True)):
-        val = training_rows(recipe.replace(data=f"{spec},text={tmp_path}/b.txt"), tokenizer, 1)[0]
+        val = training_rows(recipe.replace(data=f"{spec},text={tmp_path}/c.txt"), tokenizer, 1)[0]
         ids = set(val.batch(0, val.num_rows).input_ids.flatten().tolist())
         assert bool(marks & ids) == expected
 

@@ -43,7 +43,11 @@ class Conversation:
 
 
 class Text(NamedTuple):
-    """A plain document. `answers` are the parts to learn, half-open ranges of characters; None: all of it."""
+    """A plain document, or a part of one. `answers` are what is to be learnt, ranges of characters; None: all of it.
+
+    `source` says which row, or which part of a plain file, it is: the parts of a long row have the same.
+    """
 
     text: str
     answers: list[tuple[int, int]] | None = None
+    source: str | None = None

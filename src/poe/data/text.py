@@ -124,7 +124,7 @@ def _row_texts(rows: Iterable[Row], place: str, report: DropReport) -> Iterator[
             report.drop(NAME, reason, row, row_id)
             continue
         report.kept[NAME] += 1
-        yield from map(Text, _parts(text))
+        yield from (Text(part, source=f"{place}: {row_id}") for part in _parts(text))
 
 
 def _text_column(row: dict[str, Any], place: str) -> str:
@@ -152,7 +152,7 @@ def _plain_texts(file: Path, report: DropReport) -> Iterator[Text]:
         if text.strip():
             report.read[NAME] += 1
             report.kept[NAME] += 1
-            yield Text(text)
+            yield Text(text, source=f"{file}: {number}")
 
 
 def _plain_parts(file: Path, report: DropReport) -> Iterator[str]:

@@ -70,7 +70,7 @@ def training_rows(
     index: Path | None = None,
     resume: bool = False,
 ) -> tuple[PackedRows, PackedRows | Chained | StreamedRows]:
-    """Return validation and training rows; the two share no document.
+    """Return validation and training rows; the two share no document, and no row that several documents were cut from.
 
     Generated texts are packed at once, and shuffled as a whole. All others are read while training goes on; `report`
     counts what the first pass reads, `index` and `resume` are those of `StreamedRows`.
@@ -83,6 +83,7 @@ def training_rows(
         tokens += len(tokenizer(text.text, verbose=False)["input_ids"])
         if tokens >= VALIDATION_ROWS * recipe.seq_len:
             break
+    sources = {text.source for text in held_out} - {None}
     encode = partial(_encoded, tokenizer)
     packing: dict[str, Any] = {"long": "split", "seed": recipe.seed, "pad_id": tokenizer.pad_token_id}
     val = pack(encode(held_out), recipe.seq_len, **packing)
@@ -90,7 +91,8 @@ def training_rows(
 
     def texts() -> Iterator[Text]:
         one_pass = documents(recipe.data, seed=recipe.seed, report=reports.pop() if reports else None)
-        return islice(one_pass, len(held_out), None)
+        # The rest of a long row that is held out in part, and all of it where the text is gone through again.
+        return (text for text in islice(one_pass, len(held_out), None) if text.source not in sources)
 
     num_rows = num_steps * recipe.tokens_per_step // recipe.seq_len
     return val, StreamedRows(texts, encode, recipe.seq_len, num_rows, index=index, resume=resume, **packing)
