@@ -66,13 +66,13 @@ def left(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir()) if folder.exists() else []
 
 
-def start(args: list[str]) -> subprocess.Popen[bytes]:
+def start(args: list[str], **options) -> subprocess.Popen[bytes]:
     """A process that hears Ctrl-C even where the tests run in the background of a shell, which makes its jobs deaf."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    options.setdefault("env", {**os.environ, "OMP_NUM_THREADS": "1"})
     deaf = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     before = signal.signal(signal.SIGINT, signal.default_int_handler) if deaf else None
     try:
-        return subprocess.Popen(args, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        return subprocess.Popen(args, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, **options)
     finally:
         if deaf:
             signal.signal(signal.SIGINT, before)
@@ -136,7 +136,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_loses_nothing(base: Path, tmp_path: 
 def test_ctrl_c_while_data_is_prepared_says_that_nothing_was_written(base: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "POE_CACHE": str(tmp_path / "cache")}
     args = command(base, tmp_path / "out", data="demo=100000")
-    process = subprocess.Popen(args, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = start(args, env=environment, text=True, start_new_session=True)
     while "stage demo on" not in (line := process.stderr.readline()):
         assert line, "it ended by itself"
     time.sleep(1)
