@@ -339,6 +339,8 @@ class Cascade:
     ) -> SelfSpeculation:
         """Find out on prompts (rows of token ids) which exit drafts best, by time, for `generate(draft=...)`.
 
+        Also whether it pays to look up what followed the last tokens before.
+
         Raises `DecodingError`, with the numbers, where plain decoding is as fast.
         """
         name = self.active if stage is _ACTIVE else stage

@@ -17,7 +17,7 @@ from poe.modeling.stage import Stage
 
 LENGTHS = (3, 8)
 LEAST_PROBABILITIES = (0.2, 0.5)
-LOOKED_UP = 8
+LOOKUP_TOKENS = 8
 MOST_EXITS = 6
 PAYS = 1.03  # below that a draft is within the noise of the measurement
 FINALISTS = 2
@@ -61,7 +61,7 @@ def calibrate_draft(
     for plan in itertools.starmap(SelfSpeculation, itertools.product(spread, LENGTHS, LEAST_PROBABILITIES)):
         trials.append((_seconds_per_token(drafted(drafting(model, base, stage, plan))), plan))
     finalists = [plan for _, plan in sorted(trials, key=lambda trial: trial[0])[:FINALISTS]]
-    finalists += [dataclasses.replace(plan, prompt_lookup_num_tokens=LOOKED_UP) for plan in finalists]
+    finalists += [dataclasses.replace(plan, prompt_lookup_num_tokens=LOOKUP_TOKENS) for plan in finalists]
     loops = [drafting(model, base, stage, plan) for plan in finalists]
     contestants = [plain, *map(drafted, loops)]
     times: list[list[float]] = [[] for _ in contestants]
@@ -72,9 +72,10 @@ def calibrate_draft(
     seconds, loop, best = min(zip(others, loops, finalists, strict=True), key=lambda each: each[0])
     best = dataclasses.replace(best, acceptance=round(loop.accepted / loop.drafted, 4) if loop.drafted else 0.0)
     if plainly / seconds < PAYS:
+        looked_up = "or looked up, " if best.prompt_lookup_num_tokens else ""
         raise DecodingError(
             f"No exit pays as a draft here: plain decoding takes {1e3 * plainly:.3g} ms a token, and the best draft "
-            f"(after {best.exit} of {_depth(model)} layers, up to {best.num_tokens} tokens, {_looked_up(best)}of which "
+            f"(after {best.exit} of {_depth(model)} layers, up to {best.num_tokens} tokens, {looked_up}of which "
             f"{100 * (best.acceptance or 0):.0f} % are kept) {1e3 * seconds:.3g} ms. Decode plainly."
         )
     return dataclasses.replace(best, speedup=round(plainly / seconds, 3))
@@ -88,10 +89,6 @@ def _seconds_per_token(decode: Callable[[], int]) -> float:
     started = perf_counter()
     tokens = decode()
     return (perf_counter() - started) / max(1, tokens)
-
-
-def _looked_up(plan: SelfSpeculation) -> str:
-    return "or looked up, " if plan.prompt_lookup_num_tokens else ""
 
 
 def _depth(model: PreTrainedModel) -> int:

@@ -56,7 +56,7 @@ def looked_up(ids: Tensor, most: int) -> Tensor:
     Of several places it is the last one that enough tokens follow, or else the first.
     """
     for size in (3, 2):
-        if most < 1 or ids.shape[1] <= size:
+        if ids.shape[1] <= size:
             continue
         earlier = ids[0, :-1].unfold(0, size, 1)
         starts = (earlier == ids[0, -size:]).all(-1).nonzero().squeeze(1) + size
@@ -152,7 +152,7 @@ class Drafting:
         that it was drawn from. Where the draft is not sure, full depth predicts from the states that are there anyway.
         """
         states: list[States] = []
-        found = rows.looked_up(min(self._plan.prompt_lookup_num_tokens, rows.room - 1))
+        found = rows.look_up(min(self._plan.prompt_lookup_num_tokens, rows.room - 1))
         guesses: list[Tensor | None] = [None] * found.shape[1]
         ids = torch.cat([rows.ids, found], dim=1)
         tokens = [ids[:, ids.shape[1] - 1 - len(guesses) :]]
@@ -208,8 +208,10 @@ class _Rows:
         """The attention mask (B, length) of all tokens up to there, None if none is padding."""
         return None if self._mask is None else self._mask[:, :length]
 
-    def looked_up(self, most: int) -> Tensor:
+    def look_up(self, most: int) -> Tensor:
         """Up to `most` tokens (B, n) that followed before: as many as every row that is waited for has, else none."""
+        if most < 1:
+            return self.ids[:, :0]
         found = [looked_up(row[None], most)[0] for row in self.ids]
         count = min((len(own) for own, on in zip(found, self.waited_for.tolist(), strict=True) if on), default=0)
         return torch.stack([pad(own[:count], (0, count - len(own[:count]))) for own in found])
