@@ -27,7 +27,7 @@ __all__ = ["Batch", "PackedRows", "PackingStats", "pack", "pack_stream", "pack_t
 
 IGNORED = -100
 BUFFER_SIZE = 1000
-PAIRS = 32  # of documents that are tried for a hole
+PAIRS = 32  # of documents that are tried for a hole, at least, where so many fit
 SLACK = 1 / 64  # of a row: a smaller hole is not worth a short document, which a long one may need beside it
 _ROWS_AT_ONCE = 1024
 _FILES = (("tokens", np.int32, 1), ("trained", np.bool_, 0), ("starts", np.bool_, 0))
@@ -318,7 +318,7 @@ def _best_fit(buffer: list[tuple[int, int]], left: int, slack: int) -> int | Non
         return chosen
     for one in range(0, fitting, max(1, fitting // PAIRS)):
         other = bisect_left(buffer, (left - buffer[one][0] + 1, -1)) - 1
-        other -= other == one
+        other -= other == one  # no document twice
         if other >= 0 and buffer[one][0] + buffer[other][0] > filled:
             chosen, filled = max(one, other), buffer[one][0] + buffer[other][0]
     return chosen
