@@ -88,15 +88,19 @@ def test_what_was_read_and_dropped_is_said(recipe: BaseRecipe, tmp_path: Path) -
     assert len((folder / "dropped.jsonl").read_text().splitlines()) == 2
 
 
+def text_of(tokenizer: Any, rows: Any, count: int) -> str:
+    """What stands in the first rows."""
+    return " ".join(tokenizer.batch_decode([rows.batch(n, 1).input_ids[0] for n in range(count)]))
+
+
 def test_training_and_validation_share_no_document(recipe: BaseRecipe) -> None:
     tokenizer = tokenizer_for(recipe)
     val, train = training_rows(recipe, tokenizer, 60)
 
-    def numbers(rows: Any, count: int) -> set[str]:
-        text = " ".join(tokenizer.batch_decode([rows.batch(n, 1).input_ids[0] for n in range(count)]))
-        return {word.split(":")[0] for word in text.split("Document ")[1:] if ":" in word}
-
-    held_out, trained = numbers(val, val.num_rows), numbers(train, 200)  # more than one pass
+    held_out, trained = (
+        set(re.findall(r"Document (\d+):", text))
+        for text in (text_of(tokenizer, val, val.num_rows), text_of(tokenizer, train, 200))  # more than one pass
+    )
     assert held_out
     assert len(trained) > 40
     assert not held_out & trained
@@ -114,11 +118,10 @@ def test_the_rest_of_a_long_row_that_is_held_out_is_not_trained_on(
     tokenizer = tokenizer_for(recipe)
     val, train = training_rows(recipe, tokenizer, 200)
 
-    def numbers(rows: Any, count: int) -> set[str]:
-        text = " ".join(tokenizer.batch_decode([rows.batch(n, 1).input_ids[0] for n in range(count)]))
-        return set(re.findall(r"Of row (\w\d) comes", text))
-
-    held_out, trained = numbers(val, val.num_rows), numbers(train, 400)
+    held_out, trained = (
+        set(re.findall(r"Of row (\w\d) comes", text))
+        for text in (text_of(tokenizer, val, val.num_rows), text_of(tokenizer, train, 400))
+    )
     assert held_out
     assert len(trained) > 9
     assert not held_out & trained

@@ -104,7 +104,7 @@ class StreamedRows:
                     yield start, packed
                 start, number = start + made.rows, number + 1
             if number == before:
-                raise DataError("There is no text to train on beside what is held out for validation: give more.")
+                raise DataError("There is no text to train on beside what is held out for validation: give more rows.")
             passed += 1
 
     def _packed(self, chunk: list[Text], number: int) -> PackedRows:
