@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-quick test-quantised lint bench clean
+.PHONY: demo test test-quick test-quantized lint bench clean
 
 # The main job: train a stage on the embedded base and data, then load it where `poe` cannot be imported, and ask.
 demo: $(READY)
@@ -19,9 +19,9 @@ test-quick: $(READY)
 	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
 
 # torchao prints warnings of its own wherever transformers is imported, so it is not among what every test needs.
-test-quantised: $(READY)
+test-quantized: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[quant]"
-	$(BIN)/python -m pytest tests/test_quantised_bases.py
+	$(BIN)/python -m pytest tests/test_quantized_bases.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""The ways to train that the benchmarks compare, each as one optimiser step on one batch, and what each must compute.
+"""The ways to train that the benchmarks compare, each as one optimizer step on one batch, and what each must compute.
 
 Every arm gets the same base, made anew, and the same `Batch`. Rivals are trained as their users train them: PEFT's
 LoRA on all linear layers, the last layers with the base's own head, everything; torch's AdamW (fused); transformers'
@@ -18,8 +18,8 @@ from poe import Cascade, StageConfig
 from poe.data.packing import Batch
 from poe.modeling.boundary import Boundary
 from poe.modeling.families import family_of, logits_of
-from poe.training.hidden import FromBoundary
-from poe.training.hidden_cache import row_digests
+from poe.training.hidden_states.cache import row_digests
+from poe.training.hidden_states.sources import FromBoundary
 from poe.training.loss import cross_entropy_sum
 from poe.training.optim import build_optimizer
 
@@ -48,7 +48,7 @@ class Settings:
 
 @dataclass
 class Arm:
-    """`step(batch)` takes one optimiser step and returns the mean loss in nats per label, before it."""
+    """`step(batch)` takes one optimizer step and returns the mean loss in nats per label, before it."""
 
     model: PreTrainedModel  # whose forward pass gives the trained logits
     parameters: list[nn.Parameter]
@@ -57,7 +57,7 @@ class Arm:
     optimizer: torch.optim.Optimizer
     step: Callable[[Batch], Tensor]
     hidden: Callable[[Batch], Tensor]  # (B, T) tokens -> the head's input (B, T, D), as `step` computes it
-    base_rates: list[float] = field(default_factory=list)  # of the optimiser's groups, for a schedule
+    base_rates: list[float] = field(default_factory=list)  # of the optimizer's groups, for a schedule
 
     def __post_init__(self) -> None:
         self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
@@ -159,7 +159,7 @@ def stage(make_base: MakeBase, length: int, s: Settings, head: str = "dense", ca
     forward = FromBoundary(boundary, RowMemory(boundary)) if cached else hidden_states(backbone, s)
     numbers = own.num_parameters()
     flops = cost.stage(own, s.stage_layers, head, cached)
-    # bf16 weights have fp32 masters in the optimiser: no autocast
+    # bf16 weights have fp32 masters in the optimizer: no autocast
     step = chunked_step(model, forward, optimizer, trained, nullcontext, s)
     return Arm(model, trained, numbers, flops, optimizer, step, forward)
 
@@ -180,7 +180,7 @@ class RowMemory:
 
 
 def hidden_states(backbone: nn.Module, s: Settings) -> Callable[[Batch], Tensor]:
-    """(B, T) tokens -> normalised hidden states (B, T, D); documents in a row do not see each other."""
+    """(B, T) tokens -> normalized hidden states (B, T, D); documents in a row do not see each other."""
     run = torch.compile(backbone, backend=s.compile, dynamic=False) if s.compile else backbone
 
     def hidden(batch: Batch) -> Tensor:
@@ -274,7 +274,7 @@ class Cost:
 
     A matrix of N numbers costs 2 N forward, 2 N for the gradient of its input and 2 N for its own; causal attention
     over T tokens costs 2 T D forward (half of the square) and twice that backward. The embedding is a lookup, and
-    norms, optimisers and folding heads are not counted: the limit is one that matrix products alone would reach.
+    norms, optimizers and folding heads are not counted: the limit is one that matrix products alone would reach.
     """
 
     def __init__(self, base: PreTrainedModel, length: int) -> None:

@@ -36,7 +36,7 @@ def trained(args: argparse.Namespace, depth: int, seed: int) -> tuple[Cascade, d
             args.data,
             Path(folder) / "run",
             max_steps=args.steps,
-            eval_every=max(1, args.steps // 4),
+            validation_every=max(1, args.steps // 4),
             num_layers=args.layers,
             attach_at=depth,
             seed=seed,

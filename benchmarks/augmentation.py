@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from poe import Cascade
+from poe.calls.conversation import Conversation
+from poe.calls.forms.prompt import PromptForm
 from poe.data.augment import mask
 from poe.data.augment.rows import row_digest, row_rng
-from poe.data.conversation import Conversation
-from poe.data.forms.prompt import PromptForm
 from poe.data.readers.demo import evaluation_splits
 from poe.evaluation.calls import evaluate_calls
 from poe.training.trainer import train_stage
@@ -98,7 +98,7 @@ def run(arm: str, seed: int, steps: int, rows: int) -> dict[str, Any]:
             max_steps=steps,
             seed=seed,
             seq_len=1024,
-            eval_every=steps,
+            validation_every=steps,
             augment=ARMS[arm],
         )
     scores = evaluate_calls(cascade, "demo", questions(rows), max_new_tokens=120)

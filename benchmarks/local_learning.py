@@ -36,7 +36,7 @@ def train(arm: str, args: argparse.Namespace) -> dict[str, Any]:
     if not (folder / "training.json").exists():
         command = [sys.executable, "-m", "poe.commands.train", "base", args.recipe, "--data", args.data]
         command += ["--learning", arm, "--out", str(folder), "--max-steps", str(args.steps)]
-        command += ["--eval-every", str(max(1, args.steps // 10)), *args.options]
+        command += ["--validation-every", str(max(1, args.steps // 10)), *args.options]
         subprocess.run(command, check=True)
     record: dict[str, Any] = json.loads((folder / "training.json").read_text(encoding="utf-8"))
     return record

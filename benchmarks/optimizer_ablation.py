@@ -24,7 +24,7 @@ RISING = "muon, rising momentum"
 OPTIONS: dict[str, dict[str, Any]] = {
     "muon": {},
     "adamw": {"matrix_optimizer": "adamw"},
-    RISING: {"momentum_start": 0.85},
+    RISING: {"initial_momentum": 0.85},
 }
 
 
@@ -37,7 +37,7 @@ def trained(args: argparse.Namespace, name: str, rates: list[float], seed: int) 
         seq_len=512,
         tokens_per_step=args.tokens_per_step,
         max_steps=args.steps,
-        eval_every=args.steps,
+        validation_every=args.steps,
         head_lr=0.002,
         weight_decay=0.0,
         eval_rows=1,

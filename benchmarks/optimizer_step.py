@@ -1,4 +1,4 @@
-"""Time of one optimiser step against torch's optimisers, and of two processes against one: JSON and two tables.
+"""Time of one optimizer step against torch's optimizers, and of two processes against one: JSON and two tables.
 
     pip install -c constraints.txt -e .
     OMP_NUM_THREADS=2 python benchmarks/optimizer_step.py [--width 1024 --rounds 7]
@@ -47,7 +47,7 @@ def parameters(width: int, layers: int, head: int = 0) -> Named:
 
 
 def peers(width: int, layers: int) -> dict[str, Callable[[], Any]]:
-    """The step of every optimiser, each over parameters of its own."""
+    """The step of every optimizer, each over parameters of its own."""
 
     def ours(dtype: torch.dtype) -> Callable[[], Any]:
         return build_optimizer(parameters(width, layers), width, iteration_dtype=dtype).step
@@ -192,7 +192,7 @@ def main() -> None:
     }
     args.json.parent.mkdir(parents=True, exist_ok=True)
     args.json.write_text(json.dumps(result, indent=2) + "\n")
-    print("| optimiser | " + " | ".join(f"{size / 1e6:.1f} M, ms" for size in seconds) + " |\n|---|---:|---:|")
+    print("| optimizer | " + " | ".join(f"{size / 1e6:.1f} M, ms" for size in seconds) + " |\n|---|---:|---:|")
     for name in seconds[sizes[1]]:
         print(f"| {name} | " + " | ".join(f"{1e3 * statistics.median(s[name]):,.0f}" for s in seconds.values()) + " |")
     two = result["two_processes"]

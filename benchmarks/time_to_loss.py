@@ -101,7 +101,7 @@ def child(name: str, multiplier: float, given: dict[str, Any]) -> None:
         arm.step(batch)
         seconds += time.perf_counter() - started
         tokens += batch.input_ids.numel()
-        if (step + 1) % given["eval_every"] == 0 or step + 1 == given["steps"]:
+        if (step + 1) % given["validation_every"] == 0 or step + 1 == given["steps"]:
             record = {"step": step + 1, "tokens": tokens, "seconds": seconds, "loss": held_out_loss()}
             print(json.dumps(record), flush=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -141,7 +141,7 @@ def reach(curve: list[dict[str, float]], target: float, what: str) -> float | No
     return None
 
 
-def summarise(runs: list[dict[str, Any]]) -> tuple[list[float], list[dict[str, Any]]]:
+def summarize(runs: list[dict[str, Any]]) -> tuple[list[float], list[dict[str, Any]]]:
     """The targets, and for every arm its best run: what it reached and when."""
     best = {}
     for run in runs:
@@ -207,7 +207,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="a data SPEC")
     parser.add_argument("--arms", nargs="+", metavar="TEXT", help="only arms whose name contains one of these")
     parser.add_argument("--rates", nargs="+", type=float, default=[1, 3, 10], help="multipliers of an arm's rates")
-    numbers = {"seq_len": 1024, "tokens_per_step": 8192, "rows_per_pass": 4, "steps": 200, "eval_every": 20}
+    numbers = {"seq_len": 1024, "tokens_per_step": 8192, "rows_per_pass": 4, "steps": 200, "validation_every": 20}
     numbers |= {"val_rows": 16, "stage_layers": 2, "seed": 0, "threads": os.cpu_count() or 1}
     for name, value in numbers.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
@@ -221,7 +221,7 @@ def main() -> None:
     for name in wanted:
         for multiplier in args.rates:
             runs.append(run_one(name, multiplier, args))
-            targets, rows = summarise(runs)
+            targets, rows = summarize(runs)
             result = {"options": options, "targets": targets, "rows": rows, "runs": runs}
             (args.out / "curves.json").write_text(json.dumps(result, indent=1) + "\n")
     print(table(targets, rows))

@@ -175,7 +175,7 @@ def _hear(process: "subprocess.Popen[str]", name: str) -> Any:
     raise SystemExit(f"The arm {name!r} ended early; its messages are above.")
 
 
-def summarise(facts: dict[str, dict[str, Any]], tokens: int) -> list[dict[str, Any]]:
+def summarize(facts: dict[str, dict[str, Any]], tokens: int) -> list[dict[str, Any]]:
     """Medians, and how far each arm is from what its arithmetic allows."""
     matmul = facts[MATMUL]
     rate, cpu_rate = (matmul["flops"] / statistics.median(matmul[kind]) for kind in ("seconds", "cpu_seconds"))
@@ -184,7 +184,7 @@ def summarise(facts: dict[str, dict[str, Any]], tokens: int) -> list[dict[str, A
     for name, fact in facts.items():
         if name == MATMUL:
             continue
-        # Of every round the ratio to the reference in the same round: what disturbs one turn disturbs its neighbours.
+        # Of every round the ratio to the reference in the same round: what disturbs one turn disturbs its neighbors.
         ratio, cpu_ratio = (
             round(statistics.median(r / s for r, s in zip(reference[kind], fact[kind], strict=True)), 2)
             for kind in ("seconds", "cpu_seconds")
@@ -268,7 +268,7 @@ def main() -> None:
         for first in range(0, len(rivals), args.together):
             facts = measure(SHAPES[key], [REFERENCE, *rivals[first : first + args.together], MATMUL], args)
             seconds.append({name: [fact["seconds"], fact["cpu_seconds"]] for name, fact in facts.items()})
-            for row in summarise(facts, args.batch * args.length):
+            for row in summarize(facts, args.batch * args.length):
                 rows.setdefault(row["arm"], row)
             ordered = [rows[name] for name in ARMS if name in rows]
             results["shapes"][key] = {**SHAPES[key], "rows": ordered, "groups": seconds}

@@ -259,7 +259,7 @@ def device_facts(device: str) -> dict[str, Any]:
     }
 
 
-def summarise(results: dict[str, list[dict[str, Any]]], peak: float) -> list[dict[str, Any]]:
+def summarize(results: dict[str, list[dict[str, Any]]], peak: float) -> list[dict[str, Any]]:
     """Of every arm the fastest setting and number of rows."""
     best = {}
     for name, settings in results.items():
@@ -347,7 +347,7 @@ def main() -> None:
                     label = f"{shape}-{name.replace(', ', '-').replace(' ', '_')}{'-compiled' if compiled else ''}"
                     (args.out / f"{label}.profile.txt").write_text(text)
                 found[name].append(one)
-            rows = summarise(found, facts["peak"])
+            rows = summarize(found, facts["peak"])
             result["shapes"][shape] = {"fields": SHAPES[shape][1], "rows": rows, "settings": found}
             (args.out / "results.json").write_text(json.dumps(result, indent=1) + "\n")
         text = f"{shape} on {facts['device']}, rows of {given['length']}\n\n{table(rows)}\n"

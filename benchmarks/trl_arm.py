@@ -12,7 +12,7 @@ from trl import SFTConfig, SFTTrainer
 
 
 class Watch(TrainerCallback):
-    """Calls `begin()` before and `end()` after every optimiser step."""
+    """Calls `begin()` before and `end()` after every optimizer step."""
 
     def __init__(self, begin: Callable[[], Any], end: Callable[[], Any]) -> None:
         self.begin, self.end = begin, end

@@ -5,10 +5,10 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+from poe.calls.conversation import Conversation, Tool
+from poe.calls.schema import as_tool, check_call
 from poe.data.augment.rows import calls
-from poe.data.conversation import Conversation, Tool
-from poe.data.demo.conversations import make_conversation
-from poe.data.schema import as_tool, check_call
+from poe.demo.conversations import make_conversation
 
 
 def tool(name: str, description: str, **properties: Any) -> Tool:

@@ -12,7 +12,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 from conftest import BASES, VOCABULARY, tiny_base, tiny_model
 from poe.errors import FamilyError
 from poe.modeling.families import FAMILIES, Family, Logits, logits_of
-from poe.modeling.recognition import recognise
+from poe.modeling.recognition import recognize_family
 
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"
 DEEPER = {"num_hidden_layers": 3}
@@ -84,7 +84,7 @@ def outcome(model_type: str) -> tuple[Family, Logits] | str:
         fields = ACCEPTED[model_type] if model_type in ACCEPTED else REFUSED[model_type][0]
         model = tiny_model(model_type, {**DEEPER, **fields})
     try:
-        return recognise(model), logits_of(model.config)
+        return recognize_family(model), logits_of(model.config)
     except FamilyError as error:
         return str(error)
 
@@ -111,7 +111,7 @@ def page() -> str:
         "hrm_text is recurrent: its layers run again in every cycle, a stage's once, after the last. There a stage",
         "attaches on top only, and no ordinary checkpoint can hold it (`export_native` and `save_pretrained` refuse).",
         "Where its config says `prefix_lm`, training and `poe` let it read a prompt in both directions: what comes",
-        "before the first learnt token of each document. Your own `generate` asks with `token_type_ids` (1: prompt).",
+        "before the first learned token of each document. Your own `generate` asks with `token_type_ids` (1: prompt).",
         "",
         "| model type | silent in a new layer | tested as |",
         "|---|---|---|",
@@ -156,7 +156,7 @@ def declared_and_found(name: str) -> tuple[Family, Family]:
     """Return a declaration, and what the trial finds in a base of that family when it is not declared."""
     declared = FAMILIES.pop(BASES[name][0])
     try:
-        return declared, recognise(tiny_base(name))
+        return declared, recognize_family(tiny_base(name))
     finally:
         FAMILIES[declared.model_type] = declared
 

@@ -15,9 +15,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from poe import Cascade
 from poe.data.packing import PackedRows, pack
 from poe.stages import Recipe
-from poe.training import checkpoint
+from poe.training.checkpoints import files as checkpoint
 from poe.training.engine import Engine
-from poe.training.progress import Progress
+from poe.training.reporting.progress import Progress
 
 VOCABULARY = 61
 PLAN = Recipe(
@@ -29,7 +29,7 @@ PLAN = Recipe(
     tokens_per_step=32,
     max_steps=120,
     matrix_lr=0.02,
-    eval_every=7,
+    validation_every=7,
     max_grad_norm=1.0,
     checkpoint_every=0.0,  # after every step
     keep_checkpoints=2,

@@ -12,6 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from augment_rows import BOOK, DEMO, POEM, TIDE, arguments, demo_rows, misfit, row, rows, text, tool
+from poe.calls.conversation import Conversation
+from poe.calls.schema import as_tool
 from poe.data.augment import (
     Augmentation,
     ToolPool,
@@ -26,8 +28,6 @@ from poe.data.augment.abstentions import abstention, deed
 from poe.data.augment.copied import argument_strings
 from poe.data.augment.fitting import fits, traits
 from poe.data.augment.rows import called_tools, calls, row_digest, row_rng, user_texts
-from poe.data.conversation import Conversation
-from poe.data.schema import as_tool
 from poe.errors import RecipeError
 
 any_row = rows() | demo_rows

@@ -9,11 +9,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from augment_rows import BOOK, TIDE, arguments, demo_rows, misfit, row, rows, text, tool
+from poe.calls.conversation import Conversation
+from poe.calls.schema import lint_schema
 from poe.data.augment import mask, unmask
 from poe.data.augment.masking import is_identifier
 from poe.data.augment.rows import calls, strings
-from poe.data.conversation import Conversation
-from poe.data.schema import lint_schema
 
 any_row = rows() | demo_rows
 slow = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])

@@ -6,9 +6,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from poe.data.drops import Unfaithful
-from poe.data.forms.calls import CALL_FORMS, Call, Reply, call_form
-from poe.errors import DataError
+from poe.calls.forms.calls import CALL_FORMS, Call, Reply, call_form
+from poe.errors import DataError, RowError
 
 FORMS = list(CALL_FORMS.values())
 MARKED = [CALL_FORMS[name] for name in ("hermes", "glaive", "mistral")]
@@ -58,7 +57,7 @@ def test_text_is_written_unless_it_looks_like_a_call(form, data, text):
     calls = drawn(data, form)
     try:
         written = form.write(calls, text)
-    except Unfaithful:
+    except RowError:
         # only a mark, or what a bare call may begin with, is ever refused
         assert any(mark in text for mark in ("<tool_call>", "<functioncall>", "[TOOL_CALLS]", "<|py", '{"', "[f("))
     else:
@@ -229,7 +228,7 @@ def test_python_refuses_names_that_it_cannot_write(name, key):
     python, calls = call_form("python"), [Call(name, {key: 1})]
     try:
         written = python.write(calls)
-    except Unfaithful:
+    except RowError:
         assert not (name.isidentifier() and key.isidentifier() and name.isascii() and key.isascii()) or key == "class"
     else:
         assert python.read(written) == Reply("", calls)
@@ -239,7 +238,7 @@ def test_python_refuses_names_that_it_cannot_write(name, key):
 @every_form
 def test_calls_that_no_text_can_hold_are_refused(form):
     for value in (float("nan"), "\ud800", 10**5000):
-        with pytest.raises(Unfaithful):
+        with pytest.raises(RowError):
             form.write([Call("f", {"x": value})])
 
 

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from poe.data.drops import Unfaithful
-from poe.data.literals import parse_definition
+from poe.calls.literals import parse_definition
+from poe.calls.schema import no_note
 from poe.data.readers import droidcall, gpteacher_toolformer, nexusraven
 from poe.data.readers.signatures import read_calls, read_definition
-from poe.data.schema import no_note
+from poe.errors import RowError
 from test_readers import junk, kept, reason, run, shape
 
 BAKE = '''def bake(flour: str, grams: int=500, *, seeds: List[str]=None, heat: float=220, oven: ENUM=None, by: date="2030-01-01"):
@@ -45,7 +45,7 @@ def test_a_signature_becomes_a_tool() -> None:
 
 @pytest.mark.parametrize("source", ["def f(*a): ...", "def f(**a): ...", "def f(a, /): ...", "f = 1", "def f(:", ""])
 def test_signatures_that_declare_no_tool(source: str) -> None:
-    with pytest.raises(Unfaithful):
+    with pytest.raises(RowError):
         read_definition(source, no_note)
 
 
@@ -78,7 +78,7 @@ def test_nexusraven_with_python_context() -> None:
         ("assistant", None, [("bake", {"flour": "rye", "grams": 5})]),
     ]
     assert [tool["function"]["name"] for tool in conversation.tools] == ["bake", "nap"]
-    assert conversation.licence == "CC-BY-NC-4.0"
+    assert conversation.license == "CC-BY-NC-4.0"
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from poe.data.conversation import Conversation
-from poe.data.schema import as_tool
+from poe.calls.conversation import Conversation
+from poe.calls.parsing import Call, parse_reply, problems
+from poe.calls.schema import as_tool
 from poe.evaluation.calls import score
-from poe.tools.calls import Call, parse_reply, problems
 
 TOOL = as_tool(
     "book_flight",

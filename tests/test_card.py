@@ -28,8 +28,8 @@ TRAINING = {
     "data": {
         "seq_len": 2048,
         "sources": {
-            "glaive": {"hub_id": "x/glaive", "licence": "Apache-2.0", "conversations": 1000, "epochs": 4},
-            "own": {"hub_id": None, "licence": None, "conversations": 5, "epochs": 1},
+            "glaive": {"hub_id": "x/glaive", "license": "Apache-2.0", "conversations": 1000, "epochs": 4},
+            "own": {"hub_id": None, "license": None, "conversations": 5, "epochs": 1},
         },
         "rows": {"glaive": {"read": 1234, "kept": 1000, "dropped": {"cannot be parsed": 234}}},
     },
@@ -95,39 +95,39 @@ def test_the_card_says_what_was_recorded() -> None:
     assert "base_model" not in card(base={**CONFIG["base"], "repo": "../base"})
 
 
-@pytest.mark.parametrize("licence", ["CC-BY-NC-4.0", "cc-by-nc-sa-3.0", "non-commercial", "Noncommercial research"])
-def test_what_may_not_be_sold_is_said_first(licence: str) -> None:
-    data = {"sources": {"good": {"licence": "Apache-2.0"}, "bad": {"licence": licence, "hub_id": "x/bad"}}}
+@pytest.mark.parametrize("license", ["CC-BY-NC-4.0", "cc-by-nc-sa-3.0", "non-commercial", "Noncommercial research"])
+def test_what_may_not_be_sold_is_said_first(license: str) -> None:
+    data = {"sources": {"good": {"license": "Apache-2.0"}, "bad": {"license": license, "hub_id": "x/bad"}}}
     assert non_commercial({"data": data}) == ["bad"]
     body = ModelCard(card({"data": data})).text
-    assert body.index("Not for commercial use:** the licence of bad") < body.index("## ")
+    assert body.index("Not for commercial use:** the license of bad") < body.index("## ")
     text = notice(CONFIG, {"data": data})
-    assert "NOT FOR COMMERCIAL USE: the licence of bad" in text
-    assert f"Training data: bad, licence {licence} (x/bad)." in text
+    assert "NOT FOR COMMERCIAL USE: the license of bad" in text
+    assert f"Training data: bad, license {license} (x/bad)." in text
 
 
-@pytest.mark.parametrize("licence", ["Apache-2.0", "mit", "CC-BY-4.0", "encumbered", None])
-def test_other_licences_forbid_nothing(licence: str | None) -> None:
-    assert non_commercial({"license": licence}) == []
+@pytest.mark.parametrize("license", ["Apache-2.0", "mit", "CC-BY-4.0", "encumbered", None])
+def test_other_licenses_forbid_nothing(license: str | None) -> None:
+    assert non_commercial({"license": license}) == []
 
 
 words = st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), min_size=1, max_size=12)
 
 
 @settings(max_examples=40, deadline=None)
-@given(name=words, licence=words, reason=words, example=words)
-def test_whatever_was_recorded_leaves_a_card_that_can_be_read(name, licence, reason, example) -> None:
+@given(name=words, license=words, reason=words, example=words)
+def test_whatever_was_recorded_leaves_a_card_that_can_be_read(name, license, reason, example) -> None:
     training = {
-        "license": licence,
+        "license": license,
         "recipe": {name: reason},
         "data": {
-            "sources": {name: {"licence": licence, "conversations": 1, "epochs": 1, "hub_id": "x/y"}},
+            "sources": {name: {"license": license, "conversations": 1, "epochs": 1, "hub_id": "x/y"}},
             "rows": {name: {"read": 2, "dropped": {reason: 1}}},
         },
         "evaluation": {name: {"stage": {"rows": 1, "exact": 0.5}}},
     }
     content = ModelCard(stage_card(CONFIG, training, parameters=1, example=example * 3))
-    assert content.data.license == licence
+    assert content.data.license == license
     assert content.data.eval_results[0].dataset_name == name
 
 
@@ -150,7 +150,7 @@ def links(text: str) -> list[str]:
 def test_every_link_of_a_card_leads_somewhere(hub, saved_base, tmp_path: Path) -> None:
     (tmp_path / "t").mkdir()
     (tmp_path / "t" / "report.png").write_bytes(b"\x89PNG")
-    data = {"sources": {"bad": {"licence": "cc-by-nc-4.0", "conversations": 1, "epochs": 1}}}
+    data = {"sources": {"bad": {"license": "cc-by-nc-4.0", "conversations": 1, "epochs": 1}}}
     cascade = Cascade.from_pretrained(saved_base()).add_stage(StageConfig("t", 1))
     scramble(cascade.stages["t"])
     folder = cascade.save_stage("t", tmp_path / "t", {**TRAINING, "data": data})

@@ -13,8 +13,8 @@ import torch
 
 from killed_run import PLAN, rows, small_engine, train
 from poe.errors import OutputError, TrainingError
-from poe.training import checkpoint
-from poe.training.checkpoint import (
+from poe.training.checkpoints import files as checkpoint
+from poe.training.checkpoints.files import (
     checkpoints,
     has_checkpoint,
     load_checkpoint,
@@ -22,9 +22,9 @@ from poe.training.checkpoint import (
     save_checkpoint,
     step_of,
 )
+from poe.training.checkpoints.rng import restore_rng, rng_state
 from poe.training.engine import Engine
-from poe.training.metrics import Metrics, read_metrics
-from poe.training.rng import restore_rng, rng_state
+from poe.training.reporting.metrics import Metrics, read_metrics
 
 KILLS = 50
 TIMED = ("tokens_per_s",)
@@ -193,12 +193,12 @@ def stopped(run: Path, plan=PLAN, **options) -> Engine:
 
 
 def test_the_best_weights_are_not_written_twice(tmp_path: Path) -> None:
-    stopped(tmp_path / "a", PLAN.replace(eval_every=3))
+    stopped(tmp_path / "a", PLAN.replace(validation_every=3))
     best = json.loads((tmp_path / "a" / "checkpoint-3" / "meta.json").read_text())["history"]["best_step"]
     assert (tmp_path / "a" / "checkpoint-3" / "best.safetensors").exists() == (best != 3)
     stopped(tmp_path / "b")  # nothing was measured at step 3: the best are those of step 0
     assert (tmp_path / "b" / "checkpoint-3" / "best.safetensors").exists()
-    engine, _ = small_engine(tmp_path / "a", PLAN.replace(eval_every=3))
+    engine, _ = small_engine(tmp_path / "a", PLAN.replace(validation_every=3))
     engine._restore()
     assert set(engine.best) == {name for name, _ in engine.parameters}
 

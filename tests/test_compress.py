@@ -23,7 +23,7 @@ from poe.loaders.describe import describe
 from poe.modeling.delta_file import as_stored, from_stored, read_delta, read_delta_header, storage_error, write_delta
 from poe.modeling.fingerprint import fingerprint_files, fingerprint_tensors
 from poe.modeling.heads import automatic_rank
-from poe.modeling.int8 import dequantise, quantise
+from poe.modeling.int8 import dequantize, quantize
 from poe.modeling.tensor_file import read_header, write_tensors
 from poe.stages import Recipe, load_recipe
 
@@ -154,8 +154,8 @@ matrices = st.builds(
 @settings(max_examples=300, deadline=None)
 @given(matrix=matrices, read_as=st.sampled_from([torch.float32, torch.bfloat16]))
 def test_what_was_stored_is_stored_the_same_again(matrix: torch.Tensor, read_as: torch.dtype) -> None:
-    numbers, scale = quantise(matrix)
-    again, scale_again = quantise(dequantise(numbers, scale).to(read_as))
+    numbers, scale = quantize(matrix)
+    again, scale_again = quantize(dequantize(numbers, scale).to(read_as))
     assert torch.equal(numbers, again)
     assert torch.equal(scale, scale_again)
     assert torch.isfinite(scale).all()
@@ -168,7 +168,7 @@ def test_every_number_under_every_scale_comes_back(read_as: torch.dtype) -> None
     """A proof by cases: all 128 mantissas that a row's largest magnitude can have, with all 255 numbers."""
     largest = (1 + torch.arange(128) / 128).float()
     numbers = torch.arange(-127, 128, dtype=INT8).expand(128, -1)
-    again, scale = quantise(dequantise(numbers, largest / 127).to(read_as))
+    again, scale = quantize(dequantize(numbers, largest / 127).to(read_as))
     assert torch.equal(again, numbers)
     assert torch.equal(scale, largest / 127)
 
@@ -176,8 +176,8 @@ def test_every_number_under_every_scale_comes_back(read_as: torch.dtype) -> None
 @settings(max_examples=200, deadline=None)
 @given(matrix=matrices)
 def test_no_value_moves_by_more_than_half_a_step(matrix: torch.Tensor) -> None:
-    numbers, scale = quantise(matrix)
-    error = (dequantise(numbers, scale).double() - matrix.double()).abs()
+    numbers, scale = quantize(matrix)
+    error = (dequantize(numbers, scale).double() - matrix.double()).abs()
     assert (error <= (0.5 + 2.0**-14) * scale.double()[:, None]).all()
     steps = matrix.abs().amax(1) / scale
     assert ((steps - 127).abs() < 0.5).logical_or(scale == 1).all()
@@ -347,7 +347,7 @@ def test_values_that_are_not_finite_are_named_before_they_are_written(value: flo
 
 def test_the_command_makes_a_stage_smaller(saved_base, tmp_path: Path) -> None:
     cascade = make_stage(saved_base)
-    source = {"hub_id": None, "conversations": 5, "epochs": 1.0, "licence": "mit-0"}
+    source = {"hub_id": None, "conversations": 5, "epochs": 1.0, "license": "mit-0"}
     cascade.save_stage("t", tmp_path / "t", {"data": {"sources": {"rows": source}}})
     arguments = ["compress", str(tmp_path / "t"), "--out", str(tmp_path / "small")]
     done = CliRunner().invoke(app, [*arguments, "--rank", "4", "--int8"])

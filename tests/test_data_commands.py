@@ -9,13 +9,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from poe.data.conversation import Conversation
-from poe.data.demo.conversations import make_conversation
+from poe.calls.conversation import Conversation
+from poe.calls.schema import as_tool
 from poe.data.drops import DropReport
 from poe.data.export import export
 from poe.data.readers import read_source
-from poe.data.schema import as_tool
 from poe.data.spec import DataSource
+from poe.demo.conversations import make_conversation
 from poe.errors import DataError, OutputError
 
 

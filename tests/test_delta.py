@@ -103,7 +103,7 @@ tensor_sets = st.dictionaries(
 )
 
 
-def realise(description: dict) -> dict[str, torch.Tensor]:
+def realize(description: dict) -> dict[str, torch.Tensor]:
     tensors = {}
     for name, (dtype, shape, seed) in description.items():
         generator = torch.Generator().manual_seed(seed)
@@ -116,7 +116,7 @@ def realise(description: dict) -> dict[str, torch.Tensor]:
 @settings(max_examples=60, deadline=None)
 @given(description=tensor_sets, seed=st.integers(0, 99))
 def test_a_fingerprint_names_weights_not_files(description: dict, seed: int, tmp_path_factory) -> None:
-    tensors = realise(description)
+    tensors = realize(description)
     whole = fingerprint_tensors(tensors)
     names = list(tensors)
     random.Random(seed).shuffle(names)
@@ -135,7 +135,7 @@ def test_a_fingerprint_names_weights_not_files(description: dict, seed: int, tmp
 @settings(max_examples=40, deadline=None)
 @given(description=tensor_sets, seed=st.integers(0, 10**6))
 def test_one_bit_makes_another_fingerprint(description: dict, seed: int) -> None:
-    tensors = realise(description)
+    tensors = realize(description)
     whole = fingerprint_tensors(tensors)
     chosen = [name for name, tensor in tensors.items() if tensor.numel() and tensor.dtype != torch.bool]
     if chosen:
@@ -370,7 +370,7 @@ def test_a_target_that_is_a_file_is_refused(saved_base, tmp_path: Path) -> None:
 
 def test_config_and_card_say_what_the_stage_is(saved_base, tmp_path: Path) -> None:
     cascade = make_stage(saved_base, "low_rank")
-    source = {"hub_id": "me/rows", "conversations": 5, "epochs": 2.0, "licence": "mit"}
+    source = {"hub_id": "me/rows", "conversations": 5, "epochs": 2.0, "license": "mit"}
     training = {
         "license": "apache-2.0",
         "data": {"sources": {"rows": source}},
@@ -400,7 +400,7 @@ def test_config_and_card_say_what_the_stage_is(saved_base, tmp_path: Path) -> No
     card = (folder / "README.md").read_text()
     for text in ("license: apache-2.0", "- me/rows", "lr: 0.1", "| 10 | 2.2500 |"):
         assert text in card
-    assert "rows, licence mit" in (folder / "NOTICE").read_text()
+    assert "rows, license mit" in (folder / "NOTICE").read_text()
     assert (folder / "chat_template.jinja").exists()
     assert Cascade.from_pretrained(folder).stages["t"].prompt == prompt
 

@@ -10,19 +10,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from poe.data.demo import notations, words
-from poe.data.demo.conversations import Split, make_conversation
-from poe.data.demo.notations import make_notations
-from poe.data.demo.text import KEYS, make_text
-from poe.data.demo.tokenizer import SPECIAL_TOKENS, train_tokenizer
-from poe.data.demo.world import HELD_OUT_TOOLS, KINDS, TRAIN_TOOLS, make_tool
+from poe.calls.forms.calls import CALL_FORMS
+from poe.calls.forms.tools import TOOL_FORMS
+from poe.calls.schema import check_call, lint_schema
 from poe.data.drops import DropReport
-from poe.data.forms.calls import CALL_FORMS
-from poe.data.forms.tools import TOOL_FORMS
 from poe.data.readers import demo
 from poe.data.render import Renderer
-from poe.data.schema import check_call, lint_schema
 from poe.data.text import documents
+from poe.demo import notations, words
+from poe.demo.conversations import Split, make_conversation
+from poe.demo.notations import make_notations
+from poe.demo.text import KEYS, make_text
+from poe.demo.tokenizer import SPECIAL_TOKENS, train_tokenizer
+from poe.demo.world import HELD_OUT_TOOLS, KINDS, TRAIN_TOOLS, make_tool
 from poe.loaders.places import EMBEDDED_BASE
 
 SPLITS: tuple[Split, ...] = ("train", "unseen_values", "unseen_tools")

@@ -21,16 +21,16 @@ from hypothesis import strategies as st
 import two_processes
 from conftest import tiny_base
 from poe import Cascade, train_stage
-from poe.data.demo.text import make_text
-from poe.data.demo.tokenizer import train_tokenizer
+from poe.demo.text import make_text
+from poe.demo.tokenizer import train_tokenizer
 from poe.errors import RecipeError, TrainingError
 from poe.loaders.base_folder import save_base_folder
 from poe.modeling.modeling_poe import PoEConfig, PoEForCausalLM
 from poe.stages import load_recipe
-from poe.training.checkpoint import has_checkpoint
-from poe.training.distributed import ALONE, World, even_rows, joined_world
-from poe.training.progress import Progress
-from poe.training.sharding import is_sharded, shard_base
+from poe.training.checkpoints.files import has_checkpoint
+from poe.training.parallel.distributed import ALONE, World, even_rows, joined_world
+from poe.training.parallel.sharding import is_sharded, shard_base
+from poe.training.reporting.progress import Progress
 from two_processes import DATA, FIELDS, STEPS
 
 PROGRAM = str(Path(__file__).with_name("two_processes.py"))
@@ -241,7 +241,7 @@ def test_two_processes_learn_what_one_learns_on_a_whole_or_a_divided_base(base: 
 @pytest.mark.slow
 def test_a_run_whose_processes_die_or_are_stopped_goes_on_with_any_number(base: Path, tmp_path: Path) -> None:
     out, steps = tmp_path / "out", 90
-    fields = {**FIELDS, "max_steps": steps, "checkpoint_every": 0.2, "eval_every": 45}
+    fields = {**FIELDS, "max_steps": steps, "checkpoint_every": 0.2, "validation_every": 45}
     options = [part for k, v in fields.items() for part in (f"--{k.replace('_', '-')}", str(v))]
     command = ["train", "stage", "demo", "--no-eval", "--base", str(base), "--out", str(out), "--data", DATA, *options]
 

@@ -11,7 +11,7 @@ from poe.modeling.early import with_early_layers
 from poe.modeling.modeling_poe import PoEForCausalLM
 from poe.stages.recipe import load_base_recipe
 from poe.training.pretrain import train_base
-from poe.training.progress import Progress
+from poe.training.reporting.progress import Progress
 from test_poe_features import COMBINATIONS, IDS, make
 
 LARGER = {"num_hidden_layers": 6, "stage_layers": [2, 4], "layer_scalars": True}
@@ -67,7 +67,7 @@ SHORT = {
     "tokens_per_step": 1024,
     "max_steps": 3,
     "dtype": "float32",
-    "eval_every": 3,
+    "validation_every": 3,
 }
 
 

@@ -9,8 +9,8 @@ from rich.console import Console
 from torch import nn
 
 from killed_run import PLAN, small_engine
-from poe.training import estimate as estimating
-from poe.training.estimate import (
+from poe.training.reporting import estimate as estimating
+from poe.training.reporting.estimate import (
     comparison,
     count_weights,
     estimate_line,
@@ -20,7 +20,7 @@ from poe.training.estimate import (
     memory_peak,
     trained_share,
 )
-from poe.training.report import outcome
+from poe.training.reporting.report import outcome
 from poe.training.trainer import _delta_bytes
 
 HEADS = [("dense", 2), ("low_rank", 3), ("none", 2)]

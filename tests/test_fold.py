@@ -170,7 +170,7 @@ def test_a_chain_of_two_dtypes_folds_to_the_wider() -> None:
 def test_the_command_folds_and_keeps_what_is_known_about_the_data(saved_base, tmp_path: Path) -> None:
     cascade = chain(Cascade.from_pretrained(saved_base()), ["none", "low_rank"])
     for name in ("s0", "s1"):
-        sources = {"rows": {"hub_id": None, "conversations": 5, "epochs": 1.0, "licence": f"licence-{name}"}}
+        sources = {"rows": {"hub_id": None, "conversations": 5, "epochs": 1.0, "license": f"license-{name}"}}
         cascade.save_stage(name, tmp_path / name, {"data": {"sources": sources}}, dtype=torch.float32)
     expected = cascade(token_ids()).logits
     done = CliRunner().invoke(app, ["fold", str(tmp_path / "s1"), "--out", str(tmp_path / "one"), "--name", "one"])
@@ -181,8 +181,8 @@ def test_the_command_folds_and_keeps_what_is_known_about_the_data(saved_base, tm
     assert torch.equal(again(token_ids()).logits, expected)
     assert {t.dtype for t in load_file(tmp_path / "one" / "delta.safetensors").values()} == {torch.float32}
     notice = (tmp_path / "one" / "NOTICE").read_text()
-    assert "licence-s0" in notice
-    assert "licence-s1" in notice
+    assert "license-s0" in notice
+    assert "license-s1" in notice
 
 
 def test_a_stage_is_removed_once_nothing_stands_on_it(saved_base) -> None:

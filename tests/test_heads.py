@@ -137,7 +137,7 @@ def test_a_bias_of_the_base_is_kept() -> None:
 def test_heads_that_cannot_be_folded_are_refused() -> None:
     with pytest.raises(FamilyError, match="offloaded"):
         FoldedHead(nn.Linear(6, 11, device="meta"), [])
-    quantised = nn.Linear(6, 11)
-    quantised.weight = nn.Parameter(torch.ones(11, 6, dtype=torch.uint8), requires_grad=False)
+    quantized = nn.Linear(6, 11)
+    quantized.weight = nn.Parameter(torch.ones(11, 6, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(FamilyError, match="floating point"):
-        FoldedHead(quantised, [])
+        FoldedHead(quantized, [])

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from poe.calls.schema import no_note
 from poe.data.drops import DropReport
 from poe.data.readers import get_reader, hermes
-from poe.data.schema import no_note
 from test_readers import BAKE, NAP, kept, plain, reason, shape, values
 
 WRAPPED = [{"type": "function", "function": BAKE}, {"type": "function", "function": NAP}]

@@ -1,4 +1,4 @@
-"""The boundary as a value: a stage trained on cached hidden states learns what it would have learnt above the base."""
+"""The boundary as a value: a stage trained on cached hidden states learns what it would have learned above the base."""
 
 import json
 import os
@@ -21,11 +21,11 @@ from poe.data.packing import Batch, PackedRows, pack
 from poe.errors import OutputError, TrainingError
 from poe.modeling.boundary import Boundary
 from poe.stages import load_recipe
-from poe.training import hidden_cache
 from poe.training.engine import Engine
-from poe.training.hidden import FromBoundary, Remembered, Whole, hidden_sources
-from poe.training.hidden_cache import HiddenCache, boundary_facts
-from poe.training.progress import Progress
+from poe.training.hidden_states import cache as hidden_cache
+from poe.training.hidden_states.cache import HiddenCache, boundary_facts
+from poe.training.hidden_states.sources import FromBoundary, Remembered, Whole, hidden_sources
+from poe.training.reporting.progress import Progress
 
 QUIET = Progress("test", quiet=True)
 T = 16
@@ -85,7 +85,7 @@ CASES = [(name, kind) for name in BASES for kind in KINDS if not (kind == "low" 
 def test_what_follows_from_the_boundary_is_what_the_model_says(name: str, kind: str, dtype: torch.dtype) -> None:
     """Hidden states and gradients, to the last bit, in every family; and they do depend on what is given."""
     base = tiny_base(name, dtype) if name in BASES else tiny_model("poe", EVERYTHING, dtype)
-    base.config.prefix_lm = False  # else its states depend on which tokens are learnt, too, and training does without
+    base.config.prefix_lm = False  # else its states depend on which tokens are learned, too, and training does without
     cascade = grown(base, kind)
     stage, boundary = cascade.stages["s"], Boundary(base, cascade.stages["s"])
     batch = rows().batch(0, 3)
@@ -119,7 +119,13 @@ def test_cached_states_are_those_of_the_base(name: str) -> None:
 
 
 def train(cascade: Cascade, data: PackedRows, tmp_path: Path, cache_hidden: bool, name: str) -> list[float]:
-    fields = {"seq_len": T, "tokens_per_step": 4 * T, "max_tokens_per_batch": 2 * T, "eval_every": 3, "num_layers": 2}
+    fields = {
+        "seq_len": T,
+        "tokens_per_step": 4 * T,
+        "max_tokens_per_batch": 2 * T,
+        "validation_every": 3,
+        "num_layers": 2,
+    }
     plan = load_recipe("demo", **fields, cache_hidden=cache_hidden, max_steps=STEPS).replace(name="s")
     (tmp_path / name).mkdir()
     sources = hidden_sources(cascade, plan, data, rows(2, seed=1), STEPS, QUIET)
@@ -404,7 +410,7 @@ import os, sys, time
 sys.path.insert(0, {tests!r})
 import test_hidden as t
 os.environ["POE_CACHE"] = {cache!r}
-from poe.training import hidden_cache
+from poe.training.hidden_states import cache as hidden_cache
 hidden_cache.SHARD_BYTES = 2 * t.T * 32 * 2
 real = hidden_cache.save_file
 def slowly(*args, **options):

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from poe.data.literals import PythonCall, Variable, parse_calls, parse_literal
+from poe.calls.literals import PythonCall, Variable, parse_calls, parse_literal
 
 numbers = st.integers(-(2**70), 2**70) | st.floats(allow_nan=False, allow_infinity=False)
 values = st.recursive(

@@ -11,15 +11,15 @@ from torch import Tensor
 
 from conftest import scramble
 from poe import Cascade
-from poe.data.demo.text import make_text
 from poe.data.packing import Batch
+from poe.demo.text import make_text
 from poe.errors import DataError, RecipeError
 from poe.modeling.modeling_poe import PoEConfig, PoEForCausalLM
 from poe.stages import load_base_recipe
 from poe.training.local import Stagewise
 from poe.training.loss import cross_entropy_sum
 from poe.training.pretrain import train_base
-from poe.training.progress import Progress
+from poe.training.reporting.progress import Progress
 
 STAGES = [1, 2, 1]
 FEATURES = {"layer_scalars": True, "value_embedding_layers": [1, 3], "value_gate_channels": 8, "smear_channels": 8}
@@ -138,7 +138,7 @@ def test_a_base_learns_stage_by_stage_and_can_be_left_after_each(tmp_path: Path)
         "seq_len": 512,
         "tokens_per_step": 1024,
         "max_steps": 25,
-        "eval_every": 25,
+        "validation_every": 25,
         "dtype": "float32",
     }
     folder = train_base(load_base_recipe("demo", **fields), tmp_path / "base", progress=QUIET)

@@ -171,7 +171,7 @@ def test_what_is_trained_is_what_the_model_answers(name: str) -> None:
     """The loss is that of the model's own logits, over all rows of its head.
 
     Rows beyond the tokenizer's vocabulary, which padded heads have, take part: `generate` and every other reader of the
-    logits normalise over them, and only a loss that sees them keeps a stage from raising them.
+    logits normalize over them, and only a loss that sees them keeps a stage from raising them.
     """
     model, ids = tiny_base(name), token_ids(2, 9)
     labels = ids.roll(-1, 1)

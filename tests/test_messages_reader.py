@@ -7,11 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from poe.data import schema
-from poe.data.drops import DropReport, Unfaithful
+from poe.calls import schema
+from poe.calls.schema import as_tool, check_call, coerce, lint_schema, order_arguments
+from poe.data.drops import DropReport
 from poe.data.readers import messages, read_source
-from poe.data.schema import as_tool, check_call, coerce, lint_schema, order_arguments
 from poe.data.spec import DataSource
+from poe.errors import RowError
 from test_readers import BAKE, NAP, kept, reason, run, shape
 
 USER = {"role": "user", "content": "Go"}
@@ -210,7 +211,7 @@ def test_as_tool_repairs_and_refuses() -> None:
         ("f", "", {"type": "object", "properties": {"a": {"$ref": "https://example.com/schema"}}}),
         ("f", "", {"type": "object", "properties": {"a": {"default": float("inf")}}}),
     ):
-        with pytest.raises(Unfaithful):
+        with pytest.raises(RowError):
             as_tool(name, description, parameters)
 
 

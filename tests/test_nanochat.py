@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import scramble
 from poe import Cascade, StageConfig
-from poe.data.conversation import Conversation
+from poe.calls.conversation import Conversation
 from poe.data.render import Renderer, token_bytes
 from poe.data.templates import extend_with_tools
 from poe.errors import SourceError
@@ -310,7 +310,7 @@ def test_a_stage_learns_its_turns_with_their_ends(tokenizer) -> None:
     for row in TOKENS["conversations"][:2]:  # the third is in parts, which rows of ours never are
         rendered = Renderer(tokenizer).render(Conversation(row["messages"]))
         assert rendered.input_ids == row["ids"]
-        assert [int(learnt) for learnt in rendered.loss_mask] == row["mask"]
+        assert [int(learned) for learned in rendered.loss_mask] == row["mask"]
 
 
 def test_tools_are_told_in_the_first_question(imported) -> None:

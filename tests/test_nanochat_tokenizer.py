@@ -24,7 +24,7 @@ def encoding(ranks: dict[bytes, int], special: tuple[str, ...] = ("<|bos|>",)) -
 
 
 def as_tiktoken_does(piece: bytes, ranks: dict[bytes, int]) -> list[int]:
-    """Join the neighbours that make the token of the lowest id, the first such, until none make one."""
+    """Join the neighbors that make the token of the lowest id, the first such, until none make one."""
     if piece in ranks:
         return [ranks[piece]]
     parts = [piece[at : at + 1] for at in range(len(piece))]

@@ -225,11 +225,11 @@ def test_no_more_than_one_tensor_is_in_memory_twice(tmp_path: Path, monkeypatch:
     assert {name for name, pointer in written.items() if pointer not in shared} == {"lm_head.weight"}
 
 
-def quantise_config(base) -> None:
+def quantize_config(base) -> None:
     base.config.quantization_config = {"quant_method": "bitsandbytes"}
 
 
-def quantise_weights(base) -> None:
+def quantize_weights(base) -> None:
     layer = base.model.layers[0].mlp.up_proj
     layer.weight = torch.nn.Parameter(torch.zeros(4, 4, dtype=torch.uint8), requires_grad=False)
 
@@ -241,8 +241,8 @@ def offload(base) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (quantise_config, "quantised .bitsandbytes.*floating point"),
-        (quantise_weights, r"quantised \(torch.uint8\)"),
+        (quantize_config, "quantized .bitsandbytes.*floating point"),
+        (quantize_weights, r"quantized \(torch.uint8\)"),
         (offload, "offloaded"),
     ],
 )

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from poe.data.conversation import Conversation
+from poe.calls.conversation import Conversation
 from poe.data.near import NearDuplicates, shingles
 
 

@@ -398,7 +398,7 @@ def test_rates_scale_with_width_and_decay_goes_where_it_should():
     assert by_name["head"]["lr"] == pytest.approx(2e-4)
     assert {n for n, g in by_name.items() if g["weight_decay"] == 0.3} == {"matrices", "head", "other"}
     assert all(g["initial_lr"] == g["lr"] for g in by_name.values())
-    with pytest.raises(ValueError, match="Nothing to optimise"):
+    with pytest.raises(ValueError, match="Nothing to optimize"):
         build_optimizer([], 192)
 
 

@@ -12,12 +12,12 @@ import pytest
 from poe.data import corpus, pipeline
 from poe.data.augment import Augmentation
 from poe.data.cache import cache_root
-from poe.data.demo.text import make_text
-from poe.data.demo.tokenizer import train_tokenizer
 from poe.data.drops import DropReport
 from poe.data.pipeline import TrainingData, prepare
 from poe.data.render import Renderer
 from poe.data.text import documents
+from poe.demo.text import make_text
+from poe.demo.tokenizer import train_tokenizer
 from poe.errors import DataError, OutputError
 
 

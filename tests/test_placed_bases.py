@@ -13,8 +13,8 @@ from poe import Cascade, StageConfig
 from poe.errors import FamilyError, FingerprintError
 from poe.modeling.families import family_of
 from poe.modeling.placement import device_of
-from poe.modeling.recognition import recognise
-from poe.training.progress import Progress
+from poe.modeling.recognition import recognize_family
+from poe.training.reporting.progress import Progress
 from poe.training.trainer import train_stage
 
 # What of the base lies on the disk: parts by name, `layers` all of its layers. An output head that is tied follows its
@@ -55,7 +55,7 @@ def device_map(base: PreTrainedModel, parts: dict[str, str]) -> dict[str, str]:
 def options(folder: Path, where: str, tmp_path: Path) -> dict[str, Any]:
     """Return the keywords that open a base with the parts that `where` names on the disk."""
     base = AutoModelForCausalLM.from_pretrained(folder)
-    recognise(base)
+    recognize_family(base)
     return {"device_map": device_map(base, MAPS[where]), "offload_folder": tmp_path / "offload"}
 
 
@@ -93,7 +93,7 @@ def test_a_stage_on_an_offloaded_base_is_the_stage_on_the_base(
 
 
 def learn(cascade: Cascade, ids: torch.Tensor) -> None:
-    """Take one optimiser step on the active stage."""
+    """Take one optimizer step on the active stage."""
     model, stage = cascade.model(cascade.active).train(), cascade.stages[cascade.active]
     optimizer = torch.optim.SGD(stage.parameters(), lr=0.5)
     model(ids, labels=ids).loss.backward()
@@ -113,7 +113,7 @@ def test_a_device_map_of_one_device_changes_nothing(place, saved_base, tmp_path:
 def test_the_trainer_trains_on_an_offloaded_base(tmp_path: Path) -> None:
     def trained(out: str, **placed: Any) -> dict[str, torch.Tensor]:
         cascade = Cascade.from_pretrained("demo", **placed)
-        length = {"seq_len": 512, "tokens_per_step": 1024, "max_steps": 2, "held_out": 0.1, "num_layers": 1}
+        length = {"seq_len": 512, "tokens_per_step": 1024, "max_steps": 2, "validation_ratio": 0.1, "num_layers": 1}
         run = train_stage(cascade, "demo", "demo=120", tmp_path / out, progress=Progress("test", quiet=True), **length)
         return load_file(run.folder / "delta.safetensors")
 

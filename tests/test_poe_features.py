@@ -117,7 +117,7 @@ def test_every_boundary_is_an_exit(heads, more) -> None:
 
 
 @torch.no_grad()
-def test_a_vote_is_the_normalised_mean_of_log_probabilities() -> None:
+def test_a_vote_is_the_normalized_mean_of_log_probabilities() -> None:
     model = make(("stage heads", "vote"))
     votes = torch.stack([logits.log_softmax(-1) for logits in predictions(model)]).mean(0)
     torch.testing.assert_close(model(IDS).logits, votes - votes.logsumexp(-1, keepdim=True))

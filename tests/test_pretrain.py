@@ -11,14 +11,14 @@ from transformers import AutoTokenizer
 
 from poe.data import streamed
 from poe.data import text as text_reader
-from poe.data.demo.words import THINGS
+from poe.demo.words import THINGS
 from poe.errors import DataError
 from poe.loaders.places import EMBEDDED_BASE
 from poe.stages import BaseRecipe
 from poe.training import text_rows
 from poe.training.engine import Interrupted
 from poe.training.pretrain import train_base
-from poe.training.progress import Progress
+from poe.training.reporting.progress import Progress
 from poe.training.text_rows import tokenizer_for, training_rows
 
 QUIET = Progress("test", quiet=True)
@@ -31,7 +31,7 @@ RECIPE = BaseRecipe(
     seq_len=32,
     tokens_per_step=64,
     max_steps=30,
-    eval_every=10,
+    validation_every=10,
     dtype="float32",
 )
 
@@ -79,7 +79,7 @@ def test_a_run_on_a_stream_resumes_to_the_same_bytes(recipe: BaseRecipe, tmp_pat
 
 def test_what_was_read_and_dropped_is_said(recipe: BaseRecipe, tmp_path: Path) -> None:
     folder = train_base(
-        recipe.replace(max_steps=40, eval_every=40, tokens_per_step=256), tmp_path / "run", progress=QUIET
+        recipe.replace(max_steps=40, validation_every=40, tokens_per_step=256), tmp_path / "run", progress=QUIET
     )
     data = json.loads((folder / "training.json").read_text())["data"]
     dropped = {"not JSON": 1, "no text in the column 'text'": 1}

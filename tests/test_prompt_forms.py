@@ -1,4 +1,4 @@
-"""A row told in text says the same as before, in every form, and is learnt exactly where the assistant speaks."""
+"""A row told in text says the same as before, in every form, and is learned exactly where the assistant speaks."""
 
 import random
 from dataclasses import replace
@@ -7,16 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from poe.data.conversation import Conversation
-from poe.data.demo.text import make_text
-from poe.data.demo.tokenizer import train_tokenizer
-from poe.data.drops import Unfaithful
-from poe.data.forms.calls import CALL_FORMS, Call, Reply, call_form
-from poe.data.forms.prompt import PHRASINGS, PLACES, PromptForm, flatten, random_form
-from poe.data.forms.tools import TOOL_FORMS, write_tools
+from poe.calls.conversation import Conversation
+from poe.calls.forms.calls import CALL_FORMS, Call, Reply, call_form
+from poe.calls.forms.prompt import PHRASINGS, PLACES, PromptForm, flatten, random_form
+from poe.calls.forms.tools import TOOL_FORMS, write_tools
+from poe.calls.schema import as_tool
 from poe.data.render import Renderer
-from poe.data.schema import as_tool
-from poe.errors import DataError
+from poe.demo.text import make_text
+from poe.demo.tokenizer import train_tokenizer
+from poe.errors import DataError, RowError
 from poe.evaluation.calls import question, score
 
 NEWS = as_tool("find_news", "Find news", {"type": "object", "properties": {"about": {"type": "string"}}})
@@ -145,12 +144,12 @@ def test_phrasings_differ_and_begin_anew() -> None:
 
 def test_what_a_form_cannot_hold_is_refused_with_its_reason(renderer) -> None:
     row = Conversation([user("how?"), assistant("Write <functioncall> and the call.")], [NEWS], source="tests")
-    with pytest.raises(Unfaithful, match="text that looks like a call in the form glaive"):
+    with pytest.raises(RowError, match="text that looks like a call in the form glaive"):
         flatten(row, PromptForm(calls="glaive"))
-    with pytest.raises(Unfaithful, match="text that looks like a call in the form glaive"):
+    with pytest.raises(RowError, match="text that looks like a call in the form glaive"):
         renderer.render_all(replace(row, form=PromptForm(calls="glaive")))
     assert len(renderer.render_all(replace(row, form=PromptForm(calls="llama")))) == 1
-    with pytest.raises(Unfaithful, match="no user turn"):
+    with pytest.raises(RowError, match="no user turn"):
         flatten(replace(ROW, messages=[assistant("x")]), PromptForm(place="user"))
 
 

@@ -58,7 +58,7 @@ def test_codealpaca_reads_both_names_of_the_answer_and_keeps_indentation() -> No
     for key in ("output", "response"):
         assert turns(codealpaca, {"instruction": "Go on", "input": "def f(x):", key: f"\n{code}\n"})[1] == code
     conversation, _ = kept(codealpaca, {"instruction": "Go on", "input": "", "output": "x"})
-    assert (conversation.source, conversation.licence) == ("codealpaca", "CC-BY-4.0")
+    assert (conversation.source, conversation.license) == ("codealpaca", "CC-BY-4.0")
 
 
 def test_mbpp_states_the_tests_with_the_task() -> None:

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from poe.data.drops import Unfaithful
 from poe.data.readers import rotbench, toolbench
 from poe.data.readers.react import Step, read_question, read_step
+from poe.errors import RowError
 from test_readers import BAKE, junk, kept, reason, run, shape
 
 FINISH = {
@@ -124,7 +124,7 @@ def test_a_step_is_read_back(thought: str, name: str, arguments: dict[str, Any])
 
 
 def test_a_step_needs_an_action_on_a_line_of_its_own() -> None:
-    with pytest.raises(Unfaithful):
+    with pytest.raises(RowError):
         read_step('Thought: no Action: f\nAction Input: {"a": 1}')
     assert read_question("Begin! he said\nBegin!\n") == "Begin! he said"
 

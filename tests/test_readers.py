@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from poe.data.conversation import Conversation
+from poe.calls.conversation import Conversation
+from poe.calls.schema import no_note
 from poe.data.drops import DropReport
 from poe.data.readers import flat, glaive, messages, xlam
-from poe.data.schema import no_note
 
 WITH = "SYSTEM: You are a helpful assistant with access to the following functions. Use them if required -\n"
 WITHOUT = "SYSTEM: You are a helpful assistant, with no access to external functions.\n\n"
@@ -107,7 +107,7 @@ def test_glaive_conversation() -> None:
     }
     assert [t["function"]["name"] for t in conversation.tools] == ["bake_bread", "take_nap"]
     assert conversation.tools[1]["function"]["parameters"] == {"type": "object", "properties": {}}
-    assert (conversation.source, conversation.licence, conversation.id) == ("glaive", "Apache-2.0", "row 0")
+    assert (conversation.source, conversation.license, conversation.id) == ("glaive", "Apache-2.0", "row 0")
     assert repairs == {
         "empty parameters written as an object schema": 1,
         "text turn joined with the call that follows it": 1,
@@ -386,7 +386,7 @@ def test_xlam_parallel_calls() -> None:
         "required": ["flour"],
     }
     assert repairs == {"str coerced to integer": 1}
-    assert (conversation.source, conversation.licence) == ("xlam", "CC-BY-4.0")
+    assert (conversation.source, conversation.license) == ("xlam", "CC-BY-4.0")
 
 
 def test_xlam_in_the_ms_swift_form() -> None:

@@ -14,13 +14,14 @@ from poe.modeling.stage_config import StageConfig
 from poe.stages import BaseRecipe, Recipe, list_recipes, load_base_recipe, load_recipe
 
 PLAN_FIELDS = (
-    "seq_len tokens_per_step max_tokens_per_batch max_steps matrix_lr head_lr weight_decay momentum momentum_start "
-    "matrix_optimizer start warmup warmdown final max_grad_norm z_loss eval_every checkpoint_every keep_checkpoints "
+    "seq_len tokens_per_step max_tokens_per_batch max_steps matrix_lr head_lr weight_decay momentum initial_momentum "
+    "matrix_optimizer initial_lr_factor warmup_ratio warmdown_ratio final_lr_factor max_grad_norm z_loss "
+    "validation_every checkpoint_every keep_checkpoints "
     "track dtype compile checkpoint_activations seed"
 ).split()
 STAGE_OPTIONS = {
     *PLAN_FIELDS,
-    *"num_layers head head_rank epochs held_out eval_data near_duplicates augment eval_rows train_on".split(),
+    *"num_layers head head_rank epochs validation_ratio eval_data near_duplicates augment eval_rows train_on".split(),
     "attach_at",
     "isolate_documents",
     "cache_hidden",
@@ -48,7 +49,7 @@ def test_shipped_recipes_load_and_survive_a_round_trip(tmp_path) -> None:
 def test_the_published_hyper_parameters() -> None:
     tool = load_recipe("tool")
     assert (tool.num_layers, tool.matrix_lr, tool.head_lr, tool.weight_decay) == (4, 0.002, 1e-4, 0.1)
-    assert (tool.start, tool.warmup, tool.warmdown) == (0.2, 0.05, 0.9)
+    assert (tool.initial_lr_factor, tool.warmup_ratio, tool.warmdown_ratio) == (0.2, 0.05, 0.9)
     assert (tool.seq_len, tool.tokens_per_step) == (2048, 131072)
     assert tool.epochs == {"glaive": 4, "xlam": 3}
 

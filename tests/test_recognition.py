@@ -13,7 +13,7 @@ from families_table import ACCEPTED, DEEPER, PAGE, REFUSED, declared_and_found, 
 from poe import Cascade, StageConfig
 from poe.errors import FamilyError, SourceError
 from poe.modeling.families import FAMILIES, family_of
-from poe.modeling.recognition import recognise
+from poe.modeling.recognition import recognize_family
 
 DECLARED = [name for name, (kind, _) in BASES.items() if kind in FAMILIES and name not in RECURRENT]
 
@@ -54,15 +54,15 @@ def test_a_trial_happens_once_per_base_and_leaves_no_trace(monkeypatch) -> None:
     modes = [module.training for module in base.modules()]
     weights = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     config, state = base.config.to_dict(), torch.get_rng_state()
-    family = recognise(base)
+    family = recognize_family(base)
     assert [module.training for module in base.modules()] == modes
     hooks = [hook for module in base.modules() for hook in module._forward_hooks.values()]
-    assert not [hook for hook in hooks if hook.__module__ == recognise.__module__]
+    assert not [hook for hook in hooks if hook.__module__ == recognize_family.__module__]
     assert all(torch.equal(tensor, weights[name]) for name, tensor in base.state_dict().items())
     assert base.config.to_dict() == config
     assert torch.equal(torch.get_rng_state(), state)
     monkeypatch.setattr(type(base), "forward", lambda *args, **kwargs: pytest.fail("tried twice"))
-    assert recognise(base) is family_of(base) is family
+    assert recognize_family(base) is family_of(base) is family
     Cascade(base).add_stage(StageConfig("t", 1))
 
 

@@ -13,15 +13,15 @@ from transformers.masking_utils import create_causal_mask
 
 from conftest import HRM, RECURRENT, VOCABULARY, scramble, tiny_base, tiny_model, token_ids
 from poe import Cascade, StageConfig, train_stage
-from poe.data.demo.text import make_text
-from poe.data.demo.tokenizer import train_tokenizer
 from poe.data.packing import IGNORED, Batch
+from poe.demo.text import make_text
+from poe.demo.tokenizer import train_tokenizer
 from poe.errors import DeltaError, FamilyError, TrainingError
 from poe.evaluation.calls import answer
 from poe.loaders.base_folder import save_base_folder
-from poe.training.hidden import Whole
+from poe.training.hidden_states.sources import Whole
 from poe.training.prefix import prompt_positions
-from poe.training.progress import Progress
+from poe.training.reporting.progress import Progress
 
 RECURRENT_BASE = pytest.mark.parametrize("name", RECURRENT)
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
@@ -222,7 +222,14 @@ def trainable_base(folder: Path) -> Path:
 def test_a_stage_is_trained_saved_and_opened(tmp_path: Path) -> None:
     cascade, ids = Cascade.from_pretrained(trainable_base(tmp_path / "base")), torch.arange(40)[None]
     before = cascade.base(ids).logits
-    fields = {"seq_len": 256, "tokens_per_step": 512, "eval_rows": 2, "num_layers": 1, "held_out": 0.1, "max_steps": 12}
+    fields = {
+        "seq_len": 256,
+        "tokens_per_step": 512,
+        "eval_rows": 2,
+        "num_layers": 1,
+        "validation_ratio": 0.1,
+        "max_steps": 12,
+    }
     run = train_stage(cascade, "demo", "demo=80", tmp_path / "t", progress=Progress("test", quiet=True), **fields)
     trajectory = [point["val_bpb"] for point in run.record["trajectory"]]
     assert trajectory[-1] < trajectory[0]
@@ -238,13 +245,13 @@ def test_a_stage_is_trained_saved_and_opened(tmp_path: Path) -> None:
 def test_packed_documents_read_their_own_prompts_both_ways() -> None:
     """What training computes of a row of documents is what the model says of each alone, its prompt being of type 1."""
     model = grown().model("child")
-    lengths, prompts = [6, 9, 5], [3, 4, 5]  # of the last document nothing is learnt
+    lengths, prompts = [6, 9, 5], [3, 4, 5]  # of the last document nothing is learned
     ids = token_ids(2, sum(lengths))
     labels = torch.full_like(ids, IGNORED)
     start = 0
     for length, prompt in zip(lengths, prompts, strict=True):
-        learnt = slice(start + prompt - 1, start + length - 1 if prompt < length else start + prompt - 1)
-        labels[:, learnt] = ids[:, learnt.start + 1 : learnt.stop + 1]
+        learned = slice(start + prompt - 1, start + length - 1 if prompt < length else start + prompt - 1)
+        labels[:, learned] = ids[:, learned.start + 1 : learned.stop + 1]
         start += length
     positions = torch.cat([torch.arange(length) for length in lengths]).expand_as(ids)
     batch = Batch(ids, labels, positions)
@@ -269,7 +276,7 @@ def test_a_base_that_reads_both_ways_is_asked_so(tmp_path: Path) -> None:
     cascade.base.generate = lambda **given: seen.append(given) or generate(**given)  # type: ignore[method-assign]
     answer(cascade, None, [[5, 6, 7], [5, 6, 7, 8, 9]], [1], max_new_tokens=2)
     assert torch.equal(seen[0]["token_type_ids"], seen[0]["attention_mask"])
-    fields = {"seq_len": 256, "tokens_per_step": 512, "num_layers": 1, "held_out": 0.1, "max_steps": 1}
+    fields = {"seq_len": 256, "tokens_per_step": 512, "num_layers": 1, "validation_ratio": 0.1, "max_steps": 1}
     with pytest.raises(TrainingError, match=r"cache_hidden: .* both directions"):
         train_stage(cascade, "demo", "demo=80", tmp_path / "t", cache_hidden=True, **fields)
 

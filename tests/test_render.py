@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from poe.data.conversation import Conversation
-from poe.data.forms.prompt import PromptForm
+from poe.calls.conversation import Conversation
+from poe.calls.forms.prompt import PromptForm
 from poe.data.render import Renderer, token_bytes
 from poe.errors import DataError, TemplateError
 
@@ -217,7 +217,7 @@ def test_calls_and_tool_results():
 
 
 @pytest.mark.parametrize("name", ["chatml", "marked", "llama3"])
-def test_calls_alone_can_be_learnt(name):
+def test_calls_alone_can_be_learned(name):
     messages = [user("time?"), assistant(None, CALL), {"role": "tool", "content": "12:00", "name": "get_time"},
                 assistant("noon"), user("again"), assistant("said", CALL)]  # fmt: skip
     everything = Renderer(TOKENIZERS[name])

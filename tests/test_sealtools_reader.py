@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from poe.data.conversation import Conversation
+from poe.calls.conversation import Conversation
 from poe.data.drops import DropReport
 from poe.data.readers import get_reader, read_source, sealtools
 from poe.data.spec import DataSource

@@ -10,11 +10,11 @@ from rich.console import Console
 
 from killed_run import PLAN, small_engine
 from poe.errors import MissingExtraError, OutputError, RecipeError
-from poe.training import tracking
-from poe.training.metrics import read_metrics
-from poe.training.progress import Progress
-from poe.training.report import draw_report
-from poe.training.tracking import Trackers, open_trackers
+from poe.training.reporting import tracking
+from poe.training.reporting.metrics import read_metrics
+from poe.training.reporting.progress import Progress
+from poe.training.reporting.report import draw_report
+from poe.training.reporting.tracking import Trackers, open_trackers
 
 
 class Recorder:

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from poe.data.conversation import Conversation
-from poe.data.schema import as_tool
+from poe.calls.conversation import Conversation
+from poe.calls.schema import as_tool
 from poe.data.split import is_held_out, repetition
 
 WEATHER = as_tool("weather", "", {"type": "object", "properties": {"city": {"type": "string"}}})

@@ -1,4 +1,4 @@
-"""One optimiser step: what is kept for it, what it costs in memory, and what stops it."""
+"""One optimizer step: what is kept for it, what it costs in memory, and what stops it."""
 
 import copy
 import json
@@ -17,13 +17,13 @@ from poe.data.packing import PackedRows, pack
 from poe.errors import TrainingError
 from poe.modeling.families import logits_of
 from poe.stages import Recipe
-from poe.training.checkpoint import checkpoints
+from poe.training.checkpoints.files import checkpoints
 from poe.training.engine import Engine
 from poe.training.frozen import assert_frozen_below
 from poe.training.loss import cross_entropy_sum
 from poe.training.precision import refuse_fp16, stage_dtype
-from poe.training.progress import Progress
 from poe.training.recompute import recomputed
+from poe.training.reporting.progress import Progress
 
 FAMILIES = ("poe", "llama", "qwen3", "gemma3", "hrm")
 SEQ_LEN = 16
@@ -97,8 +97,8 @@ def test_only_the_stage_keeps_something_for_the_backward_pass(name: str) -> None
     kept = kept_for_backward(model, stage, token_ids(4, 32))
     assert kept["below"] == 0
     assert kept["all"] > 0
-    learnt = {id(p) for p in stage.parameters()}
-    assert all((p.grad is not None) == (id(p) in learnt) for p in model.parameters())
+    learned = {id(p) for p in stage.parameters()}
+    assert all((p.grad is not None) == (id(p) in learned) for p in model.parameters())
 
 
 def test_memory_does_not_grow_with_the_depth_of_the_base() -> None:

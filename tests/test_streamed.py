@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from poe.calls.conversation import Text
 from poe.data import streamed
-from poe.data.conversation import Text
 from poe.data.packing import Document
 from poe.data.streamed import StreamedRows
 from poe.errors import DataError
@@ -26,7 +26,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Source:
-    """Texts of one letter each, `a` of them, `b` ...; counts what is read and what is tokenised."""
+    """Texts of one letter each, `a` of them, `b` ...; counts what is read and what is tokenized."""
 
     def __init__(self, lengths: list[int]) -> None:
         self.lengths = lengths

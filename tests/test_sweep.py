@@ -11,25 +11,25 @@ import torch
 
 from poe import Cascade
 from poe.data.cache import cache_root
-from poe.data.demo.text import make_text
-from poe.data.demo.tokenizer import train_tokenizer
+from poe.demo.text import make_text
+from poe.demo.tokenizer import train_tokenizer
 from poe.errors import OutputError, RecipeError, TrainingError
 from poe.loaders.base_folder import save_base_folder
 from poe.modeling.boundary import Boundary
 from poe.modeling.modeling_poe import PoEConfig, PoEForCausalLM
 from poe.stages import load_recipe
 from poe.training import sweep as sweep_module
-from poe.training.progress import Progress
+from poe.training.reporting.progress import Progress
 from poe.training.sweep import RECORD, grid, sweep
 
 QUIET = Progress("test", quiet=True)
 SMALL = {
     "seq_len": 512,
     "tokens_per_step": 1024,
-    "eval_every": 20,
+    "validation_every": 20,
     "eval_rows": 2,
     "dtype": "float32",
-    "held_out": 0.1,
+    "validation_ratio": 0.1,
     "max_steps": 3,
     "num_layers": 1,
     "head_rank": 4,

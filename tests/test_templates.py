@@ -8,11 +8,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from augment_rows import demo_rows
-from poe.data.conversation import Conversation
-from poe.data.demo.conversations import make_conversation
-from poe.data.forms.prompt import PromptForm
+from poe.calls.conversation import Conversation
+from poe.calls.forms.prompt import PromptForm
 from poe.data.render import Renderer
 from poe.data.templates import complete_template, extend_with_tools, knows_tools, reply_form, template_call_form
+from poe.demo.conversations import make_conversation
 from poe.errors import TemplateError
 from poe.evaluation.calls import question, score
 from test_prompt_forms import ROW

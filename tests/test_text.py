@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from poe.data import text as reading
-from poe.data.demo.tokenizer import COPYING, PROSE, SPECIAL_TOKENS, train_tokenizer
 from poe.data.drops import DropReport
 from poe.data.text import documents, is_generated
+from poe.demo.tokenizer import COPYING, PROSE, SPECIAL_TOKENS, train_tokenizer
 from poe.errors import DataError, SourceError
 
 TEXTS = ["One text.\nTwo lines.", "Ünï-\u2028code 日本語 🙂", "Third."]

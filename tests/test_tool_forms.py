@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from poe.data.forms.tools import TOOL_FORMS, write_tools
-from poe.data.schema import as_tool
+from poe.calls.forms.tools import TOOL_FORMS, write_tools
+from poe.calls.schema import as_tool
 from poe.errors import DataError
 
 HOTEL = as_tool(

@@ -16,27 +16,27 @@ import pytest
 import torch
 
 from poe import Cascade, train_stage
-from poe.data.demo.text import make_text
-from poe.data.demo.tokenizer import train_tokenizer
+from poe.demo.text import make_text
+from poe.demo.tokenizer import train_tokenizer
 from poe.errors import DataError, OutputError, RecipeError, TemplateError, TrainingError
 from poe.loaders.base_folder import save_base_folder
 from poe.modeling.modeling_poe import PoEConfig, PoEForCausalLM
 from poe.stages import load_recipe
 from poe.stages.recipe import load_base_recipe
 from poe.training import engine as engine_module
-from poe.training.checkpoint import checkpoints, has_checkpoint
+from poe.training.checkpoints.files import checkpoints, has_checkpoint
 from poe.training.pretrain import train_base
-from poe.training.progress import Progress
+from poe.training.reporting.progress import Progress
 
 QUIET = Progress("test", quiet=True)
 SMALL = {
     "seq_len": 512,
     "tokens_per_step": 1024,
-    "eval_every": 20,
+    "validation_every": 20,
     "eval_rows": 2,
     "dtype": "float32",
     "num_layers": 1,
-    "held_out": 0.1,
+    "validation_ratio": 0.1,
 }
 
 
@@ -180,7 +180,7 @@ def test_dropped_rows_are_kept_with_their_reasons(base: Path, tmp_path: Path) ->
         for i in range(90)
     ]
     rows.write_text("\n".join([*lines, '{"messages": 3}', "not json"]))
-    recipe = load_recipe("demo", **{**SMALL, "max_steps": 1, "held_out": 0.2})
+    recipe = load_recipe("demo", **{**SMALL, "max_steps": 1, "validation_ratio": 0.2})
     result = train_stage(Cascade.from_pretrained(base), recipe, f"messages={rows}", tmp_path / "out", progress=QUIET)
     counts = result.record["data"]["rows"]["messages"]
     assert (counts["read"], counts["kept"]) == (92, 90)
@@ -347,7 +347,7 @@ def test_a_base_can_be_continued_with_its_shape_and_its_words(base: Path, tmp_pa
 
 
 def test_validation_needs_rows(base: Path, tmp_path: Path) -> None:
-    fields = {**SMALL, "held_out": 0.0}
+    fields = {**SMALL, "validation_ratio": 0.0}
     with pytest.raises(DataError, match="is held out for validation"):
         train_stage(Cascade.from_pretrained(base), "demo", "demo=30", tmp_path / "o", progress=QUIET, **fields)
 

@@ -14,7 +14,7 @@ from trl import SFTConfig, SFTTrainer
 
 from conftest import VOCABULARY, scramble, tiny_base
 from poe import Cascade, StageConfig
-from poe.data.conversation import Conversation
+from poe.calls.conversation import Conversation
 from poe.data.drops import DropReport
 from poe.data.export import export
 from poe.data.readers import demo

@@ -20,9 +20,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import zero_worker as problem
 from poe.errors import TrainingError
-from poe.training.checkpoint import join_shards, optimizer_tensors, restore_optimizer
+from poe.training.checkpoints.files import join_shards, optimizer_tensors, restore_optimizer
 from poe.training.optim import MuonAdamW
-from poe.training.zero import divide
+from poe.training.parallel.zero import divide
 
 Weights = dict[str, torch.Tensor]
 
@@ -116,7 +116,7 @@ def test_shards_that_do_not_belong_together_are_refused() -> None:
             optimizer.load_state_dict(trained_optimizer(named).state_dict())
 
 
-def test_a_sharded_optimiser_refuses_what_it_cannot_divide() -> None:
+def test_a_sharded_optimizer_refuses_what_it_cannot_divide() -> None:
     with member(0, 2) as group:
         optimizer = problem.make(problem.parameters(), group)
         with pytest.raises(ValueError, match="give it every parameter group"):

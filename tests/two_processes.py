@@ -1,6 +1,6 @@
 """What two processes do together, for test_distributed.py: `torchrun two_processes.py FOLDER BASE`, or a command.
 
-`... two_processes.py train stage ...` is `poe-train stage ...` with the optimiser's iteration in fp32, whatever the
+`... two_processes.py train stage ...` is `poe-train stage ...` with the optimizer's iteration in fp32, whatever the
 hardware multiplies fastest: in bf16 a difference of one bit grows.
 """
 
@@ -15,19 +15,19 @@ from poe import Cascade, train_stage
 from poe.commands.train import main
 from poe.data.packing import Batch
 from poe.training import engine
-from poe.training.distributed import World, joined_world
-from poe.training.progress import Progress
-from poe.training.sharding import resident_bytes
+from poe.training.parallel.distributed import World, joined_world
+from poe.training.parallel.sharding import resident_bytes
+from poe.training.reporting.progress import Progress
 
 FIELDS: dict[str, Any] = {
     "seq_len": 512,
     "tokens_per_step": 2048,
     "max_tokens_per_batch": 1024,
-    "eval_every": 3,
+    "validation_every": 3,
     "eval_rows": 2,
     "dtype": "float32",
     "num_layers": 1,
-    "held_out": 0.1,
+    "validation_ratio": 0.1,
 }
 DATA = "demo=120"
 STEPS = 6

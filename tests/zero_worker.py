@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import distributed as dist
 
-from poe.training import zero
-from poe.training.checkpoint import optimizer_tensors, restore_optimizer
+from poe.training.checkpoints.files import optimizer_tensors, restore_optimizer
 from poe.training.optim import MuonAdamW, build_optimizer
+from poe.training.parallel import zero
 
 STEPS, HALF = 10, 5
 # Counts and sizes that two processes cannot share evenly.

@@ -25,13 +25,13 @@ from poe.loaders.tokenizer import load_tokenizer
 from poe.modeling.access import Access, read_config
 from poe.modeling.exits import leave_at
 from poe.modeling.fingerprint import fingerprint_tensors
-from poe.modeling.growth import keep_in_step
+from poe.modeling.growth import sync_attention
 from poe.modeling.lineage import BaseSource, Lineage, base_source, is_stage, resolve, warn_unverified
 from poe.modeling.modeling_poe import PoEConfig, PoEForCausalLM
 from poe.modeling.modeling_poe_stage import PoEStageConfig, PoEStageForCausalLM
 from poe.modeling.opening import load_base, load_stages
-from poe.modeling.placement import is_offloaded, quantisation_of
-from poe.modeling.recognition import recognise
+from poe.modeling.placement import is_offloaded, quantization_of
+from poe.modeling.recognition import recognize_family
 from poe.modeling.stage import Stage, assemble, build_stage, cut_graph_below, stop_input_gradients
 from poe.modeling.stage_config import StageConfig
 from poe.stages.compress import HeadReport, compress_head
@@ -54,7 +54,7 @@ class Cascade:
     """
 
     def __init__(self, base_model: PreTrainedModel, tokenizer: Any = None, *, source: BaseSource | None = None) -> None:
-        recognise(base_model)
+        recognize_family(base_model)
         self.base = base_model.requires_grad_(False)
         self.tokenizer = tokenizer
         self.stages: dict[str, Stage] = {}
@@ -83,7 +83,7 @@ class Cascade:
 
         `repo` is a folder, a Hub repository, or "demo" for the base inside this package. `base` says where a stage's
         base is (else POE_BASE, else what the stage names). `options` go to the base's own `from_pretrained`
-        (attn_implementation, quantization_config, offload_folder, ...). A base may be quantised or offloaded; stages
+        (attn_implementation, quantization_config, offload_folder, ...). A base may be quantized or offloaded; stages
         stay in plain tensors beside it. Raises `SourceError`, `LineageError`, `FingerprintError`, `DeltaError` or
         `FamilyError`; `verify=False` skips the fingerprints and warns.
         """
@@ -118,11 +118,11 @@ class Cascade:
     def base_source(self) -> BaseSource:
         """Where the base is (`repo`, `revision`) and what it is (`fingerprint`, that of its files as stored).
 
-        A base that was quantised while it was loaded thus has the fingerprint of the original. Raises
-        `FingerprintError` for a model in memory that is quantised or offloaded.
+        A base that was quantized while it was loaded thus has the fingerprint of the original. Raises
+        `FingerprintError` for a model in memory that is quantized or offloaded.
         """
         if self._source is None:
-            held = "quantised" if quantisation_of(self.base) else "offloaded" if is_offloaded(self.base) else None
+            held = "quantized" if quantization_of(self.base) else "offloaded" if is_offloaded(self.base) else None
             if held is not None:
                 raise FingerprintError(
                     f"The base is {held} and was not opened by Cascade.from_pretrained, so it is not known from which "
@@ -272,7 +272,7 @@ class Cascade:
         stage = self._stage(name)
         if name not in self._models:
             model = assemble(self.base, stage)
-            keep_in_step(self.base, model)
+            sync_attention(self.base, model)
             stop_input_gradients(model, stage)
             self._models[name] = model
         return self._models[name]
@@ -355,7 +355,7 @@ class Cascade:
         """Return a model, with `generate`, `logits` and `fit`, in which several stages decide together.
 
         `stages` maps names (None: the base) to weights; where it only lists names the weights are equal, for `fit` to
-        learn. "log_op" is the product of experts, `sum w_i log p_i` renormalised, with weights that sum to one;
+        learn. "log_op" is the product of experts, `sum w_i log p_i` renormalized, with weights that sum to one;
         "delta" adds up what each stage changes, `base + sum w_i (stage_i - base)` on logits, with any weights. The
         trunk runs once for all. Raises `DecodingError` for weights or a mode that do not fit.
         """
@@ -397,7 +397,7 @@ class Cascade:
 
         Plain `AutoModelForCausalLM.from_pretrained(folder)` then gives the same logits without this package (a PoE
         base needs `trust_remote_code=True`: its file travels along). Weights are in the base's dtype, in files of at
-        most `max_shard_size`. Raises `FamilyError` for a quantised, offloaded or recurrent base, `OutputError` for a
+        most `max_shard_size`. Raises `FamilyError` for a quantized, offloaded or recurrent base, `OutputError` for a
         folder that is not empty or a disk that is full.
         """
         from poe.loaders.native import export_native

@@ -16,6 +16,7 @@ __all__ = [
     "OutputError",
     "PoEError",
     "RecipeError",
+    "RowError",
     "SourceError",
     "TemplateError",
     "TrainingError",
@@ -29,6 +30,14 @@ class RecipeError(PoEError, ValueError):
 
 class DataError(PoEError, ValueError):
     """Rows cannot be read, none are left, or a data SPEC is malformed."""
+
+
+class RowError(DataError):
+    """One row has no faithful `Conversation`, or no text in its form. `reason` is what reports count."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
 
 
 class TemplateError(PoEError, ValueError):

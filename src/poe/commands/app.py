@@ -19,7 +19,7 @@ from poe.errors import PoEError, RecipeError
 from poe.stages.recipe import Plan
 
 if TYPE_CHECKING:
-    from poe.training.distributed import World
+    from poe.training.parallel.distributed import World
 
 FAILED, INTERRUPTED = 1, 130
 out = Console(highlight=False, soft_wrap=True)

@@ -71,7 +71,7 @@ def stats(
     recipe: RecipeName = "tool",
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Count rows, calls, tokens, licences, repetitions, and what is dropped and why."""
+    """Count rows, calls, tokens, licenses, repetitions, and what is dropped and why."""
     from poe.data.drops import DropReport
     from poe.data.statistics import statistics, write_page
 
@@ -84,7 +84,7 @@ def stats(
         print(json.dumps({"sources": [s.as_dict() for s in found], "rows": report.as_dict()}, ensure_ascii=False))
         return
     for s in found:
-        out.print(_table(f"{s.source} · {s.licence or 'licence not stated'}", s.as_dict()))
+        out.print(_table(f"{s.source} · {s.license or 'license not stated'}", s.as_dict()))
     for source, counts in report.as_dict().items():
         table = Table("reason", "rows", title=f"{source}: {counts['read']:,} read", title_justify="left")
         for reason, number in counts["dropped"].items():
@@ -117,7 +117,7 @@ def _show(row: Any, renderer: Any) -> None:
         out.print_json(json.dumps(content | ({"form": asdict(row.form)} if row.form else {}), ensure_ascii=False))
         return
     for part in renderer.render_all(row):
-        out.print(_coloured(renderer.tokenizer, part.input_ids, part.loss_mask))
+        out.print(_colored(renderer.tokenizer, part.input_ids, part.loss_mask))
         out.print(f"{len(part.input_ids)} tokens, {sum(part.loss_mask)} trained", style="dim")
 
 
@@ -127,7 +127,7 @@ def _corpus(spec: str, recipe: Recipe, report: Any) -> Any:
     return read_corpus(
         spec,
         report,
-        held_out=recipe.held_out,
+        held_out=recipe.validation_ratio,
         near=recipe.near_duplicates,
         evaluation=recipe.eval_data,
         seed=recipe.seed,
@@ -147,7 +147,7 @@ def _renderer(base: str) -> Any:
     return Renderer(tokenizer)
 
 
-def _coloured(tokenizer: Any, ids: list[int], mask: list[bool]) -> Text:
+def _colored(tokenizer: Any, ids: list[int], mask: list[bool]) -> Text:
     """The text of a row; runs of trained tokens green."""
     text, start = Text(), 0
     for end in range(1, len(ids) + 1):
@@ -160,7 +160,7 @@ def _coloured(tokenizer: Any, ids: list[int], mask: list[bool]) -> Text:
 def _table(title: str, content: dict[str, Any]) -> Table:
     table = Table("what", "value", title=title, title_justify="left")
     for name, value in content.items():
-        if name in ("source", "licence"):
+        if name in ("source", "license"):
             continue
         shown = ", ".join(f"{k}: {v:,}" for k, v in value.items() if v) if isinstance(value, dict) else value
         table.add_row(name.replace("_", " "), f"{shown:,}" if isinstance(shown, int) else str(shown or "-"))

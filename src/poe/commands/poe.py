@@ -121,10 +121,10 @@ def call(
 
     Exit code 1, and the problems, when a call does not fit the tools or cannot be read.
     """
+    from poe.calls.parsing import parse_reply, problems
     from poe.data.render import Renderer
     from poe.data.templates import reply_form
     from poe.evaluation.calls import answer
-    from poe.tools.calls import parse_reply, problems
 
     declared = _read_tools(tools)
     cascade = _open(repo, base)
@@ -315,8 +315,8 @@ def _weights(cascade: Any, siblings: list[str]) -> dict[str | None, float]:
 
 
 def _read_tools(path: Path) -> list[dict[str, Any]]:
-    from poe.data.drops import Unfaithful
-    from poe.data.schema import as_tool
+    from poe.calls.schema import as_tool
+    from poe.errors import RowError
 
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -331,7 +331,7 @@ def _read_tools(path: Path) -> list[dict[str, Any]]:
         function = tool.get("function", tool)
         try:
             tools.append(as_tool(function.get("name"), function.get("description"), function.get("parameters")))
-        except (Unfaithful, PoEError, AttributeError) as error:
+        except (RowError, PoEError, AttributeError) as error:
             raise DataError(f"{path}: tool {number + 1} cannot be used: {error}") from None
     return tools
 

@@ -16,7 +16,7 @@ from poe.stages import BaseRecipe, Recipe, load_base_recipe, load_recipe
 
 if TYPE_CHECKING:
     from poe.cascade import Cascade
-    from poe.training.distributed import World
+    from poe.training.parallel.distributed import World
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode="rich")
 
@@ -121,7 +121,7 @@ def base(
 @contextmanager
 def _launched() -> "Iterator[World]":
     """Join the launcher's processes. The main one reports; an error is said once, by one that met it."""
-    from poe.training.distributed import ALONE, joined_world
+    from poe.training.parallel.distributed import ALONE, joined_world
 
     world = ALONE
     try:
@@ -191,7 +191,7 @@ def _bpb_table(record: dict[str, Any]) -> Table:
 
 def _print_outcome(result: Path, record: dict[str, Any]) -> None:
     """What the run took, beside what had been estimated, and what it gave."""
-    from poe.training.estimate import estimate_table
+    from poe.training.reporting.estimate import estimate_table
 
     size = result.stat().st_size
     out.print(estimate_table(record["estimate"], {**record["actual"], "result_bytes": size}))

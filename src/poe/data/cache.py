@@ -36,11 +36,11 @@ def fingerprint(*parts: Any) -> str:
 
 @cache
 def code_version() -> str:
-    """A hash of every source file below `poe/data`."""
-    here = Path(__file__).parent
+    """A hash of every source file that decides what a row becomes: `calls/`, `data/` and `demo/`."""
+    package = Path(__file__).parents[1]
     digest = hashlib.sha256()
-    for path in sorted(here.rglob("*.py")):
-        digest.update(path.relative_to(here).as_posix().encode() + b"\0" + path.read_bytes())
+    for path in sorted(path for room in ("calls", "data", "demo") for path in (package / room).rglob("*.py")):
+        digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from poe.calls.conversation import Conversation
 from poe.data.cache import file_digest, fingerprint, made_once
-from poe.data.conversation import Conversation
 from poe.data.digest import short_hash
 from poe.data.drops import DropReport
 from poe.data.near import NearDuplicates

@@ -7,16 +7,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from poe.errors import DataError
-
-
-class Unfaithful(DataError):
-    """Raised for a row that has no faithful `Conversation`, or text in its form; `reason` is what the report counts."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
-
 
 class DropReport:
     """Counts read, kept and dropped rows per source, and writes each dropped row to `path` as one JSON line.

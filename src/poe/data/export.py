@@ -10,14 +10,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from poe.data.conversation import Conversation
+from poe.calls.conversation import Conversation
 from poe.errors import DataError, MissingExtraError, OutputError
 
 _PARQUET_ROWS = 2048
 
 
 def as_row(conversation: Conversation) -> dict[str, Any]:
-    """One row: `messages`, `tools` (JSON text of a list), `source`, `licence`, `id`."""
+    """One row: `messages`, `tools` (JSON text of a list), `source`, `license`, `id`."""
     messages = []
     for message in conversation.messages:
         made = {"role": message["role"], "content": message.get("content")}
@@ -31,7 +31,7 @@ def as_row(conversation: Conversation) -> dict[str, Any]:
         "messages": messages,
         "tools": json.dumps(conversation.tools, ensure_ascii=False),
         "source": conversation.source,
-        "licence": conversation.licence,
+        "license": conversation.license,
         "id": conversation.id,
     }
 
@@ -78,7 +78,7 @@ def _parquet(rows: Iterable[dict[str, Any]], path: Path) -> int:
     call = pa.struct({"id": pa.string(), "type": pa.string(), "function": function})
     texts = dict.fromkeys(("role", "content", "tool_call_id", "name"), pa.string())
     message = pa.struct({**texts, "tool_calls": pa.list_(call)})
-    others = dict.fromkeys(("tools", "source", "licence", "id"), pa.string())
+    others = dict.fromkeys(("tools", "source", "license", "id"), pa.string())
     schema = pa.schema({"messages": pa.list_(message), **others})
     written = 0
     with parquet.ParquetWriter(path, schema) as writer:

@@ -16,14 +16,14 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from poe.errors import DataError
 
-__all__ = ["Batch", "PackedRows", "PackingStats", "pack", "pack_stream", "pack_to", "packed_rows"]
+__all__ = ["Batch", "PackedRows", "PackingStats", "Rows", "pack", "pack_stream", "pack_to", "packed_rows"]
 
 IGNORED = -100
 BUFFER_SIZE = 1000
@@ -43,6 +43,15 @@ class Batch(NamedTuple):
     input_ids: torch.Tensor
     labels: torch.Tensor
     position_ids: torch.Tensor
+
+
+class Rows(Protocol):
+    """Rows by step number: the same step gives the same rows, before and after a resume."""
+
+    @property
+    def num_rows(self) -> int: ...
+
+    def batch(self, step: int, rows_per_step: int) -> Batch: ...
 
 
 @dataclass(slots=True)

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from poe.calls.conversation import Conversation
 from poe.data.augment import Augmentation, ToolPool
 from poe.data.cache import fingerprint, made_once
-from poe.data.conversation import Conversation
 from poe.data.corpus import DROPPED, EVALUATION, HELD_OUT, TRAIN, Corpus, read_corpus
 from poe.data.drops import DropReport
 from poe.data.packing import PackedRows, pack_to, packed_rows
@@ -97,7 +97,7 @@ def prepare(
     if not said["validation"]:
         raise DataError(
             f"No row of {spec!r} is held out for validation ({said['packed']} packed rows to train on): "
-            "give more rows, or a larger held_out share."
+            "give more rows, or a larger validation_ratio."
         )
     train, val = packed_rows(folder / "train", seed, isolated), packed_rows(folder / "val", seed)
     sources = {}
@@ -106,7 +106,7 @@ def prepare(
         sources[str(source)] = {
             "reader": source.name,
             "hub_id": READERS[source.name].hub_id if source.path is None else None,
-            "licence": READERS[source.name].licence,
+            "license": READERS[source.name].license,
             "conversations": len(corpus.numbers(n, TRAIN)),
             "held_out": len(corpus.numbers(n, HELD_OUT)),
             "epochs": passes[n],

@@ -1,7 +1,7 @@
 """Conversation -> token ids and loss mask, through the tokenizer's own chat template.
 
 The loss covers exactly what the model must produce itself: each assistant turn's content and calls, up to and including
-the stop token. A text is tokenised once, whole; which tokens are the assistant's follows from their offsets in it.
+the stop token. A text is tokenized once, whole; which tokens are the assistant's follows from their offsets in it.
 """
 
 import hashlib
@@ -17,8 +17,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from poe.data.conversation import Conversation, Message, Tool
-from poe.data.forms.prompt import PromptForm, flatten
+from poe.calls.conversation import Conversation, Message, Tool
+from poe.calls.forms.prompt import PromptForm, flatten
 from poe.errors import DataError, TemplateError
 
 __all__ = ["RenderedRow", "Renderer", "token_bytes"]
@@ -46,7 +46,7 @@ class Renderer:
     `stop_token_ids`: further tokens that end a turn (the model's `generation_config.eos_token_id`), beside the
     tokenizer's EOS and the token which the template puts after an answer. `template_options` are handed to every
     rendering (Qwen3's `enable_thinking=False`, say). `calls_only`: of the assistant's turns, those with calls alone are
-    learnt.
+    learned.
 
     Raises `TemplateError` for a tokenizer without a chat template or without offsets (a slow one).
     """
@@ -90,9 +90,9 @@ class Renderer:
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
     def render(self, conversation: Conversation) -> RenderedRow:
-        """Render to one row that trains every assistant turn that is learnt; without any the mask is only False.
+        """Render to one row that trains every assistant turn that is learned; without any the mask is only False.
 
-        A row with a `form` is told in it. Raises `DataError` if the template refuses the messages (`Unfaithful` if the
+        A row with a `form` is told in it. Raises `DataError` if the template refuses the messages (`RowError` if the
         form cannot hold them), `TemplateError` if it cannot show which tokens are the assistant's, or a turn does not
         end in a stop token, or no single row shows all turns (see `render_all`).
         """
@@ -110,21 +110,23 @@ class Renderer:
         One row for templates with `{% generation %}` marks, and for those that only ever append. Templates that rewrite
         earlier turns (Qwen3 drops their thinking) take a row per state of the history. Raises as `render` does.
         """
-        messages, tools = _told(conversation.messages, conversation.tools, conversation.form)
+        messages, tools = _write_messages(conversation.messages, conversation.tools, conversation.form)
         if not messages:
             raise DataError("A conversation without messages cannot be rendered.")
         said = [message for message in conversation.messages if message["role"] == "assistant"]
-        learnt = [not self._calls_only or bool(message.get("tool_calls")) for message in said]
+        learned = [not self._calls_only or bool(message.get("tool_calls")) for message in said]
         if _GENERATION_MARK.search(self._template(tools)):
             text, spans = self._marked(messages, tools)
-            if not all(learnt) and len(spans) != len(learnt):
+            if not all(learned) and len(spans) != len(learned):
                 raise TemplateError(
-                    f"The chat template of {_name(self.tokenizer)} marks {len(spans)} parts for {len(learnt)} turns of "
-                    "the assistant: learning calls only takes one {% generation %} part for each turn."
+                    f"The chat template of {_name(self.tokenizer)} marks {len(spans)} parts for {len(learned)} turns "
+                    "of the assistant: learning calls only takes one {% generation %} part for each turn."
                 )
-            return [self._row(text, spans if all(learnt) else [s for s, one in zip(spans, learnt, strict=True) if one])]
+            return [
+                self._row(text, spans if all(learned) else [s for s, one in zip(spans, learned, strict=True) if one])
+            ]
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        skipped = {i for i, one in zip(turns, learnt, strict=True) if not one}
+        skipped = {i for i, one in zip(turns, learned, strict=True) if not one}
         if not turns:
             return [self._row(self._text(messages, tools), [])]
         if turns[0] == 0:
@@ -150,7 +152,7 @@ class Renderer:
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[Tool] = (), form: PromptForm | None = None) -> str:
         """The text after which the model answers `messages`, told in `form`. Raises `DataError` as `render` does."""
-        return self._text(*_told(messages, tools, form), prompt=True)
+        return self._text(*_write_messages(messages, tools, form), prompt=True)
 
     def prompt_ids(
         self, messages: Sequence[Message], tools: Sequence[Tool] = (), form: PromptForm | None = None
@@ -213,7 +215,7 @@ class Renderer:
         return list(encoded["input_ids"]), list(encoded["offset_mapping"])
 
     def _row(self, text: str, spans: Sequence[Span]) -> RenderedRow:
-        """Tokenise `text` and mark each span's tokens up to its last stop token."""
+        """Tokenize `text` and mark each span's tokens up to its last stop token."""
         ids, offsets = self._tokens(text)
         starts = [a for a, _ in offsets]
         mask = [False] * len(ids)
@@ -278,7 +280,7 @@ def _is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
     return any(part.get("type") == "ByteLevel" for part in (decoder, *decoder.get("decoders", [])))
 
 
-def _told(
+def _write_messages(
     messages: Sequence[Message], tools: Sequence[Tool], form: PromptForm | None
 ) -> tuple[Sequence[Message], Sequence[Tool]]:
     """Messages and tools as the template is to see them."""

@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from poe.calls.conversation import Conversation
 from poe.data.augment import Augmentation, ToolPool, augment
-from poe.data.conversation import Conversation
 from poe.data.corpus import Corpus
-from poe.data.drops import DropReport, Unfaithful
+from poe.data.drops import DropReport
 from poe.data.render import Renderer
 from poe.data.store import RowStore
-from poe.errors import DataError, TemplateError
+from poe.errors import DataError, RowError, TemplateError
 
 REFUSED, HIDDEN = "the chat template refuses it", "the chat template hides the assistant's tokens"
 
@@ -81,7 +81,7 @@ class RenderRows:
     def _documents(self, conversation: Conversation) -> list[Document]:
         try:
             parts = self.renderer.render_all(conversation)
-        except Unfaithful as error:
+        except RowError as error:
             raise _Unusable(error.reason) from error
         except DataError as error:
             raise _Unusable(REFUSED) from error

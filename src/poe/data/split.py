@@ -3,7 +3,7 @@
 import json
 import re
 
-from poe.data.conversation import Conversation
+from poe.calls.conversation import Conversation
 from poe.data.digest import digest
 
 

@@ -1,4 +1,4 @@
-"""What a SPEC holds: counts, distributions, licences, and everything that was left out, as one page."""
+"""What a SPEC holds: counts, distributions, licenses, and everything that was left out, as one page."""
 
 import base64
 import io
@@ -34,7 +34,7 @@ class SourceStatistics:
     """One item of the SPEC. The lists have a number for each row that is used; tokens are those of a renderer."""
 
     source: str
-    licence: str
+    license: str
     hub_id: str | None
     sides: dict[str, int]
     calls: list[int] = field(default_factory=list)
@@ -49,7 +49,7 @@ class SourceStatistics:
         shapes = {name: _shape(getattr(self, name)) for name in ("calls", "tools", "turns", "tokens")}
         return {
             "source": self.source,
-            "licence": self.licence,
+            "license": self.license,
             "hub_id": self.hub_id,
             "rows": self.sides,
             "abstentions": self.abstentions,
@@ -65,8 +65,8 @@ def statistics(corpus: Corpus, renderer: Renderer | None = None) -> list[SourceS
     found = []
     for number, source in enumerate(corpus.sources):
         sides = {name: len(corpus.numbers(number, side)) for name, side in _SIDES.items()}
-        licence, hub_id = READERS[source.name].licence, READERS[source.name].hub_id
-        found.append(SourceStatistics(str(source), licence, None if source.path else hub_id, sides))
+        license, hub_id = READERS[source.name].license, READERS[source.name].hub_id
+        found.append(SourceStatistics(str(source), license, None if source.path else hub_id, sides))
     used = np.flatnonzero(np.isin(corpus.side, (TRAIN, HELD_OUT, EVALUATION)))
     for index in used.tolist():
         row, of = corpus.rows[index], found[int(corpus.source[index])]
@@ -130,12 +130,12 @@ Table = tuple[list[str], list[list[str]]]
 
 
 def _source_table(found: list[SourceStatistics]) -> Table:
-    head = ["source", "licence", *_SIDES, "rows with calls", "abstentions", "tokens", "of them trained"]
+    head = ["source", "license", *_SIDES, "rows with calls", "abstentions", "tokens", "of them trained"]
     rows = []
     for s in found:
         with_calls = sum(1 for n in s.calls if n)
         numbers = [*s.sides.values(), with_calls, s.abstentions, sum(s.tokens), s.trained_tokens]
-        rows.append([s.source, s.licence or "not stated", *(f"{n:,}" for n in numbers)])
+        rows.append([s.source, s.license or "not stated", *(f"{n:,}" for n in numbers)])
     return head, rows
 
 

@@ -7,7 +7,7 @@ from typing import overload
 
 import numpy as np
 
-from poe.data.conversation import Conversation
+from poe.calls.conversation import Conversation
 
 _ROWS, _OFFSETS = "rows.jsonl", "offsets.npy"
 
@@ -23,7 +23,7 @@ class RowWriter:
     def append(self, conversation: Conversation) -> None:
         """Write one row; it gets the next number, from 0."""
         c = conversation
-        line = json.dumps([c.messages, c.tools, c.source, c.licence, c.id], ensure_ascii=False, separators=(",", ":"))
+        line = json.dumps([c.messages, c.tools, c.source, c.license, c.id], ensure_ascii=False, separators=(",", ":"))
         self._offsets.append(self._offsets[-1] + self._file.write(line.encode("utf-8") + b"\n"))
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from poe.data.conversation import Text
+from poe.calls.conversation import Text
 from poe.data.packing import Batch, Document, LongPolicy, PackedRows, pack
 from poe.errors import DataError
 
@@ -29,7 +29,7 @@ class StreamedRows:
     """Rows by step number, of which the chunk in use is held: the same step gives the same rows, whenever it is asked.
 
     `texts` begins a pass through the documents, the same each time; where they end, the next pass begins. A chunk is
-    `CHUNK_CHARACTERS` of them, tokenised by `encode`, and shuffled and packed by itself, differently in each pass.
+    `CHUNK_CHARACTERS` of them, tokenized by `encode`, and shuffled and packed by itself, differently in each pass.
     Steps are meant to be asked for in order: going back reads from the beginning, going on reads over what is between.
     `index` is a file that notes the chunks, so that a run that is resumed does not pack again those it has used; what
     is in it when rows are made holds if `resume`, and must be about the same texts.

@@ -12,9 +12,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from poe.data.conversation import Message
-from poe.data.forms.calls import CALL_FORMS, call_form
-from poe.data.forms.prompt import PromptForm
+from poe.calls.conversation import Message
+from poe.calls.forms.calls import CALL_FORMS, call_form
+from poe.calls.forms.prompt import PromptForm
 
 __all__ = ["complete_template", "extend_with_tools", "knows_tools", "reply_form", "template_call_form"]
 

@@ -15,13 +15,13 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from poe.data.conversation import Text
-from poe.data.demo.notations import make_notations
-from poe.data.demo.text import make_text
+from poe.calls.conversation import Text
+from poe.calls.schema import check_value
 from poe.data.drops import DropReport
-from poe.data.schema import check_value
 from poe.data.sources import SUFFIXES, Blocks, Row, expand, file_rows, hub_rows, kind_of, kinds_text
 from poe.data.spec import DataSource, parse_spec
+from poe.demo.notations import make_notations
+from poe.demo.text import make_text
 from poe.errors import DataError
 
 GENERATED = {"demo": make_text, "notations": make_notations}  # endless: a document is a function of its number

@@ -19,9 +19,9 @@ from transformers import Cache, PreTrainedModel
 from poe.errors import FamilyError
 from poe.modeling.exits import head_below
 from poe.modeling.families import Family, family_of, logits_of
-from poe.modeling.growth import keep_in_step, shell
+from poe.modeling.growth import shell, sync_attention
 from poe.modeling.stage import Stage
-from poe.modeling.standins import Passed, Tapped
+from poe.modeling.standins import RecordedLayer, SkippedLayer
 
 State = tuple[Tensor, Tensor | None]
 """A hidden state (rows, T, D) and the indices of its rows in the batch, None for all of them."""
@@ -43,7 +43,7 @@ class Branched(nn.Module):
     tips: Sequence[Tip]
     _family: Family
     _branches: "dict[Stage, _Branch]"
-    _taps: dict[int, Tapped]
+    _taps: dict[int, RecordedLayer]
 
     def tip_states(
         self,
@@ -69,7 +69,7 @@ class Branched(nn.Module):
                 if tip.stage is None:
                     states.append(_take((output.last_hidden_state, None), own)[:, kept])
                 else:
-                    states.append(self._normalised(tip.stage, own, kept))
+                    states.append(self._normalized(tip.stage, own, kept))
             return states, output.past_key_values
         finally:
             for branch in self._branches.values():
@@ -86,15 +86,15 @@ class Branched(nn.Module):
     def _backbone(self) -> Any:
         return self._family.backbone_of(self)  # type: ignore[arg-type]
 
-    def _normalised(self, stage: Stage, rows: Tensor | None, kept: Any) -> Tensor:
+    def _normalized(self, stage: Stage, rows: Tensor | None, kept: Any) -> Tensor:
         """The states that a stage's head reads: through the family's final norm, and what precedes it in a PoE base."""
         states = _take(self._branches[stage].out(), rows)[:, kept]
         subtracted = getattr(self.config, "backout_layer", None)
         if subtracted is not None and subtracted < stage.chain[0].below:
             middle = _take((self._taps[subtracted].state, None), rows)[:, kept]  # type: ignore[arg-type]
             states = states - self._backbone.backout_scale.to(middle.dtype) * middle
-        normalised: Tensor = self._backbone.get_submodule(self._family.norm)(states)
-        return normalised
+        normalized: Tensor = self._backbone.get_submodule(self._family.norm)(states)
+        return normalized
 
     def _reorder_cache(self, cache: Cache, beam_idx: Tensor) -> Cache:
         """Let a beam search go on: `beam_idx` (B) says from which row, of the same prompt, every row does."""
@@ -126,7 +126,7 @@ def branch_out(base: PreTrainedModel, tips: Sequence[Tip], kind: type[Branched])
     for stage in dict.fromkeys(link for chain in chains for link in chain):
         users = [index for index, chain in enumerate(chains) if stage in chain]
         branches[stage] = _Branch(stage, users, depth + len(places))
-        places += [branches[stage], *(Passed(layer) for layer in stage.layers[1:])]
+        places += [branches[stage], *(SkippedLayer(layer) for layer in stage.layers[1:])]
     if None in [tip.stage for tip in tips] and getattr(base.config, "combiner", "last") != "last":
         raise FamilyError(
             "This base's prediction is a vote of all its stages (combiner='log_op'), so no state at its top stands for "
@@ -134,13 +134,13 @@ def branch_out(base: PreTrainedModel, tips: Sequence[Tip], kind: type[Branched])
         )
     heads = [head_below(base, depth) if tip.stage is None else family.head_of(tip.model) for tip in tips]
     model = shell(base, places, nn.ModuleList(heads), below=depth)
-    keep_in_step(base, model)
+    sync_attention(base, model)
     layers = family.layers_of(model)
     subtracted = getattr(model.config, "backout_layer", None)
     lower = {chain[0].below - 1 for chain in chains if chain} - {depth - 1}
-    taps: dict[int, Tapped] = {}
+    taps: dict[int, RecordedLayer] = {}
     for index in sorted(lower if subtracted is None else lower | {subtracted}):
-        taps[index] = Tapped(layers[index])
+        taps[index] = RecordedLayer(layers[index])
         layers[index] = taps[index]
     for stage, branch in branches.items():
         if stage.parent is not None:
@@ -154,7 +154,7 @@ def branch_out(base: PreTrainedModel, tips: Sequence[Tip], kind: type[Branched])
     return branched
 
 
-class _Branch(Passed):
+class _Branch(SkippedLayer):
     """Stands at a stage's first place, runs all of its layers on its own rows and slots, and hands on what came in.
 
     `tips` are the indices of the tips above it. `source` is where its input is, None if it is what comes in.
@@ -202,7 +202,7 @@ class _ShiftedCache:
         return getattr(self._cache, name)
 
 
-def _tapped_state(tap: Tapped) -> State:
+def _tapped_state(tap: RecordedLayer) -> State:
     assert tap.state is not None
     return tap.state, None
 

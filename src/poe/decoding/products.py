@@ -25,7 +25,7 @@ MODES = ("log_op", "delta")
 
 @dataclass(frozen=True)
 class Fit:
-    """Weights that were learned, and the loss (nats per labelled token) with those before and with them."""
+    """Weights that were learned, and the loss (nats per labeled token) with those before and with them."""
 
     weights: dict[str | None, float]
     before: float
@@ -34,7 +34,7 @@ class Fit:
 
 
 class Product(Branched):
-    """A causal language model whose logits are the renormalised log-probabilities of several stages together.
+    """A causal language model whose logits are the renormalized log-probabilities of several stages together.
 
     It is of the base's own class, so `generate` has everything: sampling, processors, streamers, stopping, beams. The
     trunk runs once for all stages, and its layers are cached once. `weights` maps names (None: the base) to numbers.
@@ -88,11 +88,11 @@ class Product(Branched):
 
         A row, or a batch of them, is a mapping with `input_ids` (T or B x T) and optionally `labels` (as everywhere:
         not shifted, -100 is ignored; default: all tokens) and `attention_mask`. The stages read every row once,
-        without a graph; their logits at labelled tokens are held while the weights are learned (bytes: tokens x stages
+        without a graph; their logits at labeled tokens are held while the weights are learned (bytes: tokens x stages
         x vocabulary x those of a logit). The weights of "log_op" stay positive with sum one, those of "delta" are free;
         both losses are convex in the weights and found by L-BFGS. Raises `DataError` if no token has a label.
         """
-        held = [kept for row in rows if len((kept := self._labelled(row))[1])]
+        held = [kept for row in rows if len((kept := self._labeled(row))[1])]
         count = sum(len(labels) for _, labels in held)
         if not count:
             raise DataError(
@@ -132,8 +132,8 @@ class Product(Branched):
         return float(torch.stack(losses).sum()) / sum(len(y) for _, y in held)
 
     @torch.no_grad()
-    def _labelled(self, row: Mapping[str, Any]) -> tuple[list[Tensor], Tensor]:
-        """A row's (or batch's) logits at its labelled tokens, (n, V) for every tip, and the labels (n)."""
+    def _labeled(self, row: Mapping[str, Any]) -> tuple[list[Tensor], Tensor]:
+        """A row's (or batch's) logits at its labeled tokens, (n, V) for every tip, and the labels (n)."""
         if not isinstance(row, Mapping) or "input_ids" not in row:
             raise DataError(
                 f"A row must be a mapping with `input_ids`, and `labels` if not all tokens count: got {row!r:.80}."

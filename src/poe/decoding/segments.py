@@ -15,9 +15,9 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from poe.errors import DecodingError, FamilyError
 from poe.modeling.exits import exit_refusal, exits_of, head_below
 from poe.modeling.families import family_of, logits_of
-from poe.modeling.growth import keep_in_step, shell
+from poe.modeling.growth import shell, sync_attention
 from poe.modeling.stage import Stage
-from poe.modeling.standins import Given, Passed, Tapped, tapped_layers
+from poe.modeling.standins import FixedOutputLayer, RecordedLayer, SkippedLayer, recorded_layers
 
 States = tuple[torch.Tensor, ...]
 """What one part hands to the next, each (B, T, D): the residual stream last, before it what is read again above."""
@@ -43,17 +43,17 @@ class Part:
         if not 0 <= start < end <= depth:
             raise DecodingError(f"There is no part from layer {start} to {end} of {depth}: expected a range of them.")
         model = shell(base, above[: max(0, end - attached)], family.head_of(base), below=min(end, attached))
-        keep_in_step(base, model)
+        sync_attention(base, model)
         self.start, self.end = start, end
         self._config, self._backbone = model.config, family.backbone_of(model)
         layers = family.layers_of(model)
-        taken = tapped_layers(base.config, end)
-        given = tapped_layers(base.config, start) if start else []
-        self._given = {index: Given(layers[index]) for index in given}
-        self._tapped = {index: Tapped(layers[index]) for index in taken if index >= start}
+        taken = recorded_layers(base.config, end)
+        given = recorded_layers(base.config, start) if start else []
+        self._given = {index: FixedOutputLayer(layers[index]) for index in given}
+        self._tapped = {index: RecordedLayer(layers[index]) for index in taken if index >= start}
         self._taken = taken
         for index in range(start):
-            layers[index] = self._given.get(index) or Passed(layers[index])
+            layers[index] = self._given.get(index) or SkippedLayer(layers[index])
         for index, tapped in self._tapped.items():
             layers[index] = tapped
 
@@ -65,7 +65,7 @@ class Part:
         attention_mask: torch.Tensor | None = None,
         cache: Cache | None = None,
     ) -> tuple[States, torch.Tensor]:
-        """Run the layers; return the states for the part above and the normalised ones (B, T, D) that a head reads.
+        """Run the layers; return the states for the part above and the normalized ones (B, T, D) that a head reads.
 
         `states` are what the part below returned, `()` for the first part. `input_ids` (B, T) and `position_ids`
         (B or 1, T) are of the same tokens; `attention_mask` (B, S) covers all tokens seen with these, None if none is
@@ -73,7 +73,7 @@ class Part:
         """
         for stand_in, state in zip(self._given.values(), states, strict=True):
             stand_in.state = state
-        normalised: torch.Tensor = self._backbone(
+        normalized: torch.Tensor = self._backbone(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -81,7 +81,7 @@ class Part:
             use_cache=cache is not None,
         ).last_hidden_state
         taken = {**dict(zip(self._given, states, strict=True)), **{i: t.take() for i, t in self._tapped.items()}}
-        return tuple(taken[index] for index in self._taken), normalised
+        return tuple(taken[index] for index in self._taken), normalized
 
     def new_cache(self) -> Cache:
         """Return an empty cache for this part's layers, in their own slots.
@@ -138,14 +138,14 @@ class Path:
         readable = [cut <= attached and exit_refusal(base, cut) is None for cut in cuts]
         self._heads = [head_below(base, cut) if can else None for cut, can in zip(cuts, readable, strict=True)] + [top]
 
-    def logits(self, index: int, normalised: torch.Tensor) -> torch.Tensor:
-        """Return what is predicted after part `index`, from its normalised states (B, T, D): logits (B, T, V).
+    def logits(self, index: int, normalized: torch.Tensor) -> torch.Tensor:
+        """Return what is predicted after part `index`, from its normalized states (B, T, D): logits (B, T, V).
 
         Within the base that is the prediction of its exit there, at the top that of the whole model.
         """
         head = self._heads[index]
         assert head is not None, f"no prediction is read after {self.depths[index]} layers"
-        return self._read(head(normalised))
+        return self._read(head(normalized))
 
     def new_cache(self) -> PartsCache:
         """Return an empty cache of all parts."""

@@ -71,7 +71,7 @@ def accept(target: Tensor, draft: Tensor | None, drafted: Tensor) -> tuple[Tenso
     """Leviathan's rule: given tokens drafted from `draft`, return tokens distributed as `target`, and which were kept.
 
     `target`, `draft` (B, V) are probabilities, `drafted` (B, 1) token ids. A token x is kept with probability
-    min(1, target(x) / draft(x)); where it is not, another is drawn from max(0, target - draft), normalised. Without
+    min(1, target(x) / draft(x)); where it is not, another is drawn from max(0, target - draft), normalized. Without
     `draft` the tokens were not drawn: each had probability one.
     """
     if draft is None:

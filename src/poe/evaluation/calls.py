@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
+from poe.calls.conversation import Conversation
+from poe.calls.parsing import parse_reply, problems
 from poe.cascade import Cascade
-from poe.data.conversation import Conversation
 from poe.data.render import Renderer
 from poe.data.templates import reply_form
 from poe.modeling.families import is_prefix_lm
 from poe.modeling.placement import device_of
-from poe.tools.calls import parse_reply, problems
 
 
 @dataclass(frozen=True)

@@ -62,20 +62,20 @@ def notice(config: Mapping[str, Any], training: Mapping[str, Any]) -> str:
     base = config["base"]
     lines = [
         f"Base model: {base['repo'] or 'never saved'}, revision {base['revision'] or 'none'}, "
-        f"fingerprint {base['fingerprint']}. Its licence applies to it and may apply to this stage.",
-        f"Licence of this stage: {training.get('license') or 'not stated'}.",
+        f"fingerprint {base['fingerprint']}. Its license applies to it and may apply to this stage.",
+        f"License of this stage: {training.get('license') or 'not stated'}.",
     ]
     for name, source in _sources(training).items():
         where = f" ({source['hub_id']})" if source.get("hub_id") else ""
-        lines.append(f"Training data: {name}, licence {source.get('licence') or 'not stated'}{where}.")
-    lines += [f"NOT FOR COMMERCIAL USE: the licence of {name} forbids it." for name in non_commercial(training)]
+        lines.append(f"Training data: {name}, license {source.get('license') or 'not stated'}{where}.")
+    lines += [f"NOT FOR COMMERCIAL USE: the license of {name} forbids it." for name in non_commercial(training)]
     lines.append("The Python files beside this one are part of PoE, Apache-2.0.")
     return "\n".join(lines) + "\n"
 
 
 def non_commercial(training: Mapping[str, Any]) -> list[str]:
-    """Return the sources, and \"this stage\" itself, whose licence forbids commercial use by its name."""
-    named = {name: source.get("licence") for name, source in _sources(training).items()}
+    """Return the sources, and \"this stage\" itself, whose license forbids commercial use by its name."""
+    named = {name: source.get("license") for name, source in _sources(training).items()}
     named["this stage"] = training.get("license")
     return [name for name, text in named.items() if re.search(r"\bnc\b|non[- ]?commercial", str(text), re.IGNORECASE)]
 
@@ -139,7 +139,7 @@ def _measured(training: Mapping[str, Any]) -> list[tuple[str, str, float]]:
 def _restrictions(training: Mapping[str, Any]) -> list[str]:
     if not (names := non_commercial(training)):
         return []
-    return [f"> **Not for commercial use:** the licence of {' and '.join(names)} forbids it. See [NOTICE](NOTICE)."]
+    return [f"> **Not for commercial use:** the license of {' and '.join(names)} forbids it. See [NOTICE](NOTICE)."]
 
 
 def _doors(repo: str, base: Mapping[str, Any]) -> list[str]:
@@ -196,13 +196,13 @@ def _data(data: Mapping[str, Any]) -> list[str]:
     if not sources:
         return []
     counts = data.get("rows") or {}
-    lines = ["| source | rows read | conversations trained on | epochs | licence |\n|---|---:|---:|---:|---|"]
+    lines = ["| source | rows read | conversations trained on | epochs | license |\n|---|---:|---:|---:|---|"]
     for name, source in sources.items():
         read = counts.get(name, {}).get("read")
         label = f"{name} (`{source['hub_id']}`)" if source.get("hub_id") else name
         lines.append(
             f"| {label} | {'-' if read is None else f'{read:,}'} | {source.get('conversations', 0):,} | "
-            f"{source.get('epochs', '-')} | {source.get('licence') or 'not stated'} |"
+            f"{source.get('epochs', '-')} | {source.get('license') or 'not stated'} |"
         )
     parts = ["## Data", "\n".join(lines)]
     drops = [

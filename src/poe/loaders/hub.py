@@ -41,7 +41,7 @@ STAYS = (
 
 
 @dataclass(frozen=True)
-class Shipment:
+class UploadPlan:
     """What would be uploaded: file name -> a path, or bytes that replace the folder's own; and what stays behind."""
 
     repo_id: str
@@ -61,7 +61,7 @@ def pack(
     base: str | None = None,
     parent: str | None = None,
     token: str | bool | None = None,
-) -> Shipment:
+) -> UploadPlan:
     """Check a stage's or base's folder and return what a push of it uploads; nothing is uploaded.
 
     A stage must name its base, and its parent if it has one, by their place on the Hub: `base` and `parent` say where
@@ -92,11 +92,11 @@ def pack(
             + " (`poe verify` shows every check.)"
         )
     title = f"Stage {config['stage']['name']}" if is_stage(config) else f"Base {folder.name}"
-    return Shipment(repo_id, title, {**files, **changed}, tuple(stays))
+    return UploadPlan(repo_id, title, {**files, **changed}, tuple(stays))
 
 
 def upload(
-    shipment: Shipment,
+    shipment: UploadPlan,
     *,
     private: bool | None = None,
     revision: str | None = None,

@@ -64,7 +64,7 @@ _LAYOUTS = {
 
 @dataclass(frozen=True)
 class Imported:
-    """A base folder that was written, the step of the checkpoint it was made of, and the layout that was recognised."""
+    """A base folder that was written, the step of the checkpoint it was made of, and the layout that was recognized."""
 
     folder: Path
     step: int
@@ -90,7 +90,7 @@ def import_nanochat(checkpoint: Path | str, output: Path | str) -> Imported:
             "model was trained with."
         )
     tensors = translate(read_tensors(weights), sizes["n_embd"] // sizes["n_head"], weights)
-    layout = recognise(tensors, weights)
+    layout = recognize_family(tensors, weights)
     check_sizes(sizes, tensors, meta)
     model = build(configure(sizes, layout, tensors, tokenizer), tensors, weights)
     target = save_base_folder(model, output, tokenizer)
@@ -132,7 +132,7 @@ def read_sizes(meta: Path) -> dict[str, Any]:
     return {**found, "window_pattern": pattern.upper()}
 
 
-def recognise(tensors: Mapping[str, Tensor], path: Path) -> Layout:
+def recognize_family(tensors: Mapping[str, Tensor], path: Path) -> Layout:
     """Return the layout of a checkpoint from its tensors, under a PoE base's names. Raises `SourceError`."""
     channels = {tensor.shape[1] for name, tensor in tensors.items() if name.endswith("value_gate.weight")}
     last = _LAST & tensors.keys()

@@ -1,6 +1,6 @@
 """nanochat's tokenizer as a fast tokenizer: the same ids, and its conversations as a chat template.
 
-tiktoken merges whichever neighbours join to the known token of the lowest id. A BPE of `tokenizers` lists its merges
+tiktoken merges whichever neighbors join to the known token of the lowest id. A BPE of `tokenizers` lists its merges
 instead, in order: so every way to cut a token into two known ones is listed, by the token's id.
 """
 

@@ -19,7 +19,7 @@ from poe.errors import FamilyError, OutputError
 from poe.loaders.output import staged
 from poe.modeling.access import read_config
 from poe.modeling.families import family_of
-from poe.modeling.placement import is_offloaded, quantisation_of
+from poe.modeling.placement import is_offloaded, quantization_of
 from poe.modeling.recurrent import refuse_checkpoint
 from poe.modeling.stage import Stage
 from poe.modeling.tensor_file import write_tensors
@@ -35,7 +35,7 @@ def export_native(cascade: "Cascade", stage: Stage, folder: Path, *, max_shard_s
 
     Weights are in the base's dtype and go to the disk tensor by tensor; files hold at most `max_shard_size` (bytes, or
     a number with a unit), or one tensor. The logits are those of the cascade, bit for bit, if the stages are in the
-    base's dtype, as they are when they come from files. Raises `FamilyError` for a base that is quantised,
+    base's dtype, as they are when they come from files. Raises `FamilyError` for a base that is quantized,
     offloaded or recurrent, `OutputError` for a folder that holds anything or a disk that is too small.
     """
     target = folder.expanduser().absolute()
@@ -79,11 +79,11 @@ def export_native(cascade: "Cascade", stage: Stage, folder: Path, *, max_shard_s
 
 
 def _refuse_what_has_no_plain_weights(base: PreTrainedModel) -> None:
-    quantised = quantisation_of(base)
-    if quantised is not None:
+    quantized = quantization_of(base)
+    if quantized is not None:
         raise FamilyError(
-            f"The base is quantised ({quantised}), and nothing is merged into quantised weights: open the stage on the "
-            "base in floating point, export that, and quantise the export."
+            f"The base is quantized ({quantized}), and nothing is merged into quantized weights: open the stage on the "
+            "base in floating point, export that, and quantize the export."
         )
     if is_offloaded(base):
         raise FamilyError("Part of the base is offloaded: open it without a device_map, then export.")
@@ -130,7 +130,7 @@ def _save_configs(cascade: "Cascade", stage: Stage, model: PreTrainedModel, fold
         own.pop("_name_or_path", None)
         text = json.dumps(own | changed, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         (folder / "config.json").write_text(text, encoding="utf-8")
-    # The stage's own, because the model may have been assembled before the stage learnt its stop tokens.
+    # The stage's own, because the model may have been assembled before the stage learned its stop tokens.
     generation = stage.generation_config or getattr(model, "generation_config", None)
     if isinstance(generation, GenerationConfig):
         generation.save_pretrained(folder)
@@ -155,7 +155,7 @@ def _card(cascade: "Cascade", stage: Stage) -> str:
         f"---\n{data.to_yaml()}\n---\n\n# {stage.name}\n\n"
         f"The base {f'`{on_hub}`' if on_hub else 'model'} (fingerprint `{base.fingerprint[:12]}`) with the stages "
         f"{chain} as an ordinary checkpoint: {depth} layers, the head folded in and untied. The "
-        "base's weights are in it unchanged, so the base's licence applies to it.\n\n"
+        "base's weights are in it unchanged, so the base's license applies to it.\n\n"
         "```python\nfrom transformers import AutoModelForCausalLM\n\n"
         f'model = AutoModelForCausalLM.from_pretrained("<this repository>"{trust})\n```\n'
     )

@@ -100,7 +100,7 @@ def training_record(stage: Stage) -> dict[str, Any] | None:
 def folded_record(chain: Sequence[Stage]) -> dict[str, Any] | None:
     """Return the record of a stage that carries a chain: the last one's, with the data of all, None if none has one.
 
-    A licence is stated only where all of them state the same.
+    A license is stated only where all of them state the same.
     """
     records = {link.name: training_record(link) or {} for link in chain}
     if not any(records.values()):
@@ -111,11 +111,11 @@ def folded_record(chain: Sequence[Stage]) -> dict[str, Any] | None:
         for name, record in records.items()
         for source, facts in record.get("data", {}).get("sources", {}).items()
     }
-    licences = {record.get("license") for record in records.values()}
+    licenses = {record.get("license") for record in records.values()}
     return {
         **own,
         "data": {**own.get("data", {}), "sources": sources},
-        "license": licences.pop() if len(licences) == 1 else None,
+        "license": licenses.pop() if len(licenses) == 1 else None,
         "folded": list(records),
     }
 

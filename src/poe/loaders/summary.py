@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from poe.modeling.placement import is_offloaded, quantisation_of
+from poe.modeling.placement import is_offloaded, quantization_of
 
 if TYPE_CHECKING:
     from poe.cascade import Cascade
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 def table(cascade: "Cascade") -> str:
     """Return what is frozen and what trains, in parameters and bytes, one line for the base and one per stage.
 
-    The base's line says whether it is quantised or offloaded. Bytes are those of the weights as they are held, with the
-    scales of quantised ones, wherever they are.
+    The base's line says whether it is quantized or offloaded. Bytes are those of the weights as they are held, with the
+    scales of quantized ones, wherever they are.
     """
     rows = [("", "stands on", "layers", "head", "frozen", "trainable", "size")]
     layers = str(cascade.config.num_hidden_layers)
-    quantised = quantisation_of(cascade.base)
-    facts = [f"quantised ({quantised})"] if quantised else []
+    quantized = quantization_of(cascade.base)
+    facts = [f"quantized ({quantized})"] if quantized else []
     facts += ["partly offloaded"] if is_offloaded(cascade.base) else []
     name = ", ".join([f"base {cascade.config.model_type}", *facts])
     rows.append((name, "", layers, "", *_sizes(cascade.base)))

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from .families import family_of
-from .growth import keep_in_step, shell
+from .growth import shell, sync_attention
 from .placement import device_of
 from .stage import Stage
-from .standins import Given, Passed, Tapped, tapped_layers
+from .standins import FixedOutputLayer, RecordedLayer, SkippedLayer, recorded_layers
 
 
 class Boundary:
@@ -34,20 +34,20 @@ class Boundary:
         lower = shell(base, parents, head, below=depth)
         upper = shell(base, [*parents, *stage.layers], head, below=depth)
         for model in (lower, upper):
-            keep_in_step(base, model)
+            sync_attention(base, model)
         self._lower, self._upper = family.backbone_of(lower), family.backbone_of(upper)
         self._stage_layer = stage.layers[0]
         beneath, above = family.layers_of(lower), family.layers_of(upper)
-        taps = tapped_layers(base.config, len(beneath))
-        self._taken = {index: Tapped(beneath[index]) for index in taps}
-        self._given = {index: Given(beneath[index]) for index in taps}
+        taps = recorded_layers(base.config, len(beneath))
+        self._taken = {index: RecordedLayer(beneath[index]) for index in taps}
+        self._given = {index: FixedOutputLayer(beneath[index]) for index in taps}
         for index in range(len(beneath)):
-            above[index] = self._given.get(index) or Passed(beneath[index])
+            above[index] = self._given.get(index) or SkippedLayer(beneath[index])
             beneath[index] = self._taken.get(index) or beneath[index]
         if family.recurrent:
             for name, child in list(self._upper.named_children()):
                 if type(child) is type(family.backbone_of(base).get_submodule(family.layers.partition(".")[0])):
-                    setattr(self._upper, name, Passed(child))
+                    setattr(self._upper, name, SkippedLayer(child))
         self.states = len(taps)
         self.width = int(base.config.hidden_size)
         self.layers = taps
@@ -64,7 +64,7 @@ class Boundary:
         return torch.stack([tapped.take() for tapped in self._taken.values()], dim=1)
 
     def above(self, states: torch.Tensor, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        """States (B, K, T, D), token ids and positions (B, T) -> normalised hidden states (B, T, D), with a graph."""
+        """States (B, K, T, D), token ids and positions (B, T) -> normalized hidden states (B, T, D), with a graph."""
         _set_mode(self._upper, self._stage_layer.training)
         for given, state in zip(self._given.values(), states.unbind(1), strict=True):
             given.state = state

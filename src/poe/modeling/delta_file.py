@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from .failures import DeltaError, FingerprintError
 from .fingerprint import fingerprint_files, fingerprint_tensors
-from .int8 import SCALE, dequantise, quantise
+from .int8 import SCALE, dequantize, quantize
 from .tensor_file import DTYPES, Entry, file_size, read_header, write_tensors
 
 DELTA_NAME = "delta.safetensors"
@@ -112,7 +112,7 @@ def as_stored(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[s
     stored: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
         if dtype == torch.int8 and tensor.dim() == 2:
-            stored[name], stored[name + SCALE] = quantise(tensor.detach().cpu())
+            stored[name], stored[name + SCALE] = quantize(tensor.detach().cpu())
         else:
             kept = torch.bfloat16 if dtype == torch.int8 else dtype
             stored[name] = tensor.detach().to(device="cpu", dtype=kept)
@@ -122,7 +122,7 @@ def as_stored(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[s
 def from_stored(stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return a delta file's tensors as the stage's own: int8 matrices become fp32 ones, the others stay."""
     return {
-        name: dequantise(tensor, stored[name + SCALE]) if tensor.dtype == torch.int8 else tensor
+        name: dequantize(tensor, stored[name + SCALE]) if tensor.dtype == torch.int8 else tensor
         for name, tensor in stored.items()
         if not _is_scale(name, stored)
     }

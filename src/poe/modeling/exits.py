@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .failures import FamilyError
 from .families import family_of
-from .growth import keep_in_step, shell
+from .growth import shell, sync_attention
 from .heads import FoldedHead, HeadDelta
 
 
@@ -48,7 +48,7 @@ class _StageHead(HeadDelta):
 
 
 def head_below(base: PreTrainedModel, depth: int) -> nn.Module:
-    """Return the module, with `weight` (V, D), that reads a base's normalised state after `depth` layers.
+    """Return the module, with `weight` (V, D), that reads a base's normalized state after `depth` layers.
 
     That is the base's head; where every stage of a PoE base has its own, the sum of the two.
     """
@@ -67,5 +67,5 @@ def leave_at(base: PreTrainedModel, depth: int) -> PreTrainedModel:
     if reason := exit_refusal(base, depth):
         raise FamilyError(f"exit is {depth!r}, but {reason}.")
     model = shell(base, [], head_below(base, depth), below=depth)
-    keep_in_step(base, model)
+    sync_attention(base, model)
     return model

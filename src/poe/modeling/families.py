@@ -86,12 +86,12 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_of(base: PreTrainedModel) -> Family:
-    """Return a base's declaration, or what `recognition.recognise` found; raises `FamilyError` if there is neither."""
+    """Return a base's declaration, or what `recognize_family` found; raises `FamilyError` if neither exists."""
     family = FAMILIES.get(base.config.model_type) or vars(base).get("_poe_family")
     if family is None:
         raise FamilyError(
             f"A base of model type {base.config.model_type!r} is not known to grow: expected one of "
-            f"{', '.join(sorted(FAMILIES))}, or a base that recognise() has accepted."
+            f"{', '.join(sorted(FAMILIES))}, or a base that recognize_family() has accepted."
         )
     return family
 

@@ -24,10 +24,10 @@ def build_layers(
 ) -> nn.ModuleList:
     """Return `count` new decoder layers of the base's own class, to stand on `below` layers.
 
-    They are initialised as the family does it, from `seed` alone and on the CPU, so the values do not depend on the
+    They are initialized as the family does it, from `seed` alone and on the CPU, so the values do not depend on the
     device; then the modules that write into the residual stream are made to write zero, so the new layers are the
     identity. They are in `dtype` (default: the base's) on the device where the base's layer below them computes, and
-    plain: no quantisation or offloading of the base extends to them.
+    plain: no quantization or offloading of the base extends to them.
     """
     family = family_of(base)
     base_layers = family.layers_of(base)
@@ -87,13 +87,13 @@ def shell(
     return model.train(base.training)
 
 
-def keep_in_step(base: PreTrainedModel, model: PreTrainedModel) -> None:
+def sync_attention(base: PreTrainedModel, model: PreTrainedModel) -> None:
     """Make `set_attn_implementation` on a shell, its siblings or the base reach all that share layers with it."""
     backbone = family_of(base).backbone_of(model)
-    backbone.register_forward_pre_hook(SameAttention(model.config, _layers_config(base)))
+    backbone.register_forward_pre_hook(SyncAttention(model.config, _layers_config(base)))
 
 
-def settle(base: PreTrainedModel, model: PreTrainedModel) -> PreTrainedModel:
+def make_standalone(base: PreTrainedModel, model: PreTrainedModel) -> PreTrainedModel:
     """Make a shell the only user of its base's modules: an ordinary model with one config and a linear head.
 
     The folded head becomes an `nn.Linear` with a weight of its own. `base` must not be used afterwards.
@@ -114,7 +114,7 @@ def settle(base: PreTrainedModel, model: PreTrainedModel) -> PreTrainedModel:
     return model.train(base.training)
 
 
-class SameAttention:
+class SyncAttention:
     """A forward pre-hook that keeps a shell and the layers it shares on one attention implementation.
 
     The shell's config builds the mask, the layers read the base's config: whichever was changed last (by

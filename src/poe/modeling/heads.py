@@ -87,7 +87,7 @@ class FoldedHead(nn.Module):
         if not isinstance(weight, torch.Tensor) or not is_plain(weight) or weight.dim() != 2:
             raise FamilyError(
                 "The base's output head must be a plain (vocabulary x width) matrix in floating point, got "
-                f"{type(base_head).__name__} with {type(weight).__name__}: keep it out of the quantisation "
+                f"{type(base_head).__name__} with {type(weight).__name__}: keep it out of the quantization "
                 "(transformers does unless asked otherwise: modules_to_not_convert, llm_int8_skip_modules)."
             )
         if weight.device.type == "meta":
@@ -116,7 +116,7 @@ class FoldedHead(nn.Module):
         if torch.is_grad_enabled() and any(p.requires_grad for p in own.parameters()):
             self._folded = None
             return self._fold()
-        # Fused optimisers do not raise a tensor's version, so nothing is kept while a step may be about to come.
+        # Fused optimizers do not raise a tensor's version, so nothing is kept while a step may be about to come.
         if torch.compiler.is_compiling() or any(p.grad is not None for p in own.parameters()):
             return self._fold().detach()
         key = tuple(_state(tensor) for tensor in self._parts())

@@ -14,7 +14,7 @@ _STEPS = 127
 _SMALLEST = 2.0**-100  # rows of smaller values are stored as zeros: their scales would not be normal numbers
 
 
-def quantise(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the int8 numbers (rows, columns) and the fp32 scales (rows,) of a matrix; rows of zeros have scale 1."""
     values = matrix.float()
     largest = values.abs().amax(dim=1).to(torch.bfloat16).float()
@@ -22,6 +22,6 @@ def quantise(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (values / scale[:, None]).round().clamp(-_STEPS, _STEPS).to(torch.int8), scale
 
 
-def dequantise(numbers: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def dequantize(numbers: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Return the fp32 matrix (rows, columns) that int8 numbers and their scales (rows,) stand for."""
     return numbers.float() * scale[:, None]

@@ -44,7 +44,7 @@ class PoEConfig(PreTrainedConfig):
     `stage_layers`, such as [12, 5, 4, 3], cuts the layers into stages: after each of them the final norm and the head
     make a prediction (PoE local learning trains every stage by its own). `stage_heads` gives every stage a head of its
     own that is added to the shared one. `combiner` says which prediction the model returns: that of the last stage, or
-    with "log_op" the normalised mean of all stages' log-probabilities.
+    with "log_op" the normalized mean of all stages' log-probabilities.
     """
 
     model_type = "poe"
@@ -113,7 +113,7 @@ class PoEConfig(PreTrainedConfig):
 
 
 class PoEPreTrainedModel(PreTrainedModel):
-    """Initialisation and capabilities shared by the backbone and the causal model."""
+    """Initialization and capabilities shared by the backbone and the causal model."""
 
     config_class = PoEConfig
     config: PoEConfig
@@ -152,13 +152,13 @@ class PoEPreTrainedModel(PreTrainedModel):
 
 @dataclass
 class PoEModelOutput(BaseModelOutputWithPast):
-    """`stage_states` are the normalised hidden states (B, T, D) at every boundary, where the combiner reads them."""
+    """`stage_states` are the normalized hidden states (B, T, D) at every boundary, where the combiner reads them."""
 
     stage_states: tuple[Tensor, ...] | None = None
 
 
 class PoEModel(PoEPreTrainedModel):
-    """The backbone: token ids (B, T) -> normalised hidden states (B, T, D)."""
+    """The backbone: token ids (B, T) -> normalized hidden states (B, T, D)."""
 
     def __init__(self, config: PoEConfig) -> None:
         super().__init__(config)
@@ -217,10 +217,10 @@ class PoEModel(PoEPreTrainedModel):
         detach: bool = False,
         **kwargs: Any,
     ) -> Iterator[Tensor]:
-        """Yield the normalised hidden states (B, T, D) after each of `boundaries` (numbers of layers), one at a time.
+        """Yield the normalized hidden states (B, T, D) after each of `boundaries` (numbers of layers), one at a time.
 
         The layers above run when the next is asked for. With `detach` no gradient crosses a boundary, so that each
-        state can be learnt from before the next is made, and only one stage's graph exists at a time.
+        state can be learned from before the next is made, and only one stage's graph exists at a time.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -244,7 +244,7 @@ class PoEModel(PoEPreTrainedModel):
                 for kind in dict.fromkeys(kinds)
             }
 
-        # The embedding is normalised before the first layer, as in nanochat.
+        # The embedding is normalized before the first layer, as in nanochat.
         hidden_states = rms_norm(inputs_embeds, self.config.rms_norm_eps)
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         if self.smear is not None:
@@ -309,7 +309,7 @@ class PoEForCausalLM(PoEPreTrainedModel, GenerationMixin):
         return self._summed[stage][1]
 
     def _logits(self, hidden_states: Tensor, stage: int) -> Tensor:
-        """Normalised states (B, T, D) at the boundary of `stage` -> soft-capped logits (B, T, V)."""
+        """Normalized states (B, T, D) at the boundary of `stage` -> soft-capped logits (B, T, V)."""
         if self.config.stage_heads:
             logits = F.linear(hidden_states, self.head_weight(stage))
         else:  # as a module: its device may have to be reached by a hook

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .access import Access
 from .failures import SourceError
-from .growth import settle
+from .growth import make_standalone
 from .lineage import resolve, warn_unverified
 from .opening import load_base, load_stages
 from .stage import assemble
@@ -79,6 +79,6 @@ class PoEStageForCausalLM(PreTrainedModel):
         else:
             warn_unverified(where)
         base = load_base(lineage.base, lineage.base_config, trust_remote_code=trust, **kwargs)
-        model = settle(base, assemble(base, load_stages(base, lineage)[-1]))
+        model = make_standalone(base, assemble(base, load_stages(base, lineage)[-1]))
         model.config.name_or_path = model.name_or_path = where
         return (model, {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}) if info else model

@@ -12,7 +12,7 @@ from .families import FAMILIES
 from .lineage import BaseSource, Lineage
 from .modeling_poe import PoEConfig, PoEForCausalLM
 from .placement import bring_head_back
-from .recognition import foresee
+from .recognition import check_structure
 from .stage import Stage, build_stage
 
 # A PoE model saved with save_pretrained then carries the file that defines it, and its auto_map.
@@ -28,7 +28,7 @@ def load_base(
     A PoE base is loaded by the class that lies beside this file, any other by its transformers class. Raises
     `FamilyError` before reading weights if its structure says that it cannot be grown, or if it is no causal language
     model, `SourceError` if they cannot be read or lack some. Whether a base of an undeclared family can be grown,
-    `recognise` says. An output head that `device_map` offloads is brought back into memory.
+    `recognize_family` says. An output head that `device_map` offloads is brought back into memory.
     """
     model_type = str(config.get("model_type"))
     loader: Any = PoEForCausalLM if model_type == "poe" else AutoModelForCausalLM
@@ -40,7 +40,7 @@ def load_base(
     }
     try:
         if model_type not in FAMILIES:
-            foresee(source.repo, model_type, **where)
+            check_structure(source.repo, model_type, **where)
         model, found = loader.from_pretrained(
             source.repo, use_safetensors=True, output_loading_info=True, **where, **options
         )

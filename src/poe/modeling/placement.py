@@ -1,4 +1,4 @@
-"""How a base holds its weights: plain or quantised, in memory or offloaded, on one device or on several.
+"""How a base holds its weights: plain or quantized, in memory or offloaded, on one device or on several.
 
 Both are transformers' own work (`quantization_config`, `device_map`) and stay as they are; a stage stands beside such a
 base in plain tensors, on the device that computes. Only the output head must be plain and in memory, because every
@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 _PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# Where the quantisation methods of transformers keep the names of the modules that they leave alone.
+# Where the quantization methods of transformers keep the names of the modules that they leave alone.
 _LEFT_ALONE = ("llm_int8_skip_modules", "modules_to_not_convert")
 
 
@@ -22,8 +22,8 @@ def is_plain(tensor: torch.Tensor) -> bool:
     return type(tensor) in (torch.Tensor, nn.Parameter) and tensor.dtype in _PLAIN
 
 
-def quantisation_of(base: PreTrainedModel) -> str | None:
-    """Return by what a base is quantised, such as `torchao, Int8Tensor`; None if it is not."""
+def quantization_of(base: PreTrainedModel) -> str | None:
+    """Return by what a base is quantized, such as `torchao, Int8Tensor`; None if it is not."""
     config = getattr(base.config, "quantization_config", None)
     method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
     names = [] if config is None else [str(getattr(method, "value", method))]
@@ -73,16 +73,16 @@ def bring_head_back(base: PreTrainedModel) -> None:
 
 
 def leave_alone(config: PreTrainedConfig, base: PreTrainedModel, names: list[str]) -> None:
-    """Write into the config of a model grown from a quantised base that the modules `names` are not quantised.
+    """Write into the config of a model grown from a quantized base that the modules `names` are not quantized.
 
     Without it a checkpoint that `save_pretrained` writes of that model could not be opened again.
     """
-    quantisation = getattr(config, "quantization_config", None)
+    quantization = getattr(config, "quantization_config", None)
     for field in _LEFT_ALONE:
-        if hasattr(quantisation, field):
+        if hasattr(quantization, field):
             chosen = getattr(getattr(base, "hf_quantizer", None), "modules_to_not_convert", None)
-            known = getattr(quantisation, field) or chosen or []
-            setattr(quantisation, field, list(dict.fromkeys([*known, *names])))
+            known = getattr(quantization, field) or chosen or []
+            setattr(quantization, field, list(dict.fromkeys([*known, *names])))
 
 
 def _hooks(module: nn.Module) -> Iterator[Any]:

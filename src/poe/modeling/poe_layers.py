@@ -88,7 +88,7 @@ def eager_attention(
 
 
 class PoEAttention(nn.Module):
-    """Causal self-attention with grouped queries: rotate, then normalise queries and keys."""
+    """Causal self-attention with grouped queries: rotate, then normalize queries and keys."""
 
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__()

@@ -18,10 +18,10 @@ from .failures import FamilyError
 from .families import FAMILIES, Family, family_of, grown_config, logits_of
 from .growth import build_layers, shell
 from .heads import FoldedHead
-from .placement import device_of, quantisation_of
+from .placement import device_of, quantization_of
 
 
-def recognise(base: PreTrainedModel) -> Family:
+def recognize_family(base: PreTrainedModel) -> Family:
     """Return a base's family: the declared one, or for another model type what its structure says, once it is tried.
 
     The trial costs nine forward passes over two rows of six tokens or fewer, once per base object. Raises
@@ -46,11 +46,11 @@ def recognise(base: PreTrainedModel) -> Family:
     return family_of(base)
 
 
-def foresee(repo: str, model_type: str, *, trust_remote_code: bool = False, **access: Any) -> None:
+def check_structure(repo: str, model_type: str, *, trust_remote_code: bool = False, **access: Any) -> None:
     """Raise `FamilyError` if the structure of an undeclared base is reason enough to refuse it; reads no weights.
 
     The model is built and runs on the meta device, where tensors have shapes and no values: that shows what runs when.
-    What it cannot show is left to `recognise`. `access` are keywords of `AutoConfig.from_pretrained`.
+    What it cannot show is left to `recognize_family`. `access` are keywords of `AutoConfig.from_pretrained`.
     """
     try:
         config = AutoConfig.from_pretrained(repo, trust_remote_code=trust_remote_code, **access)
@@ -108,7 +108,7 @@ def _try(base: PreTrainedModel) -> None:
         raise _refusal(base, "a new layer with random weights does not change the logits")
     uncached = grown(ids, use_cache=False).logits.float()
     tolerance = 0.1 * effect.max()
-    if quantisation_of(base):  # 8 bit activations are rounded by what else is in the batch, without new layers too
+    if quantization_of(base):  # 8 bit activations are rounded by what else is in the batch, without new layers too
         tolerance += 2 * (expected - base(ids, use_cache=False).logits.float()).abs().max()
     if (changed - uncached).abs().max() > tolerance:
         raise _refusal(base, "with a new layer, the key-value cache gives other logits than none")
@@ -198,7 +198,7 @@ def _watch(base: PreTrainedModel, family: Family) -> Iterator[_Seen]:
     """Record the first forward pass of a base."""
     seen, layers = _Seen(family), family.layers_of(base)
     pattern = family.pattern_of(base.config)
-    with torch.device("meta"):  # a quantised base has other classes where a new layer has nn.Linear
+    with torch.device("meta"):  # a quantized base has other classes where a new layer has nn.Linear
         config = grown_config(base.config, family, len(layers), 1)
         fresh = type(layers[pattern])(config, pattern)
         linear = [name for name, module in fresh.named_modules() if isinstance(module, nn.Linear)]

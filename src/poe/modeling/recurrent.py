@@ -33,14 +33,14 @@ class GrownStack(nn.Module):
         self.last_offset = config.num_hidden_layers - self.recurring
 
     def forward(self, hidden_states: torch.Tensor, cycle_offset: int = 0, **kwargs: Any) -> torch.Tensor:
-        """Map hidden states (batch, tokens, width) to normalised ones; `cycle_offset` is the run's first cache slot."""
+        """Map hidden states (batch, tokens, width) to normalized ones; `cycle_offset` is the run's first cache slot."""
         for layer in self.layers[: self.recurring]:
             hidden_states = layer(hidden_states, cycle_offset=cycle_offset, **kwargs)
         if cycle_offset == self.last_offset:
             for layer in self.layers[self.recurring :]:
                 hidden_states = layer(hidden_states, cycle_offset=0, **kwargs)  # its index is its slot
-        normalised: torch.Tensor = self.final_norm(hidden_states)
-        return normalised
+        normalized: torch.Tensor = self.final_norm(hidden_states)
+        return normalized
 
 
 def refuse_checkpoint(model_type: str, *args: Any, **kwargs: Any) -> NoReturn:

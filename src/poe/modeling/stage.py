@@ -15,7 +15,7 @@ from .exits import exit_refusal, head_below
 from .failures import DeltaError
 from .growth import build_layers, shell
 from .heads import FoldedHead, automatic_rank, build_head
-from .recognition import recognise
+from .recognition import recognize_family
 from .stage_config import StageConfig
 
 
@@ -112,7 +112,7 @@ def build_stage(
     Its values depend on `seed` alone. They are in `dtype` (default: the base's), next to the base's last layer and
     the base's head. Raises `FamilyError` for a base that cannot be grown, `DeltaError` for a config that does not fit.
     """
-    family = recognise(base)
+    family = recognize_family(base)
     depth = base.config.num_hidden_layers if parent is None else parent.below + len(parent.layers)
     below = config.attachment(depth)
     if family.recurrent and below < depth:

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 
-class Passed(nn.Module):
+class SkippedLayer(nn.Module):
     """Stands where a layer stood, looks like it, and does nothing."""
 
     def __init__(self, layer: nn.Module) -> None:
@@ -24,7 +24,7 @@ class Passed(nn.Module):
         return hidden_states
 
 
-class Given(Passed):
+class FixedOutputLayer(SkippedLayer):
     """Stands where a layer stood and hands out its output, in the dtype and on the device of what comes in."""
 
     state: torch.Tensor | None = None
@@ -34,7 +34,7 @@ class Given(Passed):
         return self.state.to(hidden_states)
 
 
-class Tapped(Passed):
+class RecordedLayer(SkippedLayer):
     """A layer whose newest output is kept until it is taken: in a recurrent base that of the last cycle."""
 
     state: torch.Tensor | None = None
@@ -50,7 +50,7 @@ class Tapped(Passed):
         return state
 
 
-def tapped_layers(config: PreTrainedConfig, depth: int) -> list[int]:
+def recorded_layers(config: PreTrainedConfig, depth: int) -> list[int]:
     """Return which layers' outputs the layers above `depth` read: the last one's, in rising order with any other.
 
     A PoE base may subtract one layer's output before its final norm, which is above every stage.

@@ -21,31 +21,31 @@ RECIPES = Path(__file__).parent
 class Plan:
     """What every training run has: its data, its length, its rates. Learning rates are those at width 768.
 
-    The schedule multiplies every rate by a factor that starts at `start`, reaches 1 after the share `warmup` of the
-    steps and falls to `final` over the last share `warmdown`. AdamW rates are scaled by `(width / 768) ** -0.5`; so is
-    `matrix_lr` when `matrix_optimizer` is adamw.
+    The schedule multiplies every rate by a factor. It starts at `initial_lr_factor`, reaches 1 after the share
+    `warmup_ratio` of the steps, and falls to `final_lr_factor` over the last share `warmdown_ratio`. AdamW rates are
+    scaled by `(width / 768) ** -0.5`; so is `matrix_lr` when `matrix_optimizer` is adamw.
     """
 
     name: str
     description: str = ""
     data: str = ""  # a --data SPEC
     seq_len: int = 2048  # tokens in a packed row
-    tokens_per_step: int = 131072  # over all rows of an optimiser step
+    tokens_per_step: int = 131072  # over all rows of an optimizer step
     max_tokens_per_batch: int = 16384  # in one forward pass; a step accumulates as many as it needs
     max_steps: int | None = None  # None: as many as the data and its epochs make
     matrix_lr: float = 0.002  # for the matrices of the layers
     head_lr: float = 1e-4  # AdamW, for the head delta
     weight_decay: float = 0.1
     momentum: float = 0.95  # of Muon
-    momentum_start: float | None = None  # of Muon in the first step, rising over `warmup`; None: it does not rise
+    initial_momentum: float | None = None  # of Muon in the first step; it rises over `warmup_ratio`
     matrix_optimizer: Literal["muon", "adamw"] = "muon"  # for the matrices of the layers
-    start: float = 0.2
-    warmup: float = 0.05
-    warmdown: float = 0.9
-    final: float = 0.0
+    initial_lr_factor: float = 0.2
+    warmup_ratio: float = 0.05
+    warmdown_ratio: float = 0.9
+    final_lr_factor: float = 0.0
     max_grad_norm: float | None = None  # gradients are scaled down to this norm over all of them; None: never
     z_loss: float = 0.0  # times the mean of (log Z)^2: keeps logits from drifting (PaLM has 1e-4)
-    eval_every: int = 200  # steps between two measures of val bits per byte
+    validation_every: int = 200  # steps between two measures of val bits per byte
     checkpoint_every: float = 300.0  # seconds between two checkpoints
     keep_checkpoints: int = 1  # how many of the newest are kept while the run goes on
     track: str = ""  # trackers that are told of every step: a comma list of trackio, wandb, tensorboard
@@ -91,7 +91,7 @@ class Plan:
 class Recipe(Plan):
     """How a stage is shaped and trained. The defaults are those published for the 1.3B stages of Cognica PoE."""
 
-    train_on: Literal["assistant", "calls"] = "assistant"  # which of the assistant's turns are learnt
+    train_on: Literal["assistant", "calls"] = "assistant"  # which of the assistant's turns are learned
     isolate_documents: bool = True  # packed documents do not see each other
     augment: dict[str, Any] = field(default_factory=dict)  # shares of the rows, as in {mask: 0.33, formats: 0.5}
     num_layers: int = 4
@@ -99,7 +99,7 @@ class Recipe(Plan):
     head_rank: int | Literal["auto"] = 64
     attach_at: int | None = None  # how many of the base's layers lie below the stage; None: all
     epochs: dict[str, int] = field(default_factory=dict)  # passes per data reader, unless the SPEC says so
-    held_out: float = 0.02  # share of the queries kept for validation
+    validation_ratio: float = 0.02  # share of the queries kept for validation
     eval_data: str = ""  # a SPEC of questions to answer after training; rows that share a query or a call are left out
     near_duplicates: float | None = 0.9  # the similarity from which a row repeats another; None: only exact repetitions
     eval_rows: int = 200  # rows of each held-out split that are answered after training
@@ -139,8 +139,8 @@ class BaseRecipe(Plan):
     learning: Literal["local", "backprop"] = "local"  # each stage by its own loss, or all by the last one's
     head_lr: float = 0.004  # AdamW, for the head
     embed_lr: float = 0.2
-    warmdown: float = 0.5
-    start: float = 0.0
+    warmdown_ratio: float = 0.5
+    initial_lr_factor: float = 0.0
     init: str | None = None  # a base folder to continue from, with its tokenizer and shape; more num_layers go below it
 
     def __post_init__(self) -> None:

@@ -6,19 +6,27 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from poe.data.packing import Batch
+from poe.data.packing import Batch, Rows
 from poe.modeling.families import logits_of
 from poe.modeling.placement import device_of
 from poe.stages.recipe import BaseRecipe, Plan
-from poe.training.checkpoint import has_checkpoint, remove_checkpoints
-from poe.training.distributed import ALONE, World
-from poe.training.estimate import (
+from poe.training.checkpoints.files import has_checkpoint, remove_checkpoints
+from poe.training.checkpoints.identity import check_same_run, run_identity
+from poe.training.checkpoints.state import State, read_state, write_state
+from poe.training.guard import check_step, check_weights
+from poe.training.hidden_states.sources import FromBoundary, Hidden, Whole
+from poe.training.interrupts import Interrupted, StopRequest
+from poe.training.local import Prediction, Stagewise
+from poe.training.loss import IGNORED, cross_entropy_sum, per_label_losses
+from poe.training.optim import build_optimizer
+from poe.training.parallel.distributed import ALONE, World
+from poe.training.reporting.estimate import (
     estimate_line,
     estimate_run,
     estimate_table,
@@ -26,30 +34,13 @@ from poe.training.estimate import (
     readable,
     refuse_full_disk,
 )
-from poe.training.guard import check_step, check_weights
-from poe.training.hidden import FromBoundary, Hidden, Whole
-from poe.training.history import History
-from poe.training.identity import refuse_another, run_identity
-from poe.training.interrupts import Interrupted, StopRequest
-from poe.training.local import Prediction, Stagewise
-from poe.training.loss import IGNORED, cross_entropy_sum, per_label_losses
-from poe.training.metrics import Metrics
-from poe.training.optim import build_optimizer
-from poe.training.progress import Progress
+from poe.training.reporting.history import History
+from poe.training.reporting.metrics import Metrics
+from poe.training.reporting.progress import Progress
+from poe.training.reporting.tracking import Trackers
 from poe.training.schedule import apply_lr, apply_momentum, lr_factor, muon_momentum
-from poe.training.state import State, read_state, write_state
-from poe.training.tracking import Trackers
 
-__all__ = ["Engine", "Interrupted", "Rows"]
-
-
-class Rows(Protocol):
-    """Rows by step number: the same step gives the same rows, before and after a resume."""
-
-    @property
-    def num_rows(self) -> int: ...
-
-    def batch(self, step: int, rows_per_step: int) -> Batch: ...
+__all__ = ["Engine", "Interrupted"]
 
 
 class Engine:
@@ -57,7 +48,7 @@ class Engine:
 
     `parameters` are (name, parameter) pairs, all that will be saved; `token_bytes` (V,) counts the UTF-8 bytes of every
     token, 0 for special ones, which is what bits per byte are per. `run` is the folder for the checkpoints and
-    metrics.jsonl. Every row is (B, T) tokens; `plan` says how many make a step. `hidden` are the sources of normalised
+    metrics.jsonl. Every row is (B, T) tokens; `plan` says how many make a step. `hidden` are the sources of normalized
     hidden states for training and for validation (default: the whole model). `facts` are what else makes this run what
     it is (the base's fingerprint): a checkpoint with others is not continued. `result_bytes` is the size of the file to
     be written, for the estimate. `trackers` are told what metrics.jsonl is told. The processes of `world` share every
@@ -146,7 +137,7 @@ class Engine:
                 self.progress.step(step, loss, slots / elapsed)
                 if step == 3 and first == 0:
                     self._refine_estimate(elapsed)
-                if step % self.plan.eval_every == 0 or step == self.num_steps:
+                if step % self.plan.validation_every == 0 or step == self.num_steps:
                     self._evaluate(step, metrics)
                 due = time.monotonic() - last_save >= self.plan.checkpoint_every
                 stop, due = self.world.any_of(bool(self._stop), due)
@@ -167,12 +158,17 @@ class Engine:
         """Set the rates and the momentum of a step; returns what the rates were multiplied by."""
         plan = self.plan
         factor = lr_factor(
-            step, self.num_steps, start=plan.start, warmup=plan.warmup, warmdown=plan.warmdown, final=plan.final
+            step,
+            self.num_steps,
+            start=plan.initial_lr_factor,
+            warmup=plan.warmup_ratio,
+            warmdown=plan.warmdown_ratio,
+            final=plan.final_lr_factor,
         )
         apply_lr(self.optimizer, factor)
-        if plan.momentum_start is not None:
-            momentum = {"start": plan.momentum_start, "momentum": plan.momentum}
-            apply_momentum(self.optimizer, muon_momentum(step, self.num_steps, warmup=plan.warmup, **momentum))
+        if plan.initial_momentum is not None:
+            momentum = {"start": plan.initial_momentum, "momentum": plan.momentum}
+            apply_momentum(self.optimizer, muon_momentum(step, self.num_steps, warmup=plan.warmup_ratio, **momentum))
         return factor
 
     def _announce(self) -> None:
@@ -199,7 +195,7 @@ class Engine:
 
     def _refine_estimate(self, step_seconds: float) -> None:
         """The time again, now that some steps and a validation were measured."""
-        measures = 1 + math.ceil(self.num_steps / self.plan.eval_every)
+        measures = 1 + math.ceil(self.num_steps / self.plan.validation_every)
         seconds = step_seconds * self.num_steps + self.history.eval_seconds * measures
         self.history.estimate["seconds_after_3_steps"] = float(f"{seconds:.3g}")
         self.progress.note(f"after 3 steps: about {readable('seconds', seconds)} for the whole run")
@@ -224,7 +220,7 @@ class Engine:
             yield Batch(*(part.to(device) for part in parts))
 
     def _step(self, step: int) -> tuple[list[float], float, int]:
-        """One optimiser step; returns the losses (nats per trained token), the gradients' norm, the number of slots."""
+        """One optimizer step; returns the losses (nats per trained token), the gradients' norm, the number of slots."""
         self.model.train()
         batch = self.train.batch(step, self.rows_per_step)
         trained = max(int((batch.labels != IGNORED).sum()), 1)
@@ -278,7 +274,7 @@ class Engine:
         total: Any = 0.0  # (K, 4), of every prediction: nats, labels, bits, bytes
         for numbers in self.world.shares(self.val.num_rows, self.rows_per_batch):
             # a part without rows goes through the network, too: the processes may have to bring its layers together
-            rows = [self.val.batch(number, 1) for number in numbers] or [_unlabelled(self.val.batch(0, 1))]
+            rows = [self.val.batch(number, 1) for number in numbers] or [_unlabeled(self.val.batch(0, 1))]
             part = Batch(*(torch.cat(tensors).to(self._device) for tensors in zip(*rows, strict=True)))
             sizes = self.token_bytes.to(part.labels.device)[part.labels[part.labels != IGNORED]]
             found = []
@@ -337,8 +333,8 @@ class Engine:
         return state.step
 
     def _same(self, identity: Mapping[str, Any]) -> None:
-        refuse_another(identity, self._identity, self.run_folder)
+        check_same_run(identity, self._identity, self.run_folder)
 
 
-def _unlabelled(batch: Batch) -> Batch:
+def _unlabeled(batch: Batch) -> Batch:
     return batch._replace(labels=torch.full_like(batch.labels, IGNORED))

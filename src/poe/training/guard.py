@@ -17,7 +17,7 @@ Named = Iterable[tuple[str, nn.Parameter]]
 def check_step(
     step: int, loss: float, norm: float, model: nn.Module, parameters: Named, replay: Callable[[], object]
 ) -> None:
-    """Raise `TrainingError` unless `loss` and the gradients' `norm` are finite; call it before the optimiser's step.
+    """Raise `TrainingError` unless `loss` and the gradients' `norm` are finite; call it before the optimizer's step.
 
     The message names the first tensor that is not finite, in the order in which a step computes them: a weight, the
     output of a module (found by `replay`, which repeats the step's forward passes), the loss, a gradient.

@@ -16,7 +16,7 @@ from poe.modeling.modeling_poe import PoEForCausalLM
 
 
 class Prediction(NamedTuple):
-    """What a loss is computed from: normalised states (B, T, D), and the head's weight (V, D) and bias (V,) or None."""
+    """What a loss is computed from: normalized states (B, T, D), and the head's weight (V, D) and bias (V,) or None."""
 
     hidden: Tensor
     weight: Tensor
@@ -24,7 +24,7 @@ class Prediction(NamedTuple):
 
 
 class Stagewise:
-    """A PoE base as the predictions of its stages, each learnt by itself if `local`, else the last one alone.
+    """A PoE base as the predictions of its stages, each learned by itself if `local`, else the last one alone.
 
     Called like any source of hidden states it gives the last one's (B, T, D).
     """
@@ -34,7 +34,7 @@ class Stagewise:
         self.boundaries = model.config.boundaries
 
     def predictions(self, batch: Batch, learning: bool = False) -> Iterator[Prediction]:
-        """Yield those that are learnt from, or all; the layers below the next one run when it is asked for."""
+        """Yield those that are learned from, or all; the layers below the next one run when it is asked for."""
         count = len(self.boundaries)
         chosen = range(count) if self._local or not learning else range(count - 1, count)
         states = self._model.model.stages(

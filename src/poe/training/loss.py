@@ -113,7 +113,7 @@ def cross_entropy_sum(
 ) -> Tensor:
     """The summed cross-entropy, in nats, of the positions whose label is not -100; a scalar in fp32.
 
-    `hidden` (..., D) are normalised states, `weight` (V, D) the folded head, `labels` (...,) already shifted: the
+    `hidden` (..., D) are normalized states, `weight` (V, D) the folded head, `labels` (...,) already shifted: the
     label of a position is the token that follows it. `z_loss` times the square of log Z, the logarithm of the softmax's
     denominator, is added at every position, which keeps the logits from drifting (PaLM, arXiv 2204.02311). `weights`
     (...,) multiply the losses of their positions. The bias gets no gradient, nor do the weights.

@@ -1,9 +1,9 @@
-"""MuonAdamW: one optimiser, Muon for the matrices of the layers and AdamW for everything else.
+"""MuonAdamW: one optimizer, Muon for the matrices of the layers and AdamW for everything else.
 
-Every parameter group names its rule (`kind`). The Muon rule is Nesterov momentum, orthogonalised by the Polar Express
+Every parameter group names its rule (`kind`). The Muon rule is Nesterov momentum, orthogonalized by the Polar Express
 iteration (arXiv 2505.16932), rescaled by NorMuon's factored second moment (arXiv 2510.05491), with cautious weight
 decay (arXiv 2510.12402). The recipe of the two together follows nanochat (karpathy/nanochat). With a process group
-the work and the state are divided among its processes (see `poe.training.zero`).
+the work and the state are divided among its processes (see `poe.training.parallel.zero`).
 """
 
 import math
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from poe.errors import TrainingError
-from poe.training.zero import Shards
+from poe.training.parallel.zero import Shards
 
 __all__ = ["MuonAdamW", "build_optimizer", "default_iteration_dtype", "orthogonalize", "width_scale"]
 
@@ -50,7 +50,7 @@ class _Entry(NamedTuple):
 
 
 def default_iteration_dtype(device: torch.device | str = "cpu") -> torch.dtype:
-    """The dtype in which orthogonalising is fastest: bf16 where the hardware multiplies bf16 matrices, else fp32."""
+    """The dtype in which orthogonalizing is fastest: bf16 where the hardware multiplies bf16 matrices, else fp32."""
     kind = torch.device(device).type
     # where a CPU only emulates bf16, the same step takes several times as long as in fp32
     native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
@@ -76,7 +76,7 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Muon and AdamW in one optimiser, chosen per parameter group.
+    """Muon and AdamW in one optimizer, chosen per parameter group.
 
     `params`: group dicts, each with `kind` and `lr`, and optionally:
 
@@ -86,7 +86,7 @@ class MuonAdamW(torch.optim.Optimizer):
     - `kind="adamw"`: `betas` (0.8, 0.95), `eps` 1e-10, `weight_decay` 0 (decoupled, on every entry), bias-corrected.
 
     `initial_lr` is set to the group's `lr` unless given; schedules multiply it. `iteration_dtype` (bfloat16, float32 or
-    float64; None: by hardware, see `default_iteration_dtype`) is what Muon orthogonalises in; it is not part of the
+    float64; None: by hardware, see `default_iteration_dtype`) is what Muon orthogonalizes in; it is not part of the
     state, so a run may continue on other hardware.
 
     Half-precision parameters get an fp32 master copy in the state at their first step; every update goes to the master
@@ -99,7 +99,7 @@ class MuonAdamW(torch.optim.Optimizer):
     `clip_grad_norm_` if any does; a gradient that some lack counts as zero there. `state_dict` is the shard's.
 
     Raises `ValueError` for a group without `kind` or `lr`, a Muon parameter that is not 2-D, another
-    `iteration_dtype`, or a group added to a sharded optimiser; `TrainingError` from `load_state_dict` when the state is
+    `iteration_dtype`, or a group added to a sharded optimizer; `TrainingError` from `load_state_dict` when the state is
     another model's or another shard's.
     """
 
@@ -125,7 +125,7 @@ class MuonAdamW(torch.optim.Optimizer):
     def add_param_group(self, param_group: Group) -> None:
         """Add a group (see the class): missing options are filled in by its kind."""
         if self.shards is not None:
-            raise ValueError("A sharded optimiser is divided when it is made: give it every parameter group then.")
+            raise ValueError("A sharded optimizer is divided when it is made: give it every parameter group then.")
         kind = param_group.get("kind") if isinstance(param_group, dict) else None
         if kind not in ("muon", "adamw"):
             raise ValueError(f"Every parameter group needs kind='muon' or kind='adamw', got {kind!r}.")
@@ -294,18 +294,18 @@ class MuonAdamW(torch.optim.Optimizer):
         try:
             super().load_state_dict({**state_dict, "state": {}})
         except ValueError as error:
-            raise TrainingError(f"The optimiser state is another model's: {error}. Start anew or fix --out.") from error
+            raise TrainingError(f"The optimizer state is another model's: {error}. Start anew or fix --out.") from error
         saved_ids = chain.from_iterable(g["params"] for g in state_dict["param_groups"])
         params = [p for g in self.param_groups for p in g["params"]]
         for saved_id, param in zip(saved_ids, params, strict=True):
             saved = state_dict["state"].get(saved_id, {})
             if saved and self.shards is not None and self.shards.piece(param) is None:
-                raise TrainingError(f"The optimiser state is another shard's: this one has no parameter {saved_id}.")
+                raise TrainingError(f"The optimizer state is another shard's: this one has no parameter {saved_id}.")
             for key in ("master", "momentum", "exp_avg", "exp_avg_sq"):
                 own = param if self.shards is None or not saved else self.shards.cut(param, param.detach())
                 if key in saved and saved[key].shape != own.shape:
                     raise TrainingError(
-                        f"The optimiser state is another model's: {key} of parameter {saved_id} has shape "
+                        f"The optimizer state is another model's: {key} of parameter {saved_id} has shape "
                         f"{tuple(saved[key].shape)}, the parameter {tuple(own.shape)}."
                     )
             if saved:
@@ -351,7 +351,7 @@ def build_optimizer(
     iteration_dtype: torch.dtype | None = None,
     process_group: dist.ProcessGroup | None = None,
 ) -> MuonAdamW:
-    """Sort the parameters that require a gradient into groups and return the optimiser over them.
+    """Sort the parameters that require a gradient into groups and return the optimizer over them.
 
     Works for a stage (`layers.0.self_attn.q_proj.weight`, `head.weight`, `head.a`, `head.b`, `norm.weight`) and for a
     whole base (`model.embed_tokens.weight`, `model.layers.0...`, `lm_head.weight`). Each group carries its `name`:
@@ -391,6 +391,6 @@ def build_optimizer(
             seen.add(id(param))
             members[_role(name, param)].append((name, param))
     if not seen:
-        raise ValueError("Nothing to optimise: no parameter requires a gradient.")
+        raise ValueError("Nothing to optimize: no parameter requires a gradient.")
     chosen = [{**groups[role], "name": role, "params": params} for role, params in members.items() if params]
     return MuonAdamW(chosen, iteration_dtype=iteration_dtype, process_group=process_group)

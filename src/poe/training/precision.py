@@ -1,6 +1,6 @@
 """Which number format a run computes in.
 
-A trained tensor is fp32, or bf16 with an fp32 master copy in the optimiser's state. Never fp16: its smallest number is
+A trained tensor is fp32, or bf16 with an fp32 master copy in the optimizer's state. Never fp16: its smallest number is
 6e-8, and the gradient of a loss averaged over a step's tokens is smaller than that unless a scaler multiplies it, which
 bf16, with the range of fp32, does not need.
 """

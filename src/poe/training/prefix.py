@@ -1,6 +1,6 @@
 """PrefixLM bases, which read a prompt in both directions: the attention of packed rows while a stage is trained.
 
-The prompt of a document is what comes before the first token that is learnt. transformers' `token_type_ids` would join
+The prompt of a document is what comes before the first token that is learned. transformers' `token_type_ids` would join
 the prompts of all documents in a row into one block, so the mask is made here, by transformers' own maker.
 """
 
@@ -15,9 +15,9 @@ from poe.data.packing import IGNORED, Batch
 
 
 def prompt_positions(batch: Batch) -> Tensor:
-    """(B, T) bool: the tokens of each document up to the one whose label is the first that is learnt."""
-    learnt = (batch.labels != IGNORED).long()
-    before = learnt.cumsum(1) - learnt  # labels learnt before each position
+    """(B, T) bool: the tokens of each document up to the one whose label is the first that is learned."""
+    learned = (batch.labels != IGNORED).long()
+    before = learned.cumsum(1) - learned  # labels learned before each position
     begins = torch.where(batch.position_ids == 0, before, 0).cummax(1).values  # ... before each document
     return before == begins
 

@@ -19,13 +19,13 @@ from poe.modeling.early import with_early_layers
 from poe.modeling.modeling_poe import PoEConfig, PoEForCausalLM
 from poe.stages.recipe import BaseRecipe
 from poe.training.engine import Engine
-from poe.training.hidden import Hidden, Whole
-from poe.training.history import History
+from poe.training.hidden_states.sources import Hidden, Whole
 from poe.training.local import Stagewise
 from poe.training.precision import choose_dtype
-from poe.training.progress import Progress
 from poe.training.recompute import recomputed
-from poe.training.report import (
+from poe.training.reporting.history import History
+from poe.training.reporting.progress import Progress
+from poe.training.reporting.report import (
     CHUNKS,
     draw_report,
     environment,
@@ -34,8 +34,8 @@ from poe.training.report import (
     remove_if_unused,
     write_training_json,
 )
+from poe.training.reporting.tracking import open_trackers
 from poe.training.text_rows import tokenizer_for, training_rows
-from poe.training.tracking import open_trackers
 
 _OF_THE_RECIPE = {  # values of PoEConfig that a recipe says in fields of its own, or that the tokenizer decides
     "vocab_size",

@@ -17,14 +17,14 @@ from typing import Any
 from poe.cascade import Cascade
 from poe.errors import DeltaError, OutputError, PoEError, RecipeError, TrainingError
 from poe.stages import Recipe, load_recipe
-from poe.training.checkpoint import has_checkpoint
-from poe.training.progress import Progress
+from poe.training.checkpoints.files import has_checkpoint
+from poe.training.reporting.progress import Progress
 from poe.training.trainer import train_stage
 
 RECORD = "sweep.json"
 _RECORDS = ("training.json", "metrics.jsonl", "dropped.jsonl", "report.png")  # what a candidate that lost leaves
 _DATA = (
-    "data seq_len seed train_on isolate_documents augment epochs held_out eval_data near_duplicates eval_rows"
+    "data seq_len seed train_on isolate_documents augment epochs validation_ratio eval_data near_duplicates eval_rows"
 ).split()
 _FIXED = {
     **dict.fromkeys(_DATA, "it changes the rows, and candidates are compared on the same"),

@@ -1,4 +1,4 @@
-"""The rows a base is trained on: the texts of its recipe, tokenised and packed."""
+"""The rows a base is trained on: the texts of its recipe, tokenized and packed."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from poe.data.conversation import Text
-from poe.data.demo.conversations import make_conversation
-from poe.data.demo.tokenizer import COPYING, PROSE, train_tokenizer
-from poe.data.demo.words import NOUNS
+from poe.calls.conversation import Text
 from poe.data.drops import DropReport
 from poe.data.packing import Batch, Document, PackedRows, pack
 from poe.data.streamed import StreamedRows
 from poe.data.text import documents, is_generated
+from poe.demo.conversations import make_conversation
+from poe.demo.tokenizer import COPYING, PROSE, train_tokenizer
+from poe.demo.words import NOUNS
 from poe.stages.recipe import BaseRecipe
 
 TOKENIZER_CHARACTERS = 20_000_000
@@ -138,11 +138,11 @@ def _encoded(tokenizer: Any, texts: Iterable[Text]) -> Iterator[Document]:
             )
             for n, text in enumerate(some):
                 ids = np.asarray(encoded["input_ids"][n], dtype=np.int32)
-                learnt = np.ones(len(ids), bool) if is_plain else _learnt(text, encoded["offset_mapping"][n])
-                yield ids, learnt
+                learned = np.ones(len(ids), bool) if is_plain else _learned(text, encoded["offset_mapping"][n])
+                yield ids, learned
 
 
-def _learnt(text: Text, offsets: list[tuple[int, int]]) -> np.ndarray:
+def _learned(text: Text, offsets: list[tuple[int, int]]) -> np.ndarray:
     """For each token, by its characters, whether it touches an answer."""
     answers = text.answers or []
     return np.asarray([any(a < end and b > start for start, end in answers) for a, b in offsets], dtype=bool)

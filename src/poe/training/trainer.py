@@ -12,29 +12,29 @@ from typing import Any
 import numpy as np
 import torch
 
+from poe.calls.conversation import Conversation
 from poe.cascade import Cascade
 from poe.data.augment import Augmentation
-from poe.data.conversation import Conversation
 from poe.data.drops import DropReport
 from poe.data.pipeline import TrainingData, prepare
 from poe.data.render import Renderer, token_bytes
 from poe.data.templates import complete_template
 from poe.errors import OutputError, TemplateError
 from poe.modeling.delta_file import delta_size
-from poe.modeling.placement import quantisation_of
+from poe.modeling.placement import quantization_of
 from poe.modeling.stage import Stage
 from poe.stages import Recipe, load_recipe
-from poe.training.distributed import ALONE, World, even_rows
 from poe.training.engine import Engine
 from poe.training.frozen import assert_frozen_below
-from poe.training.hidden import hidden_sources
-from poe.training.history import History
+from poe.training.hidden_states.sources import hidden_sources
+from poe.training.parallel.distributed import ALONE, World, even_rows
+from poe.training.parallel.sharding import gather_ahead, resident_bytes, shard_base
 from poe.training.precision import refuse_fp16, stage_dtype
-from poe.training.progress import Progress
 from poe.training.recompute import recomputed
-from poe.training.report import draw_report, environment, outcome, prepare_output, remove_if_unused
-from poe.training.sharding import gather_ahead, resident_bytes, shard_base
-from poe.training.tracking import open_trackers
+from poe.training.reporting.history import History
+from poe.training.reporting.progress import Progress
+from poe.training.reporting.report import draw_report, environment, outcome, prepare_output, remove_if_unused
+from poe.training.reporting.tracking import open_trackers
 
 # Called when training is over, with the cascade, the stage's name and the held-out questions; what it returns is kept
 # in training.json under "evaluation".
@@ -105,7 +105,7 @@ def train_stage(
                 renderer,
                 seq_len=plan.seq_len,
                 epochs=plan.epochs,
-                held_out=plan.held_out,
+                held_out=plan.validation_ratio,
                 near_duplicates=plan.near_duplicates,
                 evaluation=plan.eval_data,
                 augmentation=augmentation,
@@ -116,7 +116,7 @@ def train_stage(
             )
         world.same({**plan.as_dict(), "rows": prepared.train.num_rows, "trained_tokens": prepared.train.trained_tokens})
         _describe_data(prepared, time.time() - started, progress)
-        quantised = quantisation_of(cascade.base)
+        quantized = quantization_of(cascade.base)
         sharded = plan.shard_base and world.size > 1
         if plan.shard_base:
             _shard(cascade, world, progress)
@@ -145,7 +145,7 @@ def train_stage(
             hidden=None
             if sharded
             else hidden_sources(cascade, plan, prepared.train, prepared.val, num_steps, progress),
-            facts=_ground(cascade, stage),
+            facts=_base_facts(cascade, stage),
             result_bytes=_delta_bytes(stage),
             trackers=trackers,
             world=world,
@@ -154,8 +154,8 @@ def train_stage(
         stage.requires_grad_(False)
         model.eval()
         record = _record(plan, spec, prepared, history, num_steps)
-        if quantised:
-            record["base_quantised_by"] = quantised
+        if quantized:
+            record["base_quantized_by"] = quantized
         if world.size > 1:
             record["processes"] = world.size
         if evaluate is not None and (world.is_main or sharded):  # a divided base answers in all processes at once
@@ -191,7 +191,7 @@ def prompt_format(tokenizer: Any, renderer: Renderer) -> dict[str, Any]:
     return {"name": "chat_template", "version": hashlib.sha256(text.encode()).hexdigest()[:12], "stop": stops}
 
 
-def _ground(cascade: Cascade, stage: Stage) -> dict[str, str]:
+def _base_facts(cascade: Cascade, stage: Stage) -> dict[str, str]:
     """What the stage stands on, by fingerprint: on anything else the run would end in other bytes."""
     ground = {"base": cascade.base_source.fingerprint[:12]}
     if stage.parent is not None:

@@ -18,7 +18,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from poe.cascade import Cascade
 from poe.data.render import Renderer
 from poe.errors import TemplateError, TrainingError
-from poe.training.report import environment
+from poe.training.reporting.report import environment
 from poe.training.trainer import prompt_format
 
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
@@ -35,7 +35,7 @@ class SaveDelta(TrainerCallback):
 
     - `output_dir/checkpoint-N/tool` is the stage at that step, for `Cascade.from_pretrained`. Above it lies
       `model.safetensors` with the trained tensors, and no others, as they are in memory: from them and its own
-      optimiser state the trainer resumes, and takes back the best at `load_best_model_at_end`;
+      optimizer state the trainer resumes, and takes back the best at `load_best_model_at_end`;
     - `output_dir/tool` is the stage when training ends, and `trainer.save_model(folder)` writes `folder/tool`. An
       ordinary checkpoint of the whole model comes from `Cascade.export_native`.
 
@@ -71,7 +71,7 @@ class SaveDelta(TrainerCallback):
         if AcceleratorState().distributed_type in SHARDED:
             raise TrainingError(
                 f"The trainer shards the model ({AcceleratorState().distributed_type.value}), and SaveDelta needs a "
-                "stage in one piece: use data parallelism (a stage is small), or `poe-train stage`."
+                "stage in one piece: use data parallelizem (a stage is small), or `poe-train stage`."
             )
         package = type(args).__module__.partition(".")[0]
         self.trainer = f"{package} {importlib.metadata.version(package)}, {type(args).__name__}"

@@ -1,7 +1,7 @@
 """Augmentation: rows that make a caller robust to names, formats and wordings, faithful to schemas, able to abstain.
 
 Each module is one augmentation, a function of a row and of a `random.Random`; `pipeline` puts them in order. The
-randomness of a row depends on the seed, the epoch and what the row says, never on its place, its neighbours or the
+randomness of a row depends on the seed, the epoch and what the row says, never on its place, its neighbors or the
 number of workers. Rows are never changed in place.
 """
 

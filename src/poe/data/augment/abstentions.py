@@ -2,9 +2,9 @@
 
 from random import Random
 
+from poe.calls.conversation import Tool
 from poe.data.augment.masking import is_identifier
 from poe.data.augment.words import base_form, is_command
-from poe.data.conversation import Tool
 
 _OPENINGS: tuple[str, ...] = ("", "", "", "Sorry, ", "Sorry, but ", "I'm sorry, ", "I am sorry, but ")
 _OPENINGS += ("Unfortunately, ", "Regrettably, ", "Apologies, ", "My apologies, but ", "I'm afraid ")

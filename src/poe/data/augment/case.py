@@ -17,11 +17,11 @@ from dataclasses import replace
 from random import Random
 from typing import Any
 
+from poe.calls.conversation import Conversation
+from poe.calls.schema import check_call, find_tool
 from poe.data.augment.copied import argument_strings, occurrences
 from poe.data.augment.masking import is_identifier
 from poe.data.augment.rows import calls, map_arguments, strings, user_texts
-from poe.data.conversation import Conversation
-from poe.data.schema import check_call, find_tool
 
 _UNSAFE = re.compile(
     r"://|[`{}<>\\=]|\b(?:case|capital\w*|uppercase|lowercase|caps|acronym\w*|letters?|spell\w*)\b", re.I

@@ -6,9 +6,9 @@ well, so that the two lists differ in the tools that serve the question and in t
 
 from random import Random
 
+from poe.calls.conversation import Conversation
 from poe.data.augment.distractors import ToolPool, add_tools
 from poe.data.augment.irrelevance import make_irrelevant
-from poe.data.conversation import Conversation
 
 
 def make_pair(conversation: Conversation, rng: Random, pool: ToolPool) -> tuple[Conversation, Conversation] | None:

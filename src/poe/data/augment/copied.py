@@ -3,8 +3,8 @@
 import re
 from collections.abc import Iterator
 
+from poe.calls.conversation import Conversation
 from poe.data.augment.rows import calls, strings
-from poe.data.conversation import Conversation
 
 Span = tuple[int, int]
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from random import Random
 
+from poe.calls.conversation import Conversation, Tool
 from poe.data.augment.fitting import Traits, harmless_to, traits
-from poe.data.conversation import Conversation, Tool
 
 MAX_CHARACTERS = 4000
 """A longer definition would crowd out the row that it is added to."""

@@ -14,9 +14,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
+from poe.calls.conversation import Conversation, Tool
 from poe.data.augment.rows import called_tools, questions_answered_in_words
 from poe.data.augment.words import content_words
-from poe.data.conversation import Conversation, Tool
 
 MUCH_ALIKE = 0.5
 ALIKE = 0.33

@@ -1,12 +1,12 @@
-"""Formats: the row is to be written in another prompt form (`poe.data.forms`), tools and calls as others write them."""
+"""Formats: writes a row in another prompt form (`poe.calls.forms`), as other systems write tools and calls."""
 
 from collections.abc import Sequence
 from dataclasses import replace
 from random import Random
 
-from poe.data.conversation import Conversation
-from poe.data.drops import Unfaithful
-from poe.data.forms.prompt import flatten, random_form
+from poe.calls.conversation import Conversation
+from poe.calls.forms.prompt import flatten, random_form
+from poe.errors import RowError
 
 TRIES = 4
 
@@ -22,7 +22,7 @@ def with_random_form(
         form = random_form(rng, tools=list(tools) or None, calls=list(calls) or None)
         try:
             flatten(conversation, form)
-        except Unfaithful:
+        except RowError:
             continue
         return replace(conversation, form=form)
     return conversation

@@ -11,11 +11,11 @@
 from dataclasses import replace
 from random import Random
 
+from poe.calls.conversation import Conversation
 from poe.data.augment.abstentions import abstention
 from poe.data.augment.distractors import ToolPool
 from poe.data.augment.fitting import harmless_to, without_fitting
 from poe.data.augment.rows import called_tools
-from poe.data.conversation import Conversation
 
 MOST_INSTEAD = 3
 STAYS_EMPTY = 1 / 8

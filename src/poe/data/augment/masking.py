@@ -1,9 +1,9 @@
 """Function masking: the names of tools and parameters become random identifiers; descriptions say what they are for.
 
-A caller that has learnt names (`get_weather(city)`) fails on a tool that is named otherwise. With masked names only the
-descriptions are left to go by. The idea is that of Hammer (arXiv 2410.04587). Its paper reports that 0.33 of the data
-is masked, its released script makes three copies of the data and masks 0.67 of them; here the ratio is explicit: the
-share of the rows that are masked in each epoch.
+A caller that has learned names (`get_weather(city)`) fails on a tool that has another name. With masked names only
+the descriptions are left to go by. The idea is that of Hammer (arXiv 2410.04587). Its paper masks 0.33 of the data, its
+released script makes three copies of the data and masks 0.67 of them; here the ratio is explicit: the share of the rows
+that are masked in each epoch.
 
 * One name has one mask in a row, wherever it stands: `mask` is a bijection, and `unmask` gives back every byte.
 * Renamed: tools, properties at every depth, `required`, the arguments of calls, the `name` of results, and the keys of
@@ -25,8 +25,8 @@ from dataclasses import replace
 from random import Random
 from typing import Any
 
+from poe.calls.conversation import Conversation, Message, Tool
 from poe.data.augment.rows import map_arguments
-from poe.data.conversation import Conversation, Message, Tool
 
 Mapping = dict[str, str]  # a name of the row -> the name that stands for it
 

@@ -13,10 +13,10 @@ import re
 from dataclasses import replace
 from random import Random
 
+from poe.calls.conversation import Conversation
 from poe.data.augment.copied import Span, argument_strings, occurrences, quotations
 from poe.data.augment.rows import user_texts
 from poe.data.augment.words import is_command
-from poe.data.conversation import Conversation
 
 _GREETINGS = (
     "Hi!",

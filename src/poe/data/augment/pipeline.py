@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
+from poe.calls.conversation import Conversation
+from poe.calls.forms.calls import CALL_FORMS
+from poe.calls.forms.tools import TOOL_FORMS
 from poe.data.augment.case import change_case
 from poe.data.augment.contrast import make_pair
 from poe.data.augment.distractors import ToolPool, add_distractors
@@ -15,9 +18,6 @@ from poe.data.augment.irrelevance import make_irrelevant
 from poe.data.augment.masking import mask, rename
 from poe.data.augment.paraphrase import paraphrase
 from poe.data.augment.rows import row_digest, row_rng
-from poe.data.conversation import Conversation
-from poe.data.forms.calls import CALL_FORMS
-from poe.data.forms.tools import TOOL_FORMS
 from poe.errors import RecipeError, suggest
 
 

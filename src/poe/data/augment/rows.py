@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from random import Random
 from typing import Any
 
-from poe.data.conversation import Conversation, Message, Tool
-from poe.data.schema import find_tool
+from poe.calls.conversation import Conversation, Message, Tool
+from poe.calls.schema import find_tool
 
 
 def row_digest(conversation: Conversation) -> str:

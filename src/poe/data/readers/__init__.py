@@ -1,6 +1,6 @@
 """The data readers, by name, and the way from a `--data` SPEC to conversations.
 
-A reader of files is a module with `NAME`, `HUB_ID` (or None), `LICENCE` and `read(rows, report)`, which gets
+A reader of files is a module with `NAME`, `HUB_ID` (or None), `LICENSE` and `read(rows, report)`, which gets
 `(id, row)` pairs and yields `Conversation`s. It has `HUB_CONFIGS` where the Hub holds the set in several
 configurations, and `files(path)` and `read_path(path, report)` where rows need more than the files that a path names (a
 pool of tools beside them). A generator has `read(path, report)` and needs no file. `READERS` holds both behind one
@@ -14,7 +14,7 @@ from itertools import chain
 from pathlib import Path
 from types import ModuleType
 
-from poe.data.conversation import Conversation
+from poe.calls.conversation import Conversation
 from poe.data.drops import DropReport
 from poe.data.sources import expand, file_rows, hub_rows
 from poe.data.spec import DataSource
@@ -33,7 +33,7 @@ class Reader:
 
     name: str
     hub_id: str | None
-    licence: str
+    license: str
     read: Callable[[str | None, DropReport], Iterator[Conversation]]
     generated: bool = False
     hub_configs: tuple[str | None, ...] = (None,)
@@ -56,7 +56,7 @@ def _of_rows(module: ModuleType) -> Reader:
         return module.read(chain.from_iterable(hub_rows(hub_id, name, config=c) for c in hub_configs), report)
 
     files = getattr(module, "files", expand)
-    return Reader(name, hub_id, module.LICENCE, read, hub_configs=hub_configs, files=files)
+    return Reader(name, hub_id, module.LICENSE, read, hub_configs=hub_configs, files=files)
 
 
 def _generated(path: str | None, report: DropReport) -> Iterator[Conversation]:

@@ -2,7 +2,7 @@
 
 Hub: `liminghao1630/API-Bank`. Its files differ in their columns, so they do not load as one table: download them and
 give a file. `lvN-train.json` is the union of `lvN-api-train.json` and `lvN-response-train.json`: read one or the other.
-Licence: Apache-2.0 (the repository; the Hub says MIT).
+License: Apache-2.0 (the repository; the Hub says MIT).
 
 Three forms are read.
 
@@ -26,24 +26,25 @@ Traps, and what is done about each:
 * No parameter is marked optional, so all are required. Dates and times are text. A type that JSON has no name for is
   left out of the schema. Arguments of another type than declared: dropped, unless they spell it.
 * Python literals in results become JSON; any other result stays as it stands.
-* Some `AI:` texts hold a request in the middle of a sentence: dropped, for calls are not to be learnt as prose.
+* Some `AI:` texts hold a request in the middle of a sentence: dropped, for calls are not to be learned as prose.
 """
 
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from poe.data.conversation import Conversation, Tool
-from poe.data.drops import DropReport, Unfaithful
-from poe.data.literals import parse_literal
+from poe.calls.conversation import Conversation, Tool
+from poe.calls.literals import parse_literal
+from poe.calls.schema import Note, as_tool, check_value, find_tool, unique_tools
+from poe.data.drops import DropReport
 from poe.data.readers.signatures import Call, read_calls, type_schema
 from poe.data.readers.turns import Turns, as_text, parse_field, read_rows
-from poe.data.schema import Note, as_tool, check_value, find_tool, unique_tools
 from poe.data.sources import Row
+from poe.errors import RowError
 
 NAME = "apibank"
 HUB_ID = None
-LICENCE = "Apache-2.0"
+LICENSE = "Apache-2.0"
 
 _FIELDS = (
     *("instruction", "input", "output", "expected_output"),
@@ -64,7 +65,7 @@ _REQUEST_IN_TEXT = re.compile(r"\[\w+\([^\]]*\)\]")
 
 def read(rows: Iterable[Row], report: DropReport) -> Iterator[Conversation]:
     """Conversations of rows in any of the three forms; what cannot be read faithfully is dropped and counted."""
-    return read_rows(NAME, LICENCE, _FIELDS, rows, report, _convert)
+    return read_rows(NAME, LICENSE, _FIELDS, rows, report, _convert)
 
 
 def _convert(row: dict[str, Any], note: Note) -> Turns:
@@ -72,7 +73,7 @@ def _convert(row: dict[str, Any], note: Note) -> Turns:
         return _dialogue(row["turns"], note)
     if "apis" in row:
         if not isinstance(row["apis"], list) or not all(isinstance(api, dict) for api in row["apis"]):
-            raise Unfaithful("row is of no known format")
+            raise RowError("row is of no known format")
         calls = [
             {
                 "role": "API",
@@ -92,11 +93,11 @@ def _step(row: dict[str, Any], note: Note) -> Turns:
         case str() as instruction, str() as history, str() as answer:
             pass
         case _:
-            raise Unfaithful("row is of no known format")
+            raise RowError("row is of no known format")
     before, *parts = _HEADING.split(history)
     spoken = [(head, body.strip()) for head, body in zip(parts[::2], parts[1::2], strict=True)]
     if not spoken or not spoken[-1][0].startswith("Generate"):
-        raise Unfaithful("row is of no known format")
+        raise RowError("row is of no known format")
     requests = [_request(body) if head == "API-Request" else None for head, body in spoken]
     declared = [*_lines(instruction.partition("API descriptions:")[2]), *_lines(before)]
     tools = _offered(
@@ -113,7 +114,7 @@ def _step(row: dict[str, Any], note: Note) -> Turns:
         elif head == "AI":
             _say(turns, body)
         else:
-            raise Unfaithful("row is of no known format")
+            raise RowError("row is of no known format")
     if answer.strip().startswith("API-Request:"):
         turns.calls(read_calls(answer.strip().removeprefix("API-Request:").strip(), tools))
     else:
@@ -140,7 +141,7 @@ def _request(body: str) -> tuple[str, Any]:
     """`[Api(key='value')]->result` as the text of the call and the result, a Python literal as its value."""
     found = _REQUEST.fullmatch(body)
     if found is None:
-        raise Unfaithful("request without a result")
+        raise RowError("request without a result")
     result = found[2].strip()
     try:
         return found[1], parse_literal(result)
@@ -154,7 +155,7 @@ def _offered(declared: list[Any], search_results: list[Any], note: Note) -> list
     for result in search_results:
         for found in result if isinstance(result, list) else [result]:
             if not isinstance(found, dict):
-                raise Unfaithful("search result that declares no tool")
+                raise RowError("search result that declares no tool")
             tool = _tool(found, note)
             if find_tool(tools, tool["function"]["name"]) is None:
                 tools.append(tool)
@@ -163,10 +164,10 @@ def _offered(declared: list[Any], search_results: list[Any], note: Note) -> list
 
 def _tool(declared: Any, note: Note) -> Tool:
     if not isinstance(declared, dict):
-        raise Unfaithful("tool declaration is not an object")
+        raise RowError("tool declaration is not an object")
     flat = declared.get("input_parameters", declared.get("parameters")) or {}
     if not isinstance(flat, dict) or not all(isinstance(parameter, dict) for parameter in flat.values()):
-        raise Unfaithful("tool parameter is not an object")
+        raise RowError("tool parameter is not an object")
     properties = {}
     for name, parameter in flat.items():
         schema = type_schema(str(parameter.get("type", "Any")), note)
@@ -180,7 +181,7 @@ def _tool(declared: Any, note: Note) -> Tool:
 def _dialogue(spoken: Any, note: Note) -> Turns:
     """Turns of User and AI (`text`) and API (`api_name`, `param_dict`, `result`)."""
     if not isinstance(spoken, list) or not all(isinstance(turn, dict) for turn in spoken):
-        raise Unfaithful("row is of no known format")
+        raise RowError("row is of no known format")
     searches = [_result(turn) for turn in spoken if turn.get("api_name") == "ToolSearcher"]
     tools = _offered([_SEARCHER] if searches else [], searches, note)
     turns = Turns(tools, note)
@@ -189,16 +190,16 @@ def _dialogue(spoken: Any, note: Note) -> Turns:
         if role == "API":
             name = turn.get("api_name")
             if not isinstance(name, str) or find_tool(tools, name) is None:
-                raise Unfaithful("no declaration of a tool that is called")
+                raise RowError("no declaration of a tool that is called")
             _answered_call(turns, [(name, turn.get("param_dict"), None)], _result(turn))
         elif not isinstance(text, str):
-            raise Unfaithful("turn is not text")
+            raise RowError("turn is not text")
         elif role == "User":
             turns.user(text.strip())
         elif role == "AI":
             _say(turns, text.strip())
         else:
-            raise Unfaithful(f"turn of an unknown speaker ({str(role)[:40]!r})")
+            raise RowError(f"turn of an unknown speaker ({str(role)[:40]!r})")
     return turns
 
 
@@ -206,20 +207,20 @@ def _result(turn: dict[str, Any]) -> Any:
     """What the API returned, or the text of its exception."""
     result = turn.get("result")
     if not isinstance(result, dict) or "output" not in result:
-        raise Unfaithful("request without a result")
+        raise RowError("request without a result")
     return result["output"] if result.get("exception") is None else result["exception"]
 
 
 def _answered_call(turns: Turns, calls: list[Call], result: Any) -> None:
     if len(calls) != 1:
-        raise Unfaithful("one result for several calls")
+        raise RowError("one result for several calls")
     if problem := check_value(result):
-        raise Unfaithful(problem)
+        raise RowError(problem)
     turns.calls(calls)
     turns.response(as_text(result))
 
 
 def _say(turns: Turns, text: str) -> None:
     if _REQUEST_IN_TEXT.search(text):
-        raise Unfaithful("request inside a text")
+        raise RowError("request inside a text")
     turns.assistant(text)

@@ -1,4 +1,4 @@
-"""Reader `demo`: generated conversations about a small world of tools (`poe.data.demo`). No file, no network.
+"""Reader `demo`: generated conversations about a small world of tools (`poe.demo`). No file, no network.
 
 `demo` gives 12,000 rows, `demo=500` that many. Every fifth noun and every eighth value never occur in them: they make
 the two held-out splits that `evaluation_splits` returns, questions with new values about known tools, and questions
@@ -7,14 +7,14 @@ about tools that no training row has.
 
 from collections.abc import Iterator
 
-from poe.data.conversation import Conversation
-from poe.data.demo.conversations import make_conversation
+from poe.calls.conversation import Conversation
 from poe.data.drops import DropReport
+from poe.demo.conversations import make_conversation
 from poe.errors import DataError
 
 NAME = "demo"
 HUB_ID = None
-LICENCE = "Apache-2.0"
+LICENSE = "Apache-2.0"
 DEFAULT_ROWS = 12_000
 
 

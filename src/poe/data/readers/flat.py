@@ -7,9 +7,9 @@ import json
 import re
 from typing import Any
 
-from poe.data.conversation import Tool
-from poe.data.drops import Unfaithful
-from poe.data.schema import PYTHON_TYPES, TYPES, Note, as_tool, coerce, fits_type
+from poe.calls.conversation import Tool
+from poe.calls.schema import PYTHON_TYPES, TYPES, Note, as_tool, coerce, fits_type
+from poe.errors import RowError
 
 _TOKEN = re.compile(r"""\s*(?:([A-Za-z_][\w.]*)|("[^"]*"|'[^']*'|-?\d+(?:\.\d+)?)|(\.\.\.)|([\[\],|]))""")
 _DEFAULT = re.compile(r",\s*default\b[\s=:]*", re.IGNORECASE)
@@ -40,10 +40,10 @@ def read_tool(tool: Any, note: Note) -> Tool:
     if isinstance(tool, dict) and isinstance(tool.get("function"), dict):
         tool = tool["function"]
     if not isinstance(tool, dict):
-        raise Unfaithful("tool is not an object")
+        raise RowError("tool is not an object")
     flat = tool.get("parameters") or {}
     if not isinstance(flat, dict):
-        raise Unfaithful("tool parameters are not an object schema")
+        raise RowError("tool parameters are not an object schema")
     if flat.get("type") != "object":
         flat = object_schema(flat, tool.get("required"), note)
     return as_tool(tool.get("name"), tool.get("description"), flat, note)
@@ -76,7 +76,7 @@ def object_schema(flat: dict[str, Any], stated: Any, note: Note) -> dict[str, An
     required = []
     for name, parameter in flat.items():
         if not isinstance(parameter, dict):
-            raise Unfaithful("tool parameter is not an object")
+            raise RowError("tool parameter is not an object")
         schema, optional, default = _declared_type(parameter.get("type", "Any"))
         if isinstance(parameter.get("description"), str):
             schema["description"] = parameter["description"]
@@ -101,7 +101,7 @@ def _declared_type(kind: Any) -> tuple[dict[str, Any], bool, Any]:
     if isinstance(kind, str):
         return python_type(kind)
     if not isinstance(kind, list) or not kind or not all(isinstance(name, str) and name in TYPES for name in kind):
-        raise Unfaithful("type that JSON cannot write")
+        raise RowError("type that JSON cannot write")
     schema, nullable = _without_null(_any_of([{"type": name} for name in kind]))
     return schema, nullable, None
 
@@ -109,7 +109,7 @@ def _declared_type(kind: Any) -> tuple[dict[str, Any], bool, Any]:
 def python_type(text: str) -> tuple[dict[str, Any], bool, Any]:
     """`"List[int], optional, default=[]"` -> (JSON Schema, whether optional, default or None)."""
     if len(text) > _MAX_TYPE:
-        raise Unfaithful("type that JSON cannot write")
+        raise RowError("type that JSON cannot write")
     found = _DEFAULT.search(text)
     kind, *extras = _top_level_parts(text[: found.start()] if found else text)
     optional, default = found is not None, _literal(text[found.end() :].strip()) if found else None
@@ -117,7 +117,7 @@ def python_type(text: str) -> tuple[dict[str, Any], bool, Any]:
         if extra.lower() in ("optional", "required", ""):
             optional = optional or extra.lower() == "optional"
         else:
-            raise Unfaithful("type that JSON cannot write")
+            raise RowError("type that JSON cannot write")
     schema, nullable = _Type(kind).parse()
     return schema, optional or nullable, default
 
@@ -152,7 +152,7 @@ class _Type:
         while at < len(text):
             found = _TOKEN.match(text, at)
             if found is None:
-                raise Unfaithful("type that JSON cannot write")
+                raise RowError("type that JSON cannot write")
             self.tokens.append(found[0].strip())
             at = found.end()
         self.at = 0
@@ -161,7 +161,7 @@ class _Type:
         """The schema, and whether None is among the types of the top level."""
         schema = self._union()
         if self.at < len(self.tokens):
-            raise Unfaithful("type that JSON cannot write")
+            raise RowError("type that JSON cannot write")
         return _without_null(schema)
 
     def _peek(self) -> str:
@@ -194,12 +194,12 @@ class _Type:
                 if self._peek() == ",":
                     self._next()
                 elif self._peek() != "]":
-                    raise Unfaithful("type that JSON cannot write")
+                    raise RowError("type that JSON cannot write")
             self._next()
         if lower == "tuple":
             return _tuple(inner)
         if "..." in inner:
-            raise Unfaithful("type that JSON cannot write")
+            raise RowError("type that JSON cannot write")
         if lower == "any" and not inner:
             return {}
         if lower in _ARRAYS and len(inner) < 2:
@@ -212,15 +212,15 @@ class _Type:
             return _any_of(inner)
         if lower in _SIMPLE and not inner:
             return {"type": _SIMPLE[lower]}
-        raise Unfaithful("type that JSON cannot write")
+        raise RowError("type that JSON cannot write")
 
     def _literals(self) -> dict[str, Any]:
         values: list[Any] = []
         if self._next() != "[":
-            raise Unfaithful("type that JSON cannot write")
+            raise RowError("type that JSON cannot write")
         while (token := self._next()) != "]":
             if not token or token in ("[", "|"):
-                raise Unfaithful("type that JSON cannot write")
+                raise RowError("type that JSON cannot write")
             if token != ",":
                 values.append(_literal(token))
         kinds = {type(value) for value in values}
@@ -234,7 +234,7 @@ def _tuple(inner: list[Any]) -> dict[str, Any]:
     if inner[-1] == "..." and len(inner) == 2:
         return {"type": "array", "items": inner[0]}
     if "..." in inner:
-        raise Unfaithful("type that JSON cannot write")
+        raise RowError("type that JSON cannot write")
     fixed = {"minItems": len(inner), "maxItems": len(inner)}
     if all(kind == inner[0] for kind in inner):
         return {"type": "array", "items": inner[0], **fixed}

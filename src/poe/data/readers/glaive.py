@@ -1,6 +1,6 @@
 """Glaive function-calling v2: synthetic multi-turn chats with at most one call per turn.
 
-Hub: `glaiveai/glaive-function-calling-v2` (112,960 rows, one split). Licence: Apache-2.0.
+Hub: `glaiveai/glaive-function-calling-v2` (112,960 rows, one split). License: Apache-2.0.
 
 Three formats are read.
 
@@ -38,15 +38,16 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from poe.data.conversation import Conversation, Tool
-from poe.data.drops import DropReport, Unfaithful
+from poe.calls.conversation import Conversation, Tool
+from poe.calls.schema import Note, as_tool, required_inside, unique_tools
+from poe.data.drops import DropReport
 from poe.data.readers.turns import Turns, parse_field, read_rows
-from poe.data.schema import Note, as_tool, required_inside, unique_tools
 from poe.data.sources import Row, parse_json
+from poe.errors import RowError
 
 NAME = "glaive"
 HUB_ID = "glaiveai/glaive-function-calling-v2"
-LICENCE = "Apache-2.0"
+LICENSE = "Apache-2.0"
 
 END = "<|endoftext|>"
 CALL = "<functioncall>"
@@ -68,7 +69,7 @@ _ESCAPE = re.compile(r"\\(.)", re.DOTALL)
 
 def read(rows: Iterable[Row], report: DropReport) -> Iterator[Conversation]:
     """Conversations of rows in either format; what cannot be read faithfully is dropped and counted."""
-    return read_rows(NAME, LICENCE, _FIELDS, rows, report, _convert)
+    return read_rows(NAME, LICENSE, _FIELDS, rows, report, _convert)
 
 
 def _convert(row: dict[str, Any], note: Note) -> Turns:
@@ -76,13 +77,13 @@ def _convert(row: dict[str, Any], note: Note) -> Turns:
         return _sharegpt(row, note)
     system, chat = row.get("system", ""), row.get("chat")
     if not isinstance(system, str):
-        raise Unfaithful("row is of no known format")
+        raise RowError("row is of no known format")
     if "input_messages" in row:
         headed = _headed(row, system)
     elif isinstance(chat, str):
         headed = split_chat(chat)
     else:
-        raise Unfaithful("row is of no known format")
+        raise RowError("row is of no known format")
     text, tools = read_system(system, note)
     turns = Turns(tools, note)
     turns.system(text)
@@ -91,7 +92,7 @@ def _convert(row: dict[str, Any], note: Note) -> Turns:
             turns.user(body)
         elif heading == "FUNCTION RESPONSE":
             if not body:
-                raise Unfaithful("empty turn")
+                raise RowError("empty turn")
             turns.response(body)
         elif CALL in body:
             said, _, call = body.partition(CALL)
@@ -112,7 +113,7 @@ def read_system(system: str, note: Note) -> tuple[str, list[Tool]]:
         try:
             value, at = decoder.raw_decode(system, at)
         except (ValueError, RecursionError):
-            raise Unfaithful("tool declarations not JSON") from None
+            raise RowError("tool declarations not JSON") from None
         declared.extend(value if isinstance(value, list) else [value])
         while at < len(system) and (system[at].isspace() or system[at] == ","):
             at += 1
@@ -125,7 +126,7 @@ def _tools(declared: list[Any], note: Note) -> list[Tool]:
         if isinstance(function, dict) and isinstance(function.get("function"), dict):
             function = function["function"]
         if not isinstance(function, dict):
-            raise Unfaithful("tool declaration is not an object")
+            raise RowError("tool declaration is not an object")
         parameters = required_inside(function, note)
         tools.append(as_tool(function.get("name"), function.get("description"), parameters, note))
     return unique_tools(tools, note)
@@ -135,18 +136,18 @@ def split_chat(chat: str) -> list[tuple[str, str]]:
     """The turns of a `chat` text as (heading, text), end marks taken off."""
     before, *parts = _HEADING.split(chat)
     if before.strip() or not parts:
-        raise Unfaithful("text before the first turn" if before.strip() else "no turns")
+        raise RowError("text before the first turn" if before.strip() else "no turns")
     turns = []
     for heading, body in zip(parts[::2], parts[1::2], strict=True):
         body = body.strip()
         if heading == "ASSISTANT":
             if not body.endswith(END):
-                raise Unfaithful("assistant turn without an end mark")
+                raise RowError("assistant turn without an end mark")
             body = body.removesuffix(END).strip()
         if END in body:
-            raise Unfaithful("end mark inside a turn")
+            raise RowError("end mark inside a turn")
         if _STRAY_HEADING.search(body):
-            raise Unfaithful("turn heading inside a turn")
+            raise RowError("turn heading inside a turn")
         turns.append((heading, body))
     return turns
 
@@ -155,21 +156,21 @@ def _headed(row: dict[str, Any], system: str) -> list[tuple[str, str]]:
     """The turns of a row that was cut into them, as `split_chat` gives them."""
     messages, last = row["input_messages"], row.get("ground_truth")
     if not isinstance(messages, list):
-        raise Unfaithful("row is of no known format")
+        raise RowError("row is of no known format")
     turns = []
     for message in [*messages, {"role": "assistant", "content": last}]:
         role, text = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
         if not isinstance(text, str):
-            raise Unfaithful("turn is not text")
+            raise RowError("turn is not text")
         if role == "system" and text.strip() == system.strip():
             continue
         if role not in _HEADINGS:
-            raise Unfaithful(f"turn of an unknown speaker ({str(role)[:40]!r})")
+            raise RowError(f"turn of an unknown speaker ({str(role)[:40]!r})")
         text = text.strip()
         if role == "assistant":
             text = text.removesuffix(END).strip()
         if END in text:
-            raise Unfaithful("end mark inside a turn")
+            raise RowError("end mark inside a turn")
         turns.append((_HEADINGS[role], text))
     return turns
 
@@ -178,18 +179,18 @@ def read_call(text: str, note: Note) -> tuple[str, Any]:
     """The name and the arguments of a call, from the text after `<functioncall>`."""
     text = text.strip()
     if CALL in text:
-        raise Unfaithful("two calls in one turn")
+        raise RowError("two calls in one turn")
     try:
         call = parse_json(text)
     except ValueError:
         call = None
     if call is not None:
         if not isinstance(call, dict):
-            raise Unfaithful("call is not an object")
+            raise RowError("call is not an object")
         return _json_call(call, note)
     found = _QUOTED_CALL.match(text)
     if found is None:
-        raise Unfaithful("call breaks off" if not text.endswith("}") else "call not JSON")
+        raise RowError("call breaks off" if not text.endswith("}") else "call not JSON")
     if found[2] == "parameters":
         note("parameters read as arguments")
     if found[4].count("}") == 2:
@@ -203,7 +204,7 @@ def _json_call(call: dict[str, Any], note: Note) -> tuple[str, Any]:
         key = "parameters"
         note("parameters read as arguments")
     if "name" not in call or key not in call:
-        raise Unfaithful("call without a name or arguments")
+        raise RowError("call without a name or arguments")
     arguments = call[key]
     if isinstance(arguments, str):
         arguments = _arguments(arguments, note)
@@ -231,7 +232,7 @@ def _arguments(text: str, note: Note) -> Any:
             note("null arguments read as none")
             return {}
         return arguments
-    raise Unfaithful("arguments not JSON")
+    raise RowError("arguments not JSON")
 
 
 def _sharegpt(row: dict[str, Any], note: Note) -> Turns:
@@ -239,32 +240,32 @@ def _sharegpt(row: dict[str, Any], note: Note) -> Turns:
     turns = Turns(_tools(declared if isinstance(declared, list) else [declared], note), note)
     system = row.get("system", "")
     if not isinstance(system, str) or not isinstance(row["conversations"], list):
-        raise Unfaithful("row is of no known format")
+        raise RowError("row is of no known format")
     system = system.strip().removeprefix("SYSTEM:").strip()
     turns.system("" if system in FIXED_SENTENCES else system)
     for turn in row["conversations"]:
         speaker, value = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
         if not isinstance(value, str):
-            raise Unfaithful("turn is not text")
+            raise RowError("turn is not text")
         value = value.strip()
         if END in value:
-            raise Unfaithful("end mark inside a turn")
+            raise RowError("end mark inside a turn")
         if speaker == "system":
             turns.system(value)
         elif speaker in ("human", "user"):
             turns.user(value)
         elif speaker in ("gpt", "assistant"):
             if CALL in value:
-                raise Unfaithful("call not in a turn of its own")
+                raise RowError("call not in a turn of its own")
             turns.assistant(value)
         elif speaker == "function_call":
             parsed = parse_field(value, "call")
             calls = parsed if isinstance(parsed, list) else [parsed]
             if not all(isinstance(call, dict) for call in calls):
-                raise Unfaithful("call is not an object")
+                raise RowError("call is not an object")
             turns.calls([(*_json_call(call, note), None) for call in calls])
         elif speaker in ("observation", "tool"):
             turns.response(value)
         else:
-            raise Unfaithful(f"turn of an unknown speaker ({str(speaker)[:40]!r})")
+            raise RowError(f"turn of an unknown speaker ({str(speaker)[:40]!r})")
     return turns

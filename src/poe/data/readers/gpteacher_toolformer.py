@@ -1,7 +1,7 @@
 """GPTeacher Toolformer: one request, answered in prose with calls standing where their results would.
 
 Hub: none of its own; the file of the repository (`Toolformer/toolformer-dedupe-only-dataset.json`) is given.
-Licence: MIT; the texts come from an OpenAI model.
+License: MIT; the texts come from an OpenAI model.
 
 A row is `{"instruction", "input", "response"}`. The instruction starts with a header: `toolformer: enabled`,
 `toolformer access: wikipedia, news`, then for each tool a line of description and a signature (`wikipedia(query)`);
@@ -21,18 +21,19 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from poe.data.conversation import Conversation, Tool
-from poe.data.drops import DropReport, Unfaithful
-from poe.data.literals import parse_calls
+from poe.calls.conversation import Conversation, Tool
+from poe.calls.literals import parse_calls
+from poe.calls.schema import Note, as_tool, unique_tools
+from poe.data.drops import DropReport
 from poe.data.readers.alpaca import instruction
 from poe.data.readers.signatures import Call, bind
 from poe.data.readers.turns import Turns, read_rows
-from poe.data.schema import Note, as_tool, unique_tools
 from poe.data.sources import Row
+from poe.errors import RowError
 
 NAME = "gpteacher_toolformer"
 HUB_ID = None
-LICENCE = "MIT"
+LICENSE = "MIT"
 
 MAX_CALL = 4_000
 """How many characters after its name a call may take."""
@@ -44,13 +45,13 @@ _TEMPLATE = re.compile(r"""\{input\}|["'] ?\+ ?input\b|<[^<>=]*(?:placeholder|ur
 
 def read(rows: Iterable[Row], report: DropReport) -> Iterator[Conversation]:
     """Conversations of a request and the calls that answer it."""
-    return read_rows(NAME, LICENCE, ("instruction", "input", "response"), rows, report, _convert)
+    return read_rows(NAME, LICENSE, ("instruction", "input", "response"), rows, report, _convert)
 
 
 def _convert(row: dict[str, Any], note: Note) -> Turns:
     text, response = row.get("instruction"), row.get("response")
     if not isinstance(text, str) or not isinstance(response, str):
-        raise Unfaithful("row is of no known format")
+        raise RowError("row is of no known format")
     tools, request = read_header(text, note)
     turns = Turns(tools, note)
     turns.user(instruction({**row, "instruction": request}))
@@ -65,7 +66,7 @@ def read_header(text: str, note: Note) -> tuple[list[Tool], str]:
     """The tools of an instruction's header, and the request after it."""
     header = _HEADER.match(text)
     if header is None:
-        raise Unfaithful("row is of no known format")
+        raise RowError("row is of no known format")
     names = [name.strip() for name in header[1].split(",")]
     lines = text[header.end() :].split("\n")
     tools = []
@@ -78,7 +79,7 @@ def read_header(text: str, note: Note) -> tuple[list[Tool], str]:
         schema = {"type": "object", "properties": properties, "required": parameters}
         tools.append(as_tool(name, about.strip(), schema, note))
     if len(tools) != len(names):
-        raise Unfaithful("tool declaration is not a signature")
+        raise RowError("tool declaration is not a signature")
     return unique_tools(tools, note), "\n".join(lines[2 * len(names) :])
 
 
@@ -89,12 +90,12 @@ def find_calls(text: str, tools: list[Tool]) -> tuple[list[Call], str]:
     while found := opening.search(text, at):
         call, end = _call_at(text, found.start(), tools)
         if any(isinstance(value, str) and _TEMPLATE.search(value) for value in call[1].values()):
-            raise Unfaithful("argument that is a template")
+            raise RowError("argument that is a template")
         calls.append(call)
         rest += text[at : found.start()]
         at = end
     if not calls:
-        raise Unfaithful("response without a call")
+        raise RowError("response without a call")
     return calls, rest + text[at:]
 
 
@@ -106,4 +107,4 @@ def _call_at(text: str, start: int, tools: list[Tool]) -> tuple[Call, int]:
         except ValueError:
             continue
         return bind(parsed[0], tools), end
-    raise Unfaithful("call that is not Python notation")
+    raise RowError("call that is not Python notation")

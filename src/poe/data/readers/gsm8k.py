@@ -1,6 +1,6 @@
 """GSM8K: grade-school mathematics in words, with worked answers.
 
-Hub: `openai/gsm8k`, configuration `main` (7,473 rows to train on, 1,319 to test). Licence: MIT.
+Hub: `openai/gsm8k`, configuration `main` (7,473 rows to train on, 1,319 to test). License: MIT.
 
 A row is `{"question", "answer"}`. Traps, and what is done about each:
 
@@ -13,24 +13,24 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from poe.data.conversation import Conversation
+from poe.calls.conversation import Conversation
+from poe.calls.schema import Note
 from poe.data.drops import DropReport
 from poe.data.readers.question import answered
 from poe.data.readers.turns import Turns, read_rows
-from poe.data.schema import Note
 from poe.data.sources import Row
 
 NAME = "gsm8k"
 HUB_ID = "openai/gsm8k"
 HUB_CONFIGS = ("main",)
-LICENCE = "MIT"
+LICENSE = "MIT"
 
 _CALCULATOR = re.compile(r"<<[^<>\n]*=[^<>\n]*>>")
 
 
 def read(rows: Iterable[Row], report: DropReport) -> Iterator[Conversation]:
     """Conversations of rows with `question` and `answer`."""
-    return read_rows(NAME, LICENCE, ("question", "answer"), rows, report, _convert)
+    return read_rows(NAME, LICENSE, ("question", "answer"), rows, report, _convert)
 
 
 def _convert(row: dict[str, Any], note: Note) -> Turns:

@@ -1,6 +1,6 @@
 """Hammer's files: evaluation sets of others in one form, and xLAM rows with masked names.
 
-Repository: MadeAgents/Hammer; give a file, `hammer=sealtool.json`. Licence: Apache-2.0.
+Repository: MadeAgents/Hammer; give a file, `hammer=sealtool.json`. License: Apache-2.0.
 
 Two formats are read.
 
@@ -28,16 +28,17 @@ The prompt around the masked rows says only how to write a call: it is no system
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from poe.data.conversation import Conversation
-from poe.data.drops import DropReport, Unfaithful
+from poe.calls.conversation import Conversation
+from poe.calls.schema import Note, unique_tools
+from poe.data.drops import DropReport
 from poe.data.readers.flat import read_tool
 from poe.data.readers.turns import Turns, named_call, parse_field, read_rows, sections
-from poe.data.schema import Note, unique_tools
 from poe.data.sources import Row
+from poe.errors import RowError
 
 NAME = "hammer"
 HUB_ID = None
-LICENCE = "Apache-2.0"
+LICENSE = "Apache-2.0"
 
 _FIELDS = ("query", "tools", "answers", "instruction", "input", "output")
 _REQUEST = "Generate API Request:"
@@ -46,7 +47,7 @@ _FENCE = "```"
 
 def read(rows: Iterable[Row], report: DropReport) -> Iterator[Conversation]:
     """Conversations of rows in either format; what cannot be read faithfully is dropped and counted."""
-    return read_rows(NAME, LICENCE, _FIELDS, rows, report, _convert)
+    return read_rows(NAME, LICENSE, _FIELDS, rows, report, _convert)
 
 
 def _convert(row: dict[str, Any], note: Note) -> Turns:
@@ -55,7 +56,7 @@ def _convert(row: dict[str, Any], note: Note) -> Turns:
     declared = parse_field(row.get("tools"), "tools")
     query = row.get("query")
     if not isinstance(declared, list) or not isinstance(query, str | list):
-        raise Unfaithful("row is of no known format")
+        raise RowError("row is of no known format")
     named = [tool for tool in declared if not _is_documentation(tool)]
     if len(named) < len(declared):
         note("documentation of results taken out of the tools")
@@ -84,9 +85,9 @@ def _with_required(tool: Any) -> Any:
 def _calls(answers: Any) -> list[tuple[Any, Any, None]]:
     answers = parse_field(answers, "answers")
     if not isinstance(answers, list):
-        raise Unfaithful("answers are not a list")
+        raise RowError("answers are not a list")
     if not answers:
-        raise Unfaithful("answer without a call or a text")
+        raise RowError("answer without a call or a text")
     return [
         named_call(call, "tool", "parameters") if isinstance(call, dict) and "tool" in call else named_call(call)
         for call in answers
@@ -97,7 +98,7 @@ def _dialogue(messages: list[Any], turns: Turns) -> None:
     for index, message in enumerate(messages):
         role, text = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
         if not isinstance(text, str):
-            raise Unfaithful("message is not text")
+            raise RowError("message is not text")
         text = text.strip()
         if index + 1 == len(messages):
             text = text.removesuffix(_REQUEST).strip()
@@ -110,7 +111,7 @@ def _dialogue(messages: list[Any], turns: Turns) -> None:
         elif role == "tool":
             turns.results([text])
         else:
-            raise Unfaithful(f"message of an unknown role ({str(role)[:40]!r})")
+            raise RowError(f"message of an unknown role ({str(role)[:40]!r})")
 
 
 def _unfenced(text: str) -> str:
@@ -120,10 +121,10 @@ def _unfenced(text: str) -> str:
 def _masked(row: dict[str, Any], note: Note) -> Turns:
     instruction, output = row.get("instruction"), row.get("output")
     if not isinstance(instruction, str) or not isinstance(output, str) or row.get("input"):
-        raise Unfaithful("row is of no known format")
+        raise RowError("row is of no known format")
     declared = parse_field(_section(instruction, "AVAILABLE TOOLS"), "tools")
     if not isinstance(declared, list):
-        raise Unfaithful("tools are not a list")
+        raise RowError("tools are not a list")
     turns = Turns(unique_tools([read_tool(tool, note) for tool in declared], note), note)
     turns.user(_section(instruction, "QUERY").strip())
     turns.calls(_calls(_unfenced(output)))
@@ -133,5 +134,5 @@ def _masked(row: dict[str, Any], note: Note) -> Turns:
 def _section(instruction: str, name: str) -> str:
     found, _ = sections(instruction, f"[BEGIN OF {name}]", f"[END OF {name}]")
     if len(found) != 1:
-        raise Unfaithful("row is of no known format")
+        raise RowError("row is of no known format")
     return found[0]

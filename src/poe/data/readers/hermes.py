@@ -1,6 +1,6 @@
 """Hermes function calling v1: chats with calls in tags, and chats that are answered in JSON.
 
-Hub: `NousResearch/hermes-function-calling-v1`, its five subsets one after another. Licence: Apache-2.0.
+Hub: `NousResearch/hermes-function-calling-v1`, its five subsets one after another. License: Apache-2.0.
 
 A row is `{"conversations": [{"from", "value"}], "tools"}`; speakers are system, human, gpt and tool, `tools` is JSON
 text and not in every row. The system turn lists the tools again between `<tools>` and `</tools>`; a call is a
@@ -28,12 +28,13 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from poe.data.conversation import Conversation, Tool
-from poe.data.drops import DropReport, Unfaithful
+from poe.calls.conversation import Conversation, Tool
+from poe.calls.schema import Note, unique_tools
+from poe.data.drops import DropReport
 from poe.data.readers.messages import read_tool
 from poe.data.readers.turns import Turns, named_call, parse_notation, read_rows, sections
-from poe.data.schema import Note, unique_tools
 from poe.data.sources import Row
+from poe.errors import RowError
 
 NAME = "hermes"
 HUB_ID = "NousResearch/hermes-function-calling-v1"
@@ -44,7 +45,7 @@ HUB_CONFIGS = (
     "json_mode_agentic",
     "json_mode_singleturn",
 )
-LICENCE = "Apache-2.0"
+LICENSE = "Apache-2.0"
 
 _FIELDS = ("conversations", "tools")
 _TOOLS = ("<tools>", "</tools>")
@@ -71,15 +72,15 @@ _BOILERPLATE = re.compile(
 
 def read(rows: Iterable[Row], report: DropReport) -> Iterator[Conversation]:
     """Conversations of rows of any subset; what cannot be read faithfully is dropped and counted."""
-    return read_rows(NAME, LICENCE, _FIELDS, rows, report, _convert)
+    return read_rows(NAME, LICENSE, _FIELDS, rows, report, _convert)
 
 
 def _convert(row: dict[str, Any], note: Note) -> Turns:
     spoken = row.get("conversations")
     if not isinstance(spoken, list) or not all(isinstance(turn, dict) for turn in spoken):
-        raise Unfaithful("row is of no known format")
+        raise RowError("row is of no known format")
     if not all(isinstance(turn.get("value"), str) for turn in spoken):
-        raise Unfaithful("turn is not text")
+        raise RowError("turn is not text")
     system = next((turn["value"] for turn in spoken[:1] if turn.get("from") == "system"), "")
     said, listed = read_system(system)
     turns = Turns(_tools(row.get("tools"), listed, note), note)
@@ -103,7 +104,7 @@ def _add(turns: Turns, speaker: Any, value: str, note: Note) -> None:
     elif speaker == "tool":
         turns.results(_responses(value, note))
     else:
-        raise Unfaithful(f"turn of an unknown speaker ({str(speaker)[:40]!r})")
+        raise RowError(f"turn of an unknown speaker ({str(speaker)[:40]!r})")
 
 
 def read_system(text: str) -> tuple[str, str]:
@@ -113,7 +114,7 @@ def read_system(text: str) -> tuple[str, str]:
         return text.strip(), ""
     listed = [block.strip() for block in blocks if block.strip()]
     if len(listed) > 1:
-        raise Unfaithful("several lists of tools")
+        raise RowError("several lists of tools")
     said = _BOILERPLATE.sub("", said)
     return re.sub(r"\n{3,}", "\n\n", said).strip(), "".join(listed)
 
@@ -124,12 +125,12 @@ def _tools(own: Any, listed: str, note: Note) -> list[Tool]:
     if listed and not (isinstance(own, str) and own.strip() == listed and declared):
         try:
             shown = parse_notation(listed, "tools of the prompt", note)
-        except Unfaithful:
+        except RowError:
             if not declared:
                 raise
             shown = declared
         if declared and shown != declared:
-            raise Unfaithful("tools of the row and of its prompt differ")
+            raise RowError("tools of the row and of its prompt differ")
         declared = shown
     return unique_tools([read_tool(tool, note) for tool in _as_list(declared)], note)
 
@@ -147,12 +148,12 @@ def read_turn(text: str, note: Note) -> tuple[str, list[tuple[Any, Any, None]]]:
     for block in blocks:
         inside, end, behind = block.partition(_CALL[1])
         if not end:
-            raise Unfaithful("call breaks off")
+            raise RowError("call breaks off")
         if _bare(behind, note):
-            raise Unfaithful("text after a call")
+            raise RowError("text after a call")
         for call in _as_list(parse_notation(_bare(inside, note), "call", note)):
             if isinstance(call, dict) and "name" not in call and _holds_name(call.get("arguments")):
-                raise Unfaithful("name inside the arguments")
+                raise RowError("name inside the arguments")
             calls.append(named_call(call))
     return _bare(said, note), calls
 
@@ -167,7 +168,7 @@ def _responses(text: str, note: Note) -> list[str]:
     if not blocks:
         return [text.strip()]
     if _bare(rest.replace("".join(_RESPONSE), ""), note):
-        raise Unfaithful("text outside of a response")
+        raise RowError("text outside of a response")
     return [_bare(block, note) for block in blocks]
 
 

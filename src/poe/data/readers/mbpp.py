@@ -1,6 +1,6 @@
 """MBPP: small Python tasks, each with a solution and tests.
 
-Hub: `google-research-datasets/mbpp`, configuration `full` (374 rows to train on). Licence: CC-BY-4.0.
+Hub: `google-research-datasets/mbpp`, configuration `full` (374 rows to train on). License: CC-BY-4.0.
 
 The task is `text` on the Hub, `question` in files of the same rows. Traps, and what is done about each:
 
@@ -12,24 +12,25 @@ The task is `text` on the Hub, `question` in files of the same rows. Traps, and 
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from poe.data.conversation import Conversation
-from poe.data.drops import DropReport, Unfaithful
+from poe.calls.conversation import Conversation
+from poe.calls.schema import Note
+from poe.data.drops import DropReport
 from poe.data.readers.question import answered
 from poe.data.readers.turns import Turns, read_rows
-from poe.data.schema import Note
 from poe.data.sources import Row
+from poe.errors import RowError
 
 NAME = "mbpp"
 HUB_ID = "google-research-datasets/mbpp"
 HUB_CONFIGS = ("full",)
-LICENCE = "CC-BY-4.0"
+LICENSE = "CC-BY-4.0"
 
 _FIELDS = ("question", "text", "test_list", "code")
 
 
 def read(rows: Iterable[Row], report: DropReport) -> Iterator[Conversation]:
     """Conversations of rows with a task, tests and code."""
-    return read_rows(NAME, LICENCE, _FIELDS, rows, report, _convert)
+    return read_rows(NAME, LICENSE, _FIELDS, rows, report, _convert)
 
 
 def _convert(row: dict[str, Any], note: Note) -> Turns:
@@ -37,10 +38,10 @@ def _convert(row: dict[str, Any], note: Note) -> Turns:
         case str() as task, [*tests], str() as code if tests and all(isinstance(test, str) for test in tests):
             pass
         case _:
-            raise Unfaithful("row is of no known format")
+            raise RowError("row is of no known format")
     if "\r\n" in code:
         note("CRLF written as a line feed")
     task, code, *tests = (text.replace("\r\n", "\n") for text in [task, code, *tests])
     if not task.strip():
-        raise Unfaithful("empty turn")
+        raise RowError("empty turn")
     return answered("\n".join([task.strip(), "It must pass these tests:", *tests]), code, note)

@@ -1,6 +1,6 @@
 """OpenAI and TRL style rows: `messages` and, where there are any, `tools`.
 
-Hub: none of its own; a file is given (`messages=rows.jsonl`). Licence: that of the file, so none is stated here.
+Hub: none of its own; a file is given (`messages=rows.jsonl`). License: that of the file, so none is stated here.
 
 `tools` is a list or its JSON text; each tool bare or inside `{"type": "function", "function": {...}}`; `input_schema`
 and `inputSchema` are read as `parameters`. `tool_calls` are `{"id", "type", "function": {"name", "arguments"}}` or bare
@@ -22,34 +22,35 @@ Ids are made anew. Weights, names of users, reasoning and other extra keys of a 
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from poe.data.conversation import Conversation, Tool
-from poe.data.drops import DropReport, Unfaithful
+from poe.calls.conversation import Conversation, Tool
+from poe.calls.schema import Note, as_tool, find_tool, required_inside, unique_tools
+from poe.data.drops import DropReport
 from poe.data.readers.flat import is_flat, object_schema, with_json_types
 from poe.data.readers.turns import Turns, as_text, named_call, parse_field, read_rows
-from poe.data.schema import Note, as_tool, find_tool, required_inside, unique_tools
 from poe.data.sources import Row
+from poe.errors import RowError
 
 NAME = "messages"
 HUB_ID = None
-LICENCE = ""
+LICENSE = ""
 
 _FIELDS = ("messages", "tools")
 
 
 def read(rows: Iterable[Row], report: DropReport) -> Iterator[Conversation]:
     """Conversations of rows with `messages` and `tools`."""
-    return read_rows(NAME, LICENCE, _FIELDS, rows, report, _convert)
+    return read_rows(NAME, LICENSE, _FIELDS, rows, report, _convert)
 
 
 def _convert(row: dict[str, Any], note: Note) -> Turns:
     messages = parse_field(row.get("messages"), "messages")
     if not isinstance(messages, list) or not messages:
-        raise Unfaithful("row without a list of messages")
+        raise RowError("row without a list of messages")
     stored_as_list = isinstance(row.get("tools"), list)
     turns = Turns(read_tools(row.get("tools"), note), note)
     for message in messages:
         if not isinstance(message, dict):
-            raise Unfaithful("message is not an object")
+            raise RowError("message is not an object")
         _add(turns, message, stored_as_list)
     return turns
 
@@ -69,7 +70,7 @@ def _add(turns: Turns, message: dict[str, Any], prune: bool) -> None:
         if message.get("function_call"):
             calls = [{"function": parse_field(message["function_call"], "function_call")}]
         if not isinstance(calls, list):
-            raise Unfaithful("tool_calls are not a list")
+            raise RowError("tool_calls are not a list")
         if calls:
             turns.calls([read_call(call, turns.tools, prune) for call in calls], text)
         else:
@@ -78,7 +79,7 @@ def _add(turns: Turns, message: dict[str, Any], prune: bool) -> None:
         own_id, name = message.get("tool_call_id"), message.get("name")
         turns.response(text, own_id if isinstance(own_id, str) else None, name if isinstance(name, str) else None)
     else:
-        raise Unfaithful(f"message of an unknown role ({str(role)[:40]!r})")
+        raise RowError(f"message of an unknown role ({str(role)[:40]!r})")
 
 
 def _add_typed(turns: Turns, role: Any, parts: list[Any]) -> None:
@@ -88,15 +89,15 @@ def _add_typed(turns: Turns, role: Any, parts: list[Any]) -> None:
     for part in parts:
         kind, value = (part.get("type"), part.get("value")) if isinstance(part, dict) else (None, None)
         if not isinstance(value, str):
-            raise Unfaithful("content that is not text")
+            raise RowError("content that is not text")
         if kind == "text" and calls:
-            raise Unfaithful("text after a call")
+            raise RowError("text after a call")
         if kind == "text":
             texts.append(value)
         elif kind == "tool_call" and role == "assistant":
             calls.append(named_call(parse_field(value, "call")))
         elif kind != "reasoning" or role != "assistant":
-            raise Unfaithful(f"part of an unknown kind ({str(kind)[:40]!r})")
+            raise RowError(f"part of an unknown kind ({str(kind)[:40]!r})")
     text = "".join(texts)
     if calls:
         turns.calls(calls, text)
@@ -107,14 +108,14 @@ def _add_typed(turns: Turns, role: Any, parts: list[Any]) -> None:
 
 
 def content_text(content: Any) -> str:
-    """The text of a message's content; objects (some write tool results so) become JSON, images are `Unfaithful`."""
+    """The text of a message's content; objects (some write tool results so) become JSON, images are `RowError`."""
     if content is None:
         return ""
     if isinstance(content, list) and content and all(isinstance(p, dict) and "type" in p for p in content):
         if not all(
             p["type"] in ("text", "input_text", "output_text") and isinstance(p.get("text"), str) for p in content
         ):
-            raise Unfaithful("content that is not text")
+            raise RowError("content that is not text")
         return "".join(p["text"] for p in content)
     return as_text(content)
 
@@ -124,7 +125,7 @@ def read_tools(tools: Any, note: Note) -> list[Tool]:
     prune = isinstance(tools, list)
     tools = parse_field(tools, "tools") if tools else []
     if not isinstance(tools, list):
-        raise Unfaithful("tools are not a list")
+        raise RowError("tools are not a list")
     return unique_tools([read_tool(without_nulls(tool) if prune else tool, note) for tool in tools], note)
 
 
@@ -133,10 +134,10 @@ def read_tool(tool: Any, note: Note) -> Tool:
     if isinstance(tool, str):
         tool = parse_field(tool, "tool")
     if not isinstance(tool, dict):
-        raise Unfaithful("tool is not an object")
+        raise RowError("tool is not an object")
     function = tool.get("function", tool)
     if not isinstance(function, dict) or tool.get("type", "function") != "function":
-        raise Unfaithful("tool that is not a function")
+        raise RowError("tool that is not a function")
     parameters = next((function[k] for k in ("parameters", "input_schema", "inputSchema") if k in function), None)
     parameters = parse_field(parameters, "parameters")
     if is_flat(parameters):
@@ -151,9 +152,9 @@ def read_call(call: Any, tools: list[Tool], prune: bool) -> tuple[Any, Any, str 
     """Name, arguments and id of one entry of `tool_calls`."""
     function = call.get("function") or call if isinstance(call, dict) else None
     if not isinstance(function, dict):
-        raise Unfaithful("call is not an object")
+        raise RowError("call is not an object")
     if call.get("type") not in (None, "function"):
-        raise Unfaithful("call of something that is not a function")
+        raise RowError("call of something that is not a function")
     name, arguments = function.get("name"), function.get("arguments")
     if isinstance(arguments, str):
         arguments = parse_field(arguments.strip() or "{}", "arguments")

@@ -1,7 +1,7 @@
 """NexusRaven evaluation queries: one question, answered by calls in Python notation.
 
 Hub: none in this form; files of the repository (`raven/data/resources/*_queries.json`) are given.
-Licence: CC-BY-NC-4.0: not for commercial use. A test set, made in part from ToolAlpaca and ToolBench.
+License: CC-BY-NC-4.0: not for commercial use. A test set, made in part from ToolAlpaca and ToolBench.
 
 Three forms are in those files.
 
@@ -18,7 +18,7 @@ Traps, and what is done about each:
 * An example may be of another type than its parameter (25.3 for `int`): the default goes; a call that does so is
   dropped.
 * `golden_answer` is a JSON list of calls: one turn of parallel calls.
-* In `toolalpaca` every parameter is labelled required, and golden calls give `None` for those that are not. What tells
+* In `toolalpaca` every parameter is labeled required, and golden calls give `None` for those that are not. What tells
   is the word `Required.` before a description: the others are optional here, and their nulls are left out.
 """
 
@@ -26,16 +26,17 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from poe.data.conversation import Conversation, Tool
-from poe.data.drops import DropReport, Unfaithful
+from poe.calls.conversation import Conversation, Tool
+from poe.calls.schema import Note, unique_tools
+from poe.data.drops import DropReport
 from poe.data.readers.signatures import read_calls, read_definition
 from poe.data.readers.turns import Turns, parse_field, read_rows
-from poe.data.schema import Note, unique_tools
 from poe.data.sources import Row
+from poe.errors import RowError
 
 NAME = "nexusraven"
 HUB_ID = None
-LICENCE = "CC-BY-NC-4.0"
+LICENSE = "CC-BY-NC-4.0"
 
 _FIELDS = ("Input", "Output", "context", "query", "reference", "instruction", "golden_answer", "docstring")
 _SLOT = re.compile(r"turns_\d+")
@@ -48,7 +49,7 @@ _PARAMETER = re.compile(r"^\s+(\w+) \([^)\n]*\)(?: required)?:[ \t]*(.*)$", re.M
 
 def read(rows: Iterable[Row], report: DropReport) -> Iterator[Conversation]:
     """Conversations of a question and its calls, for the forms that declare their tools."""
-    return read_rows(NAME, LICENCE, _FIELDS, _slots(rows), report, _convert)
+    return read_rows(NAME, LICENSE, _FIELDS, _slots(rows), report, _convert)
 
 
 def _slots(rows: Iterable[Row]) -> Iterator[Row]:
@@ -66,17 +67,17 @@ def _convert(row: dict[str, Any], note: Note) -> Turns:
     if "context" in row:
         question, answer, sources = row.get("Input"), row.get("Output"), row["context"]
         if not isinstance(sources, list) or not all(isinstance(source, str) for source in sources):
-            raise Unfaithful("row is of no known format")
+            raise RowError("row is of no known format")
         tools = [read_definition(source, note) for source in sources]
     elif "docstring" in row:
         question, answer = row.get("instruction"), _joined(parse_field(row.get("golden_answer"), "golden answer"))
         tools = read_options(row["docstring"], note)
     elif "reference" in row:
-        raise Unfaithful("no declaration of tools")
+        raise RowError("no declaration of tools")
     else:
-        raise Unfaithful("row is of no known format")
+        raise RowError("row is of no known format")
     if not isinstance(question, str) or not isinstance(answer, str):
-        raise Unfaithful("row is of no known format")
+        raise RowError("row is of no known format")
     turns = Turns(unique_tools(tools, note), note)
     turns.user(question.strip())
     turns.calls(read_calls(answer, turns.tools))
@@ -90,7 +91,7 @@ def _joined(calls: Any) -> Any:
 def read_options(prompt: Any, note: Note) -> list[Tool]:
     """The tools of a prompt that lists signatures and docstrings."""
     if not isinstance(prompt, str) or prompt.count("<func_start>") != len(found := list(_OPTION.finditer(prompt))):
-        raise Unfaithful("tool declaration is not a signature")
+        raise RowError("tool declaration is not a signature")
     return [_option(option["signature"], option["about"], note) for option in found]
 
 

@@ -2,15 +2,15 @@
 
 from typing import Any
 
-from poe.data.drops import Unfaithful
+from poe.calls.schema import Note
 from poe.data.readers.turns import Turns
-from poe.data.schema import Note
+from poe.errors import RowError
 
 
 def answered(question: Any, answer: Any, note: Note) -> Turns:
     """The conversation of a question and its answer, both text; indentation at the start of an answer is kept."""
     if not isinstance(question, str) or not isinstance(answer, str):
-        raise Unfaithful("row is of no known format")
+        raise RowError("row is of no known format")
     turns = Turns([], note)
     turns.user(question.strip())
     turns.assistant(answer.rstrip().lstrip("\r\n"))

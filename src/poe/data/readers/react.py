@@ -3,12 +3,12 @@
 import re
 from typing import Any, NamedTuple
 
-from poe.data.conversation import Tool
-from poe.data.drops import Unfaithful
-from poe.data.literals import parse_literal
+from poe.calls.conversation import Tool
+from poe.calls.literals import parse_literal
+from poe.calls.schema import Note, as_tool, check_value, unique_tools
 from poe.data.readers.turns import parse_field
-from poe.data.schema import Note, as_tool, check_value, unique_tools
 from poe.data.sources import parse_json
+from poe.errors import RowError
 
 _STEP = re.compile(
     r"\s*(?:Thought:(?P<thought>.*?))?^Action:(?P<name>[^\n]*)\n\s*Action Input:(?P<arguments>.*)\Z",
@@ -28,7 +28,7 @@ def read_step(text: str) -> Step:
     """The parts of `Thought: ... Action: ... Action Input: {...}`."""
     found = _STEP.match(text)
     if found is None:
-        raise Unfaithful("turn without an action")
+        raise RowError("turn without an action")
     return Step((found["thought"] or "").strip(), found["name"].strip(), parse_field(found["arguments"], "arguments"))
 
 
@@ -43,18 +43,18 @@ def read_tools(system: str, heading: str, note: Note) -> list[Tool]:
     _, found, listed = system.partition(heading)
     listed = listed.partition("\n\nLet's Begin!")[0].strip()
     if not found:
-        raise Unfaithful("no declaration of tools")
+        raise RowError("no declaration of tools")
     try:
         declared = parse_json(listed)
     except ValueError:
         try:
             declared = parse_literal(listed)
         except ValueError:
-            raise Unfaithful("tool declarations not JSON") from None
+            raise RowError("tool declarations not JSON") from None
     if problem := check_value(declared):
-        raise Unfaithful(problem)
+        raise RowError(problem)
     if not isinstance(declared, list) or not all(isinstance(tool, dict) for tool in declared):
-        raise Unfaithful("tools are not a list")
+        raise RowError("tools are not a list")
     return unique_tools([_tool(tool, note) for tool in declared], note)
 
 
@@ -69,5 +69,5 @@ def speeches(row: dict[str, Any]) -> list[tuple[str, Any]]:
     """The turns of `conversations` as (speaker, value)."""
     turns = row.get("conversations")
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise Unfaithful("row is of no known format")
+        raise RowError("row is of no known format")
     return [(str(turn.get("from")), turn.get("value")) for turn in turns]

@@ -1,7 +1,7 @@
 """RoTBench: which tool to call first, when the names of tools and parameters are misspelt, swapped or meaningless.
 
 Hub: none of its own; files of the repository (`Data/First_Turn/{clean,slight,medium,heavy,union}.json`) are given.
-Licence: Apache-2.0. A test set: 105 questions, each under five degrees of noise.
+License: Apache-2.0. A test set: 105 questions, each under five degrees of noise.
 
 A row is `{"id", "conversations", "scenario"}` with system, user and assistant. Traps, and what is done about each:
 
@@ -17,21 +17,22 @@ A row is `{"id", "conversations", "scenario"}` with system, user and assistant. 
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from poe.data.conversation import Conversation
-from poe.data.drops import DropReport, Unfaithful
+from poe.calls.conversation import Conversation
+from poe.calls.schema import Note
+from poe.data.drops import DropReport
 from poe.data.readers.react import read_question, read_step, read_tools, speeches
 from poe.data.readers.turns import Turns, read_rows
-from poe.data.schema import Note
 from poe.data.sources import Row
+from poe.errors import RowError
 
 NAME = "rotbench"
 HUB_ID = None
-LICENCE = "Apache-2.0"
+LICENSE = "Apache-2.0"
 
 
 def read(rows: Iterable[Row], report: DropReport) -> Iterator[Conversation]:
     """Conversations of one question and the first of its right answers."""
-    return read_rows(NAME, LICENCE, ("conversations",), rows, report, _convert)
+    return read_rows(NAME, LICENSE, ("conversations",), rows, report, _convert)
 
 
 def _convert(row: dict[str, Any], note: Note) -> Turns:
@@ -39,7 +40,7 @@ def _convert(row: dict[str, Any], note: Note) -> Turns:
         case [("system", str() as system), ("user", str() as question), ("assistant", [str() as answer, *others])]:
             pass
         case _:
-            raise Unfaithful("row is of no known format")
+            raise RowError("row is of no known format")
     if others:
         note("other right answers left out")
     turns = Turns(read_tools(system, "you have access of the following tools:", note), note)

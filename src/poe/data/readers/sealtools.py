@@ -1,6 +1,6 @@
 """Seal-Tools: generated questions about 4,076 generated tools; later calls may use what earlier ones return.
 
-Repository: fairyshine/Seal-Tools, `Seal-Tools_Dataset`; give a file or its folder, `sealtools=dev.jsonl`. Licence:
+Repository: fairyshine/Seal-Tools, `Seal-Tools_Dataset`; give a file or its folder, `sealtools=dev.jsonl`. License:
 Apache-2.0.
 
 Two formats are read.
@@ -37,18 +37,18 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from poe.data.conversation import Conversation
-from poe.data.drops import DropReport, Unfaithful
-from poe.data.literals import parse_literal
+from poe.calls.conversation import Conversation
+from poe.calls.literals import parse_literal
+from poe.calls.schema import Note, unique_tools
+from poe.data.drops import DropReport
 from poe.data.readers.flat import read_tool
 from poe.data.readers.turns import Turns, named_call, read_rows
-from poe.data.schema import Note, unique_tools
 from poe.data.sources import Row, expand, file_rows
-from poe.errors import DataError
+from poe.errors import DataError, RowError
 
 NAME = "sealtools"
 HUB_ID = None
-LICENCE = "Apache-2.0"
+LICENSE = "Apache-2.0"
 
 OFFERED = 5
 NOT_CALLED = 2
@@ -63,7 +63,7 @@ _JSON_LINES = (".jsonl", ".jsonl.gz")
 
 def read(rows: Iterable[Row], report: DropReport, pool: Pool | None = None) -> Iterator[Conversation]:
     """Conversations of rows in either format; what cannot be read faithfully is dropped and counted."""
-    return read_rows(NAME, LICENCE, _FIELDS, rows, report, lambda row, note: _convert(row, note, pool or {}))
+    return read_rows(NAME, LICENSE, _FIELDS, rows, report, lambda row, note: _convert(row, note, pool or {}))
 
 
 def read_path(path: str, report: DropReport) -> Iterator[Conversation]:
@@ -125,9 +125,9 @@ def _convert(row: dict[str, Any], note: Note, pool: Pool) -> Turns:
     if "conversations" in row:
         entries, query, calling = _prompted(row["conversations"])
     if not isinstance(query, str) or not isinstance(calling, list) or not calling:
-        raise Unfaithful("row is of no known format")
+        raise RowError("row is of no known format")
     if not all(isinstance(call, dict) and isinstance(call.get("api"), str) for call in calling):
-        raise Unfaithful("call without a name or arguments")
+        raise RowError("call without a name or arguments")
     if entries is None:
         entries = candidates(str(row.get("id") or query), [call["api"] for call in calling], pool)
     turns = Turns(unique_tools([_tool(entry, note) for entry in entries], note), note)
@@ -149,27 +149,27 @@ def _prompted(conversation: Any) -> tuple[list[dict[str, Any]], str, Any]:
     values = [turn.get("value") for turn in turns if isinstance(turn, dict)]
     asked, answer = values if len(values) == 2 else (None, None)
     if not isinstance(asked, str) or not isinstance(answer, str):
-        raise Unfaithful("row is of no known format")
+        raise RowError("row is of no known format")
     before_tools, before_query, end = _PROMPT
     listed, mark, query = asked.partition(before_tools)[2].partition(before_query)
     if not mark or not query.rstrip().endswith(end):
-        raise Unfaithful("row is of no known format")
+        raise RowError("row is of no known format")
     try:
         entries, calling = parse_literal(listed), parse_literal(answer)
     except ValueError:
-        raise Unfaithful("tools or calls not in Python notation") from None
+        raise RowError("tools or calls not in Python notation") from None
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise Unfaithful("tools are not a list of objects")
+        raise RowError("tools are not a list of objects")
     return entries, query.rstrip().removesuffix(end), calling
 
 
 def candidates(seed: str, called: list[str], pool: Pool) -> list[dict[str, Any]]:
     """The called tools and others of the pool, in an order and a choice that the seed decides."""
     if not pool:
-        raise Unfaithful("tools on offer not at hand (no pool of tools beside the rows)")
+        raise RowError("tools on offer not at hand (no pool of tools beside the rows)")
     names = list(dict.fromkeys(called))
     if any(name not in pool for name in names):
-        raise Unfaithful("call to a tool that the pool does not have")
+        raise RowError("call to a tool that the pool does not have")
     draw = random.Random(f"{NAME}:{seed}")
     others = max(OFFERED - len(names), NOT_CALLED)
     names += draw.sample(sorted(pool.keys() - names), min(others, len(pool) - len(names)))
@@ -190,7 +190,7 @@ def _steps(turns: Turns, calling: list[dict[str, Any]], entries: dict[Any, dict[
                 known.update(_results(earlier))
             step = []
         if not used <= known:
-            raise Unfaithful("result that no earlier call gives")
+            raise RowError("result that no earlier call gives")
         step.append(call)
     turns.calls([named_call(call, "api", "parameters") for call in step])
 
@@ -198,7 +198,7 @@ def _steps(turns: Turns, calling: list[dict[str, Any]], entries: dict[Any, dict[
 def _results(call: dict[str, Any]) -> list[str]:
     results = call.get("responses")
     if not isinstance(results, list) or not all(isinstance(name, str) for name in results):
-        raise Unfaithful("results are not a list of names")
+        raise RowError("results are not a list of names")
     return results
 
 
@@ -208,7 +208,7 @@ def _used(value: Any) -> set[str]:
         if _RESULT.fullmatch(value):
             return {value}
         if _RESULT.search(value):
-            raise Unfaithful("name of a result inside another text")
+            raise RowError("name of a result inside another text")
         return set()
     inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return {name for member in inside for name in _used(member)}
@@ -218,5 +218,5 @@ def _answer(call: dict[str, Any], entry: dict[str, Any]) -> str:
     """The results that the tool declares, each with the name that the row gives it."""
     declared, names = entry.get("responses"), _results(call)
     if not isinstance(declared, dict) or len(declared) != len(names):
-        raise Unfaithful("results that the tool does not declare")
+        raise RowError("results that the tool does not declare")
     return json.dumps(dict(zip(declared, names, strict=True)), ensure_ascii=False)

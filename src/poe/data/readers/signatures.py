@@ -8,11 +8,11 @@ import ast
 from collections.abc import Mapping
 from typing import Any
 
-from poe.data.conversation import Tool
-from poe.data.drops import Unfaithful
-from poe.data.literals import PythonCall, Variable, parse_calls, parse_definition, parse_literal
+from poe.calls.conversation import Tool
+from poe.calls.literals import PythonCall, Variable, parse_calls, parse_definition, parse_literal
+from poe.calls.schema import Note, as_tool, coerce, find_tool, fits_type
 from poe.data.readers.flat import python_type
-from poe.data.schema import Note, as_tool, coerce, find_tool, fits_type
+from poe.errors import RowError
 
 Call = tuple[str, Any, None]
 """Name, arguments and no id, as `Turns.calls` takes them."""
@@ -26,7 +26,7 @@ def type_schema(text: str, note: Note) -> dict[str, Any]:
         return {"type": "string"}
     try:
         return python_type(text)[0]
-    except Unfaithful:
+    except RowError:
         note("type that names none of JSON's left out")
         return {}
 
@@ -36,10 +36,10 @@ def read_definition(source: str, note: Note, about: str | None = None, details: 
     try:
         definition = parse_definition(source)
     except ValueError:
-        raise Unfaithful("tool declaration is not a Python function") from None
+        raise RowError("tool declaration is not a Python function") from None
     signature = definition.args
     if signature.vararg or signature.kwarg or signature.posonlyargs:
-        raise Unfaithful("tool parameter without a name")
+        raise RowError("tool parameter without a name")
     missing: list[ast.expr | None] = [None] * (len(signature.args) - len(signature.defaults))
     defaults = [*missing, *signature.defaults, *signature.kw_defaults]
     properties: dict[str, Any] = {}
@@ -78,22 +78,22 @@ def read_calls(text: str, tools: list[Tool]) -> list[Call]:
     try:
         return [bind(call, tools) for call in parse_calls(text)]
     except ValueError as error:
-        if isinstance(error, Unfaithful):
+        if isinstance(error, RowError):
             raise
-        raise Unfaithful("call that is not Python notation") from None
+        raise RowError("call that is not Python notation") from None
 
 
 def bind(call: PythonCall, tools: list[Tool]) -> Call:
     """Name and arguments of a parsed call."""
     tool = find_tool(tools, call.name)
     if tool is None:
-        raise Unfaithful("call to a tool that is not offered")
+        raise RowError("call to a tool that is not offered")
     names = list(tool["parameters"]["properties"])
     if len(call.positional) > len(names):
-        raise Unfaithful("more arguments than parameters")
+        raise RowError("more arguments than parameters")
     arguments = dict(zip(names, call.positional, strict=False))
     if arguments.keys() & call.named.keys():
-        raise Unfaithful("one argument twice")
+        raise RowError("one argument twice")
     arguments |= call.named
     for value in arguments.values():
         _plain(value)
@@ -102,9 +102,9 @@ def bind(call: PythonCall, tools: list[Tool]) -> Call:
 
 def _plain(value: Any) -> None:
     if isinstance(value, Variable):
-        raise Unfaithful("argument that is a bare word")
+        raise RowError("argument that is a bare word")
     if isinstance(value, PythonCall):
-        raise Unfaithful("argument that is a call")
+        raise RowError("argument that is a call")
     if isinstance(value, list | dict):
         for member in value.values() if isinstance(value, dict) else value:
             _plain(member)

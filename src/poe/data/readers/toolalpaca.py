@@ -1,7 +1,7 @@
 """ToolAlpaca's evaluation files: OpenAPI documents, questions about them, and the calls that answer each.
 
 Repository: tangqiaoyu/ToolAlpaca, `data/eval_real.json` and `data/eval_simulated.json` (`eval_mix.json` of a fork
-joins both, with some answers rewritten: read one or the other); give a file, `toolalpaca=eval_real.json`. Licence:
+joins both, with some answers rewritten: read one or the other); give a file, `toolalpaca=eval_real.json`. License:
 Apache-2.0.
 
 An element of a file is one API: `Documentation` (OpenAPI as JSON text), `Function_Projection` (function name to path
@@ -23,15 +23,16 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from poe.data.conversation import Conversation, Tool
-from poe.data.drops import DropReport, Unfaithful
+from poe.calls.conversation import Conversation, Tool
+from poe.calls.schema import Note, as_tool, find_tool, fits_type, unique_tools
+from poe.data.drops import DropReport
 from poe.data.readers.turns import Turns, named_call, parse_field, read_rows
-from poe.data.schema import Note, as_tool, find_tool, fits_type, unique_tools
 from poe.data.sources import Row
+from poe.errors import RowError
 
 NAME = "toolalpaca"
 HUB_ID = None
-LICENCE = "Apache-2.0"
+LICENSE = "Apache-2.0"
 
 _SHARED = ("Documentation", "Function_Projection")
 _FIELDS = (*_SHARED, "Instruction", "Golden_Answer")
@@ -42,7 +43,7 @@ _MAX_PARTS = 20_000
 
 def read(rows: Iterable[Row], report: DropReport) -> Iterator[Conversation]:
     """One conversation per question; what cannot be read faithfully is dropped and counted."""
-    return read_rows(NAME, LICENCE, _FIELDS, _questions(rows), report, _convert)
+    return read_rows(NAME, LICENSE, _FIELDS, _questions(rows), report, _convert)
 
 
 def _questions(rows: Iterable[Row]) -> Iterator[Row]:
@@ -62,9 +63,9 @@ def _questions(rows: Iterable[Row]) -> Iterator[Row]:
 def _convert(row: dict[str, Any], note: Note) -> Turns:
     question, answer = row.get("Instruction"), row.get("Golden_Answer")
     if not isinstance(question, str):
-        raise Unfaithful("row is of no known format")
+        raise RowError("row is of no known format")
     if not isinstance(answer, list):
-        raise Unfaithful("question without a golden answer")
+        raise RowError("question without a golden answer")
     turns = Turns(read_tools(row, note), note)
     turns.user(question.strip())
     turns.calls([_call(step, turns.tools, note) for step in answer])
@@ -73,7 +74,7 @@ def _convert(row: dict[str, Any], note: Note) -> Turns:
 
 def _call(step: Any, tools: list[Tool], note: Note) -> tuple[Any, Any, None]:
     if isinstance(step, dict) and _PLACEHOLDER.search(str(step.get("Action_Input"))):
-        raise Unfaithful("placeholder for the result of an earlier call")
+        raise RowError("placeholder for the result of an earlier call")
     name, arguments, _ = named_call(step, "Action", "Action_Input")
     tool = find_tool(tools, name)
     if tool is not None and isinstance(arguments, dict):
@@ -97,11 +98,11 @@ def read_tools(row: dict[str, Any], note: Note) -> list[Tool]:
     document = parse_field(row.get("Documentation"), "documentation")
     projection = row.get("Function_Projection")
     if not isinstance(document, dict) or not isinstance(projection, dict):
-        raise Unfaithful("row is of no known format")
+        raise RowError("row is of no known format")
     tools = []
     for name, place in projection.items():
         if not isinstance(place, list) or len(place) != 2:
-            raise Unfaithful("function without a path and a method")
+            raise RowError("function without a path and a method")
         path, method = place
         item = _member(_member(document, "paths"), path)
         operation = _member(item, str(method).lower())
@@ -113,7 +114,7 @@ def read_tools(row: dict[str, Any], note: Note) -> list[Tool]:
 def _member(value: Any, key: Any) -> dict[str, Any]:
     found = value.get(key) if isinstance(value, dict) and isinstance(key, str) else None
     if not isinstance(found, dict):
-        raise Unfaithful("function that the documentation does not describe")
+        raise RowError("function that the documentation does not describe")
     return found
 
 
@@ -125,7 +126,7 @@ def _parameters(item: dict[str, Any], operation: dict[str, Any], document: dict[
         parameter = resolve(part)
         name = parameter.get("name") if isinstance(parameter, dict) else None
         if not isinstance(name, str) or not isinstance(parameter.get("schema", {}), dict):
-            raise Unfaithful("parameter without a name or a schema")
+            raise RowError("parameter without a name or a schema")
         schema = dict(parameter.get("schema", {}))
         if isinstance(parameter.get("description"), str):
             schema["description"] = parameter["description"]
@@ -138,9 +139,9 @@ def _parameters(item: dict[str, Any], operation: dict[str, Any], document: dict[
         medium = content.get("application/json") or next(iter(content.values()))
         whole = medium.get("schema") if isinstance(medium, dict) else None
         if not isinstance(whole, dict) or not isinstance(whole.get("properties"), dict):
-            raise Unfaithful("request body that is not an object")
+            raise RowError("request body that is not an object")
         if set(whole["properties"]) & set(properties):
-            raise Unfaithful("one parameter name, two places")
+            raise RowError("one parameter name, two places")
         properties |= whole["properties"]
         required += _listed(whole.get("required")) if body.get("required") is True else []
     return {"type": "object", "properties": properties, "required": required}
@@ -160,7 +161,7 @@ class _Resolver:
     def __call__(self, value: Any, depth: int = 0) -> Any:
         self.parts += 1
         if depth > 32 or self.parts > _MAX_PARTS:
-            raise Unfaithful("schema that contains itself")
+            raise RowError("schema that contains itself")
         if isinstance(value, list):
             return [self(member, depth + 1) for member in value]
         if not isinstance(value, dict):
@@ -172,10 +173,10 @@ class _Resolver:
     def _target(self, reference: str) -> Any:
         target: Any = self.document
         if not reference.startswith("#/"):
-            raise Unfaithful("tool schema that refers to another document")
+            raise RowError("tool schema that refers to another document")
         for key in reference[2:].split("/"):
             key = key.replace("~1", "/").replace("~0", "~")
             if not isinstance(target, dict) or key not in target:
-                raise Unfaithful("reference to nothing")
+                raise RowError("reference to nothing")
             target = target[key]
         return target

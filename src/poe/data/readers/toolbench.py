@@ -1,7 +1,7 @@
 """ToolBench: questions to real web APIs, answered step by step by a depth-first search.
 
 Hub: none of its own; the training data is distributed outside (`toolllama_G123_dfs_train.json`), so a file is given.
-Licence: Apache-2.0.
+License: Apache-2.0.
 
 A row is `{"id", "conversations": [{"from", "value"}]}` with system, user, assistant and function. A row is one step of
 a trace: the same question recurs in rows that end one step later. The files of queries (`G1_query.json` and the like)
@@ -21,48 +21,49 @@ Traps, and what is done about each:
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from poe.data.conversation import Conversation
-from poe.data.drops import DropReport, Unfaithful
+from poe.calls.conversation import Conversation
+from poe.calls.schema import Note
+from poe.data.drops import DropReport
 from poe.data.readers.react import read_question, read_step, read_tools, speeches
 from poe.data.readers.turns import Turns, read_rows
-from poe.data.schema import Note
 from poe.data.sources import Row
+from poe.errors import RowError
 
 NAME = "toolbench"
 HUB_ID = None
-LICENCE = "Apache-2.0"
+LICENSE = "Apache-2.0"
 
 _FINISH = "Finish"
 
 
 def read(rows: Iterable[Row], report: DropReport) -> Iterator[Conversation]:
     """Conversations of traces; queries without an answer are dropped and counted."""
-    return read_rows(NAME, LICENCE, ("conversations", "query", "api_list"), rows, report, _convert)
+    return read_rows(NAME, LICENSE, ("conversations", "query", "api_list"), rows, report, _convert)
 
 
 def _convert(row: dict[str, Any], note: Note) -> Turns:
     if "conversations" not in row and "query" in row:
-        raise Unfaithful("query without an answer")
+        raise RowError("query without an answer")
     turns = Turns([], note)
     finished = False
     for speaker, text in speeches(row):
         if not isinstance(text, str):
-            raise Unfaithful("turn is not text")
+            raise RowError("turn is not text")
         if finished:
-            raise Unfaithful("turn after the final answer")
+            raise RowError("turn after the final answer")
         if speaker == "system":
             tools = read_tools(text, "you have access to the following APIs:", note)
             turns.tools.extend(tool for tool in tools if tool["function"]["name"] != _FINISH)
         elif speaker == "user":
             if any(message["role"] == "user" for message in turns.messages):
-                raise Unfaithful("second user turn")
+                raise RowError("second user turn")
             turns.user(read_question(text))
         elif speaker == "assistant":
             finished = _step(turns, text)
         elif speaker == "function":
             turns.response(text)
         else:
-            raise Unfaithful(f"turn of an unknown speaker ({speaker[:40]!r})")
+            raise RowError(f"turn of an unknown speaker ({speaker[:40]!r})")
     return turns
 
 
@@ -74,7 +75,7 @@ def _step(turns: Turns, text: str) -> bool:
         return False
     answer = step.arguments.get("final_answer") if isinstance(step.arguments, dict) else None
     if not isinstance(answer, str) or step.arguments.get("return_type") != "give_answer":
-        raise Unfaithful("trace without a final answer")
+        raise RowError("trace without a final answer")
     if step.thought:
         turns.note("thought before the final answer left out")
     turns.assistant(answer.strip())

@@ -1,6 +1,6 @@
 """ToolRL's rows for supervised training: a prompt with tools and history, and one answer that thinks first.
 
-Repository: qiancheng0/ToolRL, `dataset/rlla_4k_raw/rlla_sft.json`; give the file, `toolrl=rlla_sft.json`. Licence:
+Repository: qiancheng0/ToolRL, `dataset/rlla_4k_raw/rlla_sft.json`; give the file, `toolrl=rlla_sft.json`. License:
 Apache-2.0. The rows are taken from ToolACE, Hammer's masked xLAM and xLAM itself.
 
 A row is `{"instruction", "input", "output"}`. `instruction` is one fixed text around numbered tools (name, description,
@@ -25,16 +25,17 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from poe.data.conversation import Conversation, Tool
-from poe.data.drops import DropReport, Unfaithful
+from poe.calls.conversation import Conversation, Tool
+from poe.calls.schema import Note, unique_tools
+from poe.data.drops import DropReport
 from poe.data.readers.flat import read_tool
 from poe.data.readers.turns import Turns, named_call, parse_field, parse_values, read_rows, sections
-from poe.data.schema import Note, unique_tools
 from poe.data.sources import Row
+from poe.errors import RowError
 
 NAME = "toolrl"
 HUB_ID = None
-LICENCE = "Apache-2.0"
+LICENSE = "Apache-2.0"
 
 _FIELDS = ("instruction", "input", "output")
 _TOOLS = ("**Available Tools**\n", "\n**Steps for Each Turn**")
@@ -47,17 +48,17 @@ _BLOCK = re.compile(rf"\s*<({_TAGS})>(.*?)</\1>\s*(?=<(?:{_TAGS})>|\Z)", re.DOTA
 
 def read(rows: Iterable[Row], report: DropReport) -> Iterator[Conversation]:
     """Conversations of rows; what cannot be read faithfully is dropped and counted."""
-    return read_rows(NAME, LICENCE, _FIELDS, rows, report, _convert)
+    return read_rows(NAME, LICENSE, _FIELDS, rows, report, _convert)
 
 
 def _convert(row: dict[str, Any], note: Note) -> Turns:
     instruction, history, output = (row.get(field) for field in _FIELDS)
     if not isinstance(instruction, str) or not isinstance(history, str) or not isinstance(output, str):
-        raise Unfaithful("row is of no known format")
+        raise RowError("row is of no known format")
     turns = Turns(read_tools(instruction, note), note)
     spoken, answer = blocks(history.strip().removeprefix(_HISTORY)), blocks(output)
     if any(tag in ("user", "obs") for tag, _ in answer):
-        raise Unfaithful("answer with more than one turn")
+        raise RowError("answer with more than one turn")
     for tag, body in [*spoken, *answer]:
         if tag == "user":
             turns.user(body)
@@ -68,14 +69,14 @@ def _convert(row: dict[str, Any], note: Note) -> Turns:
         elif tag == "response":
             turns.assistant(body)
     if not any(tag in ("tool_call", "response") for tag, _ in answer):
-        raise Unfaithful("no assistant turn")
+        raise RowError("no assistant turn")
     return turns
 
 
 def _call(value: Any) -> tuple[Any, Any, None]:
     call = named_call(value, arguments="parameters")
     if any(text.count(left) != text.count(right) for text in _texts(call[1]) for left, right in ("[]", "{}", "()")):
-        raise Unfaithful("argument cut off")
+        raise RowError("argument cut off")
     return call
 
 
@@ -92,15 +93,15 @@ def read_tools(instruction: str, note: Note) -> list[Tool]:
     """The numbered tools of an `instruction`."""
     listed, _ = sections(instruction, *_TOOLS)
     if len(listed) != 1:
-        raise Unfaithful("row is of no known format")
+        raise RowError("row is of no known format")
     _, *parts = _NUMBER.split(listed[0])
     if [int(number) for number in parts[::2]] != list(range(1, len(parts) // 2 + 1)):
-        raise Unfaithful("tools are not numbered one by one")
+        raise RowError("tools are not numbered one by one")
     tools = []
     for text in parts[1::2]:
         entry = _ENTRY.fullmatch(text.strip())
         if entry is None:
-            raise Unfaithful("tool without a description or parameters")
+            raise RowError("tool without a description or parameters")
         parameters = parse_field(entry[3], "parameters")
         tools.append(read_tool({"name": entry[1], "description": entry[2], "parameters": parameters}, note))
     return unique_tools(tools, note)
@@ -112,7 +113,7 @@ def blocks(text: str) -> list[tuple[str, str]]:
     while at < len(text.rstrip()):
         block = _BLOCK.match(text, at)
         if block is None:
-            raise Unfaithful("text outside of a block")
+            raise RowError("text outside of a block")
         found.append((block[1], block[2].strip()))
         at = block.end()
     return found

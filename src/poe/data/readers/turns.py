@@ -5,17 +5,18 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from poe.data.conversation import Conversation, Message, Tool
-from poe.data.drops import DropReport, Unfaithful
-from poe.data.literals import parse_literal
-from poe.data.schema import Note, check_value, fit_call, no_note
+from poe.calls.conversation import Conversation, Message, Tool
+from poe.calls.literals import parse_literal
+from poe.calls.schema import Note, check_value, fit_call, no_note
+from poe.data.drops import DropReport
 from poe.data.sources import Row, parse_json
+from poe.errors import RowError
 
 Convert = Callable[[Any, Note], "Turns"]
 
 
 def read_rows(
-    name: str, licence: str, fields: tuple[str, ...], rows: Iterable[Row], report: DropReport, convert: Convert
+    name: str, license: str, fields: tuple[str, ...], rows: Iterable[Row], report: DropReport, convert: Convert
 ) -> Iterator[Conversation]:
     """Convert every row, of which only `fields` count; count what was read, kept, repaired, dropped and why."""
     for row_id, row in rows:
@@ -23,12 +24,12 @@ def read_rows(
         repairs: Counter[str] = Counter()
         try:
             if not isinstance(row, dict):
-                raise Unfaithful("row is not an object")
+                raise RowError("row is not an object")
             wanted = {key: row[key] for key in fields if row.get(key) is not None}
             if problem := check_value(wanted):
-                raise Unfaithful(problem)
+                raise RowError(problem)
             messages, tools = convert(wanted, lambda rule, seen=repairs: seen.update([rule])).finish()  # type: ignore[misc]
-        except Unfaithful as error:
+        except RowError as error:
             report.drop(name, error.reason, row, row_id)
             continue
         except RecursionError:
@@ -37,7 +38,7 @@ def read_rows(
         report.kept[name] += 1
         for rule, count in repairs.items():
             report.repair(name, rule, count)
-        yield Conversation(messages, tools, source=name, licence=licence, id=row_id)
+        yield Conversation(messages, tools, source=name, license=license, id=row_id)
 
 
 def parse_field(text: Any, what: str) -> Any:
@@ -47,9 +48,9 @@ def parse_field(text: Any, what: str) -> Any:
     try:
         value = parse_json(text)
     except ValueError:
-        raise Unfaithful(f"{what} not JSON") from None
+        raise RowError(f"{what} not JSON") from None
     if problem := check_value(value):
-        raise Unfaithful(problem)
+        raise RowError(problem)
     return value
 
 
@@ -57,13 +58,13 @@ def parse_notation(text: Any, what: str, note: Note) -> Any:
     """A field that may be JSON text, text in Python notation (single quotes, True, None) or already parsed."""
     try:
         return parse_field(text, what)
-    except Unfaithful as error:
+    except RowError as error:
         try:
             value = parse_literal(text)
         except ValueError:
             raise error from None
     if problem := check_value(value):
-        raise Unfaithful(problem)
+        raise RowError(problem)
     note(f"{what} read in Python notation")
     return value
 
@@ -76,12 +77,12 @@ def parse_values(text: str, what: str) -> list[Any]:
         try:
             value, at = decoder.raw_decode(text, at)
         except (ValueError, RecursionError):
-            raise Unfaithful(f"{what} not JSON") from None
+            raise RowError(f"{what} not JSON") from None
         values.append(value)
         while at < len(text) and text[at].isspace():
             at += 1
     if problem := check_value(values):
-        raise Unfaithful(problem)
+        raise RowError(problem)
     return values
 
 
@@ -100,18 +101,18 @@ def sections(text: str, start: str, end: str) -> tuple[list[str], str]:
 def named_call(value: Any, name: str = "name", arguments: str = "arguments") -> tuple[Any, Any, None]:
     """A call written as an object, whatever its two keys are called; as `Turns.calls` takes it."""
     if not isinstance(value, dict):
-        raise Unfaithful("call is not an object")
+        raise RowError("call is not an object")
     if name not in value or arguments not in value:
-        raise Unfaithful("call without a name or arguments")
+        raise RowError("call without a name or arguments")
     return value[name], parse_field(value[arguments], "arguments"), None
 
 
 class Turns:
-    """A conversation under construction. Each method adds one turn, or raises `Unfaithful`.
+    """A conversation under construction. Each method adds one turn, or raises `RowError`.
 
     Rules: the first turn is the user's (after at most one system text); an assistant's text and the call that follows
     it are one message; calls of one message are answered in order, each once, before anyone else speaks; turns after
-    the assistant's last one are trimmed, since nothing is learnt from them. Ids are made anew (`call_1`, ...), so that
+    the assistant's last one are trimmed, since nothing is learned from them. Ids are made anew (`call_1`, ...), so that
     equal rows are equal whatever their source called them.
     """
 
@@ -127,28 +128,28 @@ class Turns:
 
     def _answered(self) -> None:
         if self._open:
-            raise Unfaithful("call without a response")
+            raise RowError("call without a response")
 
     def system(self, text: str) -> None:
         if self.messages:
-            raise Unfaithful("system turn that is not the first")
+            raise RowError("system turn that is not the first")
         if text.strip():
             self.messages.append({"role": "system", "content": text})
 
     def user(self, text: str) -> None:
         self._answered()
         if not text.strip():
-            raise Unfaithful("empty turn")
+            raise RowError("empty turn")
         if self._last() == "user":
-            raise Unfaithful("two user turns in a row")
+            raise RowError("two user turns in a row")
         self.messages.append({"role": "user", "content": text})
 
     def assistant(self, text: str) -> None:
         self._answered()
         if not text.strip():
-            raise Unfaithful("empty turn")
+            raise RowError("empty turn")
         if self._last() == "assistant":
-            raise Unfaithful("two assistant turns in a row")
+            raise RowError("two assistant turns in a row")
         self._spoken_to()
         self.messages.append({"role": "assistant", "content": text})
 
@@ -158,7 +159,7 @@ class Turns:
         made = []
         for name, arguments, own_id in calls:
             if not isinstance(name, str) or not name.strip():
-                raise Unfaithful("call without a name")
+                raise RowError("call without a name")
             name = name.strip()
             fitted = fit_call(self.tools, name, arguments, self.note)
             self._calls += 1
@@ -166,7 +167,7 @@ class Turns:
             made.append({"id": call_id, "type": "function", "function": {"name": name, "arguments": fitted}})
             self._open.append((call_id, name, own_id))
         if not made:
-            raise Unfaithful("empty list of calls")
+            raise RowError("empty list of calls")
         if self._last() == "assistant":
             self.note("text turn joined with the call that follows it")
             before = self.messages.pop()["content"]
@@ -177,14 +178,14 @@ class Turns:
     def response(self, text: str, own_id: str | None = None, name: str | None = None) -> None:
         """The result of an open call: the one of that id or, without an id, of that name or the oldest."""
         if not self._open:
-            raise Unfaithful("response without a call")
+            raise RowError("response without a call")
         at = 0
         if own_id is not None and any(o is not None for _, _, o in self._open):
             at = next((i for i, (_, _, o) in enumerate(self._open) if o == own_id), -1)
         elif name:
             at = next((i for i, (_, n, _) in enumerate(self._open) if n == name), -1)
         if at < 0:
-            raise Unfaithful("response to another call")
+            raise RowError("response to another call")
         call_id, called, _ = self._open.pop(at)
         self.messages.append({"role": "tool", "tool_call_id": call_id, "name": called, "content": text})
 
@@ -212,12 +213,12 @@ class Turns:
 
     def _spoken_to(self) -> None:
         if self._last() in ("", "system"):
-            raise Unfaithful("conversation that the assistant begins")
+            raise RowError("conversation that the assistant begins")
 
     def finish(self) -> tuple[list[Message], list[Tool]]:
         last = max((i for i, m in enumerate(self.messages) if m["role"] == "assistant"), default=-1)
         if last < 0:
-            raise Unfaithful("no assistant turn")
+            raise RowError("no assistant turn")
         if last + 1 < len(self.messages):
             self.note("turns after the last assistant turn trimmed")
             del self.messages[last + 1 :]
@@ -228,7 +229,7 @@ def _parsed(text: str) -> Any:
     """The value of a result, or None if it is only text."""
     try:
         return parse_notation(text, "result", no_note)
-    except Unfaithful:
+    except RowError:
         return None
 
 

@@ -1,6 +1,6 @@
 """xLAM function-calling 60k: one question, one or more calls at once, no results.
 
-Hub: `Salesforce/xlam-function-calling-60k` (gated: accept its terms, then `hf auth login`). Licence: CC-BY-4.0.
+Hub: `Salesforce/xlam-function-calling-60k` (gated: accept its terms, then `hf auth login`). License: CC-BY-4.0.
 
 Two formats are read.
 
@@ -29,30 +29,31 @@ Traps, and what is done about each:
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from poe.data.conversation import Conversation
-from poe.data.drops import DropReport, Unfaithful
+from poe.calls.conversation import Conversation
+from poe.calls.schema import Note, unique_tools
+from poe.data.drops import DropReport
 from poe.data.readers.flat import read_tool
 from poe.data.readers.messages import content_text
 from poe.data.readers.turns import Turns, parse_field, read_rows
-from poe.data.schema import Note, unique_tools
 from poe.data.sources import Row
+from poe.errors import RowError
 
 NAME = "xlam"
 HUB_ID = "Salesforce/xlam-function-calling-60k"
-LICENCE = "CC-BY-4.0"
+LICENSE = "CC-BY-4.0"
 
 _FIELDS = ("query", "answers", "tools", "messages")
 
 
 def read(rows: Iterable[Row], report: DropReport) -> Iterator[Conversation]:
     """Conversations of rows in either format; what cannot be read faithfully is dropped and counted."""
-    return read_rows(NAME, LICENCE, _FIELDS, rows, report, _convert)
+    return read_rows(NAME, LICENSE, _FIELDS, rows, report, _convert)
 
 
 def _convert(row: dict[str, Any], note: Note) -> Turns:
     declared = parse_field(row.get("tools"), "tools")
     if not isinstance(declared, list):
-        raise Unfaithful("tools are not a list")
+        raise RowError("tools are not a list")
     tools = unique_tools([read_tool(tool, note) for tool in declared], note)
     turns = Turns(tools, note)
     if "messages" in row:
@@ -61,7 +62,7 @@ def _convert(row: dict[str, Any], note: Note) -> Turns:
     query = row.get("query")
     answers = parse_field(row.get("answers"), "answers")
     if not isinstance(query, str) or not isinstance(answers, list):
-        raise Unfaithful("row is of no known format")
+        raise RowError("row is of no known format")
     turns.user(query.strip())
     turns.calls([_call(answer) for answer in answers])
     return turns
@@ -69,18 +70,18 @@ def _convert(row: dict[str, Any], note: Note) -> Turns:
 
 def _call(value: Any) -> tuple[Any, Any, None]:
     if not isinstance(value, dict) or "name" not in value:
-        raise Unfaithful("call without a name or arguments")
+        raise RowError("call without a name or arguments")
     return value["name"], parse_field(value.get("arguments", {}), "arguments"), None
 
 
 def _messages(messages: Any, turns: Turns) -> None:
     """The ms-swift form: adjacent `tool_call` messages are one turn."""
     if not isinstance(messages, list):
-        raise Unfaithful("row is of no known format")
+        raise RowError("row is of no known format")
     waiting: list[tuple[Any, Any, None]] = []
     for message in [*messages, {"role": ""}]:
         if not isinstance(message, dict):
-            raise Unfaithful("message is not an object")
+            raise RowError("message is not an object")
         role, text = message.get("role"), content_text(message.get("content"))
         if role == "tool_call":
             parsed = parse_field(text, "call")
@@ -98,4 +99,4 @@ def _messages(messages: Any, turns: Turns) -> None:
         elif role == "system":
             turns.system(text)
         elif role != "":
-            raise Unfaithful(f"message of an unknown role ({str(role)[:40]!r})")
+            raise RowError(f"message of an unknown role ({str(role)[:40]!r})")

@@ -1,1 +1,0 @@
-"""Function calling at run time."""

@@ -1,0 +1,1 @@
+"""What a run says: history, metrics, progress, estimate, trackers, and the report."""

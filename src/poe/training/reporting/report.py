@@ -1,0 +1,141 @@
+"""What a run leaves behind besides weights: training.json, report.png, and a folder that was checked beforehand."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from poe.errors import OutputError, TrainingError
+from poe.training.checkpoints.files import UNFINISHED, has_checkpoint
+from poe.training.reporting.estimate import comparison
+from poe.training.reporting.metrics import METRICS, read_metrics
+from poe.training.reporting.tracking import TENSORBOARD, WANDB
+
+REPORT = "report.png"
+CHUNKS = "chunks.jsonl"  # what a stream of text was packed into so far
+# What a run that failed early may leave; it does not make a folder taken.
+LEFTOVERS = ("dropped.jsonl", CHUNKS, METRICS, METRICS + ".new", UNFINISHED, TENSORBOARD, WANDB)
+RESULTS = ("delta.safetensors", "model.safetensors")
+VERSIONED = ("torch", "transformers", "safetensors", "tokenizers", "poe-cascade")
+
+
+def prepare_output(folder: Path, resume: bool) -> Path:
+    """Return `folder`, made if it is missing. Refuses one that holds something, unless `resume` finds a run there."""
+    folder = folder.expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        content = sorted(p.name for p in folder.iterdir() if not any(p.match(pattern) for pattern in LEFTOVERS))
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(13, "no permission to write")
+    except OSError as error:
+        raise OutputError(f"The output folder {folder} cannot be used: {error.strerror or error}.") from error
+    resumable = has_checkpoint(folder)
+    if resume and not resumable:
+        raise TrainingError(f"Nothing to resume: there is no checkpoint in {folder}. Start without --resume.")
+    if content and not resume:
+        hint = "It holds an unfinished run: continue it with --resume. " if resumable else ""
+        raise OutputError(
+            f"The output folder {folder} is not empty ({', '.join(content[:4])}{', ...' if len(content) > 4 else ''}). "
+            f"{hint}Choose another with --out, or empty it."
+        )
+    return folder
+
+
+def remove_if_unused(run: Path) -> None:
+    """Remove what a failed run left, if it left neither a checkpoint nor a result: the next try finds a free folder."""
+    if any((run / name).exists() for name in RESULTS) or has_checkpoint(run):
+        return
+    for path in [path for pattern in LEFTOVERS for path in run.glob(pattern)]:
+        if path.match(UNFINISHED):
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.is_file() and (path.name != "dropped.jsonl" or path.stat().st_size == 0):
+            path.unlink()  # dropped rows may be why it failed: they stay, and so does what a tracker wrote
+    if run.exists() and not any(run.iterdir()):
+        run.rmdir()
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware, as training.json records them."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    versions = {}
+    for name in VERSIONED:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return {
+        "python": platform.python_version(),
+        "versions": versions,
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def write_training_json(folder: Path, record: Mapping[str, Any]) -> None:
+    (folder / "training.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def outcome(history: Any) -> dict[str, Any]:
+    """Return, for training.json, what was estimated, what happened, and the ratio of the two."""
+    actual = {name: round(value, 2) for name, value in history.actual.items()}
+    return {"estimate": history.estimate, "actual": actual, "ratio": comparison(history.estimate, actual)}
+
+
+def draw_report(run: Path) -> bool:
+    """Draw `run`/report.png from `run`/metrics.jsonl alone; returns False where matplotlib is not installed.
+
+    Loss in nats per trained token, validation in bits per byte (thin lines: the stages of a PoE base below the last),
+    what the learning rates were multiplied by, the norm of the gradient before clipping, tokens per second. Raises
+    `OutputError` when there is no metrics.jsonl.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    steps, evals = read_metrics(run)
+    figure = Figure(figsize=(8, 7), layout="constrained")
+    panels = figure.subplot_mosaic([["loss", "loss"], ["val_bpb", "lr_factor"], ["grad_norm", "tokens_per_s"]])
+    titles = {
+        "loss": "training loss (nats per trained token)",
+        "val_bpb": "validation (bits per byte)",
+        "lr_factor": "learning rates (share of their peak)",
+        "grad_norm": "gradient norm",
+        "tokens_per_s": "tokens per second",
+    }
+    for name, title in titles.items():
+        points = [(r["step"], r[name]) for r in (evals if name == "val_bpb" else steps) if name in r]
+        panels[name].set_title(title, fontsize=10, loc="left")
+        panels[name].grid(alpha=0.3)
+        panels[name].spines[["top", "right"]].set_visible(False)
+        if name in ("loss", "grad_norm", "tokens_per_s"):
+            panels[name].plot(*_columns(points), color="#b0b8c4", linewidth=1)
+            panels[name].plot(*_columns(_smoothed(points)), color="#1d4ed8", linewidth=1.5)
+        else:
+            panels[name].plot(*_columns(points), "o-" if name == "val_bpb" else "-", color="#c2410c", markersize=3)
+        if name == "val_bpb":
+            for stage in range(len(evals[-1].get("stage_bpb", [])) - 1 if evals else 0):
+                points = [(r["step"], r["stage_bpb"][stage]) for r in evals]
+                panels[name].plot(*_columns(points), color="#c2410c", linewidth=0.8, alpha=0.5)
+        panels[name].set_ylim(0, None)
+    for name in ("grad_norm", "tokens_per_s"):
+        panels[name].set_xlabel("step")
+    figure.savefig(run / REPORT, dpi=120)
+    return True
+
+
+def _columns(points: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _smoothed(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The mean of each point and those around it, a twentieth of all at most."""
+    reach = max(1, len(points) // 40)
+    windows = [points[max(0, i - reach) : i + reach + 1] for i in range(len(points))]
+    return [(x, sum(y for _, y in window) / len(window)) for (x, _), window in zip(points, windows, strict=True)]
