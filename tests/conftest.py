@@ -18,7 +18,7 @@ os.environ.update(
 for _name in ("POE_BASE", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE"):
     os.environ.pop(_name, None)
 
-from hub_server import FakeHub  # noqa: E402
+from fake_hub import FakeHub  # noqa: E402
 
 # The client reads the Hub's address when it is imported; no test asks the real one.
 HUB = FakeHub()

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from killed_run import PLAN, rows, small_engine, train
 from poe.errors import OutputError, TrainingError
 from poe.training.checkpoints import files as checkpoint
 from poe.training.checkpoints.files import (
@@ -25,6 +24,7 @@ from poe.training.checkpoints.files import (
 from poe.training.checkpoints.rng import restore_rng, rng_state
 from poe.training.engine import Engine
 from poe.training.reporting.metrics import Metrics, read_metrics
+from small_run import PLAN, rows, small_engine, train
 
 KILLS = 50
 TIMED = ("tokens_per_s",)

@@ -18,8 +18,9 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-import two_processes
+import distributed_worker
 from conftest import tiny_base
+from distributed_worker import DATA, FIELDS, STEPS
 from poe import Cascade, train_stage
 from poe.demo.text import make_text
 from poe.demo.tokenizer import train_tokenizer
@@ -31,9 +32,8 @@ from poe.training.checkpoints.files import has_checkpoint
 from poe.training.parallel.distributed import ALONE, World, even_rows, joined_world
 from poe.training.parallel.sharding import is_sharded, shard_base
 from poe.training.reporting.progress import Progress
-from two_processes import DATA, FIELDS, STEPS
 
-PROGRAM = str(Path(__file__).with_name("two_processes.py"))
+PROGRAM = str(Path(__file__).with_name("distributed_worker.py"))
 LOST = "Another of the 2 processes stopped"
 
 
@@ -203,8 +203,8 @@ def test_two_processes_learn_what_one_learns_on_a_whole_or_a_divided_base(base: 
     said = process.communicate(timeout=500)[0]
     ranks = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
 
-    monkeypatch.setattr(two_processes.engine.Engine, "_batches", two_processes.engine.Engine._batches)
-    seen = two_processes.rows_seen()
+    monkeypatch.setattr(distributed_worker.engine.Engine, "_batches", distributed_worker.engine.Engine._batches)
+    seen = distributed_worker.rows_seen()
     losses, evals, cascade = alone(base, tmp_path / "alone", max_steps=STEPS)
     for run in ("plain", "divided"):
         for rank in ranks:
@@ -224,7 +224,7 @@ def test_two_processes_learn_what_one_learns_on_a_whole_or_a_divided_base(base: 
         assert here == whole - layers // 2
         assert rank["plain"]["bytes"] == [whole, whole]
     for run in ("plain", "divided"):
-        assert ranks[0][run]["evaluation"] == two_processes.answer(cascade, "demo", {})
+        assert ranks[0][run]["evaluation"] == distributed_worker.answer(cascade, "demo", {})
 
     deltas = [(tmp_path / run / "delta.safetensors").read_bytes() for run in ("plain", "divided")]
     assert deltas[0] == deltas[1]

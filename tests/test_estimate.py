@@ -8,7 +8,6 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from killed_run import PLAN, small_engine
 from poe.training.reporting import estimate as estimating
 from poe.training.reporting.estimate import (
     comparison,
@@ -22,6 +21,7 @@ from poe.training.reporting.estimate import (
 )
 from poe.training.reporting.report import outcome
 from poe.training.trainer import _delta_bytes
+from small_run import PLAN, small_engine
 
 HEADS = [("dense", 2), ("low_rank", 3), ("none", 2)]
 

@@ -13,14 +13,14 @@ import torch
 from typer.testing import CliRunner
 
 from conftest import scramble, token_ids
-from hub_server import FakeHub
+from fake_hub import FakeHub
 from poe import Cascade, StageConfig
 from poe.commands.poe import app
 from poe.errors import DeltaError, FingerprintError, LineageError, SourceError
 from poe.loaders.hub import pack, upload
 from poe.modeling.access import Access, fetch
 from poe.modeling.tensor_file import read_header
-from test_doors import stranger
+from test_stage_loading import stranger
 
 TOKEN = {"token": "hf_me"}
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from branching import STAGES, siblings
+from branched_cascade import STAGES, branched_cascade
 from conftest import VOCABULARY, scramble, tiny_model, token_ids
 from decoding_models import MODELS, positions, prompts
 from poe import Cascade
@@ -47,7 +47,7 @@ MIXTURES: list[tuple[str, dict[str | None, float]]] = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_product_is_the_formula_of_the_whole_models(name: str, dtype: torch.dtype, rows: int) -> None:
-    cascade, inputs = siblings(name, dtype), prompts(rows)
+    cascade, inputs = branched_cascade(name, dtype), prompts(rows)
     real = inputs["attention_mask"].bool()
     for mode, weights in MIXTURES:
         logits = cascade.compose(weights, mode).logits(**inputs)
@@ -61,7 +61,7 @@ def test_a_product_is_the_formula_of_the_whole_models(name: str, dtype: torch.dt
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("name", ["poe with everything", "qwen3 sliding"])
 def test_one_stage_at_weight_one_is_that_stage(name: str, stage: str, mode: str) -> None:
-    cascade, inputs = siblings(name), prompts(4)
+    cascade, inputs = branched_cascade(name), prompts(4)
     real = inputs["attention_mask"].bool()
     product = cascade.compose({stage: 1.0}, mode)
     expected = alone(cascade, stage, inputs).log_softmax(-1)
@@ -79,7 +79,7 @@ def test_one_stage_at_weight_one_is_that_stage(name: str, stage: str, mode: str)
 @pytest.mark.parametrize("name", MODELS)
 def test_what_is_generated_with_a_cache_is_what_the_formula_says_without(name: str, rows: int) -> None:
     """Every step's scores, past the windows, are those of whole models that read everything again."""
-    cascade, inputs = siblings(name), prompts(rows)
+    cascade, inputs = branched_cascade(name), prompts(rows)
     for mode, weights in MIXTURES:
         product = cascade.compose(weights, mode)
         output = product.generate(
@@ -94,7 +94,7 @@ def test_what_is_generated_with_a_cache_is_what_the_formula_says_without(name: s
 
 
 def test_the_trunk_is_read_and_cached_once() -> None:
-    cascade, inputs = siblings("llama"), prompts(2)
+    cascade, inputs = branched_cascade("llama"), prompts(2)
     calls = [0] * 4
     for index, layer in enumerate(cascade.base.model.layers):
         layer.register_forward_hook(lambda *_, index=index: calls.__setitem__(index, calls[index] + 1))
@@ -112,7 +112,7 @@ def test_the_trunk_is_read_and_cached_once() -> None:
 
 @pytest.mark.parametrize("name", ["poe with everything", "llama", "qwen3 sliding"])
 def test_beams_streamers_processors_and_stopping_are_those_of_generate(name: str) -> None:
-    cascade, inputs = siblings(name), prompts(3)
+    cascade, inputs = branched_cascade(name), prompts(3)
     options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
     product = cascade.compose({"tool": 1.0})
     for more in (
@@ -139,7 +139,7 @@ def test_beams_streamers_processors_and_stopping_are_those_of_generate(name: str
 
 @pytest.mark.parametrize("name", ["poe", "qwen3"])
 def test_a_product_learns_no_weights_but_its_own(name: str) -> None:
-    cascade = siblings(name)
+    cascade = branched_cascade(name)
     before = {key: value.clone() for key, value in cascade.base.state_dict().items()}
     stages = {s: {k: v.clone() for k, v in cascade.stages[s].state_dict().items()} for s in STAGES}
     grads = {n: p.requires_grad for s in STAGES for n, p in cascade.stages[s].named_parameters(prefix=s)}
@@ -160,7 +160,7 @@ def test_a_product_learns_no_weights_but_its_own(name: str) -> None:
 )
 def test_fit_recovers_the_mixture_that_spoke(mode: str, truth: dict) -> None:
     """Text that a known product has said is said best by that product."""
-    cascade = siblings("llama")
+    cascade = branched_cascade("llama")
     teacher = cascade.compose(truth, mode)
     torch.manual_seed(0)
     prompt = token_ids(256, 2)
@@ -182,7 +182,7 @@ def test_fit_recovers_the_mixture_that_spoke(mode: str, truth: dict) -> None:
 
 
 def test_fit_reads_padding_and_labels_as_a_loss_does() -> None:
-    cascade, inputs = siblings("qwen3"), prompts(4)
+    cascade, inputs = branched_cascade("qwen3"), prompts(4)
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
     product = cascade.compose({"tool": 0.4, None: 0.6})
     with torch.no_grad():
@@ -234,12 +234,12 @@ def test_the_pool_does_not_see_a_constant_and_keeps_agreement(data: st.DataObjec
 )
 def test_what_is_no_product_is_refused(stages: Any, mode: str, message: str) -> None:
     with pytest.raises(DecodingError, match=message):
-        siblings("llama").compose(stages, mode)
+        branched_cascade("llama").compose(stages, mode)
 
 
 def test_a_product_is_no_checkpoint(tmp_path: Any) -> None:
     with pytest.raises(FamilyError, match="save_stage"):
-        siblings("llama").compose(["tool"]).save_pretrained(tmp_path / "out")
+        branched_cascade("llama").compose(["tool"]).save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from branching import STAGES, siblings
+from branched_cascade import STAGES, branched_cascade
 from conftest import scramble, tiny_model, token_ids
 from decoding_models import MODELS, decoding_cascade, positions, prompts
 from poe import Cascade
@@ -35,7 +35,7 @@ def routed(cascade: Cascade, stages: list[str | None]) -> tuple[Any, torch.Tenso
 @pytest.mark.parametrize("name", MODELS)
 def test_every_row_says_what_it_would_say_alone(name: str, eos: Any) -> None:
     """Greedy, past the windows, with left padding; with a stop token rows end one after the other."""
-    cascade, inputs = siblings(name), prompts(len(ROWS), 8)
+    cascade, inputs = branched_cascade(name), prompts(len(ROWS), 8)
     output = cascade.generate(**inputs, **GREEDY, eos_token_id=eos, stage=ROWS)
     ends = set()
     for row, stage in enumerate(ROWS):
@@ -53,7 +53,7 @@ def test_every_row_says_what_it_would_say_alone(name: str, eos: Any) -> None:
 @torch.no_grad()
 def test_the_logits_of_a_mixed_batch_are_those_of_whole_models(name: str, dtype: torch.dtype, stages: list) -> None:
     """A prompt, then tokens one by one into the cache."""
-    cascade, inputs = siblings(name, dtype), prompts(len(stages), 12)
+    cascade, inputs = branched_cascade(name, dtype), prompts(len(stages), 12)
     model, branch = routed(cascade, stages)
     where, mask = positions(inputs["attention_mask"]), inputs["attention_mask"]
     caches: dict[Any, Any] = {}
@@ -73,7 +73,7 @@ def test_the_logits_of_a_mixed_batch_are_those_of_whole_models(name: str, dtype:
 
 
 def test_the_trunk_runs_once_and_a_stage_on_its_rows_only() -> None:
-    cascade, inputs = siblings("llama"), prompts(8)
+    cascade, inputs = branched_cascade("llama"), prompts(8)
     seen: dict[str, list[int]] = {}
 
     def watch(name: str, layer: torch.nn.Module) -> None:
@@ -90,7 +90,7 @@ def test_the_trunk_runs_once_and_a_stage_on_its_rows_only() -> None:
 
 @pytest.mark.parametrize("name", ["poe with everything", "llama", "qwen3 sliding"])
 def test_beams_and_several_answers_stay_with_their_row(name: str) -> None:
-    cascade, inputs = siblings(name), prompts(4)
+    cascade, inputs = branched_cascade(name), prompts(4)
     stages = ["tool", None, "low", "tool"]
     options = {**GREEDY, "num_beams": 3, "num_return_sequences": 2, "eos_token_id": [7, 8, 9]}
     output = cascade.generate(**inputs, **options, stage=stages)
@@ -102,7 +102,7 @@ def test_beams_and_several_answers_stay_with_their_row(name: str) -> None:
 
 def test_sampling_follows_each_rows_own_distribution() -> None:
     """Chi-square over a small vocabulary: the same two prompts, many times, each with its stage."""
-    cascade = siblings("llama")
+    cascade = branched_cascade("llama")
     stages: list[str | None] = ["tool", "low"]
     ids, times = token_ids(2, 5), 4000
     torch.manual_seed(0)
@@ -122,7 +122,7 @@ def test_sampling_follows_each_rows_own_distribution() -> None:
 
 
 def test_rows_stop_at_the_stop_tokens_of_their_own_stage() -> None:
-    cascade, inputs = siblings("qwen3"), prompts(4)
+    cascade, inputs = branched_cascade("qwen3"), prompts(4)
     plain = cascade.generate(**inputs, **GREEDY, eos_token_id=None, stage=["tool", "tool", "math", None])[:, 7:]
     # Each stage ends at what it says third; the other's stop token means nothing to it.
     for name, row in (("tool", 0), ("math", 2)):
@@ -150,7 +150,7 @@ def test_rows_stop_at_the_stop_tokens_of_their_own_stage() -> None:
 @pytest.mark.parametrize("name", ["poe", "llama", "qwen3 sliding"])
 def test_a_prompt_goes_to_the_stage_that_expects_it(name: str) -> None:
     """The scores are those of whole models, padding or not; a stage's own text is likeliest under it."""
-    cascade = siblings(name)
+    cascade = branched_cascade(name)
     torch.manual_seed(0)
     candidates: list[str | None] = [None, *STAGES]
     texts = [
@@ -207,7 +207,7 @@ def test_a_recurrent_base_is_routed_too() -> None:
 
 
 def test_what_cannot_be_routed_is_refused() -> None:
-    cascade = siblings("llama")
+    cascade = branched_cascade("llama")
     ids = token_ids(2)
     with pytest.raises(DecodingError, match="got 3 for 2 rows"):
         cascade.generate(ids, stage=["tool", None, "math"])

@@ -408,7 +408,7 @@ def test_a_base_whose_upper_layers_read_more_is_refused(monkeypatch: pytest.Monk
 FILL = """
 import os, sys, time
 sys.path.insert(0, {tests!r})
-import test_hidden as t
+import test_hidden_state_cache as t
 os.environ["POE_CACHE"] = {cache!r}
 from poe.training.hidden_states import cache as hidden_cache
 hidden_cache.SHARD_BYTES = 2 * t.T * 32 * 2

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from augment_rows import BOOK, TIDE, arguments, demo_rows, misfit, row, rows, text, tool
+from augmentation_rows import BOOK, TIDE, arguments, demo_rows, misfit, row, rows, text, tool
 from poe.calls.conversation import Conversation
 from poe.calls.schema import lint_schema
 from poe.data.augment import mask, unmask

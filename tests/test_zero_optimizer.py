@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-import zero_worker as problem
+import zero_optimizer_worker as problem
 from poe.errors import TrainingError
 from poe.training.checkpoints.files import join_shards, optimizer_tensors, restore_optimizer
 from poe.training.optim import MuonAdamW

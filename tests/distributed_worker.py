@@ -1,7 +1,7 @@
-"""What two processes do together, for test_distributed.py: `torchrun two_processes.py FOLDER BASE`, or a command.
+"""What two processes do together, for test_distributed.py: `torchrun distributed_worker.py FOLDER BASE`.
 
-`... two_processes.py train stage ...` is `poe-train stage ...` with the optimizer's iteration in fp32, whatever the
-hardware multiplies fastest: in bf16 a difference of one bit grows.
+`... distributed_worker.py train stage ...` is `poe-train stage ...` with the optimizer's iteration in fp32:
+in bf16 a difference of one bit grows.
 """
 
 import json

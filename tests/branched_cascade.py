@@ -9,7 +9,7 @@ from poe import Cascade
 STAGES = ("tool", "math", "low", "child", "grandchild")
 
 
-def siblings(name: str, dtype: torch.dtype = torch.float32) -> Cascade:
+def branched_cascade(name: str, dtype: torch.dtype = torch.float32) -> Cascade:
     """Two siblings on top of four layers, one above three of them, and a chain of three; all weights are random."""
     cascade = decoding_cascade(name, dtype=dtype)
     cascade.add_stage(name="tool", num_layers=2)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from augment_rows import BOOK, DEMO, POEM, TIDE, arguments, demo_rows, misfit, row, rows, text, tool
+from augmentation_rows import BOOK, DEMO, POEM, TIDE, arguments, demo_rows, misfit, row, rows, text, tool
 from poe.calls.conversation import Conversation
 from poe.calls.schema import as_tool
 from poe.data.augment import (

@@ -1,6 +1,6 @@
 """Which families can be grown, tried on tiny models, and the page that says so.
 
-`python tests/families_table.py` writes docs/families.md; a test fails when that page is out of date.
+`python tests/families_page.py` writes docs/families.md; a test fails when that page is out of date.
 """
 
 import functools
@@ -94,7 +94,7 @@ def page() -> str:
     lines = [
         "# Families",
         "",
-        f"Written by `python tests/families_table.py` with transformers {transformers.__version__}; do not edit.",
+        f"Written by `python tests/families_page.py` with transformers {transformers.__version__}; do not edit.",
         "",
         "A base can be grown if its decoder layers run one after the other. What holds for each: a new stage is",
         "exactly the model below it, and its first step is a small one; off, it is gone; the logits are one matmul of",

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from conftest import BASES, RECURRENT, scramble, tiny_model, token_ids
-from families_table import ACCEPTED, DEEPER, PAGE, REFUSED, declared_and_found, exists, outcome, page
+from families_page import ACCEPTED, DEEPER, PAGE, REFUSED, declared_and_found, exists, outcome, page
 from poe import Cascade, StageConfig
 from poe.errors import FamilyError, SourceError
 from poe.modeling.families import FAMILIES, family_of
@@ -45,7 +45,7 @@ def test_the_page_of_families_is_up_to_date() -> None:
     text = PAGE.read_text(encoding="utf-8")
     if f"with transformers {transformers.__version__};" not in text:
         pytest.skip("the page was written with another transformers")
-    assert text == page(), "run `python tests/families_table.py`"
+    assert text == page(), "run `python tests/families_page.py`"
 
 
 def test_a_trial_happens_once_per_base_and_leaves_no_trace(monkeypatch) -> None:

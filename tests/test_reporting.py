@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from killed_run import PLAN, small_engine
 from poe.errors import MissingExtraError, OutputError, RecipeError
 from poe.training.reporting import tracking
 from poe.training.reporting.metrics import read_metrics
 from poe.training.reporting.progress import Progress
 from poe.training.reporting.report import draw_report
 from poe.training.reporting.tracking import Trackers, open_trackers
+from small_run import PLAN, small_engine
 
 
 class Recorder:

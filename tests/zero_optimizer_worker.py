@@ -1,6 +1,6 @@
-"""One of the processes of tests/test_zero.py, and the problem that they and the single process share.
+"""One of the processes of tests/test_zero_optimizer.py, and the problem that they and the single process share.
 
-python zero_worker.py RANK PORT FOLDER     # needs FOLDER/whole.safetensors, writes FOLDER/<scenario>-<rank>.*
+python zero_optimizer_worker.py RANK PORT FOLDER     # needs FOLDER/whole.safetensors, writes FOLDER/<scenario>-<rank>.*
 """
 
 import gc

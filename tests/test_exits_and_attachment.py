@@ -11,7 +11,7 @@ from poe import Cascade, StageConfig
 from poe.errors import DeltaError, FamilyError
 from poe.modeling.exits import exits_of
 from poe.modeling.families import family_of, logits_of
-from test_doors import GREEDY, prompts, stranger
+from test_stage_loading import GREEDY, prompts, stranger
 
 NAMES = ("poe", "llama", "qwen3-tied", "qwen3-sliding", "gemma2", "gemma3-tied", "granite", "olmo2", "nanochat", "phi")
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from augment_rows import demo_rows
+from augmentation_rows import demo_rows
 from poe.calls.conversation import Conversation
 from poe.calls.forms.prompt import PromptForm
 from poe.data.render import Renderer
@@ -15,8 +15,8 @@ from poe.data.templates import complete_template, extend_with_tools, knows_tools
 from poe.demo.conversations import make_conversation
 from poe.errors import TemplateError
 from poe.evaluation.calls import question, score
+from test_loss_mask import TOKENIZERS, assistant, trained, user
 from test_prompt_forms import ROW
-from test_render import TOKENIZERS, assistant, trained, user
 
 # As SmolLM2 has it: a default system text, every message by its content alone.
 PLAIN = """\
