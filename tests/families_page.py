@@ -1,6 +1,6 @@
 """Which families can be grown, tried on tiny models, and the page that says so.
 
-`python tests/families_page.py` writes docs/families.md; a test fails when that page is out of date.
+`python tests/families_page.py` writes docs/reference/families.md; a test fails when that page is out of date.
 """
 
 import functools
@@ -14,7 +14,7 @@ from poe.errors import FamilyError
 from poe.modeling.families import FAMILIES, Family, Logits, logits_of
 from poe.modeling.recognition import recognize_family
 
-PAGE = Path(__file__).parents[1] / "docs" / "families.md"
+PAGE = Path(__file__).parents[1] / "docs" / "reference" / "families.md"
 DEEPER = {"num_hidden_layers": 3}
 # model type -> fields of the config of a tiny one. Not declared; the trial accepts them.
 ACCEPTED: dict[str, dict] = {
@@ -90,7 +90,7 @@ def outcome(model_type: str) -> tuple[Family, Logits] | str:
 
 
 def page() -> str:
-    """Return docs/families.md as it should be."""
+    """Return docs/reference/families.md as it should be."""
     lines = [
         "# Families",
         "",

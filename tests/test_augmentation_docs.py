@@ -1,9 +1,9 @@
-"""The examples of docs/augmentation.md are what the code prints."""
+"""The examples of docs/how-to/augment.md are what the code prints."""
 
 import doctest
 from pathlib import Path
 
-GUIDE = Path(__file__).parents[1] / "docs" / "augmentation.md"
+GUIDE = Path(__file__).parents[1] / "docs" / "how-to" / "augment.md"
 
 
 def test_the_examples_are_true() -> None:

@@ -19,7 +19,7 @@ def with_early_layers(base: PoEForCausalLM, **changes: Any) -> PoEForCausalLM:
 
     The old layers read the embedding again: `layer_scalars` must be among the changes or on already. A residual stream
     that was taught to predict after few layers is forty times as large as the embedding and drowns it, so layers that
-    only saw the stream would have to unlearn what they know (docs/log.md has the measurement). The prediction is that
+    only saw the stream would have to unlearn what they know (docs/log has the measurement). The prediction is that
     of `base`, up to rounding. Raises `ValueError` for a config that does not hold the base, or without scalars.
     """
     old = base.config
