@@ -28,6 +28,7 @@ from poe.data.augment import mask
 from poe.data.augment.rows import row_digest, row_rng
 from poe.data.readers.demo import evaluation_splits
 from poe.evaluation.calls import evaluate_calls
+from poe.stages import Augmentation
 from poe.training.trainer import train_stage
 
 SEEN = {
@@ -99,7 +100,7 @@ def run(arm: str, seed: int, steps: int, rows: int) -> dict[str, Any]:
             seed=seed,
             seq_len=1024,
             validation_every=steps,
-            augment=ARMS[arm],
+            augment=Augmentation.from_dict(ARMS[arm]),
         )
     scores = evaluate_calls(cascade, "demo", questions(rows), max_new_tokens=120)
     return {

@@ -17,13 +17,13 @@ import threading
 import time
 from pathlib import Path
 
-from poe.data.augment import Augmentation
 from poe.data.corpus import read_corpus
 from poe.data.drops import DropReport
 from poe.data.pipeline import prepare
 from poe.data.render import Renderer
 from poe.loaders.places import place
 from poe.loaders.tokenizer import load_tokenizer
+from poe.stages import Augmentation
 
 DEMO_TRAINER = 9_511  # tokens/s of `make demo` on two cores
 H100_TRAINER = 0.4 * 989e12 / (2 * 1.384e9 + 6 * 163.6e6)

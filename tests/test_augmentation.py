@@ -15,7 +15,6 @@ from augmentation_rows import BOOK, DEMO, POEM, TIDE, arguments, demo_rows, misf
 from poe.calls.conversation import Conversation
 from poe.calls.schema import as_tool
 from poe.data.augment import (
-    Augmentation,
     ToolPool,
     add_distractors,
     augment,
@@ -29,6 +28,7 @@ from poe.data.augment.copied import argument_strings
 from poe.data.augment.fitting import fits, traits
 from poe.data.augment.rows import called_tools, calls, row_digest, row_rng, user_texts
 from poe.errors import RecipeError
+from poe.stages import Augmentation
 
 any_row = rows() | demo_rows
 seeds = st.integers(0, 99)

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from poe.data import corpus, pipeline
-from poe.data.augment import Augmentation
 from poe.data.cache import cache_root
 from poe.data.drops import DropReport
 from poe.data.pipeline import TrainingData, prepare
@@ -19,6 +18,7 @@ from poe.data.text import documents
 from poe.demo.text import make_text
 from poe.demo.tokenizer import train_tokenizer
 from poe.errors import DataError, OutputError
+from poe.stages import Augmentation
 
 
 @pytest.fixture(scope="module")

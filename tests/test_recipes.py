@@ -11,7 +11,7 @@ import yaml
 from poe.commands.app import parse_field
 from poe.errors import RecipeError
 from poe.modeling.stage_config import StageConfig
-from poe.stages import BaseRecipe, Recipe, list_recipes, load_base_recipe, load_recipe
+from poe.stages import Augmentation, BaseRecipe, Recipe, list_recipes, load_base_recipe, load_recipe
 
 PLAN_FIELDS = (
     "seq_len tokens_per_step max_tokens_per_batch max_steps matrix_lr head_lr weight_decay momentum initial_momentum "
@@ -85,6 +85,16 @@ def test_options_are_read_as_their_fields_are_typed() -> None:
     assert parse_field("matrix_lr", "1e-3", float) == 0.001
     assert parse_field("max_steps", "null", int | None) is None
     assert parse_field("epochs", "{glaive: 2}", dict[str, int]) == {"glaive": 2}
+
+
+def test_augment_is_a_mapping_in_files_and_typed_in_python() -> None:
+    recipe = load_recipe("tool", augment={"mask": 0.3, "call_formats": ["xlam"]})
+    assert recipe.augment == Augmentation(mask=0.3, call_formats=("xlam",))
+    assert recipe.as_dict()["augment"] == {"mask": 0.3, "call_formats": ["xlam"]}
+    assert load_recipe("tool").as_dict()["augment"] == {}
+    assert recipe.replace(num_layers=2).augment == recipe.augment
+    with pytest.raises(RecipeError, match="Did you mean 'mask'"):
+        load_recipe("tool", augment={"masks": 0.3})
 
 
 def test_overrides_reach_the_stage() -> None:

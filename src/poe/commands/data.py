@@ -13,7 +13,7 @@ from rich.text import Text
 
 from poe.commands.app import err, out
 from poe.errors import TemplateError
-from poe.stages import Recipe, load_recipe
+from poe.stages import Augmentation, Recipe, load_recipe
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
 
@@ -43,15 +43,15 @@ def show(
     epoch: Annotated[int, typer.Option(help="the pass whose augmentation is shown", min=0)] = 0,
 ) -> None:
     """Print the first rows as they are after a step; in rendered rows the trained tokens are green."""
-    from poe.data.augment import Augmentation, ToolPool, augment
+    from poe.data.augment import ToolPool, augment
     from poe.data.drops import DropReport
     from poe.data.readers import READERS, read_source
     from poe.data.spec import parse_spec
 
     plan = load_recipe(recipe)
-    options = Augmentation.from_dict({} if after is Step.READ else plan.augment)
+    options = Augmentation() if after is Step.READ else plan.augment
     renderer = _renderer(base) if after is Step.RENDER else None
-    if after is Step.AUGMENT and not plan.augment:
+    if after is Step.AUGMENT and plan.augment == Augmentation():
         err.print(f"recipe {plan.name} augments nothing: these are the rows as read (--recipe FILE.yaml)", markup=False)
     report = DropReport()
     for source in parse_spec(spec, READERS):

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from poe.calls.conversation import Conversation
-from poe.data.augment import Augmentation, ToolPool
+from poe.data.augment import ToolPool
 from poe.data.cache import fingerprint, made_once
 from poe.data.corpus import DROPPED, EVALUATION, HELD_OUT, TRAIN, Corpus, read_corpus
 from poe.data.drops import DropReport
@@ -24,6 +24,7 @@ from poe.data.render import Renderer
 from poe.data.rendering import RenderRows, Tally
 from poe.data.workers import default_workers, ordered_map
 from poe.errors import DataError, TemplateError
+from poe.stages.augmentation import Augmentation
 
 MAX_VALIDATION_CONVERSATIONS = 512  # a measure of bits per byte need not read more
 CHUNK = 128  # rows that a process renders at a time

@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from poe.calls.conversation import Conversation
-from poe.data.augment import Augmentation, ToolPool, augment
+from poe.data.augment import ToolPool, augment
 from poe.data.corpus import Corpus
 from poe.data.drops import DropReport
 from poe.data.render import Renderer
 from poe.data.store import RowStore
 from poe.errors import DataError, RowError, TemplateError
+from poe.stages.augmentation import Augmentation
 
 REFUSED, HIDDEN = "the chat template refuses it", "the chat template hides the assistant's tokens"
 

@@ -12,6 +12,7 @@ import yaml
 
 from poe.errors import RecipeError, suggest
 from poe.modeling.stage_config import StageConfig
+from poe.stages.augmentation import Augmentation
 
 P = TypeVar("P", bound="Plan")
 RECIPES = Path(__file__).parent
@@ -93,7 +94,7 @@ class Recipe(Plan):
 
     train_on: Literal["assistant", "calls"] = "assistant"  # which of the assistant's turns are learned
     isolate_documents: bool = True  # packed documents do not see each other
-    augment: dict[str, Any] = field(default_factory=dict)  # shares of the rows, as in {mask: 0.33, formats: 0.5}
+    augment: Augmentation = field(default_factory=Augmentation)  # a mapping such as {mask: 0.33} becomes one
     num_layers: int = 4
     head: Literal["dense", "low_rank", "none"] = "dense"
     head_rank: int | Literal["auto"] = 64
@@ -107,6 +108,8 @@ class Recipe(Plan):
     shard_base: bool = False  # divide the base's layers among the processes, where one device cannot hold it
 
     def __post_init__(self) -> None:
+        if not isinstance(self.augment, Augmentation):
+            object.__setattr__(self, "augment", Augmentation.from_dict(self.augment))
         super().__post_init__()
         for other in ("compile", "shard_base"):
             if self.cache_hidden and getattr(self, other):
@@ -115,6 +118,9 @@ class Recipe(Plan):
                     f"{'no forward pass of the whole model to compile' if other == 'compile' else 'no base to divide'} "
                     "while training. Choose one of them."
                 )
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**super().as_dict(), "augment": self.augment.as_dict()}
 
     def stage_config(self, **fields: Any) -> StageConfig:
         """Return the shape of the stage; `fields` override."""

@@ -14,7 +14,6 @@ import torch
 
 from poe.calls.conversation import Conversation
 from poe.cascade import Cascade
-from poe.data.augment import Augmentation
 from poe.data.drops import DropReport
 from poe.data.pipeline import TrainingData, prepare
 from poe.data.render import Renderer, token_bytes
@@ -79,7 +78,6 @@ def train_stage(
     """
     plan = (load_recipe(recipe) if isinstance(recipe, str) else recipe).replace(**fields)
     spec = data or plan.data
-    augmentation = Augmentation.from_dict(plan.augment)
     run = Path(output_dir or f"runs/{plan.name}")
     if cascade.tokenizer is None:
         raise TemplateError("The base has no tokenizer: put its tokenizer files beside it.")
@@ -108,7 +106,7 @@ def train_stage(
                 held_out=plan.validation_ratio,
                 near_duplicates=plan.near_duplicates,
                 evaluation=plan.eval_data,
-                augmentation=augmentation,
+                augmentation=plan.augment,
                 isolated=plan.isolate_documents,
                 eval_rows=plan.eval_rows,
                 seed=plan.seed,

@@ -12,10 +12,9 @@ from poe.data.augment.formats import with_random_form
 from poe.data.augment.irrelevance import make_irrelevant
 from poe.data.augment.masking import mask, unmask
 from poe.data.augment.paraphrase import paraphrase
-from poe.data.augment.pipeline import Augmentation, augment
+from poe.data.augment.pipeline import augment
 
 __all__ = [
-    "Augmentation",
     "ToolPool",
     "add_distractors",
     "augment",

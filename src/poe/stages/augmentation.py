@@ -1,0 +1,93 @@
+"""The `augment:` options of a recipe. `poe.data.augment` applies them."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from poe.calls.forms.calls import CALL_FORMS
+from poe.calls.forms.tools import TOOL_FORMS
+from poe.errors import RecipeError, suggest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """How often each augmentation changes a row. By default none does.
+
+    A share counts only the rows that the augmentation can change: a row without a call cannot become irrelevant. A
+    larger share includes every row that a smaller one includes. The shares are drawn independently, except those of
+    `irrelevance` and `contrast`: no row gets both, so they add up to at most 1.
+    """
+
+    mask: float = 0.0
+    """Share of rows that get random names for tools and parameters, 0 to 1."""
+    irrelevance: float = 0.0
+    """Share of rows that lose the tools they need and get an abstention as the answer, 0 to 1."""
+    contrast: float = 0.0
+    """Share of rows that become two, the row itself and the row without the tools it needs, 0 to 1."""
+    distractors: float = 0.0
+    """Share of rows that get tools of other rows added, 0 to 1."""
+    max_distractors: int = 4
+    """Largest number of tools that `distractors` adds to a row, 1 or more."""
+    shuffle: float = 0.0
+    """Share of rows that get their tools in random order, 0 to 1."""
+    case: float = 0.0
+    """Share of rows that get the user's text in another letter case, 0 to 1."""
+    paraphrase: float = 0.0
+    """Share of rows that get the user's text in other words, 0 to 1."""
+    formats: float = 0.0
+    """Share of rows that get a prompt in the format of another model, 0 to 1."""
+    tool_formats: tuple[str, ...] = ()
+    """Names of the tool formats that `formats` draws from; empty: all of them."""
+    call_formats: tuple[str, ...] = ()
+    """Names of the call formats that `formats` draws from; empty: all of them."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is float:
+                number = isinstance(value, int | float) and not isinstance(value, bool)
+                if not number or not math.isfinite(value) or not 0 <= value <= 1:
+                    raise RecipeError(f"augment.{field.name} should be a share from 0 to 1, got {value!r}.")
+            elif field.type is int:
+                if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                    raise RecipeError(f"augment.{field.name} should be a whole number of 1 or more, got {value!r}.")
+            elif not isinstance(value, tuple) or not all(isinstance(name, str) for name in value):
+                raise RecipeError(f"augment.{field.name} should be a list of names, got {value!r}.")
+        for field_name, names, known in (
+            ("tool_formats", self.tool_formats, TOOL_FORMS),
+            ("call_formats", self.call_formats, CALL_FORMS),
+        ):
+            for name in names:
+                if name not in known:
+                    raise RecipeError(f"augment.{field_name} has an unknown form {name!r}.{suggest(name, known)}")
+        if self.irrelevance + self.contrast > 1:
+            raise RecipeError(
+                "augment.irrelevance and augment.contrast are shares of the same rows and add up to at most 1, got "
+                f"{self.irrelevance} + {self.contrast}."
+            )
+
+    @property
+    def draws_tools(self) -> bool:
+        """Whether a row can get tools of other rows."""
+        return bool(self.irrelevance or self.contrast or self.distractors)
+
+    @classmethod
+    def from_dict(cls, options: Mapping[str, Any] | None) -> "Augmentation":
+        """Return the options of a mapping such as `{"mask": 0.3}`; None gives the defaults. Raises `RecipeError`."""
+        if options is None:
+            return cls()
+        if not isinstance(options, Mapping):
+            raise RecipeError(f"augment should be a mapping of names to shares, got {options!r}.")
+        known = {field.name for field in dataclasses.fields(cls)}
+        for name in options:
+            if name not in known:
+                raise RecipeError(f"There is no augmentation {name!r}.{suggest(str(name), known)}")
+        fields: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in options.items()}
+        return cls(**fields)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the options that differ from their defaults, as JSON values: the inverse of `from_dict`."""
+        values = {field.name: (getattr(self, field.name), field.default) for field in dataclasses.fields(self)}
+        return {n: list(v) if isinstance(v, tuple) else v for n, (v, default) in values.items() if v != default}
