@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from poe import Cascade
-from poe.calls.conversation import Conversation
-from poe.calls.forms.prompt import PromptForm
+from poe.calls.conversation import Conversation, PromptForm
 from poe.data.augment import mask
 from poe.data.augment.rows import row_digest, row_rng
 from poe.data.readers.demo import evaluation_splits

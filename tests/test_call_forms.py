@@ -6,7 +6,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from poe.calls.forms.calls import CALL_FORMS, Call, Reply, call_form
+from poe.calls.conversation import Call
+from poe.calls.forms.base import Reply
+from poe.calls.forms.call_forms import CALL_FORMS, call_form
 from poe.errors import DataError, RowError
 
 FORMS = list(CALL_FORMS.values())

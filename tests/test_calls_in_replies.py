@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from poe.calls.conversation import Conversation
-from poe.calls.parsing import Call, parse_reply, problems
-from poe.calls.schema import as_tool
+from poe.calls.conversation import Call, Conversation
+from poe.calls.forms.call_forms import parse_reply
+from poe.calls.schema import as_tool, check_calls
 from poe.evaluation.calls import score
 
 TOOL = as_tool(
@@ -59,7 +59,7 @@ def test_no_text_breaks_the_parser(text: str) -> None:
 
 
 def test_problems_name_the_call_and_the_reason() -> None:
-    assert problems([Call("book_flight", {"city": "Oslo", "seats": 2})], [TOOL]) == []
+    assert check_calls([Call("book_flight", {"city": "Oslo", "seats": 2})], [TOOL]) == []
     for bad in (
         Call("book_hotel", {}),
         Call("book_flight", {"seats": 2}),
@@ -67,7 +67,7 @@ def test_problems_name_the_call_and_the_reason() -> None:
         Call("book_flight", {"city": "Oslo", "wings": 2}),
         Call("book_flight", "Oslo"),
     ):
-        (problem,) = problems([bad], [TOOL])
+        (problem,) = check_calls([bad], [TOOL])
         assert problem.startswith(bad.name)
 
 

@@ -8,8 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from augmentation_rows import demo_rows
-from poe.calls.conversation import Conversation
-from poe.calls.forms.prompt import PromptForm
+from poe.calls.conversation import Conversation, PromptForm
 from poe.data.render import Renderer
 from poe.data.templates import complete_template, extend_with_tools, knows_tools, reply_form, template_call_form
 from poe.demo.conversations import make_conversation

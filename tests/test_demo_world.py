@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from poe.calls.forms.calls import CALL_FORMS
-from poe.calls.forms.tools import TOOL_FORMS
+from poe.calls.forms.call_forms import CALL_FORMS
+from poe.calls.forms.tool_forms import TOOL_FORMS
 from poe.calls.schema import check_call, lint_schema
 from poe.data.drops import DropReport
 from poe.data.readers import demo

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from augmentation_rows import BOOK, TIDE, arguments, demo_rows, misfit, row, rows, text, tool
 from poe.calls.conversation import Conversation
+from poe.calls.renaming import ToolRenamer, is_identifier, rename_tools
 from poe.calls.schema import lint_schema
-from poe.data.augment import mask, unmask
-from poe.data.augment.masking import is_identifier
+from poe.data.augment import mask
 from poe.data.augment.rows import calls, strings
 
 any_row = rows() | demo_rows
@@ -35,7 +35,9 @@ def test_masking_is_a_bijection_that_can_be_undone(conversation: Conversation, s
     masked, mapping = mask(conversation, Random(seed))
     assert len(set(mapping.values())) == len(mapping) > 0
     assert not set(mapping.values()) & set(mapping)
-    back = unmask(masked, mapping)
+    old = {new: name for name, new in mapping.items()}
+    mentions = {new: name for new, name in old.items() if is_identifier(name)}
+    back = ToolRenamer(old, mentions).rename(masked)
     assert back == conversation
     assert json.dumps(back.messages) == json.dumps(conversation.messages)  # the order of keys as well
     assert json.dumps(back.tools) == json.dumps(conversation.tools)
@@ -107,7 +109,7 @@ def test_rows_that_would_lose_their_meaning_are_left_alone(parameter: dict[str, 
     odd = tool("odd_tool", "Does odd things", harbour=text("the harbour"), other=parameter)
     conversation = row("Go", ("tideTimes", {"harbour": "Kiel"}), tools=(odd, TIDE))
     assert mask(conversation, Random(0)) == (conversation, {})
-    assert unmask(conversation, {}) == conversation
+    assert rename_tools(conversation, {}) is conversation
 
 
 def test_a_row_without_tools_has_nothing_to_mask() -> None:

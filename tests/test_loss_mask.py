@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from poe.calls.conversation import Conversation
-from poe.calls.forms.prompt import PromptForm
+from poe.calls.conversation import Conversation, PromptForm
 from poe.data.render import Renderer, token_bytes
 from poe.errors import DataError, TemplateError
 

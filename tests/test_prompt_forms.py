@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from poe.calls.conversation import Conversation
-from poe.calls.forms.calls import CALL_FORMS, Call, Reply, call_form
-from poe.calls.forms.prompt import PHRASINGS, PLACES, PromptForm, flatten, random_form
-from poe.calls.forms.tools import TOOL_FORMS, write_tools
+from poe.calls.conversation import Call, Conversation, PromptForm
+from poe.calls.forms.base import Reply
+from poe.calls.forms.call_forms import CALL_FORMS, call_form
+from poe.calls.forms.prompt_forms import PHRASINGS, PLACES, random_form, write_as_text
+from poe.calls.forms.tool_forms import TOOL_FORMS, write_tools
 from poe.calls.schema import as_tool
 from poe.data.render import Renderer
 from poe.demo.text import make_text
@@ -75,7 +76,7 @@ def reply_of(message):
 @given(forms)
 @settings(max_examples=80, deadline=None)
 def test_a_flattened_row_says_the_same_in_text_alone(form) -> None:
-    told = flatten(ROW, form)
+    told = write_as_text(ROW, form)
     roles = [message["role"] for message in told.messages]
     assert roles == ["system", "user", "assistant", "user", "assistant", "user", "assistant"]
     assert (told.tools, told.form, told.source, told.id) == ([], None, "tests", "1")
@@ -98,7 +99,7 @@ def test_a_flattened_row_says_the_same_in_text_alone(form) -> None:
 def test_a_prompt_is_how_the_row_begins_and_the_loss_is_the_assistants_text(renderer, form) -> None:
     row = replace(ROW, form=form)
     rendered = renderer.render(row)
-    told = flatten(ROW, form).messages
+    told = write_as_text(ROW, form).messages
     runs, previous = [], False
     for token, on in zip(rendered.input_ids, rendered.loss_mask, strict=True):
         if on:
@@ -111,7 +112,7 @@ def test_a_prompt_is_how_the_row_begins_and_the_loss_is_the_assistants_text(rend
         assert rendered.input_ids[: len(prompt)] == prompt
         assert rendered.loss_mask[len(prompt)]
     assert "<|output_start|>" not in rendered.text
-    assert rendered.text == renderer.render(flatten(ROW, form)).text
+    assert rendered.text == renderer.render(write_as_text(ROW, form)).text
 
 
 def test_without_a_form_the_template_tells_the_tools(renderer) -> None:
@@ -123,12 +124,12 @@ def test_without_a_form_the_template_tells_the_tools(renderer) -> None:
 @given(forms)
 def test_a_row_without_tools_stays_as_it_is(form) -> None:
     row = Conversation([user("hello"), assistant("[TOOL_CALLS] is a mark, <tool_call> too")])
-    assert flatten(row, form) is row
+    assert write_as_text(row, form) is row
 
 
 @given(forms)
 def test_a_tool_list_finds_a_place_where_there_is_no_system_text(form) -> None:
-    told = flatten(Conversation([user("Sing!"), assistant("I cannot.")], [NEWS]), form).messages
+    told = write_as_text(Conversation([user("Sing!"), assistant("I cannot.")], [NEWS]), form).messages
     assert [m["role"] for m in told] == ["system"] * (form.place == "system") + ["user", "assistant"]
     assert write_tools([NEWS], form.tools) in told[0]["content"]
     assert told[-1]["content"] == "I cannot."
@@ -137,20 +138,20 @@ def test_a_tool_list_finds_a_place_where_there_is_no_system_text(form) -> None:
 
 
 def test_phrasings_differ_and_begin_anew() -> None:
-    texts = [flatten(ROW, PromptForm(phrasing=n)).messages[0]["content"] for n in range(PHRASINGS)]
+    texts = [write_as_text(ROW, PromptForm(phrasing=n)).messages[0]["content"] for n in range(PHRASINGS)]
     assert len(set(texts)) == PHRASINGS
-    assert flatten(ROW, PromptForm(phrasing=PHRASINGS)).messages[0]["content"] == texts[0]
+    assert write_as_text(ROW, PromptForm(phrasing=PHRASINGS)).messages[0]["content"] == texts[0]
 
 
 def test_what_a_form_cannot_hold_is_refused_with_its_reason(renderer) -> None:
     row = Conversation([user("how?"), assistant("Write <functioncall> and the call.")], [NEWS], source="tests")
     with pytest.raises(RowError, match="text that looks like a call in the form glaive"):
-        flatten(row, PromptForm(calls="glaive"))
+        write_as_text(row, PromptForm(calls="glaive"))
     with pytest.raises(RowError, match="text that looks like a call in the form glaive"):
         renderer.render_all(replace(row, form=PromptForm(calls="glaive")))
     assert len(renderer.render_all(replace(row, form=PromptForm(calls="llama")))) == 1
     with pytest.raises(RowError, match="no user turn"):
-        flatten(replace(ROW, messages=[assistant("x")]), PromptForm(place="user"))
+        write_as_text(replace(ROW, messages=[assistant("x")]), PromptForm(place="user"))
 
 
 def test_a_form_is_no_part_of_what_a_row_says() -> None:
@@ -177,7 +178,7 @@ def test_random_forms_are_drawn_from_those_named() -> None:
 )
 def test_unknown_names_are_refused(wrong, hint) -> None:
     with pytest.raises(DataError, match=hint):
-        PromptForm(**wrong)
+        write_as_text(ROW, PromptForm(**wrong))
 
 
 def test_replies_are_scored_in_the_form_that_was_asked_for() -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from poe.calls.forms.tools import TOOL_FORMS, write_tools
+from poe.calls.forms.tool_forms import TOOL_FORMS, write_tools
 from poe.calls.schema import as_tool
 from poe.errors import DataError
 

@@ -1,27 +1,53 @@
-"""The canonical row: OpenAI-style messages and JSON-Schema tools, whatever the source looked like."""
+"""The data types of a conversation: messages, tools, calls, and the form in which text presents them."""
 
 import json
 import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-if TYPE_CHECKING:
-    from poe.calls.forms.prompt import PromptForm
+from typing import Any, NamedTuple
 
 Message = dict[str, Any]
 Tool = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Conversation:
-    """One training or evaluation row.
+class PromptForm:
+    """The names of the forms in which text presents tools and calls.
 
-    `messages`: `{"role": "system" | "user" | "assistant" | "tool", "content": str | None}`; an assistant message may
-    carry `tool_calls: [{"id": str, "type": "function", "function": {"name": str, "arguments": dict}}]` (arguments are
-    an object, as chat templates expect, in the property order of the schema), a tool message `tool_call_id` and `name`.
+    `tools` is a tool form (`poe.calls.forms.tool_forms`), `calls` a call form (`poe.calls.forms.call_forms`), `place`
+    the message that lists the tools ("system" or "user"), and `phrasing` the number of a wording
+    (`poe.calls.forms.prompt_forms`). A name is checked when the form is used.
+    """
+
+    tools: str = "lines"
+    calls: str = "hermes"
+    place: str = "system"
+    phrasing: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One function call. `arguments` is what the text holds; `check_calls` compares it with the tool's schema."""
+
+    name: str
+    arguments: Any
+
+    def as_openai(self, index: int = 0) -> dict[str, Any]:
+        """Return the call in OpenAI's format, with the arguments as a JSON string."""
+        function = {"name": self.name, "arguments": json.dumps(self.arguments, ensure_ascii=False)}
+        return {"id": f"call_{index + 1}", "type": "function", "function": function}
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """One training or evaluation row, in the same format for every source.
+
+    `messages`: `{"role": "system" | "user" | "assistant" | "tool", "content": str | None}`. An assistant message may
+    have `tool_calls: [{"id": str, "type": "function", "function": {"name": str, "arguments": dict}}]`; the arguments
+    are an object, as chat templates expect, in the property order of the schema. A tool message may have
+    `tool_call_id` and `name`.
     `tools`: `{"type": "function", "function": {"name", "description", "parameters": <JSON Schema object>}}`.
-    `source`, `license`, `id`: the reader's name, the license of the rows, and where the row stood (for reports).
-    `form`: how tools and calls are told in text when the row is rendered; None leaves both to the chat template.
+    `source`, `license`, `id`: the reader's name, the license of the rows, and the row's position in its source.
+    `form`: how text presents tools and calls when the row is rendered. None: the chat template presents them.
     """
 
     messages: list[Message]
@@ -29,23 +55,24 @@ class Conversation:
     source: str = ""
     license: str = ""
     id: str = ""
-    form: "PromptForm | None" = None
+    form: PromptForm | None = None
 
     @property
     def query(self) -> str:
-        """The first user text, lower-cased with white space collapsed: what de-duplication and splits go by."""
+        """The first user text in lower case with white space collapsed. Splits and de-duplication compare it."""
         text = next((m["content"] for m in self.messages if m["role"] == "user" and m["content"]), "")
         return re.sub(r"\s+", " ", text).strip().lower()
 
     def key(self) -> str:
-        """A canonical text of messages and tools: equal for equal rows, whatever the source, form or key order."""
+        """Return messages and tools as canonical text, independent of source, form and key order."""
         return json.dumps([self.messages, self.tools], sort_keys=True, ensure_ascii=False)
 
 
 class Text(NamedTuple):
-    """A plain document, or a part of one. `answers` are what is to be learned, ranges of characters; None: all of it.
+    """A plain document, or a part of one.
 
-    `source` says which row, or which part of a plain file, it is: the parts of a long row have the same.
+    `answers` are the character ranges that are trained on; None: all of the text. `source` identifies the row, or the
+    part of a plain file; all parts of a long row have the same source.
     """
 
     text: str

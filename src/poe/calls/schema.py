@@ -6,11 +6,11 @@ Every repair is passed to `note` under its name, so that a report can count it. 
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
-from poe.calls.conversation import Tool
+from poe.calls.conversation import Call, Message, Tool
 from poe.errors import RowError
 
 try:
@@ -220,6 +220,19 @@ def find_tool(tools: list[Tool], name: str) -> dict[str, Any] | None:
     return next((tool["function"] for tool in tools if tool["function"]["name"] == name), None)
 
 
+def map_arguments(message: Message, change: Callable[[dict[str, Any] | None, Any], Any], tools: list[Tool]) -> Message:
+    """Return a copy of an assistant message with `change(function or None, arguments)` as arguments of each call.
+
+    `function` is the `function` part of the called tool, None if the tool is not declared.
+    """
+    changed = []
+    for call in message["tool_calls"]:
+        function = call["function"]
+        arguments = change(find_tool(tools, function["name"]), function["arguments"])
+        changed.append({**call, "function": {**function, "arguments": arguments}})
+    return {**message, "tool_calls": changed}
+
+
 def check_call(tools: list[Tool], name: str, arguments: Any) -> str | None:
     """Why a call does not fit the tools that were offered, or None. Nothing is coerced here."""
     tool = find_tool(tools, name)
@@ -228,6 +241,16 @@ def check_call(tools: list[Tool], name: str, arguments: Any) -> str | None:
     if not isinstance(arguments, dict):
         return "arguments are not an object"
     return _mismatch(tool["parameters"], arguments, tool["parameters"])
+
+
+def check_calls(calls: Sequence[Call], tools: list[Tool]) -> list[str]:
+    """Return what is wrong with the calls, one sentence each: an undeclared tool, or arguments that do not fit."""
+    problems = []
+    for call in calls:
+        reason = check_call(tools, call.name, call.arguments)
+        if reason is not None:
+            problems.append(f"{call.name}: {reason}")
+    return problems
 
 
 def fit_call(tools: list[Tool], name: str, arguments: Any, note: Note = no_note) -> dict[str, Any]:

@@ -121,7 +121,8 @@ def call(
 
     Exit code 1, and the problems, when a call does not fit the tools or cannot be read.
     """
-    from poe.calls.parsing import parse_reply, problems
+    from poe.calls.forms.call_forms import parse_reply
+    from poe.calls.schema import check_calls
     from poe.data.render import Renderer
     from poe.data.templates import reply_form
     from poe.evaluation.calls import answer
@@ -135,7 +136,7 @@ def call(
     stage = None if off else cascade.active
     text = answer(cascade, stage, [prompt], renderer.stop_token_ids, max_new_tokens=max_new_tokens)[0]
     reply = parse_reply(text, reply_form(cascade.tokenizer))
-    wrong = problems(reply.calls, declared) + [f"not a call that can be read: {m}" for m in reply.malformed]
+    wrong = check_calls(reply.calls, declared) + [f"not a call that can be read: {m}" for m in reply.malformed]
     calls = [c.as_openai(i) for i, c in enumerate(reply.calls)]
     print(json.dumps({"content": reply.content or None, "tool_calls": calls}, ensure_ascii=False, indent=2))
     if wrong:

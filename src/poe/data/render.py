@@ -17,8 +17,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from poe.calls.conversation import Conversation, Message, Tool
-from poe.calls.forms.prompt import PromptForm, flatten
+from poe.calls.conversation import Conversation, Message, PromptForm, Tool
+from poe.calls.forms.prompt_forms import write_as_text
 from poe.errors import DataError, TemplateError
 
 __all__ = ["RenderedRow", "Renderer", "token_bytes"]
@@ -286,7 +286,7 @@ def _write_messages(
     """Messages and tools as the template is to see them."""
     if form is None:
         return messages, tools
-    told = flatten(Conversation(list(messages), list(tools)), form)
+    told = write_as_text(Conversation(list(messages), list(tools)), form)
     return told.messages, told.tools
 
 

@@ -12,9 +12,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from poe.calls.conversation import Message
-from poe.calls.forms.calls import CALL_FORMS, call_form
-from poe.calls.forms.prompt import PromptForm
+from poe.calls.conversation import Message, PromptForm
+from poe.calls.forms.call_forms import CALL_FORMS, call_form
+from poe.calls.forms.prompt_forms import tools_heading
 
 __all__ = ["complete_template", "extend_with_tools", "knows_tools", "reply_form", "template_call_form"]
 
@@ -86,7 +86,7 @@ def extend_with_tools(tokenizer: Any) -> bool:
     system = [{"role": "system", "content": "The probe's rule."}, *_ASK]
     place = "system" if "The probe's rule." in _rendered(tokenizer, system, None) else "user"
     told = PromptForm(place=place)
-    values = {"PLACE": place, "HEADING": told.heading, "REQUEST": call_form(told.calls).request[0]}
+    values = {"PLACE": place, "HEADING": tools_heading(told), "REQUEST": call_form(told.calls).request[0]}
     extension = (_ASSETS / "tools.jinja").read_text(encoding="utf-8")
     for name, value in values.items():
         extension = extension.replace(name, json.dumps(value))

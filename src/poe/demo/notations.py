@@ -1,11 +1,11 @@
-"""Text of the demo world in the notations of others: tools in every tool form, calls in every call form, random names.
+"""Generated documents in all tool forms and call forms, with random names.
 
-The text of `poe.demo.text` lists forms in notations of its own, under names that are words, and holds no call.
-This one teaches what a stage needs in order to be told its tools otherwise: to copy and to look up names that mean
-nothing (`poe.data.augment.masking` makes such names), to read the list of tools in each notation of
-`poe.calls.forms.tools`, and to write a call in each form of `poe.calls.forms.calls`, the one that the prompt asks for.
+The documents of `poe.demo.text` use their own notations and names that are words, and contain no calls. These documents
+teach what a stage needs in order to read any prompt form: copying and looking up meaningless names
+(`poe.calls.renaming.random_name`), reading a list of tools in each form of `poe.calls.forms.tool_forms`, and writing a
+call in the form of `poe.calls.forms.call_forms` that the prompt asks for.
 
-As there, a document marks its answers, and the tools and values that are held out do not occur.
+Both mark their answers, and held-out tools and values occur in neither.
 """
 
 import json
@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from keyword import iskeyword
 from random import Random
 
-from poe.calls.conversation import Conversation, Text, Tool
-from poe.calls.forms.calls import Call, call_form
-from poe.calls.forms.prompt import random_form
-from poe.calls.forms.tools import TOOL_FORMS, write_tools
-from poe.data.augment.masking import random_name, rename
+from poe.calls.conversation import Call, Conversation, Text, Tool
+from poe.calls.forms.call_forms import call_form
+from poe.calls.forms.prompt_forms import join_request, random_form, write_request
+from poe.calls.forms.tool_forms import TOOL_FORMS, write_tools
+from poe.calls.renaming import random_name, rename_tools
 from poe.demo import words as w
 from poe.demo.conversations import frame, pick_tools
 from poe.demo.text import KEYS, NO_FORM, Page, absent, filled
@@ -116,7 +116,7 @@ def _offer(rng: Random, form: str, room: float) -> _Offer:
         tools = [make_tool(verb, noun) for noun in nouns] + tools[:1]
     rng.shuffle(tools)
     renamed = _masks(rng, tools) if rng.random() < MASKED_SHARE else {}
-    shown = rename(Conversation([], [tool.schema() for tool in tools]), renamed).tools
+    shown = rename_tools(Conversation([], [tool.schema() for tool in tools]), renamed).tools
     while len(shown) > 1 and cost(write_tools(shown, form)) > room:
         shown = shown[:-1]
     return _Offer(tools[: len(shown)], shown, renamed)
@@ -201,12 +201,12 @@ def filled_forms(rng: Random, chat: bool) -> Text:
 def calls(rng: Random, chat: bool) -> Text:
     """A prompt that lists tools and asks for a form of calls, then notes and the calls in that form."""
     form = random_form(rng)
-    offer = _offer(rng, form.tools, ROOM - TURN - cost(form.request([])))
-    request = form.request(offer.shown)
+    offer = _offer(rng, form.tools, ROOM - TURN - cost(write_request(form, [])))
+    request = write_request(form, offer.shown)
     page = Page(chat)
     write = call_form(form.calls).write
     if form.place == "user":
-        return _turns(page, rng, offer, write, lambda note: form.placed(request, note))
+        return _turns(page, rng, offer, write, lambda note: join_request(form, request, note))
     page.given(request)
     return _turns(page, rng, offer, write)
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from poe.calls.conversation import Conversation
-from poe.calls.parsing import parse_reply, problems
+from poe.calls.forms.call_forms import parse_reply
+from poe.calls.schema import check_calls
 from poe.cascade import Cascade
 from poe.data.render import Renderer
 from poe.data.templates import reply_form
@@ -95,7 +96,7 @@ def score(conversations: Sequence[Conversation], replies: Sequence[str], form: s
             calls_wanted += 1
             exact += got == wanted and not reply.malformed
             names += [n for n, _ in got] == [n for n, _ in wanted]
-            valid += bool(got) and not reply.malformed and not problems(reply.calls, conversation.tools)
+            valid += bool(got) and not reply.malformed and not check_calls(reply.calls, conversation.tools)
         else:
             abstentions_wanted += 1
             abstained += not got and not reply.malformed and bool(reply.content)

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from poe.calls.forms.calls import CALL_FORMS
-from poe.calls.forms.tools import TOOL_FORMS
+from poe.calls.forms.call_forms import CALL_FORMS
+from poe.calls.forms.tool_forms import TOOL_FORMS
 from poe.errors import RecipeError, suggest
 
 

@@ -9,7 +9,8 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
 
-from poe.calls.forms.reply import Call, CallForm, Reply, as_call, as_json, below, expect, json_at
+from poe.calls.conversation import Call
+from poe.calls.forms.base import CallForm, Reply, as_call, as_json, expect, join_lines, parse_json_at
 
 
 class _Marked(CallForm):
@@ -63,10 +64,10 @@ class Hermes(_Marked):
 
     def _write(self, calls: Sequence[Call], text: str) -> str:
         made = ({"name": call.name, "arguments": call.arguments} for call in calls)
-        return below(text, "\n".join(f"{self.mark}\n{as_json(call)}\n{self.end}" for call in made))
+        return join_lines(text, "\n".join(f"{self.mark}\n{as_json(call)}\n{self.end}" for call in made))
 
     def _calls_at(self, text: str, at: int) -> tuple[list[Call], int]:
-        value, at = json_at(text, at)
+        value, at = parse_json_at(text, at)
         return [as_call(value)], expect(text, self.end, at)
 
     def write_result(self, name: str, text: str) -> str:
@@ -94,7 +95,7 @@ class Glaive(_Marked):
     )
 
     def _write(self, calls: Sequence[Call], text: str) -> str:
-        return below(
+        return join_lines(
             text,
             "\n".join(
                 f'{self.mark} {{"name": {as_json(call.name)}, "arguments": \'{as_json(call.arguments)}\'}}'
@@ -107,13 +108,13 @@ class Glaive(_Marked):
         try:
             for mark in ('"name"', ":"):
                 at = expect(text, mark, at)
-            name, at = json_at(text, at)
+            name, at = parse_json_at(text, at)
             for mark in (",", '"arguments"', ":", "'"):
                 at = expect(text, mark, at)
         except ValueError:
-            value, end = json_at(text, start)
+            value, end = parse_json_at(text, start)
             return [as_call(value)], end
-        arguments, at = json_at(text, at)
+        arguments, at = parse_json_at(text, at)
         for mark in ("'", "}"):
             at = expect(text, mark, at)
         return [as_call({"name": name, "arguments": arguments})], at
@@ -138,10 +139,10 @@ class Mistral(_Marked):
 
     def _write(self, calls: Sequence[Call], text: str) -> str:
         made = [{"name": call.name, "arguments": call.arguments} for call in calls]
-        return below(text, f"{self.mark} {as_json(made)}")
+        return join_lines(text, f"{self.mark} {as_json(made)}")
 
     def _calls_at(self, text: str, at: int) -> tuple[list[Call], int]:
-        value, at = json_at(text, at)
+        value, at = parse_json_at(text, at)
         if not isinstance(value, list) or not value:
             raise ValueError("no calls behind their mark")
         return [as_call(member) for member in value], at

@@ -10,7 +10,7 @@ from poe.data.augment.contrast import make_pair
 from poe.data.augment.distractors import ToolPool, add_distractors
 from poe.data.augment.formats import with_random_form
 from poe.data.augment.irrelevance import make_irrelevant
-from poe.data.augment.masking import mask, unmask
+from poe.data.augment.masking import mask
 from poe.data.augment.paraphrase import paraphrase
 from poe.data.augment.pipeline import augment
 
@@ -23,6 +23,5 @@ __all__ = [
     "make_pair",
     "mask",
     "paraphrase",
-    "unmask",
     "with_random_form",
 ]

@@ -3,7 +3,7 @@
 from random import Random
 
 from poe.calls.conversation import Tool
-from poe.data.augment.masking import is_identifier
+from poe.calls.renaming import is_identifier
 from poe.data.augment.words import base_form, is_command
 
 _OPENINGS: tuple[str, ...] = ("", "", "", "Sorry, ", "Sorry, but ", "I'm sorry, ", "I am sorry, but ")

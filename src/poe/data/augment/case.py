@@ -18,10 +18,10 @@ from random import Random
 from typing import Any
 
 from poe.calls.conversation import Conversation
-from poe.calls.schema import check_call, find_tool
+from poe.calls.renaming import is_identifier
+from poe.calls.schema import check_call, find_tool, map_arguments
 from poe.data.augment.copied import argument_strings, occurrences
-from poe.data.augment.masking import is_identifier
-from poe.data.augment.rows import calls, map_arguments, strings, user_texts
+from poe.data.augment.rows import calls, strings, user_texts
 
 _UNSAFE = re.compile(
     r"://|[`{}<>\\=]|\b(?:case|capital\w*|uppercase|lowercase|caps|acronym\w*|letters?|spell\w*)\b", re.I

@@ -5,7 +5,7 @@ from dataclasses import replace
 from random import Random
 
 from poe.calls.conversation import Conversation
-from poe.calls.forms.prompt import flatten, random_form
+from poe.calls.forms.prompt_forms import random_form, write_as_text
 from poe.errors import RowError
 
 TRIES = 4
@@ -21,7 +21,7 @@ def with_random_form(
     for _ in range(TRIES):
         form = random_form(rng, tools=list(tools) or None, calls=list(calls) or None)
         try:
-            flatten(conversation, form)
+            write_as_text(conversation, form)
         except RowError:
             continue
         return replace(conversation, form=form)

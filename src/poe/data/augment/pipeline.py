@@ -4,12 +4,13 @@ import dataclasses
 from random import Random
 
 from poe.calls.conversation import Conversation
+from poe.calls.renaming import rename_tools
 from poe.data.augment.case import change_case
 from poe.data.augment.contrast import make_pair
 from poe.data.augment.distractors import ToolPool, add_distractors
 from poe.data.augment.formats import with_random_form
 from poe.data.augment.irrelevance import make_irrelevant
-from poe.data.augment.masking import mask, rename
+from poe.data.augment.masking import mask
 from poe.data.augment.paraphrase import paraphrase
 from poe.data.augment.rows import row_digest, row_rng
 from poe.stages.augmentation import Augmentation
@@ -42,11 +43,11 @@ def augment(
     if chosen("shuffle"):
         rows = [_shuffled(row, row_rng(digest, seed=seed, epoch=epoch, step="order")) for row in rows]
     if rng := chosen("mask"):
-        _, mapping = mask(rows[0], rng)  # it has every tool of the second row of a pair
-        rows = [rename(row, mapping) for row in rows]
+        _, names = mask(rows[0], rng)  # it has every tool of the second row of a pair
+        rows = [rename_tools(row, names) for row in rows]
     if chosen("formats"):
-        names = options.tool_formats, options.call_formats
-        rows = [with_random_form(row, row_rng(digest, seed=seed, epoch=epoch, step="form"), *names) for row in rows]
+        forms = options.tool_formats, options.call_formats
+        rows = [with_random_form(row, row_rng(digest, seed=seed, epoch=epoch, step="form"), *forms) for row in rows]
     return rows
 
 

@@ -5,8 +5,7 @@ from collections.abc import Iterator
 from random import Random
 from typing import Any
 
-from poe.calls.conversation import Conversation, Message, Tool
-from poe.calls.schema import find_tool
+from poe.calls.conversation import Conversation, Tool
 
 
 def row_digest(conversation: Conversation) -> str:
@@ -43,16 +42,6 @@ def questions_answered_in_words(conversation: Conversation) -> list[str]:
         if message["role"] == "user" and answer["role"] == "assistant" and not answer.get("tool_calls"):
             found.append(message["content"] or "")
     return found
-
-
-def map_arguments(message: Message, change: Any, tools: list[Tool]) -> Message:
-    """A copy of an assistant message whose calls have `change(tool function or None, arguments)` as arguments."""
-    made = []
-    for call in message["tool_calls"]:
-        function = call["function"]
-        arguments = change(find_tool(tools, function["name"]), function["arguments"])
-        made.append({**call, "function": {**function, "arguments": arguments}})
-    return {**message, "tool_calls": made}
 
 
 def strings(value: Any) -> Iterator[str]:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from poe.calls.forms.reply import as_json
+from poe.calls.forms.base import as_json
 
 _SIMPLE = ("string", "integer", "number", "boolean", "null")
 _SAID_ELSEWHERE = ("description", "default", "title")

@@ -20,8 +20,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from poe.calls.conversation import Tool
-from poe.calls.forms.reply import as_json
-from poe.calls.forms.types import PYTHON, TYPESCRIPT, Parameter, beside_parameters, parameters, word
+from poe.calls.forms.base import as_json
+from poe.calls.forms.type_notation import PYTHON, TYPESCRIPT, Parameter, beside_parameters, parameters, word
 from poe.errors import DataError, suggest
 
 

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from keyword import iskeyword
 from typing import Any, ClassVar
 
-from poe.calls.forms.reply import Call, CallForm, Reply, as_call, as_json, below, json_at, whole_json
+from poe.calls.conversation import Call
+from poe.calls.forms.base import CallForm, Reply, as_call, as_json, join_lines, parse_json_at, parse_whole_json
 from poe.calls.literals import PythonCall, Variable, parse_calls
 from poe.calls.schema import check_value
 from poe.errors import RowError
@@ -39,7 +40,7 @@ class _Json(CallForm):
             start = found.start()
             marked = bool(self.mark) and text.startswith(self.mark, start)
             try:
-                value, end = json_at(text, found.end() if marked else start)
+                value, end = parse_json_at(text, found.end() if marked else start)
             except (ValueError, RecursionError) as error:
                 begun = last_brace < start and text.startswith(self.first, found.end())
                 if marked or begun or start < last_keys or isinstance(error, RecursionError):
@@ -101,7 +102,7 @@ class Xlam(_Json):
     )
 
     def _write(self, calls: Sequence[Call], text: str) -> str:
-        return below(text, as_json([{"name": call.name, "arguments": call.arguments} for call in calls]))
+        return join_lines(text, as_json([{"name": call.name, "arguments": call.arguments} for call in calls]))
 
     def _take(self, value: Any) -> Reply | None:
         if not isinstance(value, list) or not any(isinstance(m, dict) and m.keys() >= {*self.keys} for m in value):
@@ -134,7 +135,7 @@ class Llama(_Json):
 
     def _write(self, calls: Sequence[Call], text: str) -> str:
         made = ({"name": call.name, "parameters": call.arguments} for call in calls)
-        return below(text, "; ".join(as_json(call) for call in made))
+        return join_lines(text, "; ".join(as_json(call) for call in made))
 
     def _take(self, value: Any) -> Reply | None:
         if not isinstance(value, dict) or not value.keys() >= {*self.keys}:
@@ -178,7 +179,7 @@ class OpenAI(_Json):
         for member in listed:
             function = member.get("function") if isinstance(member, dict) else None
             if isinstance(function, dict) and isinstance(function.get("arguments"), str):
-                function = {**function, "arguments": whole_json(function["arguments"])}
+                function = {**function, "arguments": parse_whole_json(function["arguments"])}
             calls.append(as_call(function))
         return Reply(content or "", calls)
 
@@ -216,7 +217,7 @@ class Python(CallForm):
                     raise RowError("name that Python notation cannot write")
             arguments = ", ".join(f"{name}={value!r}" for name, value in call.arguments.items())
             written.append(f"{call.name}({arguments})")
-        return below(text, f"[{', '.join(written)}]")
+        return join_lines(text, f"[{', '.join(written)}]")
 
     def read(self, text: str) -> Reply:
         prose: list[str] = []

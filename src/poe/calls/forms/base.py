@@ -1,0 +1,133 @@
+"""What every call form shares: its reply, strict JSON parsing, and a check that written text reads back."""
+
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from poe.calls.conversation import Call
+from poe.calls.schema import check_value
+from poe.errors import RowError
+
+_SPACE = re.compile(r"\s*")
+_OTHER_KEYS = frozenset({"name", "type", "id"})  # keys that a call may have besides its arguments
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A parsed reply: its prose, its calls, and the parts that look like a call but cannot be parsed."""
+
+    content: str
+    calls: list[Call] = field(default_factory=list)
+    malformed: list[str] = field(default_factory=list)
+
+
+class CallForm(ABC):
+    """One notation for calls, with its writer and its parser.
+
+    `request` holds sentences that ask for the form in a prompt. The text of a reply is data: it is never executed, and
+    ambiguous text is never guessed at. A call is `malformed` if it is cut off, nests too deeply, has a key twice, or
+    contains NaN, Infinity, a lone surrogate or a number too long for Python.
+    """
+
+    name: ClassVar[str]
+    request: ClassVar[tuple[str, str, str]]
+
+    def write(self, calls: Sequence[Call], text: str = "") -> str:
+        """Return the assistant's text: `text`, then the calls. Without calls, return `text` unchanged.
+
+        Raises `RowError` where `read` would not return the same content: the text looks like a call, or the form cannot
+        hold a call.
+        """
+        if self.read(text) != Reply(text.strip()):
+            raise RowError(f"text that looks like a call in the form {self.name}")
+        if not calls:
+            return text
+        for call in calls:
+            if problem := check_value([call.name, call.arguments]):
+                raise RowError(problem)
+        try:
+            written = self._write(calls, text)
+        except ValueError as error:
+            if isinstance(error, RowError):
+                raise
+            raise RowError("a number too long to be written") from None
+        if self.read(written) != Reply(text.strip(), list(calls)):
+            raise RowError(f"call that the form {self.name} cannot hold")
+        return written
+
+    @abstractmethod
+    def _write(self, calls: Sequence[Call], text: str) -> str: ...
+
+    @abstractmethod
+    def read(self, text: str) -> Reply:
+        """Parse a reply. Never raises."""
+
+    @abstractmethod
+    def write_result(self, name: str, text: str) -> str:
+        """Return the result `text` of the tool `name` as the text of a user message."""
+
+
+def as_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def join_lines(text: str, calls: str) -> str:
+    """Return the text and the calls on separate lines; only the calls if the text is blank."""
+    return f"{text}\n{calls}" if text.strip() else calls
+
+
+def _reject_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) < len(pairs):
+        raise ValueError("duplicate key")
+    return members
+
+
+_DECODER = json.JSONDecoder(parse_constant=_reject_constant, object_pairs_hook=_unique_keys)
+
+
+def parse_json_at(text: str, start: int = 0) -> tuple[Any, int]:
+    """Return the JSON value at `start`, after optional white space, and the position of its end.
+
+    Raises `ValueError`, or `RecursionError` if it nests too deeply.
+    """
+    return _DECODER.raw_decode(text, _skip_space(text, start))
+
+
+def parse_whole_json(text: str) -> Any:
+    """Return the JSON value that fills the text. Raises the errors of `parse_json_at`."""
+    value, end = parse_json_at(text)
+    if _skip_space(text, end) < len(text):
+        raise ValueError("text after JSON")
+    return value
+
+
+def _skip_space(text: str, start: int) -> int:
+    match = _SPACE.match(text, start)
+    return match.end() if match else start
+
+
+def expect(text: str, mark: str, start: int) -> int:
+    """Return the end of `mark`, which must follow `start` after optional white space, or raise `ValueError`."""
+    start = _skip_space(text, start)
+    if not text.startswith(mark, start):
+        raise ValueError(f"no {mark}")
+    return start + len(mark)
+
+
+def as_call(value: Any, key: str = "arguments") -> Call:
+    """Convert an object `{"name": ..., key: ...}` to a call. Raises `ValueError` for any other value."""
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str) or key not in value:
+        raise ValueError("not a call")
+    if value.keys() - _OTHER_KEYS - {key}:
+        raise ValueError("a call with unknown keys")
+    if problem := check_value([value["name"], value[key]]):
+        raise ValueError(problem)
+    return Call(value["name"], value[key])
