@@ -23,7 +23,7 @@ from poe.data.pipeline import prepare
 from poe.data.render import Renderer
 from poe.loaders.places import place
 from poe.loaders.tokenizer import load_tokenizer
-from poe.stages import Augmentation
+from poe.stages import Augmentation, Recipe
 
 DEMO_TRAINER = 9_511  # tokens/s of `make demo` on two cores
 H100_TRAINER = 0.4 * 989e12 / (2 * 1.384e9 + 6 * 163.6e6)
@@ -73,17 +73,18 @@ def main() -> None:
         renderer = Renderer(load_tokenizer(place("demo")))
         imported = memory.peak
         started = time.perf_counter()
-        read_corpus(f"demo={args.rows}", DropReport(), near=0.9)
+        augmentation = Augmentation() if args.plain else EVERYTHING
+        recipe = Recipe(
+            name="benchmark",
+            data=f"demo={args.rows}",
+            seq_len=args.seq_len,
+            tokens_per_step=args.seq_len,
+            augment=augmentation,
+        )
+        read_corpus(recipe, DropReport())
         read_s = time.perf_counter() - started
         started = time.perf_counter()
-        data = prepare(
-            f"demo={args.rows}",
-            renderer,
-            seq_len=args.seq_len,
-            near_duplicates=0.9,
-            augmentation=None if args.plain else EVERYTHING,
-            workers=args.workers,
-        )
+        data = prepare(recipe, renderer, workers=args.workers)
         render_s = time.perf_counter() - started
         disk = sum(f.stat().st_size for f in Path(cache).rglob("*") if f.is_file())
     tokens = data.summary["tokens"]

@@ -42,18 +42,20 @@ def child(name: str, multiplier: float, given: dict[str, Any]) -> None:
     from poe.data.pipeline import prepare
     from poe.data.render import Renderer
     from poe.modeling.families import logits_of
+    from poe.stages import Recipe
     from poe.training.loss import per_label_losses
     from poe.training.schedule import lr_factor
 
     opened = Cascade.from_pretrained(given["base"], dtype="float32")
-    data = prepare(
-        given["data"],
-        Renderer(opened.tokenizer),
+    recipe = Recipe(
+        name="benchmark",
+        data=given["data"],
         seq_len=given["seq_len"],
-        held_out=given["held_out"],
-        near_duplicates=0.9,
+        tokens_per_step=given["seq_len"],
+        validation_ratio=given["held_out"],
         seed=given["seed"],
     )
+    data = prepare(recipe, Renderer(opened.tokenizer))
     torch.manual_seed(given["seed"])
     kind, lr = ARMS[name]
     settings = arms.Settings(

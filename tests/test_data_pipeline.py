@@ -18,7 +18,7 @@ from poe.data.text import documents
 from poe.demo.text import make_text
 from poe.demo.tokenizer import train_tokenizer
 from poe.errors import DataError, OutputError
-from poe.stages import Augmentation
+from poe.stages import Augmentation, Recipe
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +35,14 @@ def write(path: Path, first: int, count: int) -> Path:
     return path
 
 
-def load(spec: str, renderer: Renderer, report: DropReport | None = None, **options) -> TrainingData:
-    return prepare(spec, renderer, seq_len=128, held_out=0.2, report=report, **options)
+def make_recipe(spec: str, **fields) -> Recipe:
+    return Recipe(name="test", data=spec, **{"near_duplicates": None, **fields})
+
+
+def load(
+    spec: str, renderer: Renderer, report: DropReport | None = None, workers: int | None = None, **fields
+) -> TrainingData:
+    return prepare(make_recipe(spec, seq_len=128, validation_ratio=0.2, **fields), renderer, report, workers)
 
 
 def test_two_files_of_one_reader_both_count(tmp_path: Path, renderer: Renderer) -> None:
@@ -101,7 +107,7 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]
 
 
 def test_the_number_of_workers_changes_nothing(tmp_path: Path, renderer: Renderer, fresh, monkeypatch) -> None:
-    monkeypatch.setattr(pipeline, "FEW", 0)
+    monkeypatch.setattr(pipeline, "MIN_ROWS_FOR_WORKERS", 0)
     spec = f"messages={write(tmp_path / 'a.jsonl', 0, 500)}*2"
     one = load(spec, renderer, workers=1)
     fresh()
@@ -143,7 +149,7 @@ def test_an_interrupted_preparation_leaves_nothing_that_looks_whole(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "pack_to", interrupted)
+        patch.setattr(pipeline, "pack_to_folder", interrupted)
         with pytest.raises(KeyboardInterrupt):
             load(spec, renderer)
     assert not list((cache_root() / "packed").iterdir())
@@ -154,7 +160,7 @@ def test_a_full_disk_is_one_clear_error(tmp_path: Path, renderer: Renderer, fres
     def full(*args, **options):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(pipeline, "pack_to", full)
+    monkeypatch.setattr(pipeline, "pack_to_folder", full)
     with pytest.raises(OutputError, match=r"No space left on device.*POE_CACHE"):
         load(f"messages={write(tmp_path / 'a.jsonl', 0, 80)}", renderer)
 
@@ -172,14 +178,13 @@ def test_rows_that_the_evaluation_asks_are_not_trained_on(tmp_path: Path, render
     for name, rows in (("train", train), ("asked", asked)):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     report = DropReport()
-    data = prepare(
+    recipe = make_recipe(
         f"messages={tmp_path}/train.jsonl",
-        renderer,
         seq_len=256,
-        held_out=0.1,
-        evaluation=f"messages={tmp_path}/asked.jsonl",
-        report=report,
+        validation_ratio=0.1,
+        eval_data=f"messages={tmp_path}/asked.jsonl",
     )
+    data = prepare(recipe, renderer, report)
     assert report.dropped["messages"] == {"call of an evaluation row": 1, "query of an evaluation row": 1}
     assert [c.query for c in data.held_out[f"messages={tmp_path}/asked.jsonl"]] == [
         "please could you pay 7",
@@ -198,24 +203,24 @@ EVERYTHING = Augmentation(
 
 
 def test_augmented_rows_are_the_same_for_any_number_of_workers(renderer: Renderer, fresh, monkeypatch) -> None:
-    monkeypatch.setattr(pipeline, "FEW", 0)
-    options = {"seq_len": 1024, "augmentation": EVERYTHING, "epochs": {"demo": 2}}
-    one = prepare("demo=200", renderer, workers=1, **options)
+    monkeypatch.setattr(pipeline, "MIN_ROWS_FOR_WORKERS", 0)
+    plain_recipe = make_recipe("demo=200", seq_len=1024, epochs={"demo": 2})
+    recipe = plain_recipe.replace(augment=EVERYTHING)
+    one = prepare(recipe, renderer, workers=1)
     fresh()
-    two = prepare("demo=200", renderer, workers=2, **options)
+    two = prepare(recipe, renderer, workers=2)
     assert packed(one) == packed(two)
     assert one.summary == two.summary
-    plain = prepare("demo=200", renderer, seq_len=1024, epochs={"demo": 2})
+    plain = prepare(plain_recipe, renderer)
     assert packed(plain) != packed(one)
     assert packed_val(plain) == packed_val(one)
     assert plain.summary["augmented_rows_left_plain"] == {}
 
 
 def test_augmented_rows_that_do_not_fit_are_taken_plain(renderer: Renderer) -> None:
-    plain = prepare("demo=100", renderer, seq_len=512)
-    longer = prepare(
-        "demo=100", renderer, seq_len=512, augmentation=Augmentation(formats=1.0, tool_formats=("indent4",))
-    )
+    recipe = make_recipe("demo=100", seq_len=512)
+    plain = prepare(recipe, renderer)
+    longer = prepare(recipe.replace(augment=Augmentation(formats=1.0, tool_formats=("indent4",))), renderer)
     left = longer.summary["augmented_rows_left_plain"]
     assert 0 < left["longer than 512 tokens"] < 100
     assert longer.train.stats.documents == plain.train.stats.documents

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from poe.calls.conversation import Conversation
 from poe.calls.schema import as_tool
-from poe.data.split import is_held_out, repetition
+from poe.data.split import find_repetition, is_held_out
 
 WEATHER = as_tool("weather", "", {"type": "object", "properties": {"city": {"type": "string"}}})
 CLOCK = as_tool("clock", "", None)
@@ -33,7 +33,7 @@ def split(rows: list[Conversation], share: float = 0.02, seed: int = 0) -> tuple
 
 def deduplicate(rows: list[Conversation]) -> list[Conversation]:
     seen: set[bytes] = set()
-    return [conversation for conversation in rows if repetition(conversation, seen) is None]
+    return [conversation for conversation in rows if find_repetition(conversation, seen) is None]
 
 
 texts = st.lists(st.text(min_size=1).filter(str.strip), min_size=1, max_size=40)
@@ -88,7 +88,7 @@ def test_a_row_repeats_another_when_it_is_the_same_or_asks_the_same() -> None:
         (row("Is it snowing?"), None),
     ]
     seen: set[bytes] = set()
-    assert [repetition(conversation, seen) for conversation, _ in rows] == [why for _, why in rows]
+    assert [find_repetition(conversation, seen) for conversation, _ in rows] == [why for _, why in rows]
 
 
 @settings(max_examples=50)

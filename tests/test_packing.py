@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from poe.data.packing import PackingStats, pack, pack_stream, pack_to, packed_rows
+from poe.data.packing import PackingStats, open_packed_rows, pack, pack_stream, pack_to_folder
 from poe.errors import DataError
 
 PAD = 999_999
@@ -214,8 +214,8 @@ def test_a_row_by_hand():
 
 def test_documents_may_see_each_other_if_asked(tmp_path):
     documents = [([1, 5, 6], [False, True, True])] * 4
-    stats = pack_to(tmp_path / "p", iter(documents), 8, pad_id=0)
-    apart, together = packed_rows(tmp_path / "p"), packed_rows(tmp_path / "p", isolated=False)
+    stats = pack_to_folder(tmp_path / "p", iter(documents), 8, pad_id=0)
+    apart, together = open_packed_rows(tmp_path / "p"), open_packed_rows(tmp_path / "p", isolated=False)
     assert stats.rows == apart.num_rows == 2
     one, other = apart.batch(0, 2), together.batch(0, 2)
     assert one.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 0, 1]] * 2
@@ -226,9 +226,9 @@ def test_documents_may_see_each_other_if_asked(tmp_path):
 
 def test_files_hold_what_memory_holds(tmp_path):
     documents = make_documents([3, 9, 4, 12, 5, 7, 2, 8] * 10)
-    stats = pack_to(tmp_path / "p", iter(documents), 12, seed=3, pad_id=PAD)
+    stats = pack_to_folder(tmp_path / "p", iter(documents), 12, seed=3, pad_id=PAD)
     streamed = list(pack_stream(iter(documents), 12, 4, seed=3, pad_id=PAD))
-    rows = packed_rows(tmp_path / "p", seed=3)
+    rows = open_packed_rows(tmp_path / "p", seed=3)
     assert rows.stats == stats
     assert torch.cat([batch.input_ids for batch in streamed]).equal(rows.batch(0, rows.num_rows).input_ids)
     in_memory = pack(documents, 12, seed=3, pad_id=PAD)

@@ -105,7 +105,7 @@ def export(
 
     report = DropReport()
     corpus = _corpus(spec, load_recipe(recipe), report)
-    numbers = [i for n in range(len(corpus.sources)) for i in corpus.numbers(n, TRAIN).tolist()]
+    numbers = [i for n in range(len(corpus.sources)) for i in corpus.row_numbers(n, TRAIN).tolist()]
     written = write((corpus.rows[i] for i in numbers), file)
     out.print(f"{file}: {written:,} rows", markup=False)
 
@@ -124,14 +124,7 @@ def _show(row: Any, renderer: Any) -> None:
 def _corpus(spec: str, recipe: Recipe, report: Any) -> Any:
     from poe.data.corpus import read_corpus
 
-    return read_corpus(
-        spec,
-        report,
-        held_out=recipe.validation_ratio,
-        near=recipe.near_duplicates,
-        evaluation=recipe.eval_data,
-        seed=recipe.seed,
-    )
+    return read_corpus(recipe.replace(data=spec), report)
 
 
 def _renderer(base: str) -> Any:

@@ -1,6 +1,6 @@
-"""Folders made once and found again by a fingerprint of all that went into them.
+"""Folders that are made once and found again by a fingerprint of their input.
 
-They lie in `$POE_CACHE`, else in `~/.cache/poe`; any of them may be deleted at any time.
+They are in `$POE_CACHE`, or in `~/.cache/poe` if that is not set. Each of them may be deleted at any time.
 """
 
 import errno
@@ -17,18 +17,18 @@ from typing import Any
 
 from poe.errors import OutputError, PoEError
 
-_DONE = "complete.json"
+_COMPLETE = "complete.json"
 
 
 def cache_root() -> Path:
-    """Where made folders lie."""
+    """Return the folder that holds all cached folders."""
     return Path(os.environ.get("POE_CACHE") or Path.home() / ".cache" / "poe").expanduser()
 
 
 def fingerprint(*parts: Any) -> str:
-    """A hash of JSON values, of the code of this room and of the libraries it stands on.
+    """Return a hash of JSON values, of the code in `calls/`, `data/` and `demo/`, and of library versions.
 
-    What was made is made anew when any of them changes.
+    A cached folder is made again when any of them changes.
     """
     text = json.dumps([code_version(), library_versions(), *parts], sort_keys=True, default=str)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
@@ -36,7 +36,7 @@ def fingerprint(*parts: Any) -> str:
 
 @cache
 def code_version() -> str:
-    """A hash of every source file that decides what a row becomes: `calls/`, `data/` and `demo/`."""
+    """Return a hash of every source file that decides what a row becomes: `calls/`, `data/` and `demo/`."""
     package = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for path in sorted(path for room in ("calls", "data", "demo") for path in (package / room).rglob("*.py")):
@@ -46,7 +46,7 @@ def code_version() -> str:
 
 @cache
 def library_versions() -> dict[str, str]:
-    """The versions of the libraries that decide what a row becomes; "" for one that is not installed."""
+    """Return the versions of the libraries that decide what a row becomes; "" for one that is not installed."""
     versions = {}
     for name in ("transformers", "tokenizers", "jinja2", "jsonschema"):
         try:
@@ -56,33 +56,33 @@ def library_versions() -> dict[str, str]:
     return versions
 
 
-def file_digest(path: Path) -> str:
-    """The SHA-256 of a file."""
+def file_hash(path: Path) -> str:
+    """Return the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def made_once(kind: str, key: str, make: Callable[[Path], dict[str, Any]]) -> tuple[Path, dict[str, Any]]:
-    """Return the folder of that key and what its maker said about it; make it if it is not there.
+def cached_folder(kind: str, key: str, make: Callable[[Path], dict[str, Any]]) -> tuple[Path, dict[str, Any]]:
+    """Return the folder of a key and the result of `make`; call `make` only if the folder does not exist.
 
-    `make` fills an empty folder and returns what JSON can hold. The folder appears under its name only when it is
-    whole, so an interrupted process leaves nothing behind that looks finished, and of two processes that make the same
-    one the first wins. Raises `OutputError` if the disk is full or not writable.
+    `make` fills an empty folder and returns JSON values. The folder gets its name when it is complete, so an interrupt
+    never leaves an incomplete folder under that name. If two processes make the same folder, the first one wins. Raises
+    `OutputError` if the disk is full or not writable.
     """
     root = cache_root() / kind
     folder = root / key
-    if (folder / _DONE).is_file():
-        return folder, json.loads((folder / _DONE).read_text(encoding="utf-8"))
+    if (folder / _COMPLETE).is_file():
+        return folder, json.loads((folder / _COMPLETE).read_text(encoding="utf-8"))
     scratch = None
     try:
         root.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{key[:8]}-", dir=root))
-        said = make(scratch)
-        (scratch / _DONE).write_text(json.dumps(said, ensure_ascii=False), encoding="utf-8")
+        result = make(scratch)
+        (scratch / _COMPLETE).write_text(json.dumps(result, ensure_ascii=False), encoding="utf-8")
         try:
             scratch.rename(folder)
         except OSError as error:
-            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY) or not (folder / _DONE).is_file():
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY) or not (folder / _COMPLETE).is_file():
                 raise
     except OSError as error:
         if isinstance(error, PoEError):
@@ -94,4 +94,4 @@ def made_once(kind: str, key: str, make: Callable[[Path], dict[str, Any]]) -> tu
     finally:
         if scratch is not None and scratch.exists():
             shutil.rmtree(scratch, ignore_errors=True)
-    return folder, said
+    return folder, result

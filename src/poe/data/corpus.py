@@ -1,8 +1,8 @@
-"""A SPEC's rows as one numbered set on disk: read, freed of repetitions and leaks, and divided.
+"""The rows of a SPEC as one numbered set on disk, without repetitions and leaks, split into sides.
 
-Every row has a side: `TRAIN` or `HELD_OUT`, by a hash of its query; `NEAR` for what almost repeats an earlier row;
-`LEAK` for a training row with the query, or with a call of the same tool with the same arguments, of a row that the
-evaluation asks. Rows of `NEAR` and `LEAK` are not used, and counted.
+Each row has a side. `TRAIN` or `HELD_OUT`: chosen by a hash of its query. `NEAR`: a near-duplicate of an earlier row.
+`LEAK`: a training row that shares its query, or a call with the same tool and arguments, with a held-out or evaluation
+row. `EVALUATION`: a row of `eval_data`. Rows with the side `NEAR` or `LEAK` are not used; they are counted as dropped.
 """
 
 import json
@@ -15,27 +15,28 @@ from typing import Any
 import numpy as np
 
 from poe.calls.conversation import Conversation
-from poe.data.cache import file_digest, fingerprint, made_once
-from poe.data.digest import short_hash
+from poe.data.cache import cached_folder, file_hash, fingerprint
 from poe.data.drops import DropReport
 from poe.data.near import NearDuplicates
 from poe.data.readers import READERS, read_source
 from poe.data.sources import hub_fingerprint
 from poe.data.spec import DataSource, parse_spec
-from poe.data.split import is_held_out, repetition
+from poe.data.split import find_repetition, is_held_out, short_hash
 from poe.data.store import RowStore, RowWriter
 from poe.errors import DataError
+from poe.stages.recipe import Recipe
 
 TRAIN, HELD_OUT, NEAR, LEAK, EVALUATION = range(5)
-DROPPED = "dropped.jsonl"
-_LEAKS = ("query of an evaluation row", "call of an evaluation row")
+DROPPED_FILE = "dropped.jsonl"
+_QUERY_LEAK, _CALL_LEAK = "query of an evaluation row", "call of an evaluation row"
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Rows by number. `source[i]`, `side[i]`: which of `sources` row i came from, and where it belongs.
+    """Numbered rows. Row i comes from `sources[source[i]]` and has the side `side[i]`.
 
-    `sources` are the SPEC's items, then the `asked` ones of the evaluation. `key` is a fingerprint of all of it.
+    `sources` are the items of the SPEC, followed by the `num_evaluation_sources` items of `eval_data`. `key` is a
+    fingerprint of the whole set.
     """
 
     rows: RowStore
@@ -44,98 +45,91 @@ class Corpus:
     side: np.ndarray  # int8 (N,)
     folder: Path
     key: str
-    asked: int
+    num_evaluation_sources: int
 
-    def numbers(self, source: int, side: int) -> np.ndarray:
-        """The numbers of a source's rows on a side, in the order in which they were read."""
+    def row_numbers(self, source: int, side: int) -> np.ndarray:
+        """Return the numbers of a source's rows on one side, in reading order."""
         return np.flatnonzero((self.source == source) & (self.side == side))
 
 
-def read_corpus(
-    spec: str,
-    report: DropReport,
-    *,
-    held_out: float = 0.02,
-    near: float | None = None,
-    evaluation: str = "",
-    seed: int = 0,
-) -> Corpus:
-    """Read the SPEC, or find what an earlier call with the same files, options and code made.
+def read_corpus(recipe: Recipe, report: DropReport) -> Corpus:
+    """Read `recipe.data` and `recipe.eval_data`, or open the result of an earlier call with the same input.
 
-    `held_out` is the share of queries that are kept apart. `near` is the similarity (0 to 1, Jaccard) from which a row
-    counts as a near-duplicate, None for exact repetitions alone. `evaluation` is a SPEC of rows to be asked afterwards,
-    with which no training row may share a query or a call. `report` gets what was read, kept and dropped. Raises
-    `DataError` for a source of which nothing is left.
+    `recipe.validation_ratio` is the share of queries that are held out, `recipe.near_duplicates` the Jaccard similarity
+    (0 to 1) from which a row is a near-duplicate (None: only exact repetitions count). No training row shares a query
+    or a call with a row of `eval_data`. `report` counts the rows that are read, kept and dropped. Raises `DataError`
+    for a source without usable rows.
     """
-    sources = parse_spec(spec, READERS)
-    asked = parse_spec(evaluation, READERS) if evaluation else []
-    key = fingerprint("rows", [_identity(s) for s in sources], [_identity(s) for s in asked], held_out, near, seed)
+    sources = parse_spec(recipe.data, READERS)
+    evaluation = parse_spec(recipe.eval_data, READERS) if recipe.eval_data else []
+    identities = [[_source_identity(s) for s in sources], [_source_identity(s) for s in evaluation]]
+    key = fingerprint("rows", *identities, recipe.validation_ratio, recipe.near_duplicates, recipe.seed)
 
-    def make(folder: Path) -> dict[str, Any]:
-        own = DropReport(folder / DROPPED)
+    def build(folder: Path) -> dict[str, Any]:
+        folder_report = DropReport(folder / DROPPED_FILE)
         try:
-            _build(folder, sources, asked, held_out, near, seed, own)
+            _build(folder, sources, evaluation, recipe, folder_report)
         except DataError:
-            own.close()
-            report.absorb(own.as_dict(), folder / DROPPED)
+            folder_report.close()
+            report.add(folder_report.as_dict(), folder / DROPPED_FILE)
             raise
         finally:
-            own.close()
-        return own.as_dict()
+            folder_report.close()
+        return folder_report.as_dict()
 
-    folder, counts = made_once("rows", key, make)
-    report.absorb(counts, folder / DROPPED)
+    folder, counts = cached_folder("rows", key, build)
+    report.add(counts, folder / DROPPED_FILE)
     numbers = np.load(folder / "numbers.npz")
-    return Corpus(RowStore(folder), [*sources, *asked], numbers["source"], numbers["side"], folder, key, len(asked))
+    all_sources = [*sources, *evaluation]
+    return Corpus(RowStore(folder), all_sources, numbers["source"], numbers["side"], folder, key, len(evaluation))
 
 
-def _identity(source: DataSource) -> list[Any]:
-    """What decides which rows a source has."""
+def _source_identity(source: DataSource) -> list[Any]:
+    """Return everything that decides which rows a source has."""
     reader = READERS[source.name]
     if source.path is not None and not reader.generated:
-        return [source.name, [(file.name, file_digest(file)) for file in reader.files(source.path)]]
+        return [source.name, [(file.name, file_hash(file)) for file in reader.files(source.path)]]
     if reader.hub_id is not None and source.path is None:
-        prints = [hub_fingerprint(reader.hub_id, source.name, config=config) for config in reader.hub_configs]
-        return [source.name, reader.hub_id, *prints]
+        fingerprints = [hub_fingerprint(reader.hub_id, source.name, config=config) for config in reader.hub_configs]
+        return [source.name, reader.hub_id, *fingerprints]
     return [source.name, source.path]
 
 
 def _build(
-    folder: Path,
-    sources: list[DataSource],
-    asked: list[DataSource],
-    held_out: float,
-    near: float | None,
-    seed: int,
-    report: DropReport,
+    folder: Path, sources: list[DataSource], evaluation: list[DataSource], recipe: Recipe, report: DropReport
 ) -> None:
-    writer, marks = RowWriter(folder), _Marks()
-    alike = None if near is None else NearDuplicates(near)
-    # What is asked comes first, so that of two near rows it is the other that goes.
-    numbered = [*enumerate(asked, len(sources)), *enumerate(sources)]
+    writer, index = RowWriter(folder), _RowIndex()
+    near = None if recipe.near_duplicates is None else NearDuplicates(recipe.near_duplicates)
+    # Evaluation rows come first, so that the training row is dropped when it is a near-duplicate of one.
+    numbered = [*enumerate(evaluation, len(sources)), *enumerate(sources)]
     seen: dict[bool, set[bytes]] = {True: set(), False: set()}
     for number, source in numbered:
-        is_asked = number >= len(sources)
+        is_evaluation = number >= len(sources)
         for conversation in read_source(source, report):
-            if why := repetition(conversation, seen[is_asked]):
-                _drop(report, conversation, why)
+            if reason := find_repetition(conversation, seen[is_evaluation]):
+                _drop(report, conversation, reason)
                 continue
-            side = EVALUATION if is_asked else HELD_OUT if is_held_out(conversation, held_out, seed) else TRAIN
-            marks.add(conversation, number, side)
+            if is_evaluation:
+                side = EVALUATION
+            else:
+                side = HELD_OUT if is_held_out(conversation, recipe.validation_ratio, recipe.seed) else TRAIN
+            index.add(conversation, number, side)
             writer.append(conversation)
-            if alike is not None:
-                alike.add(conversation)
+            if near is not None:
+                near.add(conversation)
     writer.close()
     rows = RowStore(folder)
-    source_of, side_of = marks.arrays()
-    for later, earlier in alike.find() if alike is not None else ():
-        if side_of[later] in (TRAIN, HELD_OUT):
-            side_of[later] = NEAR
-            _drop(report, rows[later], f"almost the same as an earlier row (similarity {near:g} or more)", earlier)
-    for index, reason in marks.leaks(side_of):
-        side_of[index] = LEAK
-        _drop(report, rows[index], reason)
-    np.savez(folder / "numbers.npz", source=source_of, side=side_of)
+    row_source, row_side = index.arrays()
+    if near is not None:
+        reason = f"almost the same as an earlier row (similarity {near.threshold:g} or more)"
+        for later, earlier in near.find():
+            if row_side[later] in (TRAIN, HELD_OUT):
+                row_side[later] = NEAR
+                _drop(report, rows[later], reason, earlier)
+    for row, reason in index.find_leaks(row_side):
+        row_side[row] = LEAK
+        _drop(report, rows[row], reason)
+    np.savez(folder / "numbers.npz", source=row_source, side=row_side)
 
 
 def _drop(report: DropReport, conversation: Conversation, reason: str, like: int | None = None) -> None:
@@ -144,8 +138,8 @@ def _drop(report: DropReport, conversation: Conversation, reason: str, like: int
     report.kept[conversation.source] -= 1
 
 
-class _Marks:
-    """What of each row is kept in memory while a corpus is read: about 40 bytes."""
+class _RowIndex:
+    """The part of each row that stays in memory while a corpus is read, about 40 bytes."""
 
     def __init__(self) -> None:
         self._source, self._side = array("h"), array("b")
@@ -157,27 +151,27 @@ class _Marks:
         self._source.append(source)
         self._side.append(side)
         self._query.append(short_hash(conversation.query or conversation.key()))
-        for call in _calls(conversation):
+        for call in _calls_as_text(conversation):
             self._call.append(short_hash(call))
             self._call_row.append(row)
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
         return np.array(self._source, dtype=np.int16), np.array(self._side, dtype=np.int8)
 
-    def leaks(self, side: np.ndarray) -> Iterator[tuple[int, str]]:
-        """Training rows that share a query or a call with a row that is asked, and why."""
-        asked, training = (side == HELD_OUT) | (side == EVALUATION), side == TRAIN
+    def find_leaks(self, side: np.ndarray) -> Iterator[tuple[int, str]]:
+        """Yield the training rows that share a query or a call with a held-out or evaluation row, with the reason."""
+        evaluated, training = (side == HELD_OUT) | (side == EVALUATION), side == TRAIN
         query, call = np.array(self._query), np.array(self._call)
-        rows = np.array(self._call_row, dtype=np.int64)
-        by_query = training & np.isin(query, query[asked])
+        call_row = np.array(self._call_row, dtype=np.int64)
+        by_query = training & np.isin(query, query[evaluated])
         by_call = np.zeros_like(training)
-        by_call[rows[np.isin(call, call[asked[rows]])]] = True
-        for index in np.flatnonzero(by_query | (by_call & training)).tolist():
-            yield index, _LEAKS[0] if by_query[index] else _LEAKS[1]
+        by_call[call_row[np.isin(call, call[evaluated[call_row]])]] = True
+        for row in np.flatnonzero(by_query | (by_call & training)).tolist():
+            yield row, _QUERY_LEAK if by_query[row] else _CALL_LEAK
 
 
-def _calls(conversation: Conversation) -> Iterator[str]:
-    """Each call with arguments, as one text; a call without any says too little to tell rows apart."""
+def _calls_as_text(conversation: Conversation) -> Iterator[str]:
+    """Yield each call that has arguments as text. A call without arguments does not distinguish rows."""
     for message in conversation.messages:
         for call in message.get("tool_calls", ()):
             function = call["function"]

@@ -42,7 +42,7 @@ class DropReport:
         """Count a repair that was made to a kept row, by the name of its rule."""
         self.repaired.setdefault(source, Counter())[rule] += count
 
-    def absorb(self, counts: dict[str, Any], path: Path | None) -> None:
+    def add(self, counts: dict[str, Any], path: Path | None) -> None:
         """Add what another report counted (its `as_dict()`) and the rows in its file."""
         for source, said in counts.items():
             self.read[source] += said["read"]

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from poe.calls.conversation import Conversation
-from poe.data.digest import short_hash
+from poe.data.split import short_hash
 
 BANDS, PER_BAND = 16, 8  # two rows of similarity 0.85 meet in a band with probability 0.99, of 0.5 with 0.06
 _HASHES = BANDS * PER_BAND

@@ -23,7 +23,7 @@ import torch
 
 from poe.errors import DataError
 
-__all__ = ["Batch", "PackedRows", "PackingStats", "Rows", "pack", "pack_stream", "pack_to", "packed_rows"]
+__all__ = ["Batch", "PackedRows", "PackingStats", "Rows", "open_packed_rows", "pack", "pack_stream", "pack_to_folder"]
 
 IGNORED = -100
 BUFFER_SIZE = 1000
@@ -200,7 +200,7 @@ def pack(
     return PackedRows(tokens, trained, starts, stats, seed)
 
 
-def pack_to(
+def pack_to_folder(
     folder: Path,
     documents: Iterable[Document],
     seq_len: int,
@@ -209,7 +209,7 @@ def pack_to(
     pad_id: int = 0,
     buffer_size: int = BUFFER_SIZE,
 ) -> PackingStats:
-    """Pack documents, in the order given, into files in a new `folder`; `packed_rows` opens them.
+    """Pack documents, in the order given, into files in a new `folder`; `open_packed_rows` opens them.
 
     Memory holds `buffer_size` documents. What is longer than a row is dropped and counted. Other arguments as `pack`.
     """
@@ -225,8 +225,8 @@ def pack_to(
     return stats
 
 
-def packed_rows(folder: Path, seed: int = 0, isolated: bool = True) -> PackedRows:
-    """Open what `pack_to` wrote, mapped into memory. `seed` orders the passes after the first."""
+def open_packed_rows(folder: Path, seed: int = 0, isolated: bool = True) -> PackedRows:
+    """Open what `pack_to_folder` wrote, mapped into memory. `seed` orders the passes after the first."""
     stats = PackingStats(**json.loads((folder / "stats.json").read_text()))
     shape = (stats.rows, stats.seq_len)
     tokens, trained, starts = (

@@ -1,28 +1,30 @@
-"""Which rows are repetitions, and which are held out: both decided by what a row says, never by where it stands."""
+"""Find repeated rows and choose held-out rows, both by hashes of a row's content, independent of its position."""
 
+import hashlib
 import json
 import re
 
 from poe.calls.conversation import Conversation
-from poe.data.digest import digest
 
 
-def _question(conversation: Conversation) -> str:
-    """Everything the user says and the tools on offer (in any order), without the answers."""
-    said = [
-        re.sub(r"\s+", " ", m["content"] or "").strip().lower() for m in conversation.messages if m["role"] == "user"
-    ]
-    tools = sorted(json.dumps(tool, sort_keys=True, ensure_ascii=False) for tool in conversation.tools)
-    return json.dumps([said, tools], ensure_ascii=False)
+def text_hash(text: str, size: int = 8) -> bytes:
+    """Return the BLAKE2b hash of a text in UTF-8, `size` bytes. Lone surrogates are hashed as they are."""
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=size).digest()
 
 
-def repetition(conversation: Conversation, seen: set[bytes]) -> str | None:
-    """Why a row repeats one whose marks are in `seen`, or None; a row that repeats none leaves its marks there.
+def short_hash(text: str) -> int:
+    """Return the hash of a text as an integer from 0 to 2**64 - 1."""
+    return int.from_bytes(text_hash(text), "little")
 
-    "duplicate row": messages and tools are equal. "same questions and tools": every user turn (white space and case
-    aside) and the tools are, so the two rows could only contradict or repeat each other.
+
+def find_repetition(conversation: Conversation, seen: set[bytes]) -> str | None:
+    """Return why a row repeats a row in `seen`, or add it to `seen` and return None.
+
+    "duplicate row": messages and tools are equal. "same questions and tools": the tools are equal, and so are all user
+    messages except for white space and case. Two such rows could only repeat or contradict each other.
     """
-    row, question = digest("r" + conversation.key(), 16), digest("q" + _question(conversation), 16)
+    row = text_hash("r" + conversation.key(), 16)
+    question = text_hash("q" + _question(conversation), 16)
     if row in seen:
         return "duplicate row"
     if question in seen:
@@ -31,14 +33,24 @@ def repetition(conversation: Conversation, seen: set[bytes]) -> str | None:
     return None
 
 
-def is_held_out(conversation: Conversation, held_out: float = 0.02, seed: int = 0) -> bool:
-    """Whether a row belongs to the held-out side: a function of its `query`, the share and the seed alone.
+def _question(conversation: Conversation) -> str:
+    """Return all user messages and the tools, independent of their order, without the answers."""
+    texts = [
+        re.sub(r"\s+", " ", m["content"] or "").strip().lower() for m in conversation.messages if m["role"] == "user"
+    ]
+    tools = sorted(json.dumps(tool, sort_keys=True, ensure_ascii=False) for tool in conversation.tools)
+    return json.dumps([texts, tools], ensure_ascii=False)
 
-    A query is on one side only, whatever the other rows are; rows added later move nothing, and a larger share holds
-    out all that a smaller one does. `held_out` is the expected share of *queries*, so small sets deviate from it.
+
+def is_held_out(conversation: Conversation, held_out: float = 0.02, seed: int = 0) -> bool:
+    """Return whether a row is held out. Only its `query`, the share and the seed decide.
+
+    All rows with one query are on the same side. Rows that are added later do not move other rows, and a larger share
+    holds out every row that a smaller share does. `held_out` is the expected share of *queries*, so the actual share of
+    a small set can differ.
     """
     if not 0 <= held_out <= 1:
         raise ValueError(f"held_out is a share from 0 to 1, got {held_out!r}")
     text = conversation.query or conversation.key()
-    number = int.from_bytes(digest(f"{seed}\n{text}", 16)[:8], "big")
+    number = int.from_bytes(text_hash(f"{seed}\n{text}", 16)[:8], "big")
     return number < held_out * 2**64

@@ -15,7 +15,7 @@ from poe.data.corpus import EVALUATION, HELD_OUT, LEAK, NEAR, TRAIN, Corpus
 from poe.data.drops import DropReport
 from poe.data.readers import READERS
 from poe.data.render import Renderer
-from poe.data.rendering import RenderRows
+from poe.data.render_worker import RenderWorker
 from poe.data.workers import default_workers, ordered_map
 from poe.errors import DataError, MissingExtraError
 
@@ -64,7 +64,7 @@ def statistics(corpus: Corpus, renderer: Renderer | None = None) -> list[SourceS
     """Count what every source holds; with a renderer its tokens too (a row the template refuses counts none)."""
     found = []
     for number, source in enumerate(corpus.sources):
-        sides = {name: len(corpus.numbers(number, side)) for name, side in _SIDES.items()}
+        sides = {name: len(corpus.row_numbers(number, side)) for name, side in _SIDES.items()}
         license, hub_id = READERS[source.name].license, READERS[source.name].hub_id
         found.append(SourceStatistics(str(source), license, None if source.path else hub_id, sides))
     used = np.flatnonzero(np.isin(corpus.side, (TRAIN, HELD_OUT, EVALUATION)))
@@ -85,7 +85,7 @@ def statistics(corpus: Corpus, renderer: Renderer | None = None) -> list[SourceS
 def _tokens(corpus: Corpus, renderer: Renderer, used: np.ndarray) -> Iterator[tuple[int, int, int]]:
     items = np.stack([used, np.zeros_like(used)], axis=1)
     chunks = (items[i : i + _CHUNK] for i in range(0, len(items), _CHUNK))
-    work = RenderRows(corpus.folder, renderer, seq_len=2**31)
+    work = RenderWorker(corpus.folder, renderer, seq_len=2**31)
     for results in ordered_map(work, chunks, default_workers() if len(items) > 2000 else 1):
         for result in results:
             lengths = [(len(ids), int(mask.sum())) for ids, mask in result.documents]

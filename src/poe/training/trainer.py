@@ -98,20 +98,7 @@ def train_stage(
             progress.note(told)
         started = time.time()
         with world.in_order(), DropReport(run / "dropped.jsonl" if world.is_main else None) as report:
-            prepared = prepare(
-                spec,
-                renderer,
-                seq_len=plan.seq_len,
-                epochs=plan.epochs,
-                held_out=plan.validation_ratio,
-                near_duplicates=plan.near_duplicates,
-                evaluation=plan.eval_data,
-                augmentation=plan.augment,
-                isolated=plan.isolate_documents,
-                eval_rows=plan.eval_rows,
-                seed=plan.seed,
-                report=report,
-            )
+            prepared = prepare(plan.replace(data=spec), renderer, report)
         world.same({**plan.as_dict(), "rows": prepared.train.num_rows, "trained_tokens": prepared.train.trained_tokens})
         _describe_data(prepared, time.time() - started, progress)
         quantized = quantization_of(cascade.base)

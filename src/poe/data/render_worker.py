@@ -1,0 +1,138 @@
+"""Render numbered rows to documents, in any process, and count the result of each row."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from poe.calls.conversation import Conversation
+from poe.data.augment import ToolPool, augment
+from poe.data.corpus import Corpus
+from poe.data.drops import DropReport
+from poe.data.render import Renderer
+from poe.data.store import RowStore
+from poe.errors import DataError, RowError, TemplateError
+from poe.stages.augmentation import Augmentation
+
+REFUSED, HIDDEN = "the chat template refuses it", "the chat template hides the assistant's tokens"
+
+Document = tuple[np.ndarray, np.ndarray]  # token ids int32, loss mask bool
+
+
+class RenderedItem(NamedTuple):
+    """The result of one row in one epoch: its documents, or the reason why there are none."""
+
+    row: int
+    epoch: int
+    documents: list[Document]
+    dropped: str | None = None
+    template_error: str | None = None  # the message of a `TemplateError`
+    left_plain: str | None = None  # why the original row was used instead of the augmented one
+
+
+class _UnusableError(Exception):
+    """A conversation gives no document. `template_error` is the message of a `TemplateError`."""
+
+    def __init__(self, reason: str, template_error: str | None = None) -> None:
+        super().__init__(reason)
+        self.reason, self.template_error = reason, template_error
+
+
+class RenderWorker:
+    """Augments and renders numbered rows of a store. `ordered_map` sends it to the worker processes."""
+
+    def __init__(
+        self,
+        folder: Path,
+        renderer: Renderer,
+        seq_len: int,
+        augmentation: Augmentation | None = None,
+        pool: ToolPool | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.renderer, self.seq_len = renderer, seq_len
+        self._augmentation = augmentation or Augmentation()
+        self._pool, self.seed = pool or ToolPool(), seed
+        self._folder = folder
+        self._rows: RowStore | None = None
+
+    def __call__(self, items: np.ndarray) -> list[RenderedItem]:
+        """Render items, int64 (n, 2): row number and epoch."""
+        self._rows = self._rows or RowStore(self._folder)
+        return [self._render(self._rows[row], row, epoch) for row, epoch in items.tolist()]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_rows": None}  # every process opens the file itself
+
+    def _render(self, conversation: Conversation, row: int, epoch: int) -> RenderedItem:
+        left_plain = None
+        augmented = augment(conversation, self._augmentation, epoch=epoch, seed=self.seed, pool=self._pool)
+        if augmented != [conversation]:
+            try:
+                return RenderedItem(row, epoch, [d for version in augmented for d in self._documents(version)])
+            except _UnusableError as error:
+                left_plain = error.reason
+        try:
+            return RenderedItem(row, epoch, self._documents(conversation), left_plain=left_plain)
+        except _UnusableError as error:
+            return RenderedItem(row, epoch, [], error.reason, error.template_error)
+
+    def _documents(self, conversation: Conversation) -> list[Document]:
+        try:
+            parts = self.renderer.render_all(conversation)
+        except RowError as error:
+            raise _UnusableError(error.reason) from error
+        except DataError as error:
+            raise _UnusableError(REFUSED) from error
+        except TemplateError as error:
+            raise _UnusableError(HIDDEN, str(error)) from error
+        if any(len(part.input_ids) > self.seq_len for part in parts):
+            raise _UnusableError(f"longer than {self.seq_len} tokens")
+        if not any(any(part.loss_mask) for part in parts):
+            raise _UnusableError("nothing of the assistant's to train on")
+        return [(np.array(p.input_ids, dtype=np.int32), np.array(p.loss_mask, dtype=bool)) for p in parts]
+
+
+class RenderTally:
+    """Counts rendered rows while it passes their documents on.
+
+    `sources`: documents and tokens of each source's first epoch. `left_plain`: reasons why augmented rows were not
+    used. Every dropped row is added to the report.
+    """
+
+    def __init__(self, corpus: Corpus, report: DropReport) -> None:
+        self._corpus, self._report = corpus, report
+        self._dropped: set[int] = set()
+        self._template_error: str | None = None
+        self._any_rendered = False
+        self.sources = [{"documents": 0, "tokens": 0} for _ in corpus.sources]
+        self.left_plain: Counter[str] = Counter()
+
+    def count(self, results: Iterable[list[RenderedItem]]) -> Iterator[Document]:
+        """Count all results and yield their documents in order."""
+        for item in (item for items in results for item in items):
+            self._template_error = self._template_error or item.template_error
+            self._any_rendered = self._any_rendered or item.dropped not in (REFUSED, HIDDEN)
+            if item.left_plain is not None:
+                self.left_plain[item.left_plain] += 1
+            if item.dropped is not None:
+                self._drop(item.row, item.dropped)
+            elif item.epoch == 0:
+                counts = self.sources[int(self._corpus.source[item.row])]
+                counts["documents"] += 1
+                counts["tokens"] += sum(len(ids) for ids, _ in item.documents)
+            yield from item.documents
+
+    def raise_if_hidden(self) -> None:
+        """Raise `TemplateError` if no row was rendered because the template hides the assistant's tokens."""
+        if self._template_error is not None and not self._any_rendered:
+            raise TemplateError(self._template_error)
+
+    def _drop(self, number: int, reason: str) -> None:
+        if number not in self._dropped:
+            self._dropped.add(number)
+            row = self._corpus.rows[number]
+            self._report.drop(row.source, reason, {"messages": row.messages, "tools": row.tools}, row.id)
+            self._report.kept[row.source] -= 1
