@@ -60,7 +60,6 @@ class StopsAt(Progress):
             signal.raise_signal(signal.SIGINT)
 
 
-@pytest.mark.slow
 def test_a_run_on_a_stream_resumes_to_the_same_bytes(recipe: BaseRecipe, tmp_path: Path) -> None:
     whole = train_base(recipe, tmp_path / "whole", progress=QUIET)
     parts = tmp_path / "parts"

@@ -26,7 +26,6 @@ from poe.training.engine import Engine
 from poe.training.reporting.metrics import Metrics, read_metrics
 from small_run import PLAN, rows, small_engine, train
 
-KILLS = 50
 TIMED = ("tokens_per_s",)
 
 
@@ -40,8 +39,8 @@ def timeless(run: Path) -> list[dict]:
     return [{k: v for k, v in record.items() if k not in TIMED} for record in lines]
 
 
-@pytest.mark.slow
-def test_fifty_kills_at_any_moment_leave_the_bytes_of_a_run_that_was_never_stopped(tmp_path: Path) -> None:
+@pytest.mark.parametrize("wanted", [6, pytest.param(50, marks=pytest.mark.slow)])
+def test_kills_at_any_moment_leave_the_bytes_of_a_run_that_was_never_stopped(tmp_path: Path, wanted: int) -> None:
     """Half of them at a random moment, half at a random operation of writing a checkpoint."""
     processes = multiprocessing.get_context("forkserver")  # torch is imported once, then every run is a fork
     processes.set_forkserver_preload(["poe.training.trainer", "transformers.models.llama.modeling_llama"])
@@ -58,13 +57,13 @@ def test_fifty_kills_at_any_moment_leave_the_bytes_of_a_run_that_was_never_stopp
     undisturbed.join(120)
     assert undisturbed.exitcode == 0
     kills = runs = 0
-    while kills < KILLS:
+    while kills < wanted:
         run = tmp_path / f"killed-{(runs := runs + 1)}"
         finished = False
         while not finished:
-            at_operation = chance.randrange(1, 40) if kills % 2 and kills < KILLS else None
+            at_operation = chance.randrange(1, 40) if kills % 2 and kills < wanted else None
             process, listening = started(run, at_operation)
-            if at_operation is None and kills < KILLS:
+            if at_operation is None and kills < wanted:
                 listening.poll(60)
                 process.join(chance.random() * 0.1)
                 process.kill()

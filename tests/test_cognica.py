@@ -5,8 +5,6 @@ As their card has it: the stage's matrices under nanochat's names and the number
 """
 
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from command_line import run_program
 from conftest import scramble
 from poe import Cascade, StageConfig
 from poe.errors import FamilyError, FingerprintError, SourceError
@@ -168,10 +167,8 @@ def test_the_command_writes_a_folder_that_loads(base, tmp_path: Path) -> None:
     original = trained(base)
     (tmp_path / "theirs").mkdir()
     save_file(in_their_layout(original, "tool"), tmp_path / "theirs" / "stage.safetensors")
-    command = [sys.executable, "-m", "poe.commands.poe", "import", "cognica", str(tmp_path / "theirs")]
-    done = subprocess.run(
-        [*command, str(tmp_path / "ours"), "--base", str(base), "--name", "tool"], capture_output=True, text=True
-    )
+    folders = (tmp_path / "theirs", tmp_path / "ours")
+    done = run_program("poe", "import", "cognica", *folders, "--base", base, "--name", "tool")
     assert done.returncode == 0, done.stderr
     assert f"{original.stages['tool'].num_parameters():,} parameters" in done.stdout
     assert Cascade.from_pretrained(tmp_path / "ours").active == "tool"

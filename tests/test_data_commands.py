@@ -2,13 +2,13 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from command_line import run_program
 from poe.calls.conversation import Conversation
 from poe.calls.schema import as_tool
 from poe.data.drops import DropReport
@@ -20,8 +20,7 @@ from poe.errors import DataError, OutputError
 
 
 def poe(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "poe.commands.poe", *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    return run_program("poe", *arguments, cwd=cwd)
 
 
 def read_back(path: Path) -> list[Conversation]:
@@ -77,7 +76,6 @@ def test_an_export_that_fails_leaves_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
 def test_the_commands_show_count_and_write(tmp_path: Path) -> None:
     shown = poe("data", "show", "demo=40", "-n", "2", cwd=tmp_path)
     assert shown.returncode == 0, shown.stderr

@@ -2,11 +2,11 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from command_line import run_program
 from conftest import scramble
 from poe import Cascade, StageConfig
 
@@ -29,9 +29,7 @@ def folders(saved_base, tmp_path_factory) -> dict[str, str]:
 
 
 def poe(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "poe.commands.poe", *arguments], capture_output=True, text=True, check=False
-    )
+    return run_program("poe", *arguments)
 
 
 def said(*arguments: str) -> str:
@@ -40,7 +38,6 @@ def said(*arguments: str) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
 def test_each_way_in_one_line(folders, tmp_path: Path) -> None:
     base, short = folders["base"], ("--max-new-tokens", "12")
     plain = said("generate", base, TEXT, *short)
@@ -60,7 +57,6 @@ def test_each_way_in_one_line(folders, tmp_path: Path) -> None:
     assert said("generate", folders["tool"], TEXT, "--with", f"{folders['math']}=1", *short) == math != tool
 
 
-@pytest.mark.slow
 def test_what_does_not_fit_is_one_message(folders, tmp_path: Path) -> None:
     for arguments, words in (
         ((folders["base"], TEXT, "--exit", "5"), "exit is 5, but this base can be left after any of its stages"),

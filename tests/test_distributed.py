@@ -197,7 +197,6 @@ def alone(base: Path, out: Path, **fields) -> tuple[list[float], list[float], Ca
     return [r["loss"] for r in run.history.steps], [r["val_loss"] for r in run.history.evals], cascade
 
 
-@pytest.mark.slow
 def test_two_processes_learn_what_one_learns_on_a_whole_or_a_divided_base(base: Path, tmp_path: Path, monkeypatch):
     process = launch(TORCHRUN, str(tmp_path), str(base))
     said = process.communicate(timeout=500)[0]

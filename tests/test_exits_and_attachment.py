@@ -86,8 +86,9 @@ def test_a_specialist_below_the_top_skips_what_lies_above(name: str, monkeypatch
     assert torch.equal(cascade.base(token_ids()).logits, before)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=["fp32", "bf16"]
+)
 @torch.no_grad()
 def test_a_specialist_below_the_top_is_the_same_through_every_door(saved_base, tmp_path, dtype) -> None:
     """Package, remote code without it, plain transformers after the export, and folded into one stage."""

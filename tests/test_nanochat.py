@@ -9,8 +9,6 @@ import base64
 import json
 import math
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from command_line import run_program
 from conftest import scramble
 from poe import Cascade, StageConfig
 from poe.calls.conversation import Conversation
@@ -322,18 +321,16 @@ def test_tools_are_told_in_the_first_question(imported) -> None:
     assert text.index("The sky") < text.index("Rain?<|user_end|>")
 
 
-@pytest.mark.slow
 def test_the_command(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "poe.commands.poe", "import", "nanochat"]
     checkpoint = write(tmp_path / "checkpoint", "a91743c")
-    done = subprocess.run([*command, checkpoint, tmp_path / "base"], capture_output=True, text=True, check=False)
+    done = run_program("poe", "import", "nanochat", checkpoint, tmp_path / "base")
     assert done.returncode == 0, done.stderr
     said = " ".join(done.stdout.split())
     assert "step 10," in said
     assert "18 January 2026" in said
     assert "final_logit_softcapping" in said  # what the tensors cannot tell
     torch.save({"engram.weight": torch.ones(1, 1)}, checkpoint / "model_000010.pt")
-    failed = subprocess.run([*command, checkpoint, tmp_path / "other"], capture_output=True, text=True, check=False)
+    failed = run_program("poe", "import", "nanochat", checkpoint, tmp_path / "other")
     assert failed.returncode == 1
     assert "engram.weight" in failed.stderr
     assert "Traceback" not in failed.stderr

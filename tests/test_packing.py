@@ -246,12 +246,12 @@ def test_refusals():
         pack([([1], [True])], 0)
 
 
-@pytest.mark.slow
-def test_a_hundred_thousand_documents_take_seconds():
+@pytest.mark.parametrize("count", [20_000, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_many_documents_are_packed_in_seconds(count: int) -> None:
     rng = np.random.default_rng(0)
-    lengths = np.clip(rng.lognormal(5, 0.8, 100_000).astype(int), 2, 2048)
+    lengths = np.clip(rng.lognormal(5, 0.8, count).astype(int), 2, 2048)
     documents = [(np.zeros(n, np.int32), np.ones(n, bool)) for n in lengths]
     started = time.perf_counter()
     rows = pack(documents, 2048)
-    assert time.perf_counter() - started < 20
+    assert time.perf_counter() - started < 20 * count / 100_000
     assert rows.fill > 0.995

@@ -1,14 +1,13 @@
 """A sweep: candidates that may be compared, one pass through the base, the best one kept; also after a stop."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from command_line import run_program
 from poe import Cascade
 from poe.data.cache import cache_root
 from poe.demo.text import make_text
@@ -116,15 +115,13 @@ def test_a_sweep_reads_the_base_once_and_continues_where_it_stopped(base: Path, 
     assert Cascade.from_pretrained(result.best).stages["demo"].num_parameters() == result.candidates[0].parameters
 
 
-@pytest.mark.slow
 def test_a_sweep_from_the_command_line(base: Path, tmp_path: Path) -> None:
     fields = [part for k, v in SMALL.items() for part in (f"--{k.replace('_', '-')}", str(v))]
-    program = [sys.executable, "-m", "poe.commands.train", "sweep", "demo", "--base", str(base), "--data", DATA]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "POE_CACHE": str(tmp_path / "cache")}
+    arguments = ["sweep", "demo", "--base", str(base), "--data", DATA, "--out", str(tmp_path / "out"), *fields]
 
     def run(*options: str) -> subprocess.CompletedProcess[str]:
-        command = [*program, "--out", str(tmp_path / "out"), *fields, *options]
-        return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+        environment = {"POE_CACHE": str(tmp_path / "cache")}
+        return run_program("poe-train", *arguments, *options, environment=environment)
 
     refused = run("--try", "seq_len=256,512")
     assert (refused.returncode, "seq_len cannot be tried" in refused.stderr) == (1, True), refused.stderr

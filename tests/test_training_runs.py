@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from command_line import run_program
 from poe import Cascade, train_stage
 from poe.demo.text import make_text
 from poe.demo.tokenizer import train_tokenizer
@@ -61,6 +62,11 @@ def run(args: list[str], **options) -> subprocess.CompletedProcess[str]:
     return subprocess.run(args, capture_output=True, text=True, timeout=300, env=environment, check=False, **options)
 
 
+def run_in_process(args: list[str], **options) -> subprocess.CompletedProcess[str]:
+    """Run the command here, where torch is imported already."""
+    return run_program("poe-train", *args[3:], **options)
+
+
 def left(folder: Path) -> list[str]:
     """What a failed run left in its folder."""
     return sorted(p.name for p in folder.iterdir()) if folder.exists() else []
@@ -89,21 +95,21 @@ def wait_for_steps(out: Path, steps: int, process: subprocess.Popen[bytes]) -> N
     raise AssertionError(f"no {steps} steps in three minutes")
 
 
-@pytest.mark.slow
-def test_a_killed_run_resumes_to_the_same_bytes(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kills", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_a_killed_run_resumes_to_the_same_bytes(base: Path, tmp_path: Path, kills: int) -> None:
     options = ("--max-steps", "60", "--checkpoint-every", "0.05")
-    whole = run(command(base, tmp_path / "whole", *options))
+    whole = run_in_process(command(base, tmp_path / "whole", *options))
     assert whole.returncode == 0, whole.stderr
     out = tmp_path / "killed"
     moments = random.Random(os.getpid())
-    for attempt, steps in enumerate(sorted(moments.sample(range(2, 50), 3))):
+    for attempt, steps in enumerate(sorted(moments.sample(range(2, 50), kills))):
         process = start(command(base, out, *options, *(["--resume"] if attempt else [])))
         wait_for_steps(out, steps, process)
         time.sleep(moments.random() * 0.05)
         process.kill()
         process.wait()
         assert has_checkpoint(out)
-    resumed = run(command(base, out, *options, "--resume"))
+    resumed = run_in_process(command(base, out, *options, "--resume"))
     assert resumed.returncode == 0, resumed.stderr
     assert (out / "delta.safetensors").read_bytes() == (tmp_path / "whole" / "delta.safetensors").read_bytes()
     trajectories = [json.loads((tmp_path / f / "training.json").read_text())["trajectory"] for f in ("whole", "killed")]
@@ -111,7 +117,6 @@ def test_a_killed_run_resumes_to_the_same_bytes(base: Path, tmp_path: Path) -> N
     assert not checkpoints(out)
 
 
-@pytest.mark.slow
 def test_ctrl_c_saves_says_how_to_go_on_and_loses_nothing(base: Path, tmp_path: Path) -> None:
     options = ("--max-steps", "80")
     process = start(command(base, tmp_path / "a", *options))
@@ -120,19 +125,18 @@ def test_ctrl_c_saves_says_how_to_go_on_and_loses_nothing(base: Path, tmp_path: 
     said = process.communicate(timeout=300)[1].decode()
     assert process.returncode == 130, said
     assert re.search(r"Stopped; saved at step \d+\. To go on: poe-train stage demo --out .* --resume", said)
-    again = run(command(base, tmp_path / "a", *options))
+    again = run_in_process(command(base, tmp_path / "a", *options))
     assert again.returncode == 1
     assert "continue it with --resume" in again.stderr
-    other = run(command(base, tmp_path / "a", *options, "--resume", "--matrix-lr", "0.5"))
+    other = run_in_process(command(base, tmp_path / "a", *options, "--resume", "--matrix-lr", "0.5"))
     assert other.returncode == 1
     assert "matrix_lr: 0.02 -> 0.5" in other.stderr
-    assert run(command(base, tmp_path / "a", *options, "--resume")).returncode == 0
-    assert run(command(base, tmp_path / "b", *options)).returncode == 0
+    assert run_in_process(command(base, tmp_path / "a", *options, "--resume")).returncode == 0
+    assert run_in_process(command(base, tmp_path / "b", *options)).returncode == 0
     deltas = [(tmp_path / f / "delta.safetensors").read_bytes() for f in "ab"]
     assert deltas[0] == deltas[1]
 
 
-@pytest.mark.slow
 def test_ctrl_c_while_data_is_prepared_says_that_nothing_was_written(base: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "POE_CACHE": str(tmp_path / "cache")}
     args = command(base, tmp_path / "out", data="demo=100000")
@@ -165,7 +169,7 @@ def test_bad_data_and_options_end_in_one_message(base: Path, tmp_path: Path, opt
     (tmp_path / "BROKEN.jsonl").write_text('{"messages": 3}\nnot json\n')
     for name in ("EMPTY", "BROKEN", "MISSING"):
         data = data.replace(name, str(tmp_path / f"{name}.jsonl"))
-    done = run(command(base, tmp_path / "out", *options, data=data))
+    done = run_in_process(command(base, tmp_path / "out", *options, data=data))
     assert done.returncode == 1, done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr
@@ -199,7 +203,7 @@ def test_dropped_rows_are_kept_with_their_reasons(base: Path, tmp_path: Path) ->
     ],
 )
 def test_wrong_names_and_usage(tmp_path: Path, args: list[str], code: int, message: str) -> None:
-    done = run([sys.executable, "-m", "poe.commands.train", *args], cwd=tmp_path)
+    done = run_program("poe-train", *args, cwd=tmp_path)
     assert done.returncode == code, done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr
@@ -232,7 +236,6 @@ def test_a_folder_that_holds_something_is_not_touched(base: Path, tmp_path: Path
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
 
 
-@pytest.mark.slow
 def test_a_full_disk_is_said_before_training_and_while_writing(base: Path, tmp_path: Path, monkeypatch) -> None:
     class Usage:
         free = 10_000
@@ -259,7 +262,7 @@ def test_a_full_disk_is_said_before_training_and_while_writing(base: Path, tmp_p
     assert "could not be written" in done.stderr
     assert "Traceback" not in done.stderr
     assert left(tmp_path / "late") in ([], ["dropped.jsonl"])
-    again = run(command(base, tmp_path / "late", "--max-steps", "2", data="demo=60"))  # the folder is not taken
+    again = run_in_process(command(base, tmp_path / "late", "--max-steps", "2", data="demo=60"))
     assert again.returncode == 0, again.stderr
 
 
@@ -333,7 +336,6 @@ def test_tokens_that_the_data_never_asks_for_keep_the_logits_of_the_base(base, h
     assert all(not tensor._backward_hooks for tensor in stage.head.parameters())  # nothing stays behind
 
 
-@pytest.mark.slow
 def test_a_base_can_be_continued_with_its_shape_and_its_words(base: Path, tmp_path: Path) -> None:
     recipe = load_base_recipe("demo", init=str(base), num_layers=2, max_steps=2, seq_len=1024, tokens_per_step=1024)
     recipe = recipe.replace(checkpoint_activations=True)

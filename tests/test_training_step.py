@@ -307,7 +307,6 @@ def test_fp16_is_refused() -> None:
 # --- torch.compile
 
 
-@pytest.mark.slow
 def test_compiled_training_is_eager_training(tmp_path: Path, monkeypatch) -> None:
     """The same losses, names, and a model that measures and generates afterwards; packed documents stay apart."""
     # the graph is captured as for inductor, which would compile it for minutes

@@ -185,7 +185,6 @@ def furthest(weights: Weights, named: problem.Named) -> float:
     return max((weights[name].float() - p.detach().float()).abs().max().item() for name, p in named)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("scenario", "max_norm"), [("plain", None), ("clipped", 0.5)])
 def test_two_processes_do_what_one_does(two: Path, scenario: str, max_norm: float | None) -> None:
     named = problem.parameters()
@@ -198,7 +197,6 @@ def test_two_processes_do_what_one_does(two: Path, scenario: str, max_norm: floa
     assert still == {"layers.3.never.weight"} == {name for name in weights if torch.equal(weights[name], start[name])}
 
 
-@pytest.mark.slow
 def test_half_precision_keeps_its_masters_in_shards(two: Path) -> None:
     named = problem.parameters(dtype=torch.bfloat16)
     optimizer = problem.make(named)
@@ -212,7 +210,6 @@ def test_half_precision_keeps_its_masters_in_shards(two: Path) -> None:
         assert torch.equal(state[key].bfloat16(), weights[key.removesuffix("::master")])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("scenario", "shapes"), [("plain", problem.SHAPES), ("head_only", problem.HEAD_ONLY)])
 def test_each_holds_half_of_the_state(two: Path, scenario: str, shapes: dict) -> None:
     named = problem.parameters(shapes)
@@ -222,13 +219,11 @@ def test_each_holds_half_of_the_state(two: Path, scenario: str, shapes: dict) ->
     assert all(r["state_bytes"] <= 0.55 * problem.state_bytes(optimizer) for r in records)
 
 
-@pytest.mark.slow
 def test_the_size_of_a_bucket_changes_no_bit(two: Path) -> None:
     usual, small = outcome(two, "plain"), outcome(two, "buckets")
     assert all(torch.equal(usual[0][name], small[0][name]) for name in usual[0])
 
 
-@pytest.mark.slow
 def test_going_on_with_as_many_processes_changes_no_bit(two: Path) -> None:
     (straight, record, states), (resumed, later, again) = outcome(two, "plain"), outcome(two, "resumed")
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
@@ -238,7 +233,6 @@ def test_going_on_with_as_many_processes_changes_no_bit(two: Path) -> None:
         assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.slow
 def test_going_on_with_fewer_or_more(two: Path) -> None:
     expected = problem.parameters()
     problem.train(problem.make(expected), expected, range(problem.STEPS), [0, 1], None)
@@ -255,7 +249,6 @@ def test_going_on_with_fewer_or_more(two: Path) -> None:
     assert furthest({name: p.detach() for name, p in expected}, named) <= 1e-5
 
 
-@pytest.mark.slow
 def test_losses_follow_those_of_one_process(two: Path) -> None:
     shares = [json.loads((two / f"losses-{rank}.json").read_text()) for rank in range(2)]
     together = [a + b for a, b in zip(*shares, strict=True)]
@@ -264,6 +257,5 @@ def test_losses_follow_those_of_one_process(two: Path) -> None:
     assert together == pytest.approx(alone, abs=1e-5)
 
 
-@pytest.mark.slow
 def test_a_norm_that_is_infinite_anywhere_is_infinite_everywhere(two: Path) -> None:
     assert all(json.loads((two / f"infinite-{rank}.json").read_text()) for rank in range(2))

@@ -1,0 +1,50 @@
+"""Run `poe` and `poe-train` inside the process of the tests, with the exit code and the output of the real programs.
+
+A process of its own imports torch and transformers again, which takes seconds. Tests that kill, interrupt or limit a
+process start a real one.
+"""
+
+import contextlib
+import importlib
+import io
+import logging
+import os
+import subprocess
+import sys
+import traceback
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from unittest import mock
+
+MODULES = {"poe": "poe.commands.poe", "poe-train": "poe.commands.train"}
+
+
+def run_program(
+    program: str, *arguments: str | Path, cwd: Path | None = None, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Call the main function of `program` and return its exit code and what it printed."""
+    main = importlib.import_module(MODULES[program]).main
+    words = [program, *map(str, arguments)]
+    stdout, stderr = io.StringIO(), io.StringIO()
+    hub_logger = logging.getLogger("huggingface_hub")
+    level = hub_logger.level
+    with (
+        mock.patch.dict(os.environ, environment or {}),
+        mock.patch.object(sys, "argv", words),
+        mock.patch.object(sys, "excepthook", sys.excepthook),
+        contextlib.chdir(cwd or Path.cwd()),
+        contextlib.redirect_stdout(stdout),
+        contextlib.redirect_stderr(stderr),
+        warnings.catch_warnings(),
+    ):
+        try:
+            code = main()
+        except SystemExit as end:
+            code = end.code
+        except Exception:  # what the interpreter does with an error that nothing catches
+            traceback.print_exc()
+            code = 1
+        finally:
+            hub_logger.setLevel(level)
+    return subprocess.CompletedProcess(words, int(code or 0), stdout.getvalue(), stderr.getvalue())
