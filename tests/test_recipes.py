@@ -2,16 +2,23 @@
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
+from typing import Annotated
 
 import pytest
+import typer
 import yaml
 
-from poe.commands.app import parse_field
+from poe.commands.recipe_options import NOT_OPTIONS, StageRecipeCommand, parse_field
+from poe.commands.reference import write_reference
 from poe.errors import RecipeError
 from poe.modeling.stage_config import StageConfig
 from poe.stages import Augmentation, BaseRecipe, Recipe, list_recipes, load_base_recipe, load_recipe
+from poe.stages.fields import describe_fields, format_value
+from poe.stages.recipe import GROUPS, group_fields
 
 PLAN_FIELDS = (
     "seq_len tokens_per_step max_tokens_per_batch max_steps matrix_lr head_lr weight_decay momentum initial_momentum "
@@ -62,9 +69,12 @@ def test_the_published_hyper_parameters() -> None:
         (lambda: load_recipe("tool", matrix_rate=1), "Did you mean 'matrix_lr'"),
         (lambda: load_recipe("tool").replace(layers=2), "Did you mean 'num_layers'"),
         (lambda: load_recipe("tool", head="thick"), "head should be"),
-        (lambda: load_recipe("tool", num_layers="many"), "num_layers should be int, got 'many'"),
+        (lambda: load_recipe("tool", num_layers="many"), "num_layers should be a whole number .1 or more., got 'many'"),
         (lambda: load_recipe("tool", seq_len=1000), "must be a multiple of seq_len"),
-        (lambda: load_recipe("tool", keep_checkpoints=0), "keep_checkpoints is 0, expected at least 1"),
+        (
+            lambda: load_recipe("tool", keep_checkpoints=0),
+            "keep_checkpoints should be .*, got 0",
+        ),
     ],
 )
 def test_mistakes_are_named(make, message: str) -> None:
@@ -101,6 +111,103 @@ def test_overrides_reach_the_stage() -> None:
     assert load_recipe("tool", num_layers=2, head="none").stage_config() == StageConfig("tool", 2, head="none")
 
 
+@pytest.mark.parametrize("kind", [Recipe, BaseRecipe, Augmentation])
+def test_every_field_has_a_sentence(kind: type) -> None:
+    for info in describe_fields(kind).values():
+        assert re.fullmatch(r"[A-Z].+\.", info.sentence), f"{kind.__name__}.{info.name} needs a sentence under it"
+
+
+@pytest.mark.parametrize("kind", [Recipe, BaseRecipe])
+def test_every_field_is_in_one_group(kind: type) -> None:
+    grouped = [info.name for infos in group_fields(kind).values() for info in infos]
+    assert sorted(grouped) == sorted(f.name for f in dataclasses.fields(kind))
+    unknown = {name for names in GROUPS.values() for name in names.split()}
+    assert unknown == {f.name for each in (Recipe, BaseRecipe) for f in dataclasses.fields(each)}
+
+
+@pytest.mark.parametrize(
+    ("field", "below", "above"),
+    [
+        *((name, -0.1, 1.1) for name in "initial_lr_factor warmup_ratio warmdown_ratio final_lr_factor".split()),
+        *((name, -0.1, 1.1) for name in "validation_ratio near_duplicates".split()),
+        *((name, -0.1, 1.0) for name in ("momentum", "initial_momentum")),
+        *((name, -1e-9, float("inf")) for name in "matrix_lr head_lr weight_decay z_loss checkpoint_every".split()),
+        *((name, 0, 1.5) for name in "seq_len tokens_per_step max_tokens_per_batch max_steps validation_every".split()),
+        *((name, 0, 1.5) for name in "keep_checkpoints num_layers head_rank attach_at".split()),
+        ("max_grad_norm", 0.0, float("nan")),
+        ("eval_rows", -1, 0.5),
+        ("epochs", {"glaive": 0}, {1: 1}),
+    ],
+)
+def test_ranges_are_enforced(field: str, below: object, above: object) -> None:
+    for value in (below, above):
+        with pytest.raises(RecipeError, match=f"Recipe 'tool': {field} should be "):
+            load_recipe("tool", **{field: value})
+
+
+def test_the_reference_page_is_current() -> None:
+    page = Path(__file__).parents[1] / "docs" / "reference" / "recipes.md"
+    assert page.read_text() == write_reference(), "python -m poe.commands.reference > docs/reference/recipes.md"
+
+
+def run_train(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "poe.commands.train", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "200"})
+
+
+def test_help_prints_sentence_type_and_default_by_group() -> None:
+    shown = run_train("stage", "demo", "--help").stdout
+    recipe = load_recipe("demo")
+    position = 0
+    for group, infos in group_fields(Recipe).items():
+        position = shown.index(f"{group} (recipe)", position)
+        text = " ".join(shown[position:].replace("│", "").split())
+        for info in infos:
+            if info.name in NOT_OPTIONS:
+                continue
+            flag = info.hint is bool and info.default == "false"
+            default = "(off)" if flag else format_value(getattr(recipe, info.name))
+            option = text[text.index(f"--{info.name.replace('_', '-')} ") :]
+            assert f"<{info.type}>" in option
+            assert f"{info.sentence} [default: {default}]" in option, info.name
+    assert "[default: 4]" in run_train("stage", "--help").stdout  # layers of `tool`, the recipe when none is named
+    assert "[default: 12]" in run_train("base", "--help").stdout
+
+
+def test_only_what_is_given_overrides_the_recipe(tmp_path: Path) -> None:
+    command = ["stage", "--head-rank", "64", "demo", "--augment", "{mask: 2}", "--out", str(tmp_path)]
+    refused = run_train(*command)
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert "augment.mask should be a number (0 to 1), got 2" in refused.stderr
+    given: dict[str, object] = {}
+
+    class Probe(StageRecipeCommand):
+        def invoke(self, ctx):
+            self.callback = lambda **parameters: given.update(ctx.obj)
+            return super().invoke(ctx)
+
+    app = typer.Typer()
+
+    @app.command(cls=Probe)
+    def stage(recipe: Annotated[str, typer.Argument()] = "tool") -> None: ...
+
+    typer.main.get_command(app).main(["--head-rank", "64", "demo", "--matrix-lr", "1e-3"], standalone_mode=False)
+    assert given == {"head_rank": 64, "matrix_lr": 0.001}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--warmup-ratoi", "0.1"), "--warmup-ratio"),
+        (("--warmup-ratio",), "requires an argument"),
+    ],
+)
+def test_wrong_usage_is_exit_code_2(arguments: tuple[str, ...], message: str) -> None:
+    refused = run_train("stage", *arguments)
+    assert refused.returncode == 2
+    assert message in refused.stderr
+
+
 @pytest.mark.parametrize(
     ("command", "kind", "options"), [("stage", Recipe, STAGE_OPTIONS), ("base", BaseRecipe, BASE_OPTIONS)]
 )
@@ -108,13 +215,7 @@ def test_the_command_line_is_the_recipe(command: str, kind: type, options: set[s
     """The command line is an interface: changing this test means changing it for everybody."""
     names = {f.name for f in dataclasses.fields(kind)}
     assert names - {"name", "data", "description"} == options
-    shown = subprocess.run(
-        [sys.executable, "-m", "poe.commands.train", command, "--help"],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "COLUMNS": "200"},
-    ).stdout
+    shown = run_train(command, "--help").stdout
     for option in options:
         assert f"--{option.replace('_', '-')}" in shown
     for option in ("--data", "--out", "--resume"):

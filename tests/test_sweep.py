@@ -55,7 +55,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"dtype": ["float32"]}, "dtype cannot be tried in a sweep: it changes what the base computes"),
         ({"layers": [1]}, "Did you mean 'num_layers'"),
         ({"num_layers": [1, 1]}, "different values"),
-        ({"num_layers": [1, "two"]}, "num_layers should be int, got 'two'"),
+        ({"num_layers": [1, "two"]}, "num_layers should be a whole number .1 or more., got 'two'"),
     ],
 )
 def test_candidates_that_cannot_be_compared_are_refused(tries: dict, message: str) -> None:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 from rich.table import Table
 
-from poe.commands.app import FAILED, err, interruptible, out, parse_field, recipe_options, run
+from poe.commands.app import FAILED, err, interruptible, out, run
+from poe.commands.recipe_options import BaseRecipeCommand, StageRecipeCommand, parse_field
 from poe.errors import PoEError, RecipeError, TrainingError, suggest
-from poe.stages import BaseRecipe, Recipe, load_base_recipe, load_recipe
+from poe.stages import Recipe, load_base_recipe, load_recipe
 
 if TYPE_CHECKING:
     from poe.cascade import Cascade
@@ -21,19 +22,18 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode="rich")
 
 
-@app.command()
-@recipe_options(Recipe)
+@app.command(cls=StageRecipeCommand)
 def stage(
+    context: typer.Context,
     recipe: Annotated[str, typer.Argument(help="a shipped recipe, or a YAML file")] = "tool",
     base: Annotated[str, typer.Option(help="Hub id or folder of the base; 'demo' is the embedded one")] = "demo",
     data: Annotated[str | None, typer.Option(help="name[=path][*epochs][:weight], comma-separated")] = None,
     out_folder: Annotated[Path | None, typer.Option("--out", help="the run's folder [runs/RECIPE]")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue the run in --out")] = False,
     no_eval: Annotated[bool, typer.Option("--no-eval", help="do not answer held-out questions at the end")] = False,
-    fields: dict[str, Any] | None = None,
 ) -> None:
     """Train a stage and write its folder: delta, card, training.json, report.png."""
-    plan = load_recipe(recipe, **(fields or {}))
+    plan = load_recipe(recipe, **context.obj)
     folder = out_folder or Path("runs") / plan.name
     with _launched() as world, interruptible(f"poe-train stage {recipe}", folder, world):
         from poe.training.trainer import train_stage
@@ -47,9 +47,9 @@ def stage(
         _print_outcome(folder / "delta.safetensors", result.record)
 
 
-@app.command()
-@recipe_options(Recipe)
+@app.command(cls=StageRecipeCommand)
 def sweep(
+    context: typer.Context,
     recipe: Annotated[str, typer.Argument(help="a shipped recipe, or a YAML file")] = "tool",
     tries: Annotated[
         list[str] | None, typer.Option("--try", help="FIELD=VALUE,VALUE...; again for another field: all combinations")
@@ -58,10 +58,9 @@ def sweep(
     data: Annotated[str | None, typer.Option(help="name[=path][*epochs][:weight], comma-separated")] = None,
     out_folder: Annotated[Path | None, typer.Option("--out", help="the sweep's folder [runs/RECIPE-sweep]")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue the sweep in --out")] = False,
-    fields: dict[str, Any] | None = None,
 ) -> None:
     """Train several candidates for a stage from one pass through the base, and keep the best."""
-    plan = load_recipe(recipe, **(fields or {}))
+    plan = load_recipe(recipe, **context.obj)
     wanted = _tries(tries or [])
     folder = out_folder or Path("runs") / f"{plan.name}-sweep"
     with _launched() as world, interruptible(f"poe-train sweep {recipe}", folder, world):
@@ -96,17 +95,16 @@ def _tries(given: list[str]) -> dict[str, list[Any]]:
     return tries
 
 
-@app.command()
-@recipe_options(BaseRecipe)
+@app.command(cls=BaseRecipeCommand)
 def base(
+    context: typer.Context,
     recipe: Annotated[str, typer.Argument(help="a shipped base recipe, or a YAML file")],
     data: Annotated[str | None, typer.Option(help="demo, notations, text=FILES or text=USER/DATASET")] = None,
     out_folder: Annotated[Path | None, typer.Option("--out", help="the run's folder [runs/base-RECIPE]")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue the run in --out")] = False,
-    fields: dict[str, Any] | None = None,
 ) -> None:
     """Train a PoE base from scratch, tokenizer included, and write a folder that transformers loads."""
-    plan = load_base_recipe(recipe, **(fields or {}), **({"data": data} if data else {}))
+    plan = load_base_recipe(recipe, **context.obj, **({"data": data} if data else {}))
     folder = out_folder or Path("runs") / f"base-{plan.name}"
     with _launched() as world, interruptible(f"poe-train base {recipe}", folder, world):
         _alone(world, "base")

@@ -1,7 +1,6 @@
 """The `augment:` options of a recipe. `poe.data.augment` applies them."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 from poe.calls.forms.call_forms import CALL_FORMS
 from poe.calls.forms.tool_forms import TOOL_FORMS
 from poe.errors import RecipeError, suggest
+from poe.stages.fields import PositiveInt, Ratio, check_fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,41 +20,31 @@ class Augmentation:
     `irrelevance` and `contrast`: no row gets both, so they add up to at most 1.
     """
 
-    mask: float = 0.0
-    """Share of rows that get random names for tools and parameters, 0 to 1."""
-    irrelevance: float = 0.0
-    """Share of rows that lose the tools they need and get an abstention as the answer, 0 to 1."""
-    contrast: float = 0.0
-    """Share of rows that become two, the row itself and the row without the tools it needs, 0 to 1."""
-    distractors: float = 0.0
-    """Share of rows that get tools of other rows added, 0 to 1."""
-    max_distractors: int = 4
-    """Largest number of tools that `distractors` adds to a row, 1 or more."""
-    shuffle: float = 0.0
-    """Share of rows that get their tools in random order, 0 to 1."""
-    case: float = 0.0
-    """Share of rows that get the user's text in another letter case, 0 to 1."""
-    paraphrase: float = 0.0
-    """Share of rows that get the user's text in other words, 0 to 1."""
-    formats: float = 0.0
-    """Share of rows that get a prompt in the format of another model, 0 to 1."""
+    mask: Ratio = 0.0
+    """Share of rows that get random names for tools and parameters."""
+    irrelevance: Ratio = 0.0
+    """Share of rows that lose the tools they need and get an abstention as the answer."""
+    contrast: Ratio = 0.0
+    """Share of rows that become two, the row itself and the row without the tools it needs."""
+    distractors: Ratio = 0.0
+    """Share of rows that get tools of other rows added."""
+    max_distractors: PositiveInt = 4
+    """Largest number of tools that `distractors` adds to a row."""
+    shuffle: Ratio = 0.0
+    """Share of rows that get their tools in random order."""
+    case: Ratio = 0.0
+    """Share of rows that get the user's text in another letter case."""
+    paraphrase: Ratio = 0.0
+    """Share of rows that get the user's text in other words."""
+    formats: Ratio = 0.0
+    """Share of rows that get a prompt in the format of another model."""
     tool_formats: tuple[str, ...] = ()
     """Names of the tool formats that `formats` draws from; empty: all of them."""
     call_formats: tuple[str, ...] = ()
     """Names of the call formats that `formats` draws from; empty: all of them."""
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type is float:
-                number = isinstance(value, int | float) and not isinstance(value, bool)
-                if not number or not math.isfinite(value) or not 0 <= value <= 1:
-                    raise RecipeError(f"augment.{field.name} should be a share from 0 to 1, got {value!r}.")
-            elif field.type is int:
-                if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                    raise RecipeError(f"augment.{field.name} should be a whole number of 1 or more, got {value!r}.")
-            elif not isinstance(value, tuple) or not all(isinstance(name, str) for name in value):
-                raise RecipeError(f"augment.{field.name} should be a list of names, got {value!r}.")
+        check_fields(self, "augment.")
         for field_name, names, known in (
             ("tool_formats", self.tool_formats, TOOL_FORMS),
             ("call_formats", self.call_formats, CALL_FORMS),

@@ -2,8 +2,6 @@
 
 import dataclasses
 import os
-import types
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
@@ -13,6 +11,17 @@ import yaml
 from poe.errors import RecipeError, suggest
 from poe.modeling.stage_config import StageConfig
 from poe.stages.augmentation import Augmentation
+from poe.stages.fields import (
+    FieldInfo,
+    Momentum,
+    NonNegative,
+    NonNegativeInt,
+    Positive,
+    PositiveInt,
+    Ratio,
+    check_fields,
+    describe_fields,
+)
 
 P = TypeVar("P", bound="Plan")
 RECIPES = Path(__file__).parent
@@ -20,57 +29,73 @@ RECIPES = Path(__file__).parent
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What every training run has: its data, its length, its rates. Learning rates are those at width 768.
+    """The fields that every training run has: its data, its length, its learning rates.
 
-    The schedule multiplies every rate by a factor. It starts at `initial_lr_factor`, reaches 1 after the share
-    `warmup_ratio` of the steps, and falls to `final_lr_factor` over the last share `warmdown_ratio`. AdamW rates are
-    scaled by `(width / 768) ** -0.5`; so is `matrix_lr` when `matrix_optimizer` is adamw.
+    Learning rates are given for width 768. AdamW rates are multiplied by `(width / 768) ** -0.5`. The schedule
+    multiplies every rate by a factor that starts at `initial_lr_factor`, rises to 1, and falls to `final_lr_factor`.
     """
 
     name: str
+    """Name of the recipe, and of the stage or base that it trains."""
     description: str = ""
-    data: str = ""  # a --data SPEC
-    seq_len: int = 2048  # tokens in a packed row
-    tokens_per_step: int = 131072  # over all rows of an optimizer step
-    max_tokens_per_batch: int = 16384  # in one forward pass; a step accumulates as many as it needs
-    max_steps: int | None = None  # None: as many as the data and its epochs make
-    matrix_lr: float = 0.002  # for the matrices of the layers
-    head_lr: float = 1e-4  # AdamW, for the head delta
-    weight_decay: float = 0.1
-    momentum: float = 0.95  # of Muon
-    initial_momentum: float | None = None  # of Muon in the first step; it rises over `warmup_ratio`
-    matrix_optimizer: Literal["muon", "adamw"] = "muon"  # for the matrices of the layers
-    initial_lr_factor: float = 0.2
-    warmup_ratio: float = 0.05
-    warmdown_ratio: float = 0.9
-    final_lr_factor: float = 0.0
-    max_grad_norm: float | None = None  # gradients are scaled down to this norm over all of them; None: never
-    z_loss: float = 0.0  # times the mean of (log Z)^2: keeps logits from drifting (PaLM has 1e-4)
-    validation_every: int = 200  # steps between two measures of val bits per byte
-    checkpoint_every: float = 300.0  # seconds between two checkpoints
-    keep_checkpoints: int = 1  # how many of the newest are kept while the run goes on
-    track: str = ""  # trackers that are told of every step: a comma list of trackio, wandb, tensorboard
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # auto: bfloat16 where the hardware multiplies it
-    compile: bool = False  # torch.compile for the forward pass: a minute first, then faster steps
-    checkpoint_activations: bool = False  # recompute the trained layers in the backward pass: slower, less memory
+    """What the recipe is for, in one sentence."""
+    data: str = ""
+    """Training data as a SPEC: name[=path][*epochs][:weight], comma-separated."""
+    seq_len: PositiveInt = 2048
+    """Length of a packed row in tokens."""
+    tokens_per_step: PositiveInt = 131072
+    """Tokens in one optimizer step, over all rows and processes; a multiple of seq_len."""
+    max_tokens_per_batch: PositiveInt = 16384
+    """Largest number of tokens in one forward pass; a step accumulates the gradients of as many passes as it needs."""
+    max_steps: PositiveInt | None = None
+    """Number of optimizer steps. Null: as many as the data and its epochs give (a base: 1000)."""
+    matrix_lr: NonNegative = 0.002
+    """Learning rate of the matrices in the layers, for Muon at any width, for adamw at width 768."""
+    head_lr: NonNegative = 1e-4
+    """AdamW learning rate of the head delta at width 768."""
+    weight_decay: NonNegative = 0.1
+    """Decoupled weight decay of the matrices in the layers and of the head."""
+    momentum: Momentum = 0.95
+    """Momentum of Muon."""
+    initial_momentum: Momentum | None = None
+    """Momentum of Muon in the first step, from which it rises to momentum over warmup_ratio. Null: constant."""
+    matrix_optimizer: Literal["muon", "adamw"] = "muon"
+    """Optimizer of the matrices in the layers."""
+    initial_lr_factor: Ratio = 0.2
+    """Factor on every learning rate in the first step."""
+    warmup_ratio: Ratio = 0.05
+    """Share of the steps over which the learning rates rise to their full values."""
+    warmdown_ratio: Ratio = 0.9
+    """Share of the steps, at the end, over which the learning rates fall."""
+    final_lr_factor: Ratio = 0.0
+    """Factor on every learning rate after the last step."""
+    max_grad_norm: Positive | None = None
+    """Largest norm of all gradients together, to which larger ones are scaled down. Null: no limit."""
+    z_loss: NonNegative = 0.0
+    """Weight of the mean of (log Z)^2 in the loss, which keeps logits from drifting (PaLM: 1e-4)."""
+    validation_every: PositiveInt = 200
+    """Steps between two measurements of the validation bits per byte."""
+    checkpoint_every: NonNegative = 300.0
+    """Seconds between two checkpoints."""
+    keep_checkpoints: PositiveInt = 1
+    """Number of newest checkpoints to keep during the run."""
+    track: str = ""
+    """Trackers that receive the metrics of every step, comma-separated: trackio, wandb, tensorboard."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Dtype of weights and activations. Auto: bfloat16 where the hardware multiplies it, else float32."""
+    compile: bool = False
+    """Compile the forward pass with torch.compile: about a minute at the start, then faster steps."""
+    checkpoint_activations: bool = False
+    """Recompute the trained layers in the backward pass: slower steps, less memory."""
     seed: int = 0
+    """Seed of the initial weights and of the choice and order of the rows."""
 
     def __post_init__(self) -> None:
-        hints = typing.get_type_hints(type(self))
-        for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            if not _fits(value, hints[f.name]):
-                raise RecipeError(
-                    f"Recipe {self.name!r}: {f.name} should be {_readable(hints[f.name])}, got {value!r}."
-                )
+        check_fields(self, f"Recipe {self.name!r}: ")
         if self.tokens_per_step % self.seq_len:
             raise RecipeError(
                 f"Recipe {self.name!r}: tokens_per_step ({self.tokens_per_step}) must be a multiple of seq_len "
                 f"({self.seq_len})."
-            )
-        if self.keep_checkpoints < 1:
-            raise RecipeError(
-                f"Recipe {self.name!r}: keep_checkpoints is {self.keep_checkpoints}, expected at least 1."
             )
 
     def replace(self, **fields: Any) -> Self:
@@ -92,20 +117,34 @@ class Plan:
 class Recipe(Plan):
     """How a stage is shaped and trained. The defaults are those published for the 1.3B stages of Cognica PoE."""
 
-    train_on: Literal["assistant", "calls"] = "assistant"  # which of the assistant's turns are learned
-    isolate_documents: bool = True  # packed documents do not see each other
-    augment: Augmentation = field(default_factory=Augmentation)  # a mapping such as {mask: 0.33} becomes one
-    num_layers: int = 4
+    train_on: Literal["assistant", "calls"] = "assistant"
+    """Turns that are learned: all of the assistant's, or only those with calls."""
+    isolate_documents: bool = True
+    """Mask attention between the documents that are packed into one row."""
+    augment: Augmentation = field(default_factory=Augmentation)
+    """Changes to the training rows, by name, as in {mask: 0.33, formats: 0.5}."""
+    num_layers: PositiveInt = 4
+    """Number of new decoder layers."""
     head: Literal["dense", "low_rank", "none"] = "dense"
-    head_rank: int | Literal["auto"] = 64
-    attach_at: int | None = None  # how many of the base's layers lie below the stage; None: all
-    epochs: dict[str, int] = field(default_factory=dict)  # passes per data reader, unless the SPEC says so
-    validation_ratio: float = 0.02  # share of the queries kept for validation
-    eval_data: str = ""  # a SPEC of questions to answer after training; rows that share a query or a call are left out
-    near_duplicates: float | None = 0.9  # the similarity from which a row repeats another; None: only exact repetitions
-    eval_rows: int = 200  # rows of each held-out split that are answered after training
-    cache_hidden: bool = False  # write what the base makes of the rows to disk once, and train from there
-    shard_base: bool = False  # divide the base's layers among the processes, where one device cannot hold it
+    """Kind of head delta that is added to the head of the base."""
+    head_rank: PositiveInt | Literal["auto"] = 64
+    """Rank of a low_rank head. Auto: the largest power of two with which it is no larger than the layers."""
+    attach_at: PositiveInt | None = None
+    """Number of layers of the base below the stage. Null: all."""
+    epochs: dict[str, PositiveInt] = field(default_factory=dict)
+    """Passes over each data reader, as in {glaive: 4}, where the SPEC gives none."""
+    validation_ratio: Ratio = 0.02
+    """Share of the queries that is kept for validation."""
+    eval_data: str = ""
+    """SPEC of the questions to answer after training; training rows that share a query or a call are left out."""
+    near_duplicates: Ratio | None = 0.9
+    """Similarity from which a row counts as a repetition of another. Null: only equal rows do."""
+    eval_rows: NonNegativeInt = 200
+    """Number of rows of each held-out split to answer after training."""
+    cache_hidden: bool = False
+    """Compute the base's hidden states once, write them to disk, and train from there."""
+    shard_base: bool = False
+    """Divide the base's layers among the processes, for a base that one device cannot hold."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.augment, Augmentation):
@@ -132,27 +171,41 @@ class Recipe(Plan):
 class BaseRecipe(Plan):
     """How a PoE base is shaped and trained from scratch."""
 
-    vocab_size: int = 32768
-    hidden_size: int = 768
-    num_layers: int = 12
-    num_heads: int = 6
-    num_kv_heads: int | None = None
-    attention_logit_scale: float = 1.44
-    stage_layers: list[int] | None = None  # the layers of each PoE stage, such as [12, 5, 4, 3]; None: one stage
-    stage_heads: bool = False  # every stage adds a head of its own to the shared one
-    combiner: Literal["last", "log_op"] = "last"  # what the base predicts: its last stage's view, or that of all
-    network: dict[str, Any] = field(default_factory=dict)  # further values of PoEConfig, as in {layer_scalars: true}
-    learning: Literal["local", "backprop"] = "local"  # each stage by its own loss, or all by the last one's
-    head_lr: float = 0.004  # AdamW, for the head
-    embed_lr: float = 0.2
-    warmdown_ratio: float = 0.5
-    initial_lr_factor: float = 0.0
-    init: str | None = None  # a base folder to continue from, with its tokenizer and shape; more num_layers go below it
+    vocab_size: PositiveInt = 32768
+    """Number of tokens in the vocabulary."""
+    hidden_size: PositiveInt = 768
+    """Width of the residual stream."""
+    num_layers: PositiveInt = 12
+    """Number of decoder layers."""
+    num_heads: PositiveInt = 6
+    """Number of attention heads."""
+    num_kv_heads: PositiveInt | None = None
+    """Number of key and value heads. Null: num_heads."""
+    attention_logit_scale: Positive = 1.44
+    """Factor on the attention logits after QK-norm: the largest is attention_logit_scale * sqrt(head size)."""
+    stage_layers: list[PositiveInt] | None = None
+    """Number of layers of each stage, as in [12, 5, 4, 3], with the sum num_layers. Null: one stage."""
+    stage_heads: bool = False
+    """Give every stage a head of its own, added to the shared one."""
+    combiner: Literal["last", "log_op"] = "last"
+    """Prediction of the base: its last stage's, or the normalized mean of all stages' log-probabilities."""
+    network: dict[str, Any] = field(default_factory=dict)
+    """Further fields of PoEConfig, as in {layer_scalars: true}."""
+    learning: Literal["local", "backprop"] = "local"
+    """Loss of a stage: its own prediction's, or that of the last stage by backpropagation."""
+    head_lr: NonNegative = 0.004
+    """AdamW learning rate of the head at width 768."""
+    embed_lr: NonNegative = 0.2
+    """AdamW learning rate of the embedding at width 768."""
+    warmdown_ratio: Ratio = 0.5
+    initial_lr_factor: Ratio = 0.0
+    init: str | None = None
+    """Folder of a base to continue from, with its tokenizer and shape; added layers go below it. Null: none."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         stages = self.stage_layers or [self.num_layers]
-        if min(stages) < 1 or sum(stages) != self.num_layers:
+        if sum(stages) != self.num_layers:
             raise RecipeError(
                 f"Recipe {self.name!r}: stage_layers is {stages}, expected positive numbers that sum to the "
                 f"{self.num_layers} layers (num_layers)."
@@ -164,6 +217,32 @@ class BaseRecipe(Plan):
             )
 
 
+GROUPS = {
+    "Data": (
+        "data train_on isolate_documents augment epochs seq_len validation_ratio near_duplicates eval_data eval_rows"
+    ),
+    "Shape": (
+        "num_layers head head_rank attach_at vocab_size hidden_size num_heads num_kv_heads attention_logit_scale "
+        "stage_layers stage_heads combiner network init"
+    ),
+    "Optimizer": (
+        "matrix_optimizer matrix_lr head_lr embed_lr weight_decay momentum initial_momentum max_grad_norm z_loss "
+        "learning"
+    ),
+    "Schedule": "max_steps tokens_per_step initial_lr_factor warmup_ratio warmdown_ratio final_lr_factor",
+    "Run": (
+        "name description seed dtype max_tokens_per_batch checkpoint_activations compile cache_hidden shard_base "
+        "validation_every checkpoint_every keep_checkpoints track"
+    ),
+}
+
+
+def group_fields(kind: type[Plan]) -> dict[str, list[FieldInfo]]:
+    """Return the fields of a recipe class, grouped as `--help` and the reference print them."""
+    fields = describe_fields(kind)
+    return {group: [fields[name] for name in names.split() if name in fields] for group, names in GROUPS.items()}
+
+
 def list_recipes(kind: type[Plan] = Recipe) -> list[str]:
     """Return the names of the shipped recipes."""
     return sorted(path.stem for path in _folder(kind).glob("*.yaml"))
@@ -171,19 +250,16 @@ def list_recipes(kind: type[Plan] = Recipe) -> list[str]:
 
 def load_recipe(name: str | os.PathLike[str], **fields: Any) -> Recipe:
     """Return a stage recipe by name, or from a YAML file; `fields` override. Raises `RecipeError`."""
-    return _load(Recipe, name, fields)
+    return load_plan(Recipe, name, **fields)
 
 
 def load_base_recipe(name: str | os.PathLike[str], **fields: Any) -> BaseRecipe:
     """Return a base recipe by name, or from a YAML file; `fields` override. Raises `RecipeError`."""
-    return _load(BaseRecipe, name, fields)
+    return load_plan(BaseRecipe, name, **fields)
 
 
-def _folder(kind: type[Plan]) -> Path:
-    return RECIPES / "bases" if kind is BaseRecipe else RECIPES
-
-
-def _load(kind: type[P], name: str | os.PathLike[str], fields: dict[str, Any]) -> P:
+def load_plan(kind: type[P], name: str | os.PathLike[str], **fields: Any) -> P:
+    """Return a recipe of a class by name, or from a YAML file; `fields` override. Raises `RecipeError`."""
     given = Path(name)
     path = given if given.suffix in (".yaml", ".yml") else _folder(kind) / f"{name}.yaml"
     try:
@@ -202,22 +278,5 @@ def _load(kind: type[P], name: str | os.PathLike[str], fields: dict[str, Any]) -
     return kind(**merged)
 
 
-def _fits(value: Any, hint: Any) -> bool:
-    origin = typing.get_origin(hint)
-    if origin is Literal:
-        return value in typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, part) for part in typing.get_args(hint))
-    if origin is list:
-        return isinstance(value, list) and all(_fits(part, typing.get_args(hint)[0]) for part in value)
-    if origin is dict:
-        return isinstance(value, dict)
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
-
-
-def _readable(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+def _folder(kind: type[Plan]) -> Path:
+    return RECIPES / "bases" if kind is BaseRecipe else RECIPES
