@@ -1,10 +1,8 @@
 """Recipes: every shipped YAML is valid, every field is an option, and the options are frozen here."""
 
 import dataclasses
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +10,7 @@ import pytest
 import typer
 import yaml
 
+from command_line import run_program
 from poe.commands.recipe_options import NOT_OPTIONS, StageRecipeCommand, parse_field
 from poe.commands.reference import write_reference
 from poe.errors import RecipeError
@@ -151,8 +150,7 @@ def test_the_reference_page_is_current() -> None:
 
 
 def run_train(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "poe.commands.train", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "200"})
+    return run_program("poe-train", *arguments, environment={"COLUMNS": "200"})
 
 
 def test_help_prints_sentence_type_and_default_by_group() -> None:

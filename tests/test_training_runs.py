@@ -161,7 +161,7 @@ def test_ctrl_c_while_data_is_prepared_says_that_nothing_was_written(base: Path,
         ((), "messages=MISSING", "MISSING"),
         (("--seq-len", "16", "--tokens-per-step", "32"), "demo=40", "longer than 16 tokens"),
         (("--head", "thick"), "demo=40", "head should be"),
-        (("--matrix-lr", "fast"), "demo=40", "matrix_lr should be float, got 'fast'"),
+        (("--matrix-lr", "fast"), "demo=40", "matrix_lr should be a number (0 or more), got 'fast'"),
     ],
 )
 def test_bad_data_and_options_end_in_one_message(base: Path, tmp_path: Path, options, data: str, message: str) -> None:
