@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from augmentation_rows import demo_rows
 from poe.calls.conversation import Conversation, PromptForm
 from poe.data.render import Renderer
-from poe.data.templates import complete_template, extend_with_tools, knows_tools, reply_form, template_call_form
+from poe.data.templates import complete_template, extend_with_tools, reply_form, shows_tools, template_call_form
 from poe.demo.conversations import make_conversation
 from poe.errors import TemplateError
 from poe.evaluation.calls import question, score
@@ -83,9 +83,9 @@ def test_a_system_message_keeps_its_place_and_its_words() -> None:
 
 
 @pytest.mark.parametrize("name", ["chatml", "marked"])
-def test_a_template_that_knows_tools_is_left_alone(name) -> None:
+def test_a_template_that_shows_tools_stays_unchanged(name) -> None:
     tokenizer = copy.deepcopy(TOKENIZERS[name])
-    assert knows_tools(tokenizer)
+    assert shows_tools(tokenizer)
     assert not extend_with_tools(tokenizer)
     assert tokenizer.chat_template == TOKENIZERS[name].chat_template
 
@@ -175,7 +175,7 @@ TALK = [{"role": "system", "content": "Be brief."}, user("hello"), assistant("He
 @pytest.mark.parametrize("name", WITHOUT)
 def test_a_tokenizer_without_a_template_gets_one_of_ours(name) -> None:
     tokenizer, whole, prompt = copy.deepcopy(WITHOUT[name][0]), *WITHOUT[name][1:]
-    assert f"ours is taken ({name})" in complete_template(tokenizer)
+    assert f"the template {name!r} is used" in complete_template(tokenizer)
     assert complete_template(tokenizer) == ""
     renderer = Renderer(tokenizer)
     talk = renderer.render(Conversation(TALK))
@@ -183,7 +183,7 @@ def test_a_tokenizer_without_a_template_gets_one_of_ours(name) -> None:
     assert renderer.prompt(TALK[:2]) == prompt
     stop = tokenizer.convert_ids_to_tokens(renderer.stop_token_ids)[-1]
     assert [said.lstrip() for said in trained(renderer, talk)] == [f"Hello!{stop}", f"Bye.{stop}"]
-    assert knows_tools(tokenizer)
+    assert shows_tools(tokenizer)
     assert reply_form(tokenizer) == "hermes"
 
 

@@ -344,7 +344,7 @@ HIDDEN_ANSWER = CHATML.replace("{{- '<|im_start|>assistant\\n' }}{%- endif %}", 
 
 @pytest.mark.parametrize(
     ("template", "message"),
-    [(STOPLESS, "stop token"), (UNTRAINED_STOP, "generation"), (HIDDEN_ANSWER, "message 1 behind its own generation")],
+    [(STOPLESS, "stop token"), (UNTRAINED_STOP, "generation"), (HIDDEN_ANSWER, "message 1 after its own generation")],
 )
 def test_templates_that_cannot_be_trained_are_refused(template, message):
     renderer = Renderer(byte_level(template))

@@ -1,8 +1,10 @@
-"""Packing: nothing lost, nothing cut that fits, no label across documents, the same rows for the same seed."""
+"""Packing loses no document, cuts none that fits, sets no label across documents, and repeats for a seed."""
 
 import time
 from collections import Counter
-from itertools import count, islice, pairwise
+from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -10,7 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from poe.data.packing import PackingStats, open_packed_rows, pack, pack_stream, pack_to_folder
+from poe.data import packing
+from poe.data.packing import open_packed_rows, pack, pack_to_folder
 from poe.errors import DataError
 
 PAD = 999_999
@@ -97,40 +100,46 @@ def test_splitting_keeps_every_token_and_every_label(lengths, seq_len, seed):
     assert rows.stats.dropped_documents == 0
 
 
-@given(lengths=lengths_lists, seed=st.integers(0, 99), rows_per_step=st.integers(1, 5), start=st.integers(0, 6))
+@given(lengths=lengths_lists, seed=st.integers(0, 99), rows_per_step=st.integers(1, 5))
 @settings(max_examples=40, deadline=None)
-def test_streams_lose_nothing_and_resume(lengths, seed, rows_per_step, start):
+def test_packing_to_a_folder_loses_nothing_and_its_rows_depend_on_the_step(lengths, seed, rows_per_step):
     documents = make_documents(lengths, seed)
-    options = {"long": "split", "seed": seed, "pad_id": PAD, "buffer_size": 7}
-    stats = PackingStats(16)
-    batches = list(pack_stream(iter(documents), 16, rows_per_step, stats=stats, **options))
-    assert sum(stats_tokens(b) for b in batches) == stats.tokens == sum(lengths)
-    assert stats.rows == sum(len(b.input_ids) for b in batches)
-    assert all(len(b.input_ids) == rows_per_step for b in batches[:-1])
-    resumed = list(pack_stream(iter(documents), 16, rows_per_step, start_step=start, **options))
-    assert len(resumed) == max(0, len(batches) - start)
-    for a, b in zip(resumed, batches[start:], strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    kept = [d for d in documents if 0 < len(d[0]) <= 16]
+    if not kept:
+        return
+    with TemporaryDirectory() as folder:
+        stats = pack_to_folder(Path(folder) / "p", iter(documents), 16, seed=seed, pad_id=PAD, buffer_size=7)
+        rows = open_packed_rows(Path(folder) / "p")
+        batch = rows.batch(0, rows.num_rows)
+        assert Counter(unpack(batch)) == expected_documents(kept)
+        assert stats.tokens == sum(len(d[0]) for d in kept) == int((batch.input_ids != PAD).sum())
+        assert stats.rows == rows.num_rows == len(batch.input_ids)
+        for step in reversed(range(rows.num_rows // rows_per_step)):
+            part = rows.batch(step, rows_per_step)
+            first = step * rows_per_step
+            assert all(torch.equal(a, b[first : first + rows_per_step]) for a, b in zip(part, batch, strict=True))
 
 
-def stats_tokens(batch):
-    return int((batch.input_ids != PAD).sum())
+def test_packing_to_a_folder_holds_a_bounded_number_of_documents(tmp_path, monkeypatch):
+    taken = placed = most_held = 0
+    assemble = packing._assemble
 
-
-def test_streams_hold_a_bounded_number_of_documents():
-    taken = 0
-
-    def endless():
+    def documents():
         nonlocal taken
-        for i in count():
+        for i in range(2000):
             taken += 1
             yield [i] * (1 + i % 9), [True] * (1 + i % 9)
 
-    stats = PackingStats(32)
-    batches = list(islice(pack_stream(endless(), 32, 2, buffer_size=50, stats=stats), 20))
-    assert len(batches) == 20
-    placed = taken - 50
-    assert sum(int((b.position_ids == 0).sum()) for b in batches) >= placed
+    def count_pieces(row, seq_len, pad_id):
+        nonlocal placed, most_held
+        most_held = max(most_held, taken - placed)
+        placed += len(row)
+        return assemble(row, seq_len, pad_id)
+
+    monkeypatch.setattr(packing, "_assemble", count_pieces)
+    stats = pack_to_folder(tmp_path / "p", documents(), 32, buffer_size=50)
+    assert placed == taken == 2000
+    assert most_held <= 50
     assert stats.fill > 0.95
 
 
@@ -194,12 +203,13 @@ def test_short_documents_are_kept_for_rows_that_need_them():
     assert pack(documents, 512).num_rows <= 1.01 * 1800
 
 
-def test_documents_are_shuffled():
+def test_documents_are_shuffled(tmp_path):
     rows = pack(make_documents([4] * 200), 4)
     order = rows.batch(0, 200).input_ids[:, 0].tolist()
     assert order != sorted(order)
-    streamed = [b.input_ids[0, 0].item() for b in pack_stream(make_documents([4] * 200), 4, 1, buffer_size=64)]
-    assert streamed != sorted(streamed)
+    pack_to_folder(tmp_path / "p", iter(make_documents([4] * 200)), 4, buffer_size=64)
+    order = open_packed_rows(tmp_path / "p").batch(0, 200).input_ids[:, 0].tolist()
+    assert order != sorted(order)
 
 
 def test_a_row_by_hand():
@@ -227,11 +237,10 @@ def test_documents_may_see_each_other_if_asked(tmp_path):
 def test_files_hold_what_memory_holds(tmp_path):
     documents = make_documents([3, 9, 4, 12, 5, 7, 2, 8] * 10)
     stats = pack_to_folder(tmp_path / "p", iter(documents), 12, seed=3, pad_id=PAD)
-    streamed = list(pack_stream(iter(documents), 12, 4, seed=3, pad_id=PAD))
     rows = open_packed_rows(tmp_path / "p", seed=3)
     assert rows.stats == stats
-    assert torch.cat([batch.input_ids for batch in streamed]).equal(rows.batch(0, rows.num_rows).input_ids)
     in_memory = pack(documents, 12, seed=3, pad_id=PAD)
+    assert Counter(unpack(rows.batch(0, len(rows)))) == Counter(unpack(in_memory.batch(0, len(in_memory))))
     assert set(rows.target_ids) == set(in_memory.target_ids)
 
 

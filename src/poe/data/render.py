@@ -1,7 +1,7 @@
-"""Conversation -> token ids and loss mask, through the tokenizer's own chat template.
+"""Render a conversation to token ids and a loss mask with the tokenizer's own chat template.
 
-The loss covers exactly what the model must produce itself: each assistant turn's content and calls, up to and including
-the stop token. A text is tokenized once, whole; which tokens are the assistant's follows from their offsets in it.
+The loss covers exactly the tokens that the model must generate: the content and calls of each assistant message, up to
+and including the stop token. The whole text is tokenized once. Token offsets decide which tokens are the assistant's.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from poe.errors import DataError, TemplateError
 
 __all__ = ["RenderedRow", "Renderer", "token_bytes"]
 
-Span = tuple[int, int]  # characters [start, end) of a rendered text
+Span = tuple[int, int]  # character range [start, end) of a rendered text
 
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _BYTE_FALLBACK = re.compile(r"<0x[0-9A-F]{2}>")
@@ -33,7 +33,7 @@ _PROBE = "an answer to see what follows it"
 
 @dataclass(frozen=True, slots=True)
 class RenderedRow:
-    """One row: `input_ids`, `loss_mask` (True where the token is a target; same length), and the `text` they spell."""
+    """One rendered row: its token ids, the loss mask of the same length (True: the token is a target), and its text."""
 
     input_ids: list[int]
     loss_mask: list[bool]
@@ -41,14 +41,14 @@ class RenderedRow:
 
 
 class Renderer:
-    """Renders conversations and prompts through `tokenizer.chat_template`.
+    """Renders conversations and prompts with `tokenizer.chat_template`.
 
-    `stop_token_ids`: further tokens that end a turn (the model's `generation_config.eos_token_id`), beside the
-    tokenizer's EOS and the token which the template puts after an answer. `template_options` are handed to every
-    rendering (Qwen3's `enable_thinking=False`, say). `calls_only`: of the assistant's turns, those with calls alone are
-    learned.
+    `stop_token_ids` are further tokens that end a turn (the model's `generation_config.eos_token_id`), in addition to
+    the tokenizer's EOS token and the token that the template puts after an answer. `template_options` are passed to
+    every rendering, for example `enable_thinking=False` of Qwen3. With `calls_only`, only assistant messages that have
+    calls are trained on.
 
-    Raises `TemplateError` for a tokenizer without a chat template or without offsets (a slow one).
+    Raises `TemplateError` for a tokenizer without a chat template or without offsets (a slow tokenizer).
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Renderer:
             )
         if not tokenizer.is_fast:
             raise TemplateError(
-                "Expected a fast tokenizer, which tells where in the text each token lies, got "
+                "Expected a fast tokenizer, which gives the position of each token in the text, got "
                 f"{type(tokenizer).__name__} ({_name(tokenizer)}). Convert it to a tokenizer.json and load it with "
                 "AutoTokenizer."
             )
@@ -79,22 +79,22 @@ class Renderer:
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
-        """What ends a turn, and generation must stop at: EOS, those given, and the template's end-of-turn token."""
+        """The tokens that end a turn: EOS, the given ones, and the template's end-of-turn token."""
         return self._stop_token_ids
 
     def fingerprint(self) -> str:
-        """A hash of all that decides what a conversation renders to: tokenizer, template, options and stop tokens."""
+        """Return a hash of everything that affects rendering: tokenizer, template, options and stop tokens."""
         tokenizer: Any = self.tokenizer
         parts = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, self._options, self._stop_token_ids]
         parts.append(self._calls_only)
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
     def render(self, conversation: Conversation) -> RenderedRow:
-        """Render to one row that trains every assistant turn that is learned; without any the mask is only False.
+        """Render to one row that trains every assistant message. Without assistant messages, the mask is all False.
 
-        A row with a `form` is told in it. Raises `DataError` if the template refuses the messages (`RowError` if the
-        form cannot hold them), `TemplateError` if it cannot show which tokens are the assistant's, or a turn does not
-        end in a stop token, or no single row shows all turns (see `render_all`).
+        The conversation's `form`, if any, is applied. Raises `DataError` if the template rejects the messages,
+        `RowError` if the form cannot hold them, and `TemplateError` if the template does not show which tokens are the
+        assistant's, if a turn does not end in a stop token, or if one row cannot show all turns (see `render_all`).
         """
         rows = self.render_all(conversation)
         if len(rows) > 1:
@@ -105,28 +105,29 @@ class Renderer:
         return rows[0]
 
     def render_all(self, conversation: Conversation) -> list[RenderedRow]:
-        """Render to as few rows as train every assistant turn once, each behind the prompt it would be generated from.
+        """Render to the fewest rows that train every assistant message once, after the prompt that generates it.
 
-        One row for templates with `{% generation %}` marks, and for those that only ever append. Templates that rewrite
-        earlier turns (Qwen3 drops their thinking) take a row per state of the history. Raises as `render` does.
+        This is one row for templates with `{% generation %}` marks and for templates that only append. A template that
+        rewrites earlier turns (Qwen3 removes their thinking) takes a row per version of the history. Raises the errors
+        of `render`.
         """
         messages, tools = _write_messages(conversation.messages, conversation.tools, conversation.form)
         if not messages:
             raise DataError("A conversation without messages cannot be rendered.")
-        said = [message for message in conversation.messages if message["role"] == "assistant"]
-        learned = [not self._calls_only or bool(message.get("tool_calls")) for message in said]
+        answers = [message for message in conversation.messages if message["role"] == "assistant"]
+        trained = [not self._calls_only or bool(message.get("tool_calls")) for message in answers]
         if _GENERATION_MARK.search(self._template(tools)):
             text, spans = self._marked(messages, tools)
-            if not all(learned) and len(spans) != len(learned):
+            if all(trained):
+                return [self._row(text, spans)]
+            if len(spans) != len(trained):
                 raise TemplateError(
-                    f"The chat template of {_name(self.tokenizer)} marks {len(spans)} parts for {len(learned)} turns "
-                    "of the assistant: learning calls only takes one {% generation %} part for each turn."
+                    f"The chat template of {_name(self.tokenizer)} marks {len(spans)} parts for {len(trained)} turns "
+                    "of the assistant: training on calls only needs one {% generation %} part for each turn."
                 )
-            return [
-                self._row(text, spans if all(learned) else [s for s, one in zip(spans, learned, strict=True) if one])
-            ]
+            return [self._row(text, [span for span, is_trained in zip(spans, trained, strict=True) if is_trained])]
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        skipped = {i for i, one in zip(turns, learned, strict=True) if not one}
+        skipped = {i for i, is_trained in zip(turns, trained, strict=True) if not is_trained}
         if not turns:
             return [self._row(self._text(messages, tools), [])]
         if turns[0] == 0:
@@ -136,7 +137,7 @@ class Renderer:
         for i in turns:
             if not texts[i].startswith(prompts[i]):
                 raise TemplateError(
-                    f"The chat template of {_name(self.tokenizer)} does not render message {i} behind its own "
+                    f"The chat template of {_name(self.tokenizer)} does not render message {i} after its own "
                     f"generation prompt: expected {prompts[i][-60:]!r} and then the answer, got {texts[i][-120:]!r}. "
                     "Mark the answer with {% generation %} in the template, or set template_options."
                 )
@@ -147,17 +148,17 @@ class Renderer:
             if spans := [(len(prompts[i]), len(texts[i])) for i in shown if i not in skipped]:
                 rows.append(self._row(text, spans))
             turns = [i for i in turns if i not in shown]
-            text = texts[turns[-1]] if turns else ""  # shows that turn at least
+            text = texts[turns[-1]] if turns else ""  # this text contains at least the last remaining turn
         return rows[::-1] or [self._row(whole, [])]
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[Tool] = (), form: PromptForm | None = None) -> str:
-        """The text after which the model answers `messages`, told in `form`. Raises `DataError` as `render` does."""
+        """Return the prompt text for the answer to `messages`, written in `form`. Raises the errors of `render`."""
         return self._text(*_write_messages(messages, tools, form), prompt=True)
 
     def prompt_ids(
         self, messages: Sequence[Message], tools: Sequence[Tool] = (), form: PromptForm | None = None
     ) -> list[int]:
-        """The token ids of `prompt(messages, tools, form)`."""
+        """Return the token ids of `prompt(messages, tools, form)`."""
         text = self.prompt(messages, tools, form)
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
@@ -177,10 +178,11 @@ class Renderer:
             )
 
     def _marked(self, messages: Sequence[Message], tools: Sequence[Tool]) -> tuple[str, list[Span]]:
-        """The text and the spans inside its generation marks, without an assistant header that stands in them.
+        """Return the text and the spans inside its generation marks, without an assistant header inside them.
 
-        What `apply_chat_template(return_assistant_tokens_mask=True)` goes by; its mask is not used because it takes in
-        the whole of a token that begins before the mark, and all the rest when the last character is in no token.
+        `apply_chat_template(return_assistant_tokens_mask=True)` uses the same spans. Its mask is not used here because
+        it includes all of a token that begins before the mark, and the whole rest of the text when the last character
+        is in no token.
         """
         with _template_failures(self.tokenizer):
             rendered: Any = render_jinja_template(
@@ -194,13 +196,13 @@ class Renderer:
         return text, [(a + len(header) if text.startswith(header, a, b) else a, b) for a, b in rendered[1][0]]
 
     def _probe(self) -> int | None:
-        """Learn the generation prompt, and return the added token that the template puts after an answer, if any."""
+        """Set the generation prompt; return the added token that the template puts after an answer, or None."""
         question = [{"role": "user", "content": "a question"}]
         try:
             before, prompt = self._text(question, ()), self._text(question, (), prompt=True)
             text = self._text([*question, {"role": "assistant", "content": _PROBE}], ())
         except DataError:
-            return None  # an odd template; its rows will tell
+            return None  # rendering a real row reports the error
         self._generation_prompt = prompt[len(before) :] if prompt.startswith(before) else ""
         at = text.rfind(_PROBE)
         if at < 0:
@@ -235,9 +237,9 @@ class Renderer:
         return RenderedRow(ids, mask, text)
 
     def _starts_before(self, start: int, token_id: int, offset: Span, text: str) -> bool:
-        """Whether a token that seems to begin at `start` or later has its first spaces before it.
+        """Return whether a token with an offset of `start` or later has leading spaces before `start`.
 
-        Some tokenizers (`trim_offsets`) report a token's offsets without its leading spaces.
+        Some tokenizers (`trim_offsets`) report offsets without a token's leading spaces.
         """
         if not text.endswith(" ", 0, start) or text.startswith((" ", *_SPACE_MARKS), *offset):
             return False
@@ -246,12 +248,12 @@ class Renderer:
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None) -> torch.Tensor:
-    """The UTF-8 bytes each token stands for, int64 (vocab,), 0 for special tokens: what bits per byte divide by.
+    """Return the number of UTF-8 bytes of each token, int64 (vocab,), 0 for special tokens. Bits per byte need them.
 
-    Bits per byte, as nanochat counts them: the summed loss of the targets with bytes > 0, over ln 2 times their summed
-    bytes. A byte-level BPE token has a byte per character of its vocabulary entry, even where it is no valid UTF-8;
-    other tokens have the bytes of what they decode to. `vocab_size` (default `len(tokenizer)`): the rows of the model's
-    head, where it is padded beyond the tokenizer.
+    Bits per byte, as in nanochat, are the summed loss of the targets with bytes > 0, divided by ln 2 times their summed
+    bytes. A byte-level BPE token has one byte per character of its vocabulary entry, even if it is not valid UTF-8.
+    Other tokens have the bytes of their decoded text. `vocab_size` (default `len(tokenizer)`) is the number of rows of
+    the model's head, which may be padded beyond the tokenizer.
     """
     counts = torch.zeros(max(len(tokenizer), vocab_size or 0), dtype=torch.int64)
     added = tokenizer.added_tokens_decoder
@@ -283,15 +285,15 @@ def _is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
 def _write_messages(
     messages: Sequence[Message], tools: Sequence[Tool], form: PromptForm | None
 ) -> tuple[Sequence[Message], Sequence[Tool]]:
-    """Messages and tools as the template is to see them."""
+    """Return the messages and tools to pass to the template: as text if there is a form."""
     if form is None:
         return messages, tools
-    told = write_as_text(Conversation(list(messages), list(tools)), form)
-    return told.messages, told.tools
+    written = write_as_text(Conversation(list(messages), list(tools)), form)
+    return written.messages, written.tools
 
 
 def _without_none(messages: Sequence[Message]) -> list[Message]:
-    """Templates handle a missing key; many write `None` out. Their values are as the caller gave them otherwise."""
+    """Return the messages without keys that are None: templates handle a missing key, but many print `None`."""
     return [{key: value for key, value in message.items() if value is not None} for message in messages]
 
 
@@ -300,7 +302,7 @@ def _name(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 class _template_failures:
-    """Turns whatever a template raises into our errors: a template is a program, so this may be anything."""
+    """Converts every exception of a template to `TemplateError` or `DataError`. A template may raise any exception."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer

@@ -1,9 +1,10 @@
-"""Chat templates of ours: for tokenizers without one, and for tools where the base's own knows none; forms of calls.
+"""Complete a tokenizer's chat template: add a missing template, or add tools to a template that ignores them.
 
-Many instruct models come with a template that ignores `tools` and fails on an assistant turn with calls alone. What
-stands here goes before such a template, in Jinja: it tells tools, calls and results in text (as `PromptForm()` does)
-and hands the messages on. The base's own markers, defaults and generation prompt stay, and a conversation without tools
-renders as before. Because it is part of the template, everything that reads templates knows the format.
+Many instruct models have a template that ignores `tools` and fails on an assistant message that has only calls. The
+extension is Jinja code in front of such a template. It writes tools, calls and results as text, in the form
+`PromptForm()`, and passes the messages on. The base's own markers, defaults and generation prompt stay, and a
+conversation without tools renders as before. Because the extension is part of the template, every program that applies
+the template uses the same format.
 """
 
 import json
@@ -16,7 +17,7 @@ from poe.calls.conversation import Message, PromptForm
 from poe.calls.forms.call_forms import CALL_FORMS, call_form
 from poe.calls.forms.prompt_forms import tools_heading
 
-__all__ = ["complete_template", "extend_with_tools", "knows_tools", "reply_form", "template_call_form"]
+__all__ = ["complete_template", "extend_with_tools", "reply_form", "shows_tools", "template_call_form"]
 
 _TOOL = {
     "type": "function",
@@ -27,12 +28,12 @@ _TOOL = {
     },
 }
 _ARGUMENTS = {"probed_city": "Probeville"}
-_ASK: list[Message] = [{"role": "user", "content": "How is it there?"}]
+_QUESTION: list[Message] = [{"role": "user", "content": "How is it there?"}]
 _CALL: Message = {
     "role": "assistant",
     "content": "",
     "tool_calls": [
-        # nine letters and digits: what Mistral's templates insist on
+        # Mistral's templates require an id of nine letters and digits.
         {"id": "probe0001", "type": "function", "function": {"name": "probe_weather", "arguments": _ARGUMENTS}}
     ],
 }
@@ -45,22 +46,22 @@ _ASSETS = Path(__file__).parents[1] / "assets"
 
 
 def complete_template(tokenizer: Any) -> str:
-    """Give a tokenizer what its chat template lacks; returns what was done, in words, nothing if nothing was.
+    """Add a chat template or tools to a tokenizer that lacks them. Return a description of the change, or "".
 
-    Without a template: that of HRM-Text if its marks end a turn (the condition is "direct"), ChatML where its marks are
-    tokens, else roles in words with the end of text after every answer. Then `extend_with_tools`. A tokenizer without a
-    template and without an end of text stays as it is.
+    A tokenizer without a template gets HRM-Text's if that model's marks end a turn (the condition is "direct"), ChatML
+    if its marks are tokens, and otherwise one that writes the roles as words and the EOS token after every answer. Then
+    `extend_with_tools` is applied. A tokenizer without a template and without an EOS token stays unchanged.
     """
-    done = []
-    if not tokenizer.chat_template and (name := _own_template(tokenizer)):
+    changes = []
+    if not tokenizer.chat_template and (name := _template_for(tokenizer)):
         tokenizer.chat_template = (_ASSETS / f"chat_{name}.jinja").read_text(encoding="utf-8")
-        done.append(f"the base has no chat template: ours is taken ({name})")
-    if extend_with_tools(tokenizer) and not done:
-        done.append("the base's chat template ignores tools: extended by ours")
-    return f"{done[0]}, and saved so with the stage" if done else ""
+        changes.append(f"the base has no chat template: the template {name!r} is used")
+    if extend_with_tools(tokenizer) and not changes:
+        changes.append("the base's chat template ignores tools: it is extended with tools")
+    return f"{changes[0]} and saved with the stage" if changes else ""
 
 
-def _own_template(tokenizer: Any) -> str | None:
+def _template_for(tokenizer: Any) -> str | None:
     known = set(tokenizer.get_vocab())
     if {"<|im_start|>", "<|im_end|>"} <= known:
         is_conditioned = "<|object_ref_start|>" in known and tokenizer.eos_token == "<|box_end|>"
@@ -68,57 +69,57 @@ def _own_template(tokenizer: Any) -> str | None:
     return "plain" if tokenizer.eos_token else None
 
 
-def knows_tools(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the chat template shows tools, calls with their arguments, and results."""
-    text = _rendered(tokenizer, [*_ASK, _CALL, *_RESULT], [_TOOL])
+def shows_tools(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether the chat template shows tools, calls with their arguments, and results."""
+    text = _rendered(tokenizer, [*_QUESTION, _CALL, *_RESULT], [_TOOL])
     shown = ("Look at the probed sky", "probed_city", "Probeville", "probably sunny")
-    return all(part in text for part in shown) and text.count("probe_weather") >= 2  # the tool, and its call
+    return all(part in text for part in shown) and text.count("probe_weather") >= 2  # the tool and its call
 
 
 def extend_with_tools(tokenizer: Any) -> bool:
-    """Put our handling of tools before a chat template that has none; returns whether it was needed.
+    """Add tools to a chat template that ignores them. Return whether the template was changed.
 
-    The tokenizer itself is changed, so that it is saved, and served, with what a stage was trained on. Nothing is done
-    to a tokenizer without a chat template, or with one whose every rendering fails.
+    The tokenizer itself is changed, so that it is saved and served with the template that the stage was trained on. A
+    tokenizer without a chat template, or with a template that always fails, stays unchanged.
     """
-    if not tokenizer.chat_template or knows_tools(tokenizer):
+    if not tokenizer.chat_template or shows_tools(tokenizer):
         return False
-    system = [{"role": "system", "content": "The probe's rule."}, *_ASK]
+    system = [{"role": "system", "content": "The probe's rule."}, *_QUESTION]
     place = "system" if "The probe's rule." in _rendered(tokenizer, system, None) else "user"
-    told = PromptForm(place=place)
-    values = {"PLACE": place, "HEADING": tools_heading(told), "REQUEST": call_form(told.calls).request[0]}
+    form = PromptForm(place=place)
+    values = {"PLACE": place, "HEADING": tools_heading(form), "REQUEST": call_form(form.calls).request[0]}
     extension = (_ASSETS / "tools.jinja").read_text(encoding="utf-8")
     for name, value in values.items():
         extension = extension.replace(name, json.dumps(value))
-    before = tokenizer.chat_template
-    if isinstance(before, dict):  # several templates by name: the one for tools is missing or of no use
-        tokenizer.chat_template = {**before, "tool_use": extension + before["default"]}
+    original = tokenizer.chat_template
+    if isinstance(original, dict):  # several templates by name, without a working one for tools
+        tokenizer.chat_template = {**original, "tool_use": extension + original["default"]}
     else:
-        tokenizer.chat_template = extension + before
-    if knows_tools(tokenizer):
+        tokenizer.chat_template = extension + original
+    if shows_tools(tokenizer):
         return True
-    tokenizer.chat_template = before
+    tokenizer.chat_template = original
     return False
 
 
 def template_call_form(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The name of the call form that the chat template writes, None if it is none of ours."""
-    before, whole = (_rendered(tokenizer, turns, [_TOOL]) for turns in (_ASK, [*_ASK, _CALL]))
-    said = whole.removeprefix(before)
+    """Return the name of the call form that the chat template writes; None if it is not one of `CALL_FORMS`."""
+    before, whole = (_rendered(tokenizer, turns, [_TOOL]) for turns in (_QUESTION, [*_QUESTION, _CALL]))
+    call_text = whole.removeprefix(before)
     for name, form in CALL_FORMS.items():
-        reply = form.read(said)
+        reply = form.read(call_text)
         if [(call.name, call.arguments) for call in reply.calls] == [("probe_weather", _ARGUMENTS)]:
             return name
     return None
 
 
 def reply_form(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The call form in which to read a model's replies: its template's, else hermes."""
+    """Return the name of the call form of a model's replies: its template's, or hermes."""
     return template_call_form(tokenizer) or PromptForm().calls
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: Any) -> str:
-    """What the template makes of a conversation; nothing where it fails: a template is a program."""
+    """Return the rendered conversation, or "" if the template fails, with any exception."""
     try:
         return str(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False))
     except Exception:
