@@ -56,10 +56,10 @@ def test_any_arguments_survive(tmp_path: Path, arguments: dict) -> None:
     assert read_back(path)[0].messages == messages
 
 
-def test_a_file_that_is_there_is_not_overwritten(tmp_path: Path) -> None:
+def test_an_existing_file_is_not_overwritten(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("mine")
-    with pytest.raises(OutputError, match="there already"):
+    with pytest.raises(OutputError, match="exists already"):
         export([], path)
     with pytest.raises(DataError, match=r"ends in \.jsonl or \.parquet"):
         export([], tmp_path / "rows.csv")

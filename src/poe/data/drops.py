@@ -1,4 +1,4 @@
-"""Accounting for rows that are not used: counted by reason, kept in a file, never silently skipped."""
+"""Count the rows that are not used by reason, and write them to a file. No row is dropped silently."""
 
 import json
 import shutil
@@ -9,10 +9,10 @@ from typing import Any
 
 
 class DropReport:
-    """Counts read, kept and dropped rows per source, and writes each dropped row to `path` as one JSON line.
+    """Counts the rows of each source that were read, kept and dropped, and writes dropped rows to `path`.
 
-    A row is `{"source", "reason", "id", "row"}`. Use as a context manager, or call `close()`. `repaired` counts the
-    named repairs made to rows that were kept.
+    A dropped row is one JSON line `{"source", "reason", "id", "row"}`. `repaired` counts the repairs of kept rows by
+    rule. Use the report as a context manager, or call `close()`.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -26,38 +26,39 @@ class DropReport:
             self._file = path.open("w", encoding="utf-8")
 
     def drop(self, source: str, reason: str, row: Any, id: str = "") -> None:
+        """Count a dropped row and write it to the file."""
         self.dropped.setdefault(source, Counter())[reason] += 1
         if self._file is not None:
             line = {"source": source, "reason": reason, "id": id, "row": row}
             try:
                 text = json.dumps(line, ensure_ascii=False, default=str)
                 text.encode("utf-8")
-            except UnicodeEncodeError:  # a lone surrogate has no UTF-8 form, but has a JSON escape
+            except UnicodeEncodeError:  # a lone surrogate can only be written as a JSON escape
                 text = json.dumps(line, default=str)
-            except (ValueError, RecursionError):  # nested without end
+            except (ValueError, RecursionError):  # nested too deeply
                 text = json.dumps({**line, "row": f"a {type(row).__name__} that is nested too deeply to be written"})
             self._file.write(text + "\n")
 
     def repair(self, source: str, rule: str, count: int = 1) -> None:
-        """Count a repair that was made to a kept row, by the name of its rule."""
+        """Count a repair of a kept row under the name of its rule."""
         self.repaired.setdefault(source, Counter())[rule] += count
 
     def add(self, counts: dict[str, Any], path: Path | None) -> None:
-        """Add what another report counted (its `as_dict()`) and the rows in its file."""
-        for source, said in counts.items():
-            self.read[source] += said["read"]
-            self.kept[source] += said["kept"]
-            self.dropped.setdefault(source, Counter()).update(said["dropped"])
-            if "repaired" in said:
-                self.repaired.setdefault(source, Counter()).update(said["repaired"])
+        """Add the counts of another report (its `as_dict()`) and the rows in its file."""
+        for source, other in counts.items():
+            self.read[source] += other["read"]
+            self.kept[source] += other["kept"]
+            self.dropped.setdefault(source, Counter()).update(other["dropped"])
+            if "repaired" in other:
+                self.repaired.setdefault(source, Counter()).update(other["repaired"])
         if self._file is not None and path is not None:
             with path.open(encoding="utf-8") as lines:
                 shutil.copyfileobj(lines, self._file)
 
     def as_dict(self) -> dict[str, Any]:
-        """`{source: {"read": n, "kept": n, "dropped": {reason: n}}}`, reasons by falling count.
+        """Return `{source: {"read": n, "kept": n, "dropped": {reason: n}}}`, the most frequent reason first.
 
-        A source with repaired rows has `"repaired": {rule: n}` too.
+        A source with repaired rows also has `"repaired": {rule: n}`.
         """
         report: dict[str, Any] = {}
         for source in sorted({*self.read, *self.kept, *self.dropped}):

@@ -1,7 +1,7 @@
-"""Rows in the form that other trainers read: `messages` and `tools`, as JSON Lines or parquet.
+"""Export rows in the format of other trainers: `messages` and `tools`, as JSON Lines or parquet.
 
-`arguments` and `tools` are JSON text, as OpenAI writes them: columns of nested objects would get every key of every
-other row, with null for a value.
+`arguments` and `tools` are JSON text, as OpenAI writes them. A column of nested objects would give every row the keys
+of all other rows, with null as their value.
 """
 
 import json
@@ -17,16 +17,16 @@ _PARQUET_ROWS = 2048
 
 
 def as_row(conversation: Conversation) -> dict[str, Any]:
-    """One row: `messages`, `tools` (JSON text of a list), `source`, `license`, `id`."""
+    """Return a row with `messages`, `tools` (JSON text of a list), `source`, `license` and `id`."""
     messages = []
     for message in conversation.messages:
-        made = {"role": message["role"], "content": message.get("content")}
+        exported = {"role": message["role"], "content": message.get("content")}
         if calls := message.get("tool_calls"):
-            made["tool_calls"] = [_call(call) for call in calls]
+            exported["tool_calls"] = [_call(call) for call in calls]
         for key in ("tool_call_id", "name"):
             if message.get(key) is not None:
-                made[key] = message[key]
-        messages.append(made)
+                exported[key] = message[key]
+        messages.append(exported)
     return {
         "messages": messages,
         "tools": json.dumps(conversation.tools, ensure_ascii=False),
@@ -37,20 +37,20 @@ def as_row(conversation: Conversation) -> dict[str, Any]:
 
 
 def export(conversations: Iterable[Conversation], path: Path) -> int:
-    """Write rows to a new file, `.jsonl` or `.parquet`, and return how many.
+    """Write rows to a new `.jsonl` or `.parquet` file and return their number.
 
-    Raises `DataError` for another ending, `OutputError` if the file is there or cannot be written (nothing is left of
-    it then), `MissingExtraError` for parquet without pyarrow.
+    Raises `DataError` for another suffix, `OutputError` if the file exists or cannot be written (no partial file is
+    left), and `MissingExtraError` for parquet without pyarrow.
     """
     if path.suffix not in (".jsonl", ".parquet"):
         raise DataError(f"{path}: expected a file that ends in .jsonl or .parquet.")
     if path.exists():
-        raise OutputError(f"{path} is there already: name another file, or remove it.")
+        raise OutputError(f"{path} exists already: name another file, or remove it.")
     part = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         rows = (as_row(c) for c in conversations)
-        count = _parquet(rows, part) if path.suffix == ".parquet" else _lines(rows, part)
+        count = _write_parquet(rows, part) if path.suffix == ".parquet" else _write_lines(rows, part)
         part.rename(path)
     except OSError as error:
         raise OutputError(f"{path} could not be written: {error.strerror or error}.") from error
@@ -59,7 +59,7 @@ def export(conversations: Iterable[Conversation], path: Path) -> int:
     return count
 
 
-def _lines(rows: Iterable[dict[str, Any]], path: Path) -> int:
+def _write_lines(rows: Iterable[dict[str, Any]], path: Path) -> int:
     written = 0
     with path.open("w", encoding="utf-8") as file:
         for row in rows:
@@ -68,7 +68,7 @@ def _lines(rows: Iterable[dict[str, Any]], path: Path) -> int:
     return written
 
 
-def _parquet(rows: Iterable[dict[str, Any]], path: Path) -> int:
+def _write_parquet(rows: Iterable[dict[str, Any]], path: Path) -> int:
     try:
         import pyarrow as pa
         import pyarrow.parquet as parquet

@@ -1,9 +1,9 @@
-"""Near-duplicates by MinHash: rows that say almost the same with almost the same calls.
+"""Find near-duplicates with MinHash: rows with almost the same user messages and calls.
 
-A row is a set: the runs of three words of its user turns and calls, and the names of its tools. The share of equal
-MinHash values estimates the Jaccard similarity of two sets (Broder 1997); rows are compared only where a band of values
-agrees (locality-sensitive hashing). Of a value only eight bits are kept (b-bit MinHash, Li and König 2010), so a row
-costs 256 bytes.
+A row is represented as a set: the three-word sequences of its user messages and calls, and the names of its tools. The
+share of equal MinHash values estimates the Jaccard similarity of two sets (Broder 1997). Two rows are compared only if
+a band of values agrees (locality-sensitive hashing). Eight bits of each value are kept (b-bit MinHash, Li and König
+2010), so a row takes 256 bytes.
 """
 
 import json
@@ -15,7 +15,7 @@ import numpy as np
 from poe.calls.conversation import Conversation
 from poe.data.split import short_hash
 
-BANDS, PER_BAND = 16, 8  # two rows of similarity 0.85 meet in a band with probability 0.99, of 0.5 with 0.06
+BANDS, PER_BAND = 16, 8  # rows of similarity 0.85 share a band with probability 0.99, rows of 0.5 with 0.06
 _HASHES = BANDS * PER_BAND
 _RNG = np.random.default_rng(20_240_601)
 _FACTORS = _RNG.integers(0, 2**63, _HASHES, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
@@ -26,48 +26,48 @@ _CHUNK = 4096
 
 
 def shingles(conversation: Conversation) -> set[str]:
-    """What a row is compared by."""
-    found = {f"tool {tool['function']['name']}" for tool in conversation.tools}
+    """Return the set that represents a row."""
+    shingle_set = {f"tool {tool['function']['name']}" for tool in conversation.tools}
     for message in conversation.messages:
         parts = [message["content"] or ""] if message["role"] == "user" else []
         for call in message.get("tool_calls", ()):
             parts.append(f"{call['function']['name']} {json.dumps(call['function']['arguments'], ensure_ascii=False)}")
         for part in parts:
             words = _WORD.findall(part.lower())
-            found.update(" ".join(words[i : i + 3]) for i in range(max(1, len(words) - 2)))
-    return found
+            shingle_set.update(" ".join(words[i : i + 3]) for i in range(max(1, len(words) - 2)))
+    return shingle_set
 
 
 class NearDuplicates:
-    """Collects rows in order; `find` then says which repeat an earlier one, and which one that is."""
+    """Collects rows in order. `find` then yields each row that almost repeats an earlier row."""
 
     def __init__(self, threshold: float) -> None:
         self.threshold = threshold
-        self._waiting: list[tuple[np.ndarray, np.ndarray]] = []
-        self._done: list[tuple[np.ndarray, np.ndarray]] = []
+        self._rows: list[tuple[np.ndarray, np.ndarray]] = []
+        self._chunks: list[tuple[np.ndarray, np.ndarray]] = []
 
     def add(self, conversation: Conversation) -> None:
-        """Take the next row."""
+        """Add the next row."""
         hashes = [short_hash(text) for text in shingles(conversation)] or [0]
         # multiply-shift hashing: the upper half of a * x + b modulo 2**64
         mixed = np.array(hashes, dtype=np.uint64)[:, None] * _FACTORS + _SHIFTS  # (S, 128)
-        least = (mixed >> np.uint64(32)).min(axis=0)
-        bands = (least.reshape(BANDS, PER_BAND) * _MIX).sum(axis=1, dtype=np.uint64)
-        self._waiting.append((bands, (least & np.uint64(255)).astype(np.uint8)))
-        if len(self._waiting) == _CHUNK:
-            self._gather()
+        minima = (mixed >> np.uint64(32)).min(axis=0)
+        bands = (minima.reshape(BANDS, PER_BAND) * _MIX).sum(axis=1, dtype=np.uint64)
+        self._rows.append((bands, (minima & np.uint64(255)).astype(np.uint8)))
+        if len(self._rows) == _CHUNK:
+            self._flush()
 
     def find(self) -> Iterator[tuple[int, int]]:
-        """Yield (later, earlier) for every row that is near an earlier one which itself is kept."""
-        self._gather()
-        if not self._done:
+        """Yield (later, earlier) for every row that is a near-duplicate of an earlier row that is kept."""
+        self._flush()
+        if not self._chunks:
             return
-        bands = np.concatenate([b for b, _ in self._done])  # (N, BANDS)
-        values = np.concatenate([v for _, v in self._done])  # (N, 128)
-        self._done = [(bands, values)]
+        bands = np.concatenate([b for b, _ in self._chunks])  # (N, BANDS)
+        values = np.concatenate([v for _, v in self._chunks])  # (N, 128)
+        self._chunks = [(bands, values)]
         pairs = _candidates(bands)
         dropped = np.zeros(len(bands), dtype=bool)
-        # eight bits agree by chance once in 256
+        # Eight bits agree by chance once in 256.
         needed = self.threshold + (1 - self.threshold) / 256
         for start in range(0, len(pairs), _CHUNK):
             part = pairs[start : start + _CHUNK]
@@ -77,20 +77,23 @@ class NearDuplicates:
                     dropped[later] = True
                     yield later, earlier
 
-    def _gather(self) -> None:
-        if self._waiting:
-            self._done.append((np.stack([b for b, _ in self._waiting]), np.stack([v for _, v in self._waiting])))
-            self._waiting = []
+    def _flush(self) -> None:
+        if self._rows:
+            self._chunks.append((np.stack([b for b, _ in self._rows]), np.stack([v for _, v in self._rows])))
+            self._rows = []
 
 
 def _candidates(bands: np.ndarray) -> np.ndarray:
-    """Pairs (later, earlier) that agree in a band, sorted by the later: each row with the first and the one before."""
-    found = []
+    """Return pairs (later, earlier) that agree in a band, sorted by the later row.
+
+    Each row is paired with the first row and the previous row of its band value.
+    """
+    pairs = []
     for band in bands.T:
         order = np.argsort(band, kind="stable")
         same = band[order[1:]] == band[order[:-1]]
         starts = np.where(np.concatenate(([True], ~same)), np.arange(len(order)), 0)
         first = order[np.maximum.accumulate(starts)]
         later = order[1:][same]
-        found += [np.stack([later, order[:-1][same]], axis=1), np.stack([later, first[1:][same]], axis=1)]
-    return np.unique(np.concatenate(found), axis=0)
+        pairs += [np.stack([later, order[:-1][same]], axis=1), np.stack([later, first[1:][same]], axis=1)]
+    return np.unique(np.concatenate(pairs), axis=0)

@@ -1,17 +1,17 @@
-"""The `--data` SPEC: which sources, how often each is gone through, and how much each counts.
+"""The `--data` SPEC: the sources of a run, with the epochs and the weight of each.
 
-A SPEC is a comma list of `name[=path][*epochs][:weight]`:
+A SPEC is a comma-separated list of `name[=path][*epochs][:weight]`:
 
     glaive,xlam                          two public data sets, from the Hub
     glaive=rows.jsonl*4,xlam*3           a local file four times, a public data set three times
-    messages=data/*.jsonl.gz:0.5         every file a glob finds, at half weight
-    demo                                 rows that are generated
+    messages=data/*.jsonl.gz:0.5         every file that matches a glob, at half weight
+    demo                                 generated rows
 
-`name` is a reader. `epochs` (a whole number; when absent the recipe's, else 1) is how often the rows are gone
-through, `weight` (a positive number, 1 when absent) how much the source counts in the mixture; both are read from the
-end of the item and only there, so a path may hold `:`, `*` and `=`. A path that itself ends in `*8` or `:8` is written
-with both in full: `glaive=rows/*8*1:1`, `glaive=host:8*1:1`. A path cannot hold a comma: name its folder, or use a glob
-(`?` for the comma).
+`name` is a reader. `epochs` is the number of passes through the rows, a whole number; the default is the recipe's, or
+1. `weight` is the source's share in the mixture, a positive number; the default is 1. Both are read only at the end of
+the item, so a path may contain `:`, `*` and `=`. For a path that ends in `*8` or `:8`, write both in full:
+`glaive=rows/*8*1:1`, `glaive=host:8*1:1`. A path cannot contain a comma: give its folder, or a glob with `?` for the
+comma.
 """
 
 import math
@@ -30,7 +30,7 @@ _EPOCHS = re.compile(r"\*([0-9]+)$")
 
 @dataclass(frozen=True, slots=True)
 class DataSource:
-    """One item of a SPEC. `path` is None for the reader's public data set (or for a generator)."""
+    """One item of a SPEC. `path` is None for the reader's public data set or its generator."""
 
     name: str
     path: str | None = None
@@ -38,7 +38,7 @@ class DataSource:
     weight: float = 1.0
 
     def __str__(self) -> str:
-        """The shortest item that parses back to this source."""
+        """Return the shortest item that parses to this source."""
         path = "" if self.path is None else f"={self.path}"
         ambiguous = bool(_EPOCHS.search(path) or _WEIGHT.search(path))
         epochs = f"*{self.epochs or 1}" if self.epochs is not None or ambiguous else ""
@@ -47,39 +47,39 @@ class DataSource:
 
 
 def parse_spec(text: str, known: Iterable[str] | None = None) -> list[DataSource]:
-    """Parse a SPEC. With `known` (reader names) an unknown name is refused here, with a suggestion."""
+    """Parse a SPEC. With `known` (reader names), an unknown name raises `DataError` with a suggestion."""
     if not text.strip():
-        raise DataError(f"The data SPEC is empty; expected a comma list of {_GRAMMAR}.")
+        raise DataError(f"The data SPEC is empty; expected a comma-separated list of {_GRAMMAR}.")
     names = None if known is None else list(known)
-    return [_item(item.strip(), text, names) for item in text.split(",")]
+    return [_parse_item(item.strip(), text, names) for item in text.split(",")]
 
 
-def _item(item: str, text: str, known: list[str] | None) -> DataSource:
-    def wrong(what: str) -> DataError:
-        return DataError(f"{what} in the data SPEC {text!r}; expected {_GRAMMAR}.")
+def _parse_item(item: str, text: str, known: list[str] | None) -> DataSource:
+    def invalid(problem: str) -> DataError:
+        return DataError(f"{problem} in the data SPEC {text!r}; expected {_GRAMMAR}.")
 
     if not item:
-        raise wrong("Empty item (two commas in a row, or one at an end)")
+        raise invalid("Empty item (two commas in a row, or one at an end)")
     rest, weight, epochs = item, 1.0, None
     if found := _WEIGHT.search(rest):
         rest, weight = rest[: found.start()], float(found[1])
         if not (weight > 0 and math.isfinite(weight)):
-            raise wrong(f"Weight {found[1]} of {item!r} is not a positive number")
-    weighted = rest != item
+            raise invalid(f"Weight {found[1]} of {item!r} is not a positive number")
+    has_weight = rest != item
     if found := _EPOCHS.search(rest):
         rest = rest[: found.start()]
         if len(found[1]) > 6 or not 1 <= int(found[1]) <= MAX_EPOCHS:
-            raise wrong(f"Epochs {found[1]} of {item!r} are not a whole number from 1 to {MAX_EPOCHS}")
+            raise invalid(f"Epochs {found[1]} of {item!r} are not a whole number from 1 to {MAX_EPOCHS}")
         epochs = int(found[1])
-        if not weighted and _WEIGHT.search(rest):
-            raise wrong(f"The weight of {item!r} stands before its epochs")
+        if not has_weight and _WEIGHT.search(rest):
+            raise invalid(f"The weight of {item!r} comes before its epochs")
     name, equals, path = rest.partition("=")
     name, path = name.strip(), path.strip()
     if not _NAME.fullmatch(name):
-        raise wrong(f"{name!r} (of {item!r}) cannot be the name of a reader")
+        raise invalid(f"{name!r} (of {item!r}) cannot be the name of a reader")
     if known is not None and name not in known:
         hint = " A file is given as reader=path." if not equals and re.search(r"[./\\]", item) else ""
         raise DataError(f"Unknown data reader {name!r} in {text!r}.{suggest(name, known)}{hint}")
     if equals and not path:
-        raise wrong(f"{item!r} has no path after '='")
+        raise invalid(f"{item!r} has no path after '='")
     return DataSource(name, path or None, epochs, weight)

@@ -1,4 +1,4 @@
-"""What a SPEC holds: counts, distributions, licenses, and everything that was left out, as one page."""
+"""Statistics of a SPEC: counts, distributions, licenses, and the rows that are not used, also as one page."""
 
 import base64
 import io
@@ -31,7 +31,7 @@ _CHUNK = 128
 
 @dataclass
 class SourceStatistics:
-    """One item of the SPEC. The lists have a number for each row that is used; tokens are those of a renderer."""
+    """The statistics of one SPEC item. The lists have one number per used row; a renderer counts the tokens."""
 
     source: str
     license: str
@@ -39,14 +39,14 @@ class SourceStatistics:
     sides: dict[str, int]
     calls: list[int] = field(default_factory=list)
     tools: list[int] = field(default_factory=list)
-    turns: list[int] = field(default_factory=list)  # of the user
+    turns: list[int] = field(default_factory=list)  # user messages
     tokens: list[int] = field(default_factory=list)
     trained_tokens: int = 0
     abstentions: int = 0  # rows that offer tools and call none
 
     def as_dict(self) -> dict[str, Any]:
-        """The counts, and of each list its mean, median and maximum."""
-        shapes = {name: _shape(getattr(self, name)) for name in ("calls", "tools", "turns", "tokens")}
+        """Return the counts, and the mean, median and maximum of each list."""
+        summaries = {name: _summarize(getattr(self, name)) for name in ("calls", "tools", "turns", "tokens")}
         return {
             "source": self.source,
             "license": self.license,
@@ -56,57 +56,60 @@ class SourceStatistics:
             "calls_per_row": {str(n): count for n, count in sorted(Counter(self.calls).items())},
             "trained_tokens": self.trained_tokens,
             "total_tokens": sum(self.tokens),
-            **shapes,
+            **summaries,
         }
 
 
 def statistics(corpus: Corpus, renderer: Renderer | None = None) -> list[SourceStatistics]:
-    """Count what every source holds; with a renderer its tokens too (a row the template refuses counts none)."""
-    found = []
+    """Count the rows of every source, and their tokens if there is a renderer.
+
+    A row that the chat template rejects has 0 tokens.
+    """
+    statistics = []
     for number, source in enumerate(corpus.sources):
         sides = {name: len(corpus.row_numbers(number, side)) for name, side in _SIDES.items()}
         license, hub_id = READERS[source.name].license, READERS[source.name].hub_id
-        found.append(SourceStatistics(str(source), license, None if source.path else hub_id, sides))
+        statistics.append(SourceStatistics(str(source), license, None if source.path else hub_id, sides))
     used = np.flatnonzero(np.isin(corpus.side, (TRAIN, HELD_OUT, EVALUATION)))
     for index in used.tolist():
-        row, of = corpus.rows[index], found[int(corpus.source[index])]
+        row, counts = corpus.rows[index], statistics[int(corpus.source[index])]
         calls = sum(len(m.get("tool_calls", ())) for m in row.messages)
-        of.calls.append(calls)
-        of.tools.append(len(row.tools))
-        of.turns.append(sum(m["role"] == "user" for m in row.messages))
-        of.abstentions += bool(row.tools) and not calls
+        counts.calls.append(calls)
+        counts.tools.append(len(row.tools))
+        counts.turns.append(sum(m["role"] == "user" for m in row.messages))
+        counts.abstentions += bool(row.tools) and not calls
     if renderer is not None:
-        for index, tokens, trained in _tokens(corpus, renderer, used):
-            found[int(corpus.source[index])].tokens.append(tokens)
-            found[int(corpus.source[index])].trained_tokens += trained
-    return found
+        for index, tokens, trained in _count_tokens(corpus, renderer, used):
+            statistics[int(corpus.source[index])].tokens.append(tokens)
+            statistics[int(corpus.source[index])].trained_tokens += trained
+    return statistics
 
 
-def _tokens(corpus: Corpus, renderer: Renderer, used: np.ndarray) -> Iterator[tuple[int, int, int]]:
+def _count_tokens(corpus: Corpus, renderer: Renderer, used: np.ndarray) -> Iterator[tuple[int, int, int]]:
     items = np.stack([used, np.zeros_like(used)], axis=1)
     chunks = (items[i : i + _CHUNK] for i in range(0, len(items), _CHUNK))
-    work = RenderWorker(corpus.folder, renderer, seq_len=2**31)
-    for results in ordered_map(work, chunks, default_workers() if len(items) > 2000 else 1):
+    worker = RenderWorker(corpus.folder, renderer, seq_len=2**31)
+    for results in ordered_map(worker, chunks, default_workers() if len(items) > 2000 else 1):
         for result in results:
             lengths = [(len(ids), int(mask.sum())) for ids, mask in result.documents]
             yield result.row, sum(n for n, _ in lengths), sum(n for _, n in lengths)
 
 
-def _shape(numbers: list[int]) -> dict[str, float]:
+def _summarize(numbers: list[int]) -> dict[str, float]:
     if not numbers:
         return {}
     return {"mean": round(float(np.mean(numbers)), 2), "median": float(np.median(numbers)), "max": max(numbers)}
 
 
-def write_page(path: Path, found: list[SourceStatistics], report: DropReport) -> None:
-    """Write an HTML page, or Markdown with the plot beside it, by the path's ending.
+def write_page(path: Path, statistics: list[SourceStatistics], report: DropReport) -> None:
+    """Write an HTML page, or a Markdown page and its plot, depending on the suffix of the path.
 
-    Raises `DataError` for another ending, `MissingExtraError` without matplotlib.
+    Raises `DataError` for another suffix, `MissingExtraError` without matplotlib.
     """
     if path.suffix not in (".html", ".md"):
         raise DataError(f"{path}: expected a page that ends in .html or .md.")
-    picture = _plot(found)
-    sections = [("Sources", *_source_table(found)), ("Rows that are not used", *_drop_table(report))]
+    picture = _plot(statistics)
+    sections = [("Sources", *_source_table(statistics)), ("Rows that are not used", *_drop_table(report))]
     repairs = _repair_table(report)
     sections += [("Repairs of rows that are", *repairs)] if repairs[1] else []
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -129,10 +132,10 @@ def write_page(path: Path, found: list[SourceStatistics], report: DropReport) ->
 Table = tuple[list[str], list[list[str]]]
 
 
-def _source_table(found: list[SourceStatistics]) -> Table:
+def _source_table(statistics: list[SourceStatistics]) -> Table:
     head = ["source", "license", *_SIDES, "rows with calls", "abstentions", "tokens", "of them trained"]
     rows = []
-    for s in found:
+    for s in statistics:
         with_calls = sum(1 for n in s.calls if n)
         numbers = [*s.sides.values(), with_calls, s.abstentions, sum(s.tokens), s.trained_tokens]
         rows.append([s.source, s.license or "not stated", *(f"{n:,}" for n in numbers)])
@@ -149,7 +152,7 @@ def _drop_table(report: DropReport) -> Table:
 
 def _repair_table(report: DropReport) -> Table:
     counts = report.as_dict().items()
-    rows = [[source, rule, f"{n:,}"] for source, said in counts for rule, n in said.get("repaired", {}).items()]
+    rows = [[source, rule, f"{n:,}"] for source, c in counts for rule, n in c.get("repaired", {}).items()]
     return ["reader", "repair", "times"], rows
 
 
@@ -164,7 +167,7 @@ def _html(head: list[str], rows: list[list[str]]) -> str:
     return f"<table><tr>{titles}</tr>{body}</table>"
 
 
-def _plot(found: list[SourceStatistics]) -> bytes:
+def _plot(statistics: list[SourceStatistics]) -> bytes:
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -174,10 +177,10 @@ def _plot(found: list[SourceStatistics]) -> bytes:
     for axes, name, title in zip(
         panels, ("calls", "tools", "tokens"), ("calls in a row", "tools in a row", "tokens in a row"), strict=True
     ):
-        series = [getattr(s, name) for s in found]
+        series = [getattr(s, name) for s in statistics]
         top = max((max(numbers) for numbers in series if numbers), default=1)
         bins: Any = 40 if name == "tokens" else np.arange(min(top, 30) + 2) - 0.5
-        axes.hist(series, bins=bins, stacked=True, label=[s.source[:40] for s in found])
+        axes.hist(series, bins=bins, stacked=True, label=[s.source[:40] for s in statistics])
         axes.set_title(title)
         axes.set_ylabel("rows")
     panels[0].legend(fontsize=7)

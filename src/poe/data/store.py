@@ -1,4 +1,4 @@
-"""Conversations on disk: written once, read by number, in any order and by any process."""
+"""Conversations on disk: written once, then read by number, in any order and by any process."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ _ROWS, _OFFSETS = "rows.jsonl", "offsets.npy"
 
 
 class RowWriter:
-    """Appends conversations to a new store in `folder`; nothing can be read before `close`."""
+    """Appends conversations to a new store in `folder`. The store can be read after `close`."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -21,7 +21,7 @@ class RowWriter:
         self._offsets = [0]
 
     def append(self, conversation: Conversation) -> None:
-        """Write one row; it gets the next number, from 0."""
+        """Write one row. Rows are numbered from 0."""
         c = conversation
         line = json.dumps([c.messages, c.tools, c.source, c.license, c.id], ensure_ascii=False, separators=(",", ":"))
         self._offsets.append(self._offsets[-1] + self._file.write(line.encode("utf-8") + b"\n"))
@@ -33,9 +33,10 @@ class RowWriter:
 
 
 class RowStore(Sequence[Conversation]):
-    """The conversations of a finished store, by number. Every row is read when it is asked for, and not kept.
+    """The conversations of a finished store, by number. Every access reads the row from disk.
 
-    (A memory map would count every page that was ever touched as this process's own.) Not to be shared by processes.
+    There is no memory map, because the memory of a process would include every page that was ever read. Processes must
+    not share a `RowStore`.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""A map over processes whose results come in order, so that the number of workers changes nothing but the time."""
+"""Map a function over processes and return the results in order, so the number of workers does not change them."""
 
 import multiprocessing
 import os
@@ -15,59 +15,59 @@ from poe.errors import DataError
 T = TypeVar("T")
 R = TypeVar("R")
 
-_work: Callable[[Any], Any] | None = None
-_FORKS = sys.platform == "linux"  # macOS has fork too, but its own libraries do not survive it
+_function: Callable[[Any], Any] | None = None  # in a worker process
+_CAN_FORK = sys.platform == "linux"  # macOS can fork, but its system libraries fail in a forked process
 
 
 def default_workers() -> int:
-    """`$POE_WORKERS`, else one process per core that this process may use, at most eight.
+    """Return `$POE_WORKERS`, or one process per usable core, at most eight.
 
-    One where processes cannot be forked: there each would import everything anew, and a script without
-    `if __name__ == "__main__"` would run again in each.
+    Return 1 where processes cannot be forked: each process would import all modules again, and a script without
+    `if __name__ == "__main__"` would run again in each process.
     """
-    if (asked := os.environ.get("POE_WORKERS", "")).isdigit():
-        return max(1, int(asked))
-    if not _FORKS:
+    if (setting := os.environ.get("POE_WORKERS", "")).isdigit():
+        return max(1, int(setting))
+    if not _CAN_FORK:
         return 1
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(8, usable)
 
 
-def ordered_map(work: Callable[[T], R], tasks: Iterable[T], workers: int) -> Iterator[R]:
-    """Yield `work(task)` for every task, in order. With `workers` > 1, that many processes work ahead by a few tasks.
+def ordered_map(function: Callable[[T], R], tasks: Iterable[T], workers: int) -> Iterator[R]:
+    """Yield `function(task)` for every task, in order. With `workers` > 1, that many processes work a few tasks ahead.
 
-    `work` is handed to the processes once. What it raises is raised here; a process that dies (out of memory, killed)
-    is a `DataError`.
+    `function` is sent to each process once. Its exceptions are raised here. A process that dies (out of memory, killed)
+    raises `DataError`.
     """
     if workers <= 1:
-        yield from map(work, tasks)
+        yield from map(function, tasks)
         return
-    method = "fork" if _FORKS else "spawn"
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context(method), _begin, (work,))
-    waiting: deque[Future[R]] = deque()
+    method = "fork" if _CAN_FORK else "spawn"
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context(method), _start_worker, (function,))
+    pending: deque[Future[R]] = deque()
     try:
         for task in tasks:
-            waiting.append(pool.submit(_do, task))
-            if len(waiting) > 3 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+            pending.append(pool.submit(_run_task, task))
+            if len(pending) > 3 * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
     except BrokenProcessPool:
         raise DataError(
-            "A process that prepared rows was ended from outside (out of memory?). Try again with fewer workers "
+            "A process that prepared rows was killed, possibly for lack of memory. Try again with fewer workers "
             "(POE_WORKERS=1)."
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _begin(work: Callable[[Any], Any]) -> None:
-    global _work
-    _work = work
+def _start_worker(function: Callable[[Any], Any]) -> None:
+    global _function
+    _function = function
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the pool
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent stops the pool
 
 
-def _do(task: Any) -> Any:
-    assert _work is not None
-    return _work(task)
+def _run_task(task: Any) -> Any:
+    assert _function is not None
+    return _function(task)
