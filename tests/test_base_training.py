@@ -139,5 +139,5 @@ def test_marks_of_a_chat_in_a_text_are_words_and_in_a_generated_one_marks(recipe
 
 def test_text_that_validation_uses_up_is_refused(recipe: BaseRecipe, tmp_path: Path) -> None:
     (tmp_path / "c.txt").write_text("Too short. " * 3)
-    with pytest.raises(DataError, match="no text to train on"):
+    with pytest.raises(DataError, match="No text is left to train on"):
         training_rows(recipe.replace(data=f"text={tmp_path}/c.txt"), AutoTokenizer.from_pretrained(EMBEDDED_BASE), 1)

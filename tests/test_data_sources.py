@@ -152,8 +152,8 @@ def test_a_truncated_list_gives_the_rows_before_the_break(tmp_path: Path) -> Non
         ("x.json", '[{"a": 1}]'.encode("utf-16"), "UTF-16"),
         ("x.jsonl", '{"a": 1}\n'.encode("utf-16"), "UTF-16"),
         ("x.jsonl.gz", b"not gzip at all", "not a gzip file"),
-        ("x.txt", b"text", "of no kind"),
-        ("x", b"text", "of no kind"),
+        ("x.txt", b"text", "unknown format"),
+        ("x", b"text", "unknown format"),
     ],
 )
 def test_files_that_are_refused(tmp_path: Path, name: str, data: bytes, message: str) -> None:
@@ -164,9 +164,9 @@ def test_files_that_are_refused(tmp_path: Path, name: str, data: bytes, message:
 
 def test_paths_that_name_nothing(tmp_path: Path) -> None:
     for path, message in (
-        ("none.json", "no file or folder"),
+        ("none.json", "No file or folder"),
         ("*.none", "No file matches"),
-        (".", "holds no data file"),
+        (".", "has no data file"),
     ):
         with pytest.raises(DataError, match=message):
             read(tmp_path / path)

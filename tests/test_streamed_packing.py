@@ -113,10 +113,10 @@ def test_a_resumed_run_packs_nothing_again(tmp_path: Path) -> None:
     index.write_text(index.read_text()[:-5])  # killed while it was written
     assert same(Source(lengths).rows(index=index, resume=True).batch(149, 3), expected[149])
     Source([9] * 100).rows(index=index)  # another run begins: what is noted is not its own
-    with pytest.raises(DataError, match="not what they were when the run began: chunk 0"):
+    with pytest.raises(DataError, match="have changed since the run began: chunk 0"):
         Source([8] * 100).rows(index=index, resume=True)
 
 
 def test_no_text_is_an_error() -> None:
-    with pytest.raises(DataError, match="no text to train on"):
+    with pytest.raises(DataError, match="No text is left to train on"):
         Source([]).rows()

@@ -125,7 +125,7 @@ def test_a_file_that_breaks_off_gives_what_came_before(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (as_lines([{"url": "x", "score": 1}]), "no column that is clearly its text.*url, score"),
+        (as_lines([{"url": "x", "score": 1}]), "no column that is clearly the text.*url, score"),
         (as_lines([{"text": ""}, {"text": " "}]), "There is no text.*empty text 2"),
         (b"", "There is no text"),
     ],
@@ -146,7 +146,7 @@ def test_blocks_and_parts_of_any_size_lose_nothing(tmp_path_factory: Any, texts:
     data = path.read_bytes()
 
     class Blocks:
-        broken = False
+        truncated = False
 
         def __init__(self, file: Path) -> None: ...
 
@@ -208,7 +208,7 @@ def test_a_data_set_that_breaks_off_is_an_error(monkeypatch: pytest.MonkeyPatch)
         raise ConnectionError("no route")
 
     Hub(monkeypatch, rows)
-    with pytest.raises(SourceError, match=r"'some/set' broke off at row 1: no route"):
+    with pytest.raises(SourceError, match=r"'some/set' failed at row 1: no route"):
         list(documents("text=some/set"))
 
 
@@ -219,7 +219,7 @@ def test_what_exists_here_is_not_asked_of_the_hub(tmp_path: Path, monkeypatch: p
     (tmp_path / "some" / "set" / "a.txt").write_text("near")
     monkeypatch.chdir(tmp_path)
     assert read("text=some/set")[0] == ["near"]
-    with pytest.raises(DataError, match=r"no file or folder 'some/other\.txt'"):
+    with pytest.raises(DataError, match=r"No file or folder 'some/other\.txt'"):
         read("text=some/other.txt")
     assert not hub.asked
 

@@ -1,9 +1,9 @@
-"""Raw rows: from files, folders, globs and the Hub, each with an id that says where it stood.
+"""Read raw rows from files, folders, globs and the Hub, each with an id that gives its position.
 
-Formats: JSON (a list, or an object with the list under `data` or `rows`; a `.json` file that holds lines is read as
-lines), JSON Lines, parquet, and each of them as .gz or .zst. UTF-8, with or without a byte order mark. A line or list
-element that cannot be parsed is dropped and counted, and the rows around it are kept; a file that breaks off gives the
-rows before the break and one drop, "truncated file".
+Formats: JSON (a list, or an object with the list under `data` or `rows`; a `.json` file with one object per line is
+read as JSON Lines), JSON Lines, and parquet, each also compressed as .gz or .zst. The encoding is UTF-8, with or
+without a byte order mark. A line or list element that cannot be parsed is dropped and counted; the other rows are kept.
+A truncated file gives its complete rows and one drop, "truncated file".
 """
 
 import codecs
@@ -29,56 +29,57 @@ SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet")
 COMPRESSED = (".gz", ".zst")
 TRAIN_EXTRA = 'pip install "poe-cascade[train]"'
 KEPT_TEXT = 20_000
-"""How many characters of an unreadable text go to the drop report."""
+"""The number of characters of an unreadable text that go to the drop report."""
 
 MAX_ROW = 1 << 24
-"""How long the text of one row may be: longer ones are no rows, and would fill the memory."""
+"""The maximum length of a row's text. Longer rows are dropped, because they could fill the memory."""
 
 TOO_LONG = "row longer than 16 MiB"
 
 _OUTSIDE = re.compile(r'["\[\]{},]')
-_INSIDE = re.compile(r'\\.|"', re.DOTALL)
+_IN_STRING = re.compile(r'\\.|"', re.DOTALL)
 
 
-def _refuse_constant(name: str) -> Any:
+def _reject_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
 def parse_json(text: str, *, strict: bool = True) -> Any:
-    """`json.loads` without NaN and Infinity. Raises ValueError for whatever cannot be parsed, endless nesting too."""
+    """Parse JSON without NaN and Infinity. Raises `ValueError` for invalid JSON and for nesting that is too deep."""
     try:
-        return json.loads(text, parse_constant=_refuse_constant, strict=strict)
+        return json.loads(text, parse_constant=_reject_constant, strict=strict)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
 
-def kinds_text(kinds: tuple[str, ...]) -> str:
+def list_kinds(kinds: tuple[str, ...]) -> str:
+    """Return file suffixes as words, for error messages."""
     names = [kind.removeprefix(".") for kind in kinds]
     return f"{', '.join(names[:-1])} or {names[-1]}, each also as .gz or .zst"
 
 
 def expand(path: str, kinds: tuple[str, ...] = SUFFIXES) -> list[Path]:
-    """The files that a path names: itself, every file of these kinds below a folder, or what a glob finds. Sorted."""
+    """Return the files of a path, sorted: a file, the files of these kinds in a folder, or the matches of a glob."""
     plain = Path(path).expanduser()
     if plain.is_file():
         return [plain]
     if plain.is_dir():
-        found = [
+        files = [
             f for f in plain.rglob("*") if f.is_file() and kind_of(f) in kinds and not _is_hidden(f.relative_to(plain))
         ]
-        if not found:
-            raise DataError(f"The folder {path!r} holds no data file ({kinds_text(kinds)}).")
-        return sorted(found)
+        if not files:
+            raise DataError(f"The folder {path!r} has no data file ({list_kinds(kinds)}).")
+        return sorted(files)
     if glob.has_magic(str(plain)):
         files = sorted(Path(f) for f in glob.glob(str(plain), recursive=True) if os.path.isfile(f))
         if not files:
-            raise DataError(f"No file matches {path!r} (seen from {Path.cwd()}).")
+            raise DataError(f"No file matches {path!r} (from the folder {Path.cwd()}).")
         return files
-    raise DataError(f"There is no file or folder {path!r} (seen from {Path.cwd()}).")
+    raise DataError(f"No file or folder {path!r} exists (from the folder {Path.cwd()}).")
 
 
 def kind_of(path: Path) -> str:
-    """The suffix that tells a file's format, in lower case; that of its compression is looked through."""
+    """Return the suffix of a file's format in lower case, without the suffix of its compression."""
     suffixes = path.suffixes[:-1] if path.suffix.lower() in COMPRESSED else path.suffixes
     return suffixes[-1].lower() if suffixes else ""
 
@@ -88,10 +89,10 @@ def _is_hidden(path: Path) -> bool:
 
 
 def file_rows(path: str, source: str, report: DropReport) -> Iterator[Row]:
-    """Every row of every file that `path` names. What cannot be parsed is read, dropped and counted under `source`."""
+    """Yield the rows of all files of a path. Rows that cannot be parsed are dropped and counted under `source`."""
     for file in expand(path):
         if kind_of(file) not in SUFFIXES:
-            raise DataError(f"{str(file)!r} is of no kind that can be read; expected {kinds_text(SUFFIXES)}.")
+            raise DataError(f"{str(file)!r} has an unknown format; expected {list_kinds(SUFFIXES)}.")
         try:
             if kind_of(file) == ".parquet":
                 yield from _parquet_rows(file)
@@ -103,7 +104,7 @@ def file_rows(path: str, source: str, report: DropReport) -> Iterator[Row]:
             raise DataError(f"{str(file)!r} cannot be read: {error}.") from error
 
 
-def _lost(source: str, report: DropReport, reason: str, text: str, row_id: str) -> None:
+def _drop(source: str, report: DropReport, reason: str, text: str, row_id: str) -> None:
     report.read[source] += 1
     report.drop(source, reason, text[:KEPT_TEXT], row_id)
 
@@ -124,34 +125,34 @@ def _pyarrow(what: str) -> Any:
 
 
 class Blocks:
-    """The blocks of a file, decompressed; `broken` turns true where compressed data breaks off."""
+    """The decompressed blocks of a file. `truncated` becomes true if the compressed data is incomplete."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
-        self.broken = False
+        self.truncated = False
 
     def __iter__(self) -> Iterator[bytes]:
         with _open(self._file) as stream:
             first = True
             while True:
-                try:  # read1: what came before a break is returned before the break raises
+                try:  # read1 returns the data before an error, and raises the error at the next call
                     block = stream.read1(1 << 16)  # type: ignore[attr-defined]
                 except (EOFError, zlib.error) as error:
-                    self.broken = True
+                    self.truncated = True
                     if first:
                         raise DataError(f"{str(self._file)!r} is not a gzip file that can be read: {error}.") from None
                     return
                 except gzip.BadGzipFile as error:
                     if first:
                         raise DataError(f"{str(self._file)!r} is not a gzip file: {error}.") from None
-                    self.broken = True
+                    self.truncated = True
                     return
                 except OSError as error:
                     if error.errno is not None or self._file.suffix.lower() != ".zst":
-                        raise  # the disk's failure, not that of what lies on it
+                        raise  # an error of the disk, not of the file's content
                     if first:
                         raise DataError(f"{str(self._file)!r} is not a zstd file that can be read: {error}.") from None
-                    self.broken = True
+                    self.truncated = True
                     return
                 if not block:
                     return
@@ -200,104 +201,107 @@ def _text_rows(file: Path, source: str, report: DropReport) -> Iterator[Row]:
 
 
 def _decoded(blocks: Blocks, file: Path) -> Iterator[str]:
-    """The blocks as text. A character that compression breaks off in is left out."""
+    """Yield the blocks as text. An incomplete character at the end of truncated data is left out."""
     decoder = codecs.getincrementaldecoder("utf-8")()
-    at = 0
+    position = 0
     try:
         for block in blocks:
             yield decoder.decode(block)
-            at += len(block)
-        if not blocks.broken:
+            position += len(block)
+        if not blocks.truncated:
             yield decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
-        raise DataError(f"{str(file)!r} is not UTF-8: {error.reason} near byte {at + error.start}.") from None
+        raise DataError(f"{str(file)!r} is not UTF-8: {error.reason} near byte {position + error.start}.") from None
 
 
 def _lines(data: Iterable[bytes], blocks: Blocks, file: Path, source: str, report: DropReport) -> Iterator[Row]:
-    """One row per line; only the line feed separates, so other line breaks may stand inside a text."""
+    """Yield one row per line. Only a line feed ends a line; other line breaks may occur inside a text."""
 
-    def row(line: _Bounded[bytes], number: int) -> Iterator[Row]:
+    def parse_line(line: _Bounded[bytes], number: int) -> Iterator[Row]:
         raw, row_id = b"".join(line.parts), f"{file.name}:{number}"
         if line.too_long:
-            _lost(source, report, TOO_LONG, raw[:KEPT_TEXT].decode("utf-8", "replace"), row_id)
+            _drop(source, report, TOO_LONG, raw[:KEPT_TEXT].decode("utf-8", "replace"), row_id)
             return
         try:
             text = raw.decode("utf-8")
         except UnicodeDecodeError:
-            _lost(source, report, "not UTF-8", raw.decode("utf-8", "replace"), row_id)
+            _drop(source, report, "not UTF-8", raw.decode("utf-8", "replace"), row_id)
             return
         if not text.strip():
             return
         try:
             yield row_id, parse_json(text)
         except ValueError:
-            _lost(source, report, "not JSON", text, row_id)
+            _drop(source, report, "not JSON", text, row_id)
 
     number, line = 1, _Bounded[bytes]()
     for block in data:
         first, *others = block.split(b"\n")
         line.add(first)
         for raw in others:
-            yield from row(line, number)
+            yield from parse_line(line, number)
             number, line = number + 1, _Bounded[bytes]()
             line.add(raw)
-    if blocks.broken:
-        _lost(
+    if blocks.truncated:
+        _drop(
             source, report, "truncated file", b"".join(line.parts).decode("utf-8", "replace"), f"{file.name}:{number}"
         )
     else:
-        yield from row(line, number)
+        yield from parse_line(line, number)
 
 
 def _list(chunks: Iterable[str], file: Path, source: str, report: DropReport) -> Iterator[Row]:
-    """The elements of a JSON list, from behind its bracket. After one that cannot be parsed, reading goes on."""
+    """Yield the elements of a JSON list from after its opening bracket, without those that cannot be parsed."""
     index = 0
     for element, mark in _elements(chunks):
         text, row_id = "".join(element.parts).strip(), f"{file.name}[{index}]"
         if mark == "after" and text:
-            _lost(source, report, "text after the end of the list", text, row_id)
+            _drop(source, report, "text after the end of the list", text, row_id)
         elif mark == "":
-            _lost(source, report, "truncated file", text, row_id)
+            _drop(source, report, "truncated file", text, row_id)
         elif element.too_long:
-            _lost(source, report, TOO_LONG, text, row_id)
+            _drop(source, report, TOO_LONG, text, row_id)
             index += 1
         elif text and mark != "after":
             try:
                 yield row_id, parse_json(text)
             except ValueError:
-                _lost(source, report, "not JSON", text, row_id)
+                _drop(source, report, "not JSON", text, row_id)
             index += 1
 
 
 def _elements(chunks: Iterable[str]) -> Iterator[tuple["_Bounded[str]", str]]:
-    """Each element of a list and the mark that ends it, "" where the text breaks off; last, what comes "after"."""
+    """Yield each element of a list with the mark that ends it.
+
+    The mark is "" if the text is truncated. The last element is the text after the list, with the mark "after".
+    """
     element = _Bounded[str]()
-    depth, inside, over, carried = 0, False, False, ""
+    depth, in_string, ended, carried = 0, False, False, ""
     for chunk in chunks:
-        text, start, at = carried + chunk, 0, 0
-        while not over and (found := (_INSIDE if inside else _OUTSIDE).search(text, at)):
-            at, mark = found.end(), found[0]
+        text, start, position = carried + chunk, 0, 0
+        while not ended and (match := (_IN_STRING if in_string else _OUTSIDE).search(text, position)):
+            position, mark = match.end(), match[0]
             if mark == '"':
-                inside = not inside
-            elif inside:
+                in_string = not in_string
+            elif in_string:
                 continue  # an escaped character
             elif mark in "[{":
                 depth += 1
             elif depth == 0 and mark in ",]":
-                element.add(text[start : found.start()])
+                element.add(text[start : match.start()])
                 yield element, mark
-                element, start, over = _Bounded[str](), at, mark == "]"
+                element, start, ended = _Bounded[str](), position, mark == "]"
             elif mark in "]}":
                 depth = max(0, depth - 1)
-        # A backslash at the end belongs to the character that the next chunk begins with.
-        carried = "\\" if inside and text.endswith("\\", at) else ""
+        # A backslash at the end escapes the first character of the next chunk.
+        carried = "\\" if in_string and text.endswith("\\", position) else ""
         element.add(text[start : len(text) - len(carried)])
     element.add(carried)
-    yield element, "after" if over else ""
+    yield element, "after" if ended else ""
 
 
 class _Bounded(Generic[AnyStr]):
-    """Pieces of one row, of which no more is kept than a row may have."""
+    """The parts of one row. Parts beyond the maximum length of a row are not kept."""
 
     def __init__(self) -> None:
         self.parts: list[AnyStr] = []
@@ -332,9 +336,9 @@ def _parquet_rows(file: Path) -> Iterator[Row]:
 def hub_rows(
     dataset_id: str, name: str, split: str = "train", config: str | None = None, *, streaming: bool = False
 ) -> Iterator[Row]:
-    """Every row of a public data set, through `datasets` (its cache is used when the Hub cannot be reached).
+    """Yield every row of a public data set with `datasets`, from its cache when the Hub cannot be reached.
 
-    `streaming`: rows are fetched while they are read, at the revision that the Hub has now, and nothing is stored.
+    With `streaming`, rows are fetched while they are read, at the current revision of the Hub, and nothing is stored.
     """
     place = dataset_id if config is None else f"{dataset_id}/{config}"
     rows = iter(_hub_dataset(dataset_id, name, split, config, streaming))
@@ -343,14 +347,14 @@ def hub_rows(
             row = next(rows)
         except StopIteration:
             return
-        except Exception as error:  # of whatever kind: the network, the file, the codec
-            why = next(iter(str(error).splitlines()), type(error).__name__)
-            raise SourceError(f"The data set {place!r} broke off at row {i}: {why}.") from error
+        except Exception as error:  # any kind: the network, the file, the codec
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise SourceError(f"Reading the data set {place!r} failed at row {i}: {reason}.") from error
         yield f"{place}[{i}]", row
 
 
 def hub_fingerprint(dataset_id: str, name: str, split: str = "train", config: str | None = None) -> str:
-    """What `datasets` knows a public data set's rows by."""
+    """Return the fingerprint that `datasets` gives to the rows of a public data set."""
     return str(getattr(_hub_dataset(dataset_id, name, split, config), "_fingerprint", ""))
 
 
@@ -363,13 +367,13 @@ def _hub_dataset(dataset_id: str, name: str, split: str, config: str | None, str
             f"Fetching {dataset_id!r} needs the package datasets: {TRAIN_EXTRA}. Without it, give a file: {name}=path."
         ) from None
 
-    def failed(why: str) -> SourceError:
+    def failed(reason: str) -> SourceError:
         return SourceError(
-            f"The data set {dataset_id!r} of the reader {name!r} could not be fetched: {why}. "
-            f"A local file can be given instead: {name}=path/to/rows.jsonl."
+            f"The data set {dataset_id!r} of the reader {name!r} could not be fetched: {reason}. "
+            f"Give a local file instead: {name}=path/to/rows.jsonl."
         )
 
-    # `datasets` repeats an unreachable Hub for half a minute; one plain request tells at once.
+    # `datasets` retries an unreachable Hub for half a minute; one plain request fails at once.
     offline, options = False, {}
     try:
         info = huggingface_hub.HfApi().dataset_info(dataset_id, timeout=10)
@@ -380,8 +384,8 @@ def _hub_dataset(dataset_id: str, name: str, split: str, config: str | None, str
             f"it is gated; accept its terms at https://huggingface.co/datasets/{dataset_id} and run `hf auth login`"
         ) from None
     except huggingface_hub.errors.RepositoryNotFoundError:
-        raise failed("the Hub knows no such data set, or not for this account") from None
-    except Exception:  # of whatever kind: a copy in the cache may still serve, and if not the message below says so
+        raise failed("the Hub has no such data set, or this account cannot read it") from None
+    except Exception:  # any kind: a cached copy may exist; if not, the error below is raised
         offline = True
     try:
         return _load(datasets, huggingface_hub, (dataset_id, config), {"split": split, **options}, offline)
@@ -391,7 +395,7 @@ def _hub_dataset(dataset_id: str, name: str, split: str, config: str | None, str
 
 
 def _load(datasets: Any, hub: Any, what: tuple[str, str | None], options: dict[str, Any], offline: bool) -> Any:
-    """`load_dataset`, from the cache alone when offline."""
+    """Call `load_dataset`; when offline, use only the cache."""
     before = datasets.config.HF_HUB_OFFLINE, hub.constants.HF_HUB_OFFLINE
     if offline:
         datasets.config.HF_HUB_OFFLINE = hub.constants.HF_HUB_OFFLINE = True

@@ -1,4 +1,4 @@
-"""Rows packed from a stream of text while training asks for them: memory holds one chunk, however long the stream."""
+"""Rows that are packed from a stream of text during training. Memory holds one chunk of the stream at a time."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -14,28 +14,30 @@ from poe.calls.conversation import Text
 from poe.data.packing import Batch, Document, LongPolicy, PackedRows, pack
 from poe.errors import DataError
 
-CHUNK_CHARACTERS = 8_000_000  # about two million tokens: what is shuffled together, and held
+CHUNK_CHARACTERS = 8_000_000  # about two million tokens, shuffled and held in memory together
 
 
 class _Chunk(NamedTuple):
-    """What is noted of a chunk: in which pass through the texts it lies, how many it took, and the rows they made."""
+    """The index entry of a chunk: its pass through the texts (from 0), and its numbers of texts and rows."""
 
-    passed: int
+    pass_number: int
     texts: int
     rows: int
 
 
 class StreamedRows:
-    """Rows by step number, of which the chunk in use is held: the same step gives the same rows, whenever it is asked.
+    """Rows by step number, with only the current chunk in memory. A step always gives the same rows.
 
-    `texts` begins a pass through the documents, the same each time; where they end, the next pass begins. A chunk is
-    `CHUNK_CHARACTERS` of them, tokenized by `encode`, and shuffled and packed by itself, differently in each pass.
-    Steps are meant to be asked for in order: going back reads from the beginning, going on reads over what is between.
-    `index` is a file that notes the chunks, so that a run that is resumed does not pack again those it has used; what
-    is in it when rows are made holds if `resume`, and must be about the same texts.
+    `texts` starts a pass through the documents; every pass yields the same documents. After the last document the next
+    pass starts. A chunk has `CHUNK_CHARACTERS` of text. `encode` tokenizes it; each chunk is shuffled and packed
+    separately, differently in each pass. Steps are expected in increasing order: a step back reads the texts again from
+    the beginning, and a step ahead reads and skips the texts between.
 
-    `num_rows` is how many there are to be; `num_first_rows` are those of the first chunk. Raises `DataError` when there
-    is no text, or when it is not what it was.
+    `index` is a file that records the chunks, so that a resumed run does not pack the chunks before its step again. An
+    existing index is used if `resume` is set; it must describe the same texts.
+
+    `num_rows` is the number of rows of the run, `num_first_rows` that of the first chunk. Raises `DataError` when there
+    is no text, or when the texts have changed.
     """
 
     def __init__(
@@ -54,89 +56,92 @@ class StreamedRows:
         self.num_rows, self.seq_len, self.seed = num_rows, seq_len, seed
         self._texts, self._encode, self._long, self._pad_id = texts, encode, long, pad_id
         self._index = index
-        self._noted = _read(index) if index is not None and resume else []
-        self._wanted = 0
-        self._chunks = self._from_the_beginning()
+        self._index_entries = _read_index(index) if index is not None and resume else []
+        self._current_row = 0
+        self._chunks = self._read_chunks()
         self._start, self._rows = next(self._chunks)
         self.num_first_rows = self._rows.num_rows
 
     @property
     def passes(self) -> int:
-        """In which pass through the texts the furthest chunk lies, from 1."""
-        return self._noted[-1].passed + 1
+        """The number of passes through the texts so far, from 1, including an unfinished one."""
+        return self._index_entries[-1].pass_number + 1
 
     def batch(self, step: int, rows_per_step: int) -> Batch:
-        """The rows of step `step` (0, 1, ...): rows `step * rows_per_step` and following."""
+        """Return `rows_per_step` rows from row `step * rows_per_step` on."""
         first = step * rows_per_step
         rows = [self._row(i) for i in range(first, first + rows_per_step)]
         return Batch(*(torch.cat(parts) for parts in zip(*rows, strict=True)))
 
     def _row(self, number: int) -> Batch:
-        self._wanted = number
+        self._current_row = number
         if number < self._start:
-            self._chunks = self._from_the_beginning()
+            self._chunks = self._read_chunks()
             self._start, self._rows = next(self._chunks)
         while number >= self._start + self._rows.num_rows:
             self._start, self._rows = next(self._chunks)
         return self._rows.batch(number - self._start, 1)
 
-    def _from_the_beginning(self) -> Iterator[tuple[int, PackedRows]]:
-        """The chunks, each with the number of its first row; noted ones before the wanted row are only read over."""
-        start = number = passed = 0
+    def _read_chunks(self) -> Iterator[tuple[int, PackedRows]]:
+        """Yield each packed chunk with the number of its first row.
+
+        Chunks that are in the index and end before the current row are skipped without packing them.
+        """
+        start = number = pass_number = 0
         while True:
             texts = self._texts()
-            before = number
+            first_of_pass = number
             while True:
-                noted = self._noted[number] if number < len(self._noted) else None
-                if noted and noted.passed > passed:
+                known = self._index_entries[number] if number < len(self._index_entries) else None
+                if known and known.pass_number > pass_number:
                     break
-                if noted and start + noted.rows <= self._wanted:
-                    made = _Chunk(passed, sum(1 for _ in islice(texts, noted.texts)), noted.rows)
+                if known and start + known.rows <= self._current_row:
+                    entry = _Chunk(pass_number, sum(1 for _ in islice(texts, known.texts)), known.rows)
                     packed = None
                 else:
-                    chunk = _take(texts)
+                    chunk = _take_chunk(texts)
                     if not chunk:
                         break
-                    packed = self._packed(chunk, number)
-                    made = _Chunk(passed, len(chunk), packed.num_rows)
-                self._note(number, made)
+                    packed = self._pack(chunk, number)
+                    entry = _Chunk(pass_number, len(chunk), packed.num_rows)
+                self._record(number, entry)
                 if packed is not None:
                     yield start, packed
-                start, number = start + made.rows, number + 1
-            if number == before:
-                raise DataError("There is no text to train on beside what is held out for validation: give more rows.")
-            passed += 1
+                start, number = start + entry.rows, number + 1
+            if number == first_of_pass:
+                raise DataError("No text is left to train on after the validation rows are held out: give more rows.")
+            pass_number += 1
 
-    def _packed(self, chunk: list[Text], number: int) -> PackedRows:
+    def _pack(self, chunk: list[Text], number: int) -> PackedRows:
         seed = Random(f"{self.seed}/{number}").getrandbits(63)
         return pack(self._encode(chunk), self.seq_len, long=self._long, seed=seed, pad_id=self._pad_id)
 
-    def _note(self, number: int, made: _Chunk) -> None:
-        if number < len(self._noted):
-            if made != self._noted[number]:
+    def _record(self, number: int, entry: _Chunk) -> None:
+        if number < len(self._index_entries):
+            known = self._index_entries[number]
+            if entry != known:
                 raise DataError(
-                    f"The texts are not what they were when the run began: chunk {number} had "
-                    f"{self._noted[number].texts} texts in {self._noted[number].rows} rows, now {made.texts} in "
-                    f"{made.rows}. Begin a new run in another folder."
+                    f"The texts have changed since the run began: chunk {number} had {known.texts} texts in "
+                    f"{known.rows} rows, now {entry.texts} in {entry.rows}. Start a new run in another folder."
                 )
             return
-        self._noted.append(made)
+        self._index_entries.append(entry)
         if self._index is not None:
             with self._index.open("a" if number else "w", encoding="utf-8") as file:
-                file.write(json.dumps(made) + "\n")
+                file.write(json.dumps(entry) + "\n")
 
 
-def _read(index: Path) -> list[_Chunk]:
-    """The chunks that a file notes, as far as it can be read."""
-    noted: list[_Chunk] = []
+def _read_index(index: Path) -> list[_Chunk]:
+    """Return the chunks in an index file, up to the first line that cannot be read."""
+    entries: list[_Chunk] = []
     with suppress(OSError, ValueError, TypeError):
         for line in index.read_text(encoding="utf-8").splitlines():
-            noted.append(_Chunk(*json.loads(line)))
-    return noted
+            entries.append(_Chunk(*json.loads(line)))
+    return entries
 
 
-def _take(texts: Iterator[Text]) -> list[Text]:
-    """The next texts, of `CHUNK_CHARACTERS` or what is left."""
+def _take_chunk(texts: Iterator[Text]) -> list[Text]:
+    """Return the next texts, with at least `CHUNK_CHARACTERS` characters, or the remaining ones."""
     chunk, characters = [], 0
     for text in texts:
         chunk.append(text)

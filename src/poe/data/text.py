@@ -1,8 +1,8 @@
-"""Plain documents for pretraining a base: the demo world's own texts, local files, or a data set of the Hub.
+"""Read plain documents for pretraining a base: generated texts, local files, or a data set of the Hub.
 
-Nothing is held but what is being read. Local files are .txt and .md, where `<|endoftext|>` separates documents, and
-rows of json, jsonl and parquet, each also as .gz or .zst; of a row the text is one column. What has no text in it, or
-cannot be read, is counted in the report.
+Documents are streamed, not held in memory. Local files are .txt and .md, in which `<|endoftext|>` separates documents,
+and json, jsonl and parquet files with one document per row, in one column; each also as .gz or .zst. Rows without text
+and data that cannot be read are counted in the report.
 """
 
 import codecs
@@ -18,50 +18,50 @@ from typing import Any
 from poe.calls.conversation import Text
 from poe.calls.schema import check_value
 from poe.data.drops import DropReport
-from poe.data.sources import SUFFIXES, Blocks, Row, expand, file_rows, hub_rows, kind_of, kinds_text
+from poe.data.sources import SUFFIXES, Blocks, Row, expand, file_rows, hub_rows, kind_of, list_kinds
 from poe.data.spec import DataSource, parse_spec
 from poe.demo.notations import make_notations
 from poe.demo.text import make_text
 from poe.errors import DataError
 
-GENERATED = {"demo": make_text, "notations": make_notations}  # endless: a document is a function of its number
+GENERATED = {"demo": make_text, "notations": make_notations}  # endless: a document depends only on its number
 NAME = "text"
 TEXT_READERS = (*GENERATED, NAME)
 PLAIN = (".txt", ".md")
 KINDS = (*PLAIN, *SUFFIXES)
-COLUMNS = ("text", "content", "raw_content", "document", "article", "body", "code")  # the first that a row has
+COLUMNS = ("text", "content", "raw_content", "document", "article", "body", "code")  # in order of preference
 PART_CHARACTERS = 20_000
 OPEN_FILES = 16
 END_OF_TEXT = "<|endoftext|>"
 
 _HUB_NAME = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?:/([\w.-]+))?")
-_NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what the error handler "surrogateescape" makes of such bytes
+_NOT_UTF8 = re.compile("[\udc80-\udcff]")  # the error handler "surrogateescape" decodes invalid bytes to these
 
 
 def documents(spec: str, *, seed: int = 0, easy: float = 0.0, report: DropReport | None = None) -> Iterator[Text]:
-    """Yield the documents of a SPEC, the same ones for the same files and `seed`.
+    """Yield the documents of a SPEC, the same documents for the same files and `seed`.
 
-    `demo` and `notations` are generated, endless, each document with its answers marked; `easy` is theirs
-    (`make_text`). `text=PATH` are local files, a folder or a glob; `text=USER/DATASET` or `text=USER/DATASET/CONFIG`,
-    where no such path exists, is the split "train" of a data set of the Hub, streamed.
+    `demo` and `notations` are endless generated documents with marked answers; `easy` is passed to their generators
+    (`make_text`). `text=PATH` is a local file, a folder or a glob. `text=USER/DATASET` or `text=USER/DATASET/CONFIG`,
+    if no such path exists, is the split "train" of a data set of the Hub, streamed.
 
-    Several sources are interleaved so that each has given its weight's share of the characters at any time, and so are
-    the files of one source (as many as are open at a time) by their sizes; long documents come in parts. `report`
-    counts what was read, kept and dropped under "text", parts of plain files each as one. Raises `DataError` for what
-    cannot be read as text or holds none, `SourceError` for a data set that cannot be fetched.
+    Several sources are interleaved so that at any time each has given a share of the characters that is proportional to
+    its weight. The open files of one source are interleaved by their sizes. Long documents are cut into parts. `report`
+    counts documents under "text"; each part of a plain file counts as one. Raises `DataError` for files that cannot be
+    read as text or have no text, and `SourceError` for a data set that cannot be fetched.
     """
     report = DropReport() if report is None else report
     sources = parse_spec(spec, TEXT_READERS)
-    return _mixed([(source.weight, _texts(source, seed, easy, report)) for source in sources], len(sources))
+    return _interleave([(source.weight, _texts(source, seed, easy, report)) for source in sources], len(sources))
 
 
 def is_generated(spec: str) -> bool:
-    """Whether all that a SPEC names is generated, in documents that fit in a row of 512 tokens."""
+    """Return whether all sources of a SPEC are generated. Such documents fit in a row of 512 tokens."""
     return all(source.name in GENERATED for source in parse_spec(spec, TEXT_READERS))
 
 
-def _mixed(streams: Iterable[tuple[float, Iterator[Text]]], at_once: int) -> Iterator[Text]:
-    """Take from the first `at_once` streams by their weights; where one ends, the next begins."""
+def _interleave(streams: Iterable[tuple[float, Iterator[Text]]], at_once: int) -> Iterator[Text]:
+    """Interleave the first `at_once` streams by their weights. When a stream ends, the next one starts."""
     waiting = enumerate(streams)
     heap = [(0.0, number, weight, texts) for number, (weight, texts) in islice(waiting, at_once)]
     while heap:
@@ -89,10 +89,10 @@ def _one_pass(path: str, seed: int, report: DropReport) -> Iterator[Text]:
         texts = _row_texts(hub_rows(hub[1], NAME, config=hub[2], streaming=True), path, report)
     else:
         files = expand(path, KINDS)
-        if strange := [str(file) for file in files if kind_of(file) not in KINDS]:
-            raise DataError(f"{strange[0]!r} is of no kind that can be read as text; expected {kinds_text(KINDS)}.")
+        if unknown := [str(file) for file in files if kind_of(file) not in KINDS]:
+            raise DataError(f"{unknown[0]!r} cannot be read as text; expected {list_kinds(KINDS)}.")
         Random(seed).shuffle(files)
-        texts = _mixed(((max(1, file.stat().st_size), _file_texts(file, report)) for file in files), OPEN_FILES)
+        texts = _interleave(((max(1, file.stat().st_size), _file_texts(file, report)) for file in files), OPEN_FILES)
     empty = True
     for text in texts:
         empty = False
@@ -134,7 +134,7 @@ def _text_column(row: dict[str, Any], place: str) -> str:
     if len(row) == 1 and isinstance(next(iter(row.values())), str):
         return next(iter(row))
     raise DataError(
-        f"{place!r} has no column that is clearly its text: expected {', '.join(COLUMNS)}, got the columns "
+        f"{place!r} has no column that is clearly the text: expected {', '.join(COLUMNS)}, got the columns "
         f"{', '.join(map(str, row))}. Write the text into a file of its own, in a column named text."
     )
 
@@ -156,20 +156,20 @@ def _plain_texts(file: Path, report: DropReport) -> Iterator[Text]:
 
 
 def _plain_parts(file: Path, report: DropReport) -> Iterator[str]:
-    """The documents of a file, without the white space around them, in parts."""
+    """Yield the documents of a file in parts, without the white space around each document."""
     blocks = Blocks(file)
-    text, inside = "", False  # what was read and not given, and whether it continues a document
+    text, continues = "", False  # text not yet yielded, and whether it continues a document
     for chunk in chain(_decoded(blocks), [END_OF_TEXT]):
-        *ended, text = (text + chunk).split(END_OF_TEXT)
-        for document in ended:
-            yield from _parts(document.rstrip() if inside else document.strip())
-            inside = False
-        text = text if inside else text.lstrip()
-        while len(text) > PART_CHARACTERS + len(END_OF_TEXT):  # what is left may begin a separator
+        *finished, text = (text + chunk).split(END_OF_TEXT)
+        for document in finished:
+            yield from _parts(document.rstrip() if continues else document.strip())
+            continues = False
+        text = text if continues else text.lstrip()
+        while len(text) > PART_CHARACTERS + len(END_OF_TEXT):  # the end of the text may be part of a separator
             part, text = _cut(text)
             yield part
-            inside = True
-    if blocks.broken:
+            continues = True
+    if blocks.truncated:
         report.read[NAME] += 1
         report.drop(NAME, "truncated file", str(file), file.name)
 
@@ -182,12 +182,12 @@ def _decoded(blocks: Blocks) -> Iterator[str]:
     except OSError as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"A file of text cannot be read: {error}.") from error
+        raise DataError(f"A text file cannot be read: {error}.") from error
     yield decoder.decode(b"", final=True)
 
 
 def _parts(text: str) -> Iterator[str]:
-    """Cut what is longer than a few pages."""
+    """Yield a text in parts of a few pages."""
     while len(text) > PART_CHARACTERS:
         part, text = _cut(text)
         yield part
@@ -195,6 +195,6 @@ def _parts(text: str) -> Iterator[str]:
 
 
 def _cut(text: str) -> tuple[str, str]:
-    """A part, up to the end of a line where there is one, and the rest."""
+    """Return the first part, which ends at the end of a line if possible, and the rest."""
     end = text.rfind("\n", PART_CHARACTERS // 2, PART_CHARACTERS) + 1 or PART_CHARACTERS
     return text[:end], text[end:]
