@@ -2,6 +2,7 @@
 
 import atexit
 import copy
+import functools
 import os
 import shutil
 import tempfile
@@ -145,6 +146,19 @@ def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
     return tokenizer
 
 
+@functools.cache
+def _demo_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    from poe.demo.text import make_text
+    from poe.demo.tokenizer import train_tokenizer
+
+    return train_tokenizer([make_text(i).text for i in range(300)], 600)
+
+
+def demo_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """Return a tokenizer of 600 tokens with the demo's special tokens and chat template."""
+    return copy.deepcopy(_demo_tokenizer())
+
+
 def token_ids(rows: int = 2, length: int = 9, seed: int = 0) -> torch.Tensor:
     """Return random token ids (rows, length) without special tokens."""
     return torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
@@ -167,6 +181,17 @@ def hub() -> FakeHub:
     """An empty Hub on loopback; HF_ENDPOINT names it."""
     HUB.reset()
     return HUB
+
+
+@pytest.fixture(scope="session")
+def demo_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a random PoE base of a few thousand weights with `demo_tokenizer()`. Do not write into it."""
+    from poe.loaders.base_folder import save_base_folder
+    from poe.modeling.modeling_poe import PoEConfig, PoEForCausalLM
+
+    torch.manual_seed(0)
+    config = PoEConfig(vocab_size=600, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, eos_token_id=1)
+    return save_base_folder(PoEForCausalLM(config), tmp_path_factory.mktemp("demo") / "base", demo_tokenizer())
 
 
 @pytest.fixture(scope="session")

@@ -9,21 +9,20 @@ from pathlib import Path
 
 import pytest
 
+from conftest import demo_tokenizer
 from poe.data import corpus, pipeline
 from poe.data.cache import cache_root
 from poe.data.drops import DropReport
 from poe.data.pipeline import TrainingData, prepare
 from poe.data.render import Renderer
 from poe.data.text import documents
-from poe.demo.text import make_text
-from poe.demo.tokenizer import train_tokenizer
 from poe.errors import DataError, OutputError
 from poe.stages import Augmentation, Recipe
 
 
 @pytest.fixture(scope="module")
 def renderer() -> Renderer:
-    return Renderer(train_tokenizer([make_text(i).text for i in range(300)], 600))
+    return Renderer(demo_tokenizer())
 
 
 def write(path: Path, first: int, count: int) -> Path:

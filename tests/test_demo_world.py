@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from conftest import demo_tokenizer
 from poe.calls.forms.call_forms import CALL_FORMS
 from poe.calls.forms.tool_forms import TOOL_FORMS
 from poe.calls.schema import check_call, lint_schema
@@ -21,7 +22,7 @@ from poe.demo import notations, words
 from poe.demo.conversations import Split, make_conversation
 from poe.demo.notations import make_notations
 from poe.demo.text import KEYS, make_text
-from poe.demo.tokenizer import SPECIAL_TOKENS, train_tokenizer
+from poe.demo.tokenizer import SPECIAL_TOKENS
 from poe.demo.world import HELD_OUT_TOOLS, KINDS, TRAIN_TOOLS, make_tool
 from poe.loaders.places import EMBEDDED_BASE
 
@@ -153,7 +154,7 @@ def test_the_reader_takes_a_number_of_rows() -> None:
 
 
 def test_the_template_trains_exactly_the_assistant_and_its_stop_token() -> None:
-    tokenizer = train_tokenizer([make_text(i).text for i in range(300)], 600)
+    tokenizer = demo_tokenizer()
     renderer = Renderer(tokenizer)
     for index in range(40):
         row = make_conversation(index)
@@ -175,7 +176,7 @@ def test_the_template_trains_exactly_the_assistant_and_its_stop_token() -> None:
 
 def test_a_tool_follows_from_its_name_and_a_word_from_its_letters_alone() -> None:
     assert make_tool("book", "flight") == make_tool("book", "flight")
-    tokenizer = train_tokenizer([make_text(i).text for i in range(300)], 600)
+    tokenizer = demo_tokenizer()
     inside = [tokenizer.encode(text, add_special_tokens=False) for text in ("_table", ' "table"', " table,")]
     word = tokenizer.encode("table", add_special_tokens=False)
     for ids in inside:

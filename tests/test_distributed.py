@@ -19,11 +19,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import distributed_worker
-from conftest import tiny_base
+from conftest import demo_tokenizer, tiny_base
 from distributed_worker import DATA, FIELDS, STEPS
 from poe import Cascade, train_stage
-from poe.demo.text import make_text
-from poe.demo.tokenizer import train_tokenizer
 from poe.errors import RecipeError, TrainingError
 from poe.loaders.base_folder import save_base_folder
 from poe.modeling.modeling_poe import PoEConfig, PoEForCausalLM
@@ -167,7 +165,7 @@ def test_a_base_that_cannot_be_divided_is_refused_and_left_whole() -> None:
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random base, with the demo's tokenizer and template."""
     torch.manual_seed(0)
-    tokenizer = train_tokenizer([make_text(i).text for i in range(300)], 600)
+    tokenizer = demo_tokenizer()
     config = PoEConfig(vocab_size=600, hidden_size=64, num_hidden_layers=3, num_attention_heads=2, eos_token_id=1)
     return save_base_folder(PoEForCausalLM(config), tmp_path_factory.mktemp("base") / "base", tokenizer)
 

@@ -50,12 +50,10 @@ def test_what_the_base_has_must_find_a_place() -> None:
         with_early_layers(make(("stage heads",)), num_hidden_layers=5, layer_scalars=True, stage_heads=False)
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
-    """A base of one stage."""
-    folder = tmp_path_factory.mktemp("early")
-    recipe = load_base_recipe("demo", **SHORT, num_layers=2)
-    return train_base(recipe, folder / "base", progress=Progress("test", quiet=True))
+@pytest.fixture
+def trained(demo_base: Path) -> Path:
+    """A base of one stage and two layers."""
+    return demo_base
 
 
 SHORT = {

@@ -8,10 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from typer.testing import CliRunner
 
+from command_line import run_program
 from conftest import scramble, token_ids
 from fake_hub import FakeHub
 from poe import Cascade, StageConfig
@@ -209,9 +211,9 @@ def test_a_push_that_is_killed_leaves_nothing_behind(hub: FakeHub, saved_base, t
     running.communicate()
     assert hub.files("me/killed") == {}
     hub.hold_uploads = False
-    again = program(*arguments, HF_TOKEN="hf_me")
-    text = again.communicate()[0]
-    assert again.returncode == 0, text
+    again = run_program("poe", *arguments, environment={"HF_TOKEN": "hf_me"})
+    text = again.stdout
+    assert again.returncode == 0, again.stderr
     assert f"/me/killed/commit/{hub.repos['me/killed'].branches['main']}" in text
     local = (tmp_path / "t" / "delta.safetensors").read_bytes()
     assert hub.files("me/killed")["delta.safetensors"] == local
@@ -410,12 +412,13 @@ def test_pickles_of_a_repository_are_never_fetched(chain, hub: FakeHub) -> None:
     assert run.output.count("FAIL") == 1
 
 
-def test_inspect_reads_the_header_and_no_weights(chain, hub: FakeHub, tmp_path: Path) -> None:
+def test_inspect_reads_the_header_and_no_weights(chain, hub: FakeHub, tmp_path: Path, monkeypatch) -> None:
     base, parent, child, _ = chain
     hub.sent.clear()
-    done = program("inspect", child, HF_HOME=str(tmp_path / "home"), COLUMNS="400")
-    text = done.communicate()[0]
-    assert done.returncode == 0, text
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "home"))
+    done = run_program("poe", "inspect", child, environment={"COLUMNS": "400"})
+    text = done.stdout
+    assert done.returncode == 0, done.stderr
     assert "child: 1 layers above 3, head rank 4" in text
     assert f"{base} (revision {hub.repos[base].branches['main']})" in text
     for repo in (parent, child):

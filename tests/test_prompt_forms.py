@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import demo_tokenizer
 from poe.calls.conversation import Call, Conversation, PromptForm
 from poe.calls.forms.base import Reply
 from poe.calls.forms.call_forms import CALL_FORMS, call_form
@@ -14,8 +15,6 @@ from poe.calls.forms.prompt_forms import PHRASINGS, PLACES, random_form, write_a
 from poe.calls.forms.tool_forms import TOOL_FORMS, write_tools
 from poe.calls.schema import as_tool
 from poe.data.render import Renderer
-from poe.demo.text import make_text
-from poe.demo.tokenizer import train_tokenizer
 from poe.errors import DataError, RowError
 from poe.evaluation.calls import question, score
 
@@ -30,7 +29,7 @@ forms = st.builds(
 
 @pytest.fixture(scope="module")
 def renderer() -> Renderer:
-    return Renderer(train_tokenizer([make_text(i).text for i in range(300)], 600))
+    return Renderer(demo_tokenizer())
 
 
 def user(text):

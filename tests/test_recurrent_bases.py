@@ -11,11 +11,9 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
-from conftest import HRM, RECURRENT, VOCABULARY, scramble, tiny_base, tiny_model, token_ids
+from conftest import HRM, RECURRENT, VOCABULARY, demo_tokenizer, scramble, tiny_base, tiny_model, token_ids
 from poe import Cascade, StageConfig, train_stage
 from poe.data.packing import IGNORED, Batch
-from poe.demo.text import make_text
-from poe.demo.tokenizer import train_tokenizer
 from poe.errors import DeltaError, FamilyError, TrainingError
 from poe.evaluation.calls import answer
 from poe.loaders.base_folder import save_base_folder
@@ -214,7 +212,7 @@ def test_a_deep_copy_is_independent() -> None:
 
 def trainable_base(folder: Path) -> Path:
     """Write a random recurrent base with the demo's tokenizer and template."""
-    tokenizer = train_tokenizer([make_text(i).text for i in range(300)], 600)
+    tokenizer = demo_tokenizer()
     base: PreTrainedModel = tiny_model("hrm_text", {**HRM, "vocab_size": 600, "max_position_embeddings": 512})
     return save_base_folder(base, folder, tokenizer)
 

@@ -5,17 +5,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import torch
 
 from command_line import run_program
 from poe import Cascade
 from poe.data.cache import cache_root
-from poe.demo.text import make_text
-from poe.demo.tokenizer import train_tokenizer
 from poe.errors import OutputError, RecipeError, TrainingError
-from poe.loaders.base_folder import save_base_folder
 from poe.modeling.boundary import Boundary
-from poe.modeling.modeling_poe import PoEConfig, PoEForCausalLM
 from poe.stages import load_recipe
 from poe.training import sweep as sweep_module
 from poe.training.reporting.progress import Progress
@@ -37,13 +32,9 @@ TRIES = {"head": ["none", "low_rank"], "matrix_lr": [0.01, 0.02]}
 DATA = "demo=60"
 
 
-@pytest.fixture(scope="session")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random base of a few thousand weights, with the demo's tokenizer and template."""
-    torch.manual_seed(0)
-    tokenizer = train_tokenizer([make_text(i).text for i in range(300)], 600)
-    config = PoEConfig(vocab_size=600, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, eos_token_id=1)
-    return save_base_folder(PoEForCausalLM(config), tmp_path_factory.mktemp("base") / "base", tokenizer)
+@pytest.fixture
+def base(demo_base: Path) -> Path:
+    return demo_base
 
 
 @pytest.mark.parametrize(

@@ -17,11 +17,8 @@ import torch
 
 from command_line import run_program
 from poe import Cascade, train_stage
-from poe.demo.text import make_text
-from poe.demo.tokenizer import train_tokenizer
 from poe.errors import DataError, OutputError, RecipeError, TemplateError, TrainingError
-from poe.loaders.base_folder import save_base_folder
-from poe.modeling.modeling_poe import PoEConfig, PoEForCausalLM
+from poe.modeling.modeling_poe import PoEForCausalLM
 from poe.stages import load_recipe
 from poe.stages.recipe import load_base_recipe
 from poe.training import engine as engine_module
@@ -41,14 +38,9 @@ SMALL = {
 }
 
 
-@pytest.fixture(scope="session")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random base of a few thousand weights, with the demo's tokenizer and template."""
-    torch.manual_seed(0)
-    tokenizer = train_tokenizer([make_text(i).text for i in range(300)], 600)
-    config = PoEConfig(vocab_size=600, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, eos_token_id=1)
-    folder = tmp_path_factory.mktemp("base") / "base"
-    return save_base_folder(PoEForCausalLM(config), folder, tokenizer)
+@pytest.fixture
+def base(demo_base: Path) -> Path:
+    return demo_base
 
 
 def command(base: Path, out: Path, *options: str, data: str = "demo=120") -> list[str]:
