@@ -1,16 +1,20 @@
-"""What both programs share: options from recipes, errors as one message, exit codes."""
+"""The parts that both programs share: their commands, errors as one message, exit codes, `--version`."""
 
 import contextlib
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperCommand
 
+from poe import __version__
 from poe.errors import PoEError
 
 if TYPE_CHECKING:
@@ -21,11 +25,49 @@ out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
-def run(app: typer.Typer) -> None:
-    """Run a program: 0 done, 1 failed with one message, 2 wrong usage, 130 interrupted (typer's own, the last two)."""
-    quieten()
+class Command(TyperCommand):
+    """A command that silences the libraries before it runs. Help and completion do not import them."""
+
+    def invoke(self, ctx: Any) -> Any:
+        silence_libraries()
+        return super().invoke(ctx)
+
+
+class Program(typer.Typer):
+    """A Typer application with `Command` as the class of its commands."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(no_args_is_help=True, rich_markup_mode="rich", **settings)
+
+    def command(self, name: str | None = None, *, cls: type[TyperCommand] = Command, **settings: Any) -> Any:  # type: ignore[override]
+        return super().command(name, cls=cls, **settings)
+
+
+def print_version(wanted: bool) -> None:
+    """Print the versions that a bug report needs, and exit."""
+    if wanted:
+        versions = {"poe-cascade": __version__, **{name: metadata.version(name) for name in ("torch", "transformers")}}
+        out.print(", ".join(f"{name} {number}" for name, number in versions.items()), markup=False)
+        raise typer.Exit
+
+
+def add_version(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=print_version, is_eager=True, help="print the versions and exit"),
+    ] = False,
+) -> None:
+    """Add `--version` to a program, as the callback of its Typer application."""
+
+
+def run(app: typer.Typer, name: str) -> None:
+    """Run a program under its name and exit.
+
+    Exit codes: 0 success, 1 failed with one message, 2 wrong usage, 130 interrupted. Typer sets the last two.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        app()
+        app(prog_name=name)
     except PoEError as error:
         err.print(f"error: {error}", markup=False, style="red")
         sys.exit(FAILED)
@@ -54,8 +96,8 @@ def interruptible(command: str, folder: Path, world: "World") -> Iterator[None]:
         raise typer.Exit(INTERRUPTED) from None
 
 
-def quieten() -> None:
-    """Keep the libraries' chatter off the screen; their errors still reach it."""
+def silence_libraries() -> None:
+    """Turn off the progress bars and warnings of the libraries. Their errors are still printed."""
     import transformers
 
     transformers.logging.set_verbosity_error()

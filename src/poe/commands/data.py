@@ -11,11 +11,11 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from poe.commands.app import err, out
+from poe.commands.app import Program, err, out
 from poe.errors import TemplateError
 from poe.stages import Augmentation, Recipe, load_recipe
 
-app = typer.Typer(no_args_is_help=True, help=__doc__)
+app = Program(help=__doc__)
 
 Spec = Annotated[str, typer.Argument(help="name[=path][*epochs][:weight], comma-separated", show_default=False)]
 Base = Annotated[str, typer.Option(help="whose tokenizer and chat template: folder, Hub id, or 'demo'")]

@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from poe.commands.app import out
+from poe.commands.app import Program, out
 
-app = typer.Typer(no_args_is_help=True, help=__doc__)
+app = Program(help=__doc__)
 
 
 @app.command()

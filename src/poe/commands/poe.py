@@ -1,7 +1,6 @@
-"""`poe`: generate text, make calls, look inside, check, publish."""
+"""Generate text, make calls, look inside, check, publish. `poe-train` (or `python -m poe train`) trains."""
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,13 +9,15 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from poe.commands import data, imports
-from poe.commands.app import FAILED, err, out, run
+from poe.commands import data, imports, look
+from poe.commands.app import FAILED, Program, add_version, err, out, run
 from poe.errors import DataError, DecodingError, DeltaError, PoEError
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode="rich")
+app = Program(help=__doc__)
+app.callback(help=__doc__)(add_version)
 app.add_typer(imports.app, name="import")
 app.add_typer(data.app, name="data")
+app.add_typer(look.app)
 
 CALIBRATED_TOKENS = 512  # of each document
 
@@ -338,8 +339,7 @@ def _read_tools(path: Path) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    run(app)
+    run(app, "poe")
 
 
 if __name__ == "__main__":

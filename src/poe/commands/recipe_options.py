@@ -8,10 +8,10 @@ from typing import Annotated, Any, Literal, get_origin
 import typer
 import yaml
 from rich.markup import escape
-from typer.core import TyperCommand
 
+from poe.commands.app import Command
 from poe.errors import RecipeError
-from poe.stages import BaseRecipe, Recipe
+from poe.stages import BaseRecipe, Recipe, list_recipes
 from poe.stages.fields import describe_fields, format_value
 from poe.stages.recipe import Plan, group_fields, load_plan
 
@@ -19,7 +19,7 @@ from poe.stages.recipe import Plan, group_fields, load_plan
 NOT_OPTIONS = ("name", "description", "data")
 
 
-class RecipeCommand(TyperCommand):
+class RecipeCommand(Command):
     """A command that also has an option for every field of a recipe class.
 
     Its function reads the fields that were given on the command line from `context.obj`, as values by name.
@@ -63,6 +63,21 @@ class StageRecipeCommand(RecipeCommand):
 
 class BaseRecipeCommand(RecipeCommand):
     kind = BaseRecipe
+
+
+def complete_stage(incomplete: str) -> list[tuple[str, str]]:
+    """Return the shipped stage recipes that begin with a text, with their descriptions, for the shell."""
+    return _complete(Recipe, incomplete)
+
+
+def complete_base(incomplete: str) -> list[tuple[str, str]]:
+    """Return the shipped base recipes that begin with a text, with their descriptions, for the shell."""
+    return _complete(BaseRecipe, incomplete)
+
+
+def _complete(kind: type[Plan], incomplete: str) -> list[tuple[str, str]]:
+    names = [name for name in list_recipes(kind) if name.startswith(incomplete)]
+    return [(name, load_plan(kind, name).description) for name in names]
 
 
 def make_options(kind: type[Plan]) -> list[Any]:

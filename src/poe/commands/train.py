@@ -1,7 +1,6 @@
-"""`poe-train`: train a stage on a frozen base, or a base from scratch."""
+"""Train a stage on a frozen base, or a base from scratch. `poe` uses the result."""
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,8 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 from rich.table import Table
 
-from poe.commands.app import FAILED, err, interruptible, out, run
-from poe.commands.recipe_options import BaseRecipeCommand, StageRecipeCommand, parse_field
+from poe.commands.app import FAILED, Program, add_version, err, interruptible, out, run
+from poe.commands.recipe_options import (
+    BaseRecipeCommand,
+    StageRecipeCommand,
+    complete_base,
+    complete_stage,
+    parse_field,
+)
 from poe.errors import PoEError, RecipeError, TrainingError, suggest
 from poe.stages import Recipe, load_base_recipe, load_recipe
 
@@ -19,13 +24,17 @@ if TYPE_CHECKING:
     from poe.cascade import Cascade
     from poe.training.parallel.distributed import World
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode="rich")
+app = Program(help=__doc__)
+app.callback(help=__doc__)(add_version)
+
+StageRecipe = Annotated[str, typer.Argument(help="a shipped recipe, or a YAML file", autocompletion=complete_stage)]
+BaseRecipeName = Annotated[str, typer.Argument(help="a shipped recipe, or a YAML file", autocompletion=complete_base)]
 
 
 @app.command(cls=StageRecipeCommand)
 def stage(
     context: typer.Context,
-    recipe: Annotated[str, typer.Argument(help="a shipped recipe, or a YAML file")] = "tool",
+    recipe: StageRecipe = "tool",
     base: Annotated[str, typer.Option(help="Hub id or folder of the base; 'demo' is the embedded one")] = "demo",
     data: Annotated[str | None, typer.Option(help="name[=path][*epochs][:weight], comma-separated")] = None,
     out_folder: Annotated[Path | None, typer.Option("--out", help="the run's folder [runs/RECIPE]")] = None,
@@ -50,7 +59,7 @@ def stage(
 @app.command(cls=StageRecipeCommand)
 def sweep(
     context: typer.Context,
-    recipe: Annotated[str, typer.Argument(help="a shipped recipe, or a YAML file")] = "tool",
+    recipe: StageRecipe = "tool",
     tries: Annotated[
         list[str] | None, typer.Option("--try", help="FIELD=VALUE,VALUE...; again for another field: all combinations")
     ] = None,
@@ -98,7 +107,7 @@ def _tries(given: list[str]) -> dict[str, list[Any]]:
 @app.command(cls=BaseRecipeCommand)
 def base(
     context: typer.Context,
-    recipe: Annotated[str, typer.Argument(help="a shipped base recipe, or a YAML file")],
+    recipe: BaseRecipeName,
     data: Annotated[str | None, typer.Option(help="demo, notations, text=FILES or text=USER/DATASET")] = None,
     out_folder: Annotated[Path | None, typer.Option("--out", help="the run's folder [runs/base-RECIPE]")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue the run in --out")] = False,
@@ -214,8 +223,7 @@ def _score_table(evaluation: dict[str, Any]) -> Table:
 
 
 def main() -> None:
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    run(app)
+    run(app, "poe-train")
 
 
 if __name__ == "__main__":
