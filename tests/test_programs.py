@@ -37,7 +37,7 @@ def test_version_is_printed(module: list[str]) -> None:
 def test_python_m_poe_is_poe_and_reaches_poe_train() -> None:
     assert "Usage: poe [OPTIONS] COMMAND" in run_module("poe", "--help").stdout
     assert "Usage: poe-train stage [OPTIONS] [recipe]" in run_module("poe", "train", "stage", "--help").stdout
-    assert run_module("poe", "trian").returncode == 2
+    assert run_module("poe", "trains").returncode == 2
 
 
 def test_recipes_are_listed_with_their_descriptions() -> None:
@@ -75,7 +75,7 @@ def test_readers_are_listed_with_license_and_data_set() -> None:
         ("train", "poe-train stage t", ["tool"]),
         ("train", "poe-train base demo", ["demo", "demo-notations"]),
         ("train", "poe-train stage --warm", ["--warmup-ratio", "--warmdown-ratio"]),
-        ("poe", "poe recipes te", ["text"]),
+        ("poe", "poe recipes tex", ["text"]),
         ("poe", "poe gen", ["generate"]),
     ],
 )

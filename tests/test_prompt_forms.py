@@ -171,7 +171,7 @@ def test_random_forms_are_drawn_from_those_named() -> None:
     ("wrong", "hint"),
     [
         ({"tools": "jsonl"}, "tool form 'jsonl'"),
-        ({"calls": "lama"}, "'llama'"),
+        ({"calls": "lama"}, "'llama'"),  # codespell:ignore lama
         ({"place": "end"}, "Known: system, user"),
     ],
 )

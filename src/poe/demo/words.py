@@ -44,7 +44,7 @@ BASE_VERBS: dict[str, tuple[str, ...]] = {
 
 ONSETS = "b br c ch d dr f fl g gr h j k kl l m n p pl pr qu r s sh sk st t th tr v w z".split()
 VOWELS = "a e i o u ai ea io ou y".split()
-CODAS = ["", "", "", "l", "n", "r", "s", "t", "m", "nd", "rk", "x", "ck", "sh"]
+CODAS = ["", "", "", "l", "n", "r", "s", "t", "m", "nd", "rk", "x", "ck", "sh"]  # codespell:ignore nd
 TOPICS = (
     "history music energy weather travel science health food sport money art nature school film law traffic robots "
     "space oceans bridges coffee winter gardens trains birds stars chess maps clocks rivers"

@@ -212,9 +212,9 @@ KINDS: tuple[Kind, ...] = (
     Kind(
         ("distance", "radius"),
         "number",
-        ("distance in kilometres",),
+        ("distance in kilometres",),  # codespell:ignore kilometres
         _decimal(1, 90),
-        ("within {v} kilometres", "no further than {v} kilometres"),
+        ("within {v} kilometres", "no further than {v} kilometres"),  # codespell:ignore kilometres
         cue="distance",
     ),
     Kind(
@@ -359,7 +359,7 @@ def make_tool(verb: str, noun: str) -> DemoTool:
     return DemoTool(verb, noun, tuple(parameters))
 
 
-def catalogue(nouns: tuple[str, ...], verbs_per_noun: int = 8) -> list[DemoTool]:
+def make_tools(nouns: tuple[str, ...], verbs_per_noun: int = 8) -> list[DemoTool]:
     """`verbs_per_noun` tools for each noun, the verbs chosen by the noun."""
     tools: list[DemoTool] = []
     for noun in nouns:
@@ -368,8 +368,8 @@ def catalogue(nouns: tuple[str, ...], verbs_per_noun: int = 8) -> list[DemoTool]
     return tools
 
 
-TRAIN_TOOLS = catalogue(w.TRAIN_NOUNS)
-HELD_OUT_TOOLS = catalogue(w.HELD_OUT_NOUNS)
+TRAIN_TOOLS = make_tools(w.TRAIN_NOUNS)
+HELD_OUT_TOOLS = make_tools(w.HELD_OUT_NOUNS)
 
 
 def invented_tool(rng: Random, odd: float = 0.0) -> DemoTool:
