@@ -1,7 +1,7 @@
-"""Tools and calls: one canonical form, a lint, a check against the schema, and the few repairs that are safe.
+"""Bring tools and calls into one canonical format: lint schemas, check calls against them, and make safe repairs.
 
-Every repair is passed to `note` under its name, so that a report can count it. Whatever has no faithful form raises
-`RowError` with the reason.
+Every repair is passed to `note` by name, so that a report can count it. Input that cannot be converted without loss
+raises `RowError` with the reason.
 """
 
 import json
@@ -16,13 +16,13 @@ from poe.errors import RowError
 try:
     import jsonschema
     import referencing
-except ImportError:  # the extra `train`; the structural checks below do without
+except ImportError:  # part of the extra `train`; without it, only the structural checks below run
     jsonschema = None  # type: ignore[assignment]
 
 Note = Callable[[str], None]
 
 MAX_DEPTH = 64
-"""How deep a row may nest; real rows stay under ten."""
+"""The maximum nesting depth of a row; real rows have less than ten levels."""
 
 TYPES = frozenset({"string", "integer", "number", "boolean", "array", "object", "null"})
 PYTHON_TYPES = {
@@ -37,7 +37,7 @@ PYTHON_TYPES = {
     "dict": "object",
     "any": None,
 }
-"""Names that are no JSON Schema types but are often written as such; None drops the keyword."""
+"""Type names that are often used in place of JSON Schema's; None removes the keyword."""
 
 _SCHEMA_MAPS = ("properties", "patternProperties", "$defs", "definitions")
 _SCHEMA_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
@@ -45,11 +45,11 @@ _SCHEMAS = ("items", "additionalProperties", "not", "contains", "if", "then", "e
 
 
 def no_note(rule: str) -> None:
-    """The `note` of a caller that counts no repairs."""
+    """Ignore a repair: the `note` of callers that do not count repairs."""
 
 
 def check_value(value: Any) -> str | None:
-    """Why a parsed value cannot be passed on (not finite, a lone surrogate, nested too deeply, not JSON), or None."""
+    """Return why a parsed value is unusable (not finite, lone surrogate, nested too deeply, not JSON), or None."""
     stack: list[tuple[Any, int]] = [(value, 0)]
     while stack:
         item, depth = stack.pop()
@@ -73,11 +73,11 @@ def check_value(value: Any) -> str | None:
 
 
 def as_tool(name: Any, description: Any, parameters: Any, note: Note = no_note) -> Tool:
-    """Build a `Tool`; raises `RowError` where name, description or parameters have no faithful form.
+    """Build a `Tool`. Raises `RowError` if the name, description or parameters cannot be converted without loss.
 
-    Repaired, by name: parameters that are absent or `{}` become an object without properties; a missing `type` or
-    `properties` of an object is filled in; Python type names become JSON Schema's; `required: true` inside a property
-    moves to the object's list; names in `required` that are not properties go.
+    Repairs: parameters that are absent or `{}` become an object without properties; a missing `type` or `properties` of
+    an object is added; Python type names become JSON Schema's; `required: true` inside a property moves to the object's
+    list; names in `required` that are not properties are removed.
     """
     if not isinstance(name, str) or not name.strip() or len(name) > 256 or any(ord(c) < 32 for c in name):
         raise RowError("tool without a usable name")
@@ -109,8 +109,8 @@ def as_tool(name: Any, description: Any, parameters: Any, note: Note = no_note) 
     }
 
 
-def required_inside(function: dict[str, Any], note: Note = no_note) -> Any:
-    """The `parameters` of a function; a `required` that stands beside them is moved into them."""
+def move_required(function: dict[str, Any], note: Note = no_note) -> Any:
+    """Return the `parameters` of a function, including a `required` list that the function has beside them."""
     parameters, required = function.get("parameters"), function.get("required")
     if parameters and isinstance(parameters, dict) and required and "required" not in parameters:
         note("required moved into parameters")
@@ -119,7 +119,7 @@ def required_inside(function: dict[str, Any], note: Note = no_note) -> Any:
 
 
 def unique_tools(tools: list[Tool], note: Note = no_note) -> list[Tool]:
-    """The tools with word-for-word repetitions removed; one name with two definitions is `RowError`."""
+    """Return the tools without exact repetitions. Raises `RowError` if one name has two definitions."""
     by_name: dict[str, Tool] = {}
     for tool in tools:
         name = tool["function"]["name"]
@@ -133,7 +133,7 @@ def unique_tools(tools: list[Tool], note: Note = no_note) -> list[Tool]:
 
 
 def _repair(schema: dict[str, Any], note: Note) -> dict[str, Any]:
-    """A copy of the schema with the repairs of `as_tool` made at every level."""
+    """Return a copy of the schema with the repairs of `as_tool` at every level."""
     fixed: dict[str, Any] = {}
     hoisted: list[str] = []
     for key, value in schema.items():
@@ -171,7 +171,7 @@ def _repair(schema: dict[str, Any], note: Note) -> dict[str, Any]:
 
 
 def lint_schema(schema: dict[str, Any]) -> str | None:
-    """Why a schema is not usable JSON Schema (Draft 2020-12 when jsonschema is installed), or None."""
+    """Return why a schema is not valid JSON Schema (Draft 2020-12 if jsonschema is installed), or None."""
     for sub in _subschemas(schema):
         kinds = sub.get("type", "object")
         for kind in kinds if isinstance(kinds, list) else [kinds]:
@@ -193,7 +193,7 @@ def lint_schema(schema: dict[str, Any]) -> str | None:
 
 @lru_cache(maxsize=4096)
 def _is_valid_schema(text: str) -> bool:
-    """Whether the JSON text of a schema is Draft 2020-12; data sets repeat their tools, and the check is slow."""
+    """Return whether a schema, as JSON text, is valid Draft 2020-12. Cached: the check is slow and tools recur."""
     try:
         jsonschema.Draft202012Validator.check_schema(json.loads(text))
     except (jsonschema.SchemaError, RecursionError):
@@ -216,7 +216,7 @@ def _subschemas(schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def find_tool(tools: list[Tool], name: str) -> dict[str, Any] | None:
-    """The `function` part of the tool of that name."""
+    """Return the `function` part of the tool of that name, or None."""
     return next((tool["function"] for tool in tools if tool["function"]["name"] == name), None)
 
 
@@ -234,13 +234,13 @@ def map_arguments(message: Message, change: Callable[[dict[str, Any] | None, Any
 
 
 def check_call(tools: list[Tool], name: str, arguments: Any) -> str | None:
-    """Why a call does not fit the tools that were offered, or None. Nothing is coerced here."""
+    """Return why a call does not fit the offered tools, or None. Arguments are not coerced."""
     tool = find_tool(tools, name)
     if tool is None:
         return "call to a tool that is not offered"
     if not isinstance(arguments, dict):
         return "arguments are not an object"
-    return _mismatch(tool["parameters"], arguments, tool["parameters"])
+    return _find_mismatch(tool["parameters"], arguments, tool["parameters"])
 
 
 def check_calls(calls: Sequence[Call], tools: list[Tool]) -> list[str]:
@@ -254,7 +254,7 @@ def check_calls(calls: Sequence[Call], tools: list[Tool]) -> list[str]:
 
 
 def fit_call(tools: list[Tool], name: str, arguments: Any, note: Note = no_note) -> dict[str, Any]:
-    """The arguments after safe coercion, in schema order; raises `RowError` where the call does not fit."""
+    """Return the arguments after safe coercion, in schema order. Raises `RowError` if the call does not fit."""
     tool = find_tool(tools, name)
     if tool is None:
         raise RowError("call to a tool that is not offered")
@@ -269,11 +269,11 @@ def fit_call(tools: list[Tool], name: str, arguments: Any, note: Note = no_note)
 
 
 def coerce(schema: Any, value: Any, note: Note = no_note) -> Any:
-    """Rewrite what a reader of the schema would rewrite without losing anything; all else is returned as it is.
+    """Convert a value to the declared type where that loses nothing; return any other value unchanged.
 
-    Where an integer, number or boolean is declared: a string that spells one exactly. Where an integer is declared:
-    `5.0`. Where a string is declared: an integer, as its digits. A null that stands for an argument that is not
-    required and cannot be null: left out.
+    A string that spells an integer, number or boolean exactly becomes that value. `5.0` becomes an integer where one is
+    declared. An integer becomes its digits where a string is declared. A null argument that is optional and not
+    nullable is left out.
     """
     if not isinstance(schema, dict):
         return value
@@ -295,15 +295,15 @@ def coerce(schema: Any, value: Any, note: Note = no_note) -> Any:
             note("whole number written as an integer")
             return int(value)
         return value
-    spelled = _spelled(kind, value)
-    if spelled is None:
+    converted = _convert_exactly(kind, value)
+    if converted is None:
         return value
     note(f"{type(value).__name__} coerced to {kind}")
-    return spelled
+    return converted
 
 
-def _spelled(kind: str, value: Any) -> Any:
-    """The value of another type that `value` spells exactly, or None."""
+def _convert_exactly(kind: str, value: Any) -> Any:
+    """Return the value of the type `kind` that `value` spells exactly, or None."""
     if kind == "string" and isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str) or len(value) > 40:
@@ -325,7 +325,7 @@ def _spelled(kind: str, value: Any) -> Any:
 
 
 def fits_type(kind: str, value: Any) -> bool:
-    """Whether a JSON value is of a JSON Schema type (True is no integer; 5.0 is)."""
+    """Return whether a JSON value has a JSON Schema type (True is not an integer; 5.0 is)."""
     if kind == "integer":
         return (isinstance(value, int) and not isinstance(value, bool)) or (
             isinstance(value, float) and value.is_integer()
@@ -337,7 +337,7 @@ def fits_type(kind: str, value: Any) -> bool:
 
 
 def _is_open(schema: dict[str, Any]) -> bool:
-    """Whether an object may hold names that its `properties` do not list, as far as the schema says so itself."""
+    """Return whether the schema of an object allows names that its `properties` do not list."""
     if schema.get("additionalProperties", False) is not False:
         return True
     return any(key in schema for key in ("patternProperties", "$ref", "allOf", "anyOf", "oneOf"))
@@ -350,22 +350,20 @@ def _allows_null(schema: dict[str, Any]) -> bool:
     return "null" in kind if isinstance(kind, list) else True
 
 
-def _mismatch(schema: Any, value: Any, root: dict[str, Any]) -> str | None:
-    reason = _structural(schema, value, top=True)
+def _find_mismatch(schema: Any, value: Any, root: dict[str, Any]) -> str | None:
+    reason = _check_structure(schema, value, top=True)
     if reason is None and jsonschema is not None:
-        registry: Any = referencing.Registry()  # an empty one: nothing is ever fetched
+        registry: Any = referencing.Registry()  # empty, so that no reference is fetched
         try:
             if not jsonschema.Draft202012Validator(root, registry=registry).is_valid(value):
                 return "arguments do not fit the tool's schema"
-        except (
-            Exception
-        ):  # an unresolvable $ref, a broken pattern, a cycle: the schema says nothing that can be checked
+        except Exception:  # an unresolvable $ref, an invalid pattern, a cycle
             return "tool schema cannot be applied"
     return reason
 
 
-def _structural(schema: Any, value: Any, top: bool = False) -> str | None:
-    """The checks that name their reason: type, enum, required, undeclared names; jsonschema does the rest."""
+def _check_structure(schema: Any, value: Any, top: bool = False) -> str | None:
+    """Check type, enum, required and undeclared names, each with its own reason. jsonschema checks the rest."""
     if not isinstance(schema, dict):
         return None
     kind = schema.get("type")
@@ -381,20 +379,20 @@ def _structural(schema: Any, value: Any, top: bool = False) -> str | None:
         if (top or properties) and not _is_open(schema) and any(name not in properties for name in value):
             return "argument that the tool does not declare"
         for name, member in value.items():
-            if name in properties and (reason := _structural(properties[name], member)):
+            if name in properties and (reason := _check_structure(properties[name], member)):
                 return reason
     elif isinstance(value, list) and isinstance(schema.get("items"), dict):
         for member in value:
-            if reason := _structural(schema["items"], member):
+            if reason := _check_structure(schema["items"], member):
                 return reason
     return None
 
 
 def order_arguments(schema: Any, arguments: Any) -> Any:
-    """The same value with the members of every object in the order of its schema's properties.
+    """Return the value with the members of every object in the order of its schema's properties.
 
-    Constrained decoding emits arguments in that order, so training rows are written in it too. Names that the schema
-    does not list come last, in the order they had.
+    Training rows use this order because constrained decoding emits arguments in it. Names that the schema does not list
+    come last, in their original order.
     """
     if isinstance(schema, dict) and isinstance(arguments, dict):
         properties = schema.get("properties")

@@ -1,8 +1,8 @@
 """Call forms with a mark before every call: hermes, glaive and mistral.
 
-The mark tells a call from prose, so text may stand before, between and after calls; the calls themselves are found by
-parsing, not by searching for the end, so that strings may hold the marks. A mark that no call follows makes what is
-behind it malformed, up to the end mark, the next mark or the end of the text.
+The mark distinguishes a call from prose, so text may come before, between and after calls. The end of a call is found
+by parsing it, so its strings may contain the marks. If no call follows a mark, the text after the mark is malformed, up
+to the end mark, the next mark or the end of the text.
 """
 
 from abc import abstractmethod
@@ -21,34 +21,35 @@ class _Marked(CallForm):
         prose: list[str] = []
         calls: list[Call] = []
         malformed: list[str] = []
-        at = 0
-        while (start := text.find(self.mark, at)) >= 0:
-            prose.append(text[at:start])
+        position = 0
+        while (start := text.find(self.mark, position)) >= 0:
+            prose.append(text[position:start])
             body = start + len(self.mark)
             try:
-                found, at = self._calls_at(text, body)
-                calls += found
+                parsed, position = self._parse_calls_at(text, body)
+                calls += parsed
             except (ValueError, RecursionError):
-                past = at = self._or_end(text, self.mark, body, len(text))
+                end = position = self._find_or(text, self.mark, body, len(text))
                 if self.end:
-                    past = self._or_end(text, self.end, body, at)
-                    at = past + len(self.end) if past < at else at
-                malformed.append(text[body:past].strip())
-        prose.append(text[at:])
+                    end = self._find_or(text, self.end, body, position)
+                    position = end + len(self.end) if end < position else position
+                malformed.append(text[body:end].strip())
+        prose.append(text[position:])
         return Reply("".join(prose).strip(), calls, malformed)
 
     @staticmethod
-    def _or_end(text: str, mark: str, at: int, end: int) -> int:
-        found = text.find(mark, at, end)
-        return end if found < 0 else found
+    def _find_or(text: str, mark: str, start: int, end: int) -> int:
+        """Return the position of `mark` between `start` and `end`, or `end`."""
+        position = text.find(mark, start, end)
+        return end if position < 0 else position
 
     @abstractmethod
-    def _calls_at(self, text: str, at: int) -> tuple[list[Call], int]:
-        """The calls behind a mark, and where they end. Raises ValueError or RecursionError."""
+    def _parse_calls_at(self, text: str, start: int) -> tuple[list[Call], int]:
+        """Return the calls after a mark and the position of their end. Raises `ValueError` or `RecursionError`."""
 
 
 class Hermes(_Marked):
-    """`<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, one after the other; what Qwen's templates write."""
+    """`<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, one per call, as in Qwen's chat templates."""
 
     name = "hermes"
     mark, end = "<tool_call>", "</tool_call>"
@@ -63,23 +64,23 @@ class Hermes(_Marked):
     )
 
     def _write(self, calls: Sequence[Call], text: str) -> str:
-        made = ({"name": call.name, "arguments": call.arguments} for call in calls)
-        return join_lines(text, "\n".join(f"{self.mark}\n{as_json(call)}\n{self.end}" for call in made))
+        objects = ({"name": call.name, "arguments": call.arguments} for call in calls)
+        return join_lines(text, "\n".join(f"{self.mark}\n{as_json(call)}\n{self.end}" for call in objects))
 
-    def _calls_at(self, text: str, at: int) -> tuple[list[Call], int]:
-        value, at = parse_json_at(text, at)
-        return [as_call(value)], expect(text, self.end, at)
+    def _parse_calls_at(self, text: str, start: int) -> tuple[list[Call], int]:
+        value, end = parse_json_at(text, start)
+        return [as_call(value)], expect(text, self.end, end)
 
     def write_result(self, name: str, text: str) -> str:
-        """Without the name, as Qwen has it: results follow each other in the order of the calls."""
+        """Return the result without the name, as Qwen writes it: results have the order of the calls."""
         return f"<tool_response>\n{text}\n</tool_response>"
 
 
 class Glaive(_Marked):
     """`<functioncall> {"name": ..., "arguments": '{...}'}`: JSON inside single quotes, so the whole is not JSON.
 
-    The inner JSON is parsed where it begins, so it says itself where it ends: apostrophes need no escape and get none.
-    Arguments written as an object are read too; an escaped apostrophe is not JSON, so malformed.
+    The parser of the inner JSON finds its end, so apostrophes are written without an escape. Arguments may also be an
+    object. An escaped apostrophe is not valid JSON and makes the call malformed.
     """
 
     name = "glaive"
@@ -103,28 +104,28 @@ class Glaive(_Marked):
             ),
         )
 
-    def _calls_at(self, text: str, at: int) -> tuple[list[Call], int]:
-        start, at = at, expect(text, "{", at)
+    def _parse_calls_at(self, text: str, start: int) -> tuple[list[Call], int]:
+        position = expect(text, "{", start)
         try:
             for mark in ('"name"', ":"):
-                at = expect(text, mark, at)
-            name, at = parse_json_at(text, at)
+                position = expect(text, mark, position)
+            name, position = parse_json_at(text, position)
             for mark in (",", '"arguments"', ":", "'"):
-                at = expect(text, mark, at)
+                position = expect(text, mark, position)
         except ValueError:
             value, end = parse_json_at(text, start)
             return [as_call(value)], end
-        arguments, at = parse_json_at(text, at)
+        arguments, position = parse_json_at(text, position)
         for mark in ("'", "}"):
-            at = expect(text, mark, at)
-        return [as_call({"name": name, "arguments": arguments})], at
+            position = expect(text, mark, position)
+        return [as_call({"name": name, "arguments": arguments})], position
 
     def write_result(self, name: str, text: str) -> str:
         return f"FUNCTION RESPONSE: {text}"
 
 
 class Mistral(_Marked):
-    """`[TOOL_CALLS] [{"name": ..., "arguments": {...}}]`: all calls in one JSON list behind one mark."""
+    """`[TOOL_CALLS] [{"name": ..., "arguments": {...}}]`: all calls in one JSON list after one mark."""
 
     name = "mistral"
     mark = "[TOOL_CALLS]"
@@ -138,14 +139,14 @@ class Mistral(_Marked):
     )
 
     def _write(self, calls: Sequence[Call], text: str) -> str:
-        made = [{"name": call.name, "arguments": call.arguments} for call in calls]
-        return join_lines(text, f"{self.mark} {as_json(made)}")
+        objects = [{"name": call.name, "arguments": call.arguments} for call in calls]
+        return join_lines(text, f"{self.mark} {as_json(objects)}")
 
-    def _calls_at(self, text: str, at: int) -> tuple[list[Call], int]:
-        value, at = parse_json_at(text, at)
+    def _parse_calls_at(self, text: str, start: int) -> tuple[list[Call], int]:
+        value, end = parse_json_at(text, start)
         if not isinstance(value, list) or not value:
-            raise ValueError("no calls behind their mark")
-        return [as_call(member) for member in value], at
+            raise ValueError("no calls after their mark")
+        return [as_call(member) for member in value], end
 
     def write_result(self, name: str, text: str) -> str:
         return f"[TOOL_RESULTS] {as_json({'name': name, 'content': text})}[/TOOL_RESULTS]"

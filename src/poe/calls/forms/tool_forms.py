@@ -1,18 +1,18 @@
-"""Presentations of a list of tools, as text for a prompt.
+"""The tool forms by name: ways to write a list of tools in a prompt.
 
-| form | what it is |
+| form | format |
 |---|---|
-| indent0, indent2, indent4 | each function as JSON, spread over lines and indented so |
+| indent0, indent2, indent4 | each function as JSON over several lines, with that indentation |
 | lines | each function as JSON on one line |
 | list | one JSON list of the functions |
 | openai | one JSON list, each function in its envelope `{"type": "function", "function": ...}` |
-| xml | each tool as JSON on one line, envelope kept, between `<tools>` and `</tools>` |
+| xml | each tool as JSON on one line, with its envelope, between `<tools>` and `</tools>` |
 | python | signatures with a docstring |
 | typescript | type declarations with comments |
 
-The JSON ones hold the tools as they are. The other two say every name, description, type, list of values and default,
-and what may be left out, in their own notation; a schema that it cannot say in full (bounds, patterns, members with
-descriptions) follows as JSON. Names that are no words of the language stand in double quotes.
+The JSON forms contain the tools unchanged. The other two write every name, description, type, list of values and
+default, and which arguments are optional, in their own notation. If the notation cannot express a whole schema (bounds,
+patterns, members with descriptions), the schema follows as JSON. Names that are not identifiers are in double quotes.
 """
 
 import json
@@ -21,12 +21,12 @@ from typing import Any
 
 from poe.calls.conversation import Tool
 from poe.calls.forms.base import as_json
-from poe.calls.forms.type_notation import PYTHON, TYPESCRIPT, Parameter, beside_parameters, parameters, word
+from poe.calls.forms.type_notation import PYTHON, TYPESCRIPT, Parameter, list_parameters, quote_name, remaining_schema
 from poe.errors import DataError, suggest
 
 
 def write_tools(tools: Sequence[Tool], form: str) -> str:
-    """The tools in the presentation of that name; an unknown one is a DataError with a suggestion."""
+    """Return the tools as text in the named form. Raises `DataError` with a suggestion for an unknown name."""
     if form not in TOOL_FORMS:
         raise DataError(f"Unknown tool form {form!r}.{suggest(form, TOOL_FORMS)}")
     return TOOL_FORMS[form](tools)
@@ -56,7 +56,7 @@ def _openai(tools: Sequence[Tool]) -> str:
 
 
 def _xml(tools: Sequence[Tool]) -> str:
-    # JSON may write a slash as \/, which keeps a tag inside a description from ending the list
+    # JSON allows \/ for a slash, so a tag inside a description does not end the list.
     return "\n".join(["<tools>", *(as_json(tool).replace("</", "<\\/") for tool in tools), "</tools>"])
 
 
@@ -65,20 +65,20 @@ def _python(tools: Sequence[Tool]) -> str:
 
 
 def _definition(function: dict[str, Any]) -> Iterator[str]:
-    listed = list(parameters(function, PYTHON))
-    # keyword-only: an argument that may be left out can stand before one that may not
-    signature = ", ".join(["*", *map(_argument, listed)]) if listed else ""
-    yield f"def {word(function['name'])}({signature}):"
+    parameters = list(list_parameters(function, PYTHON))
+    # Keyword-only arguments, because an optional argument may come before a required one.
+    signature = ", ".join(["*", *map(_argument, parameters)]) if parameters else ""
+    yield f"def {quote_name(function['name'])}({signature}):"
     body = _text_lines(function["description"])
-    if listed:
+    if parameters:
         body += ["", "Args:"] if body else ["Args:"]
-    for parameter in listed:
-        first, *more = _text_lines(parameter.description) or [""]
-        body.append(f"    {word(parameter.name)} ({_facts(parameter)}): {first}".rstrip())
-        body += [f"        {line}" for line in more]
+    for parameter in parameters:
+        first, *others = _text_lines(parameter.description) or [""]
+        body.append(f"    {quote_name(parameter.name)} ({_facts(parameter)}): {first}".rstrip())
+        body += [f"        {line}" for line in others]
         if parameter.rest is not None:
             body.append(f"        JSON Schema: {as_json(parameter.rest)}")
-    if rest := beside_parameters(function):
+    if rest := remaining_schema(function):
         body.append(f"JSON Schema of all arguments: {as_json(rest)}")
     if body:
         body = [line.replace('"""', r"\"\"\"") for line in body]
@@ -88,7 +88,7 @@ def _definition(function: dict[str, Any]) -> Iterator[str]:
 
 
 def _argument(parameter: Parameter) -> str:
-    text = f"{word(parameter.name)}: {parameter.type}"
+    text = f"{quote_name(parameter.name)}: {parameter.type}"
     if parameter.required:
         return text
     return f"{text} = {parameter.default!r}" if parameter.has_default else f"{text} = ..."
@@ -105,17 +105,17 @@ def _typescript(tools: Sequence[Tool]) -> str:
 
 def _declaration(function: dict[str, Any]) -> Iterator[str]:
     yield from _comment(function["description"])
-    if rest := beside_parameters(function):
+    if rest := remaining_schema(function):
         yield f"// JSON Schema of all arguments: {as_json(rest)}"
-    listed = list(parameters(function, TYPESCRIPT))
-    yield f"type {word(function['name'])} = (_: {{{'' if listed else '}) => any;'}"
-    for parameter in listed:
+    parameters = list(list_parameters(function, TYPESCRIPT))
+    yield f"type {quote_name(function['name'])} = (_: {{{'' if parameters else '}) => any;'}"
+    for parameter in parameters:
         yield from (f"  {line}" for line in _comment(parameter.description))
         if parameter.rest is not None:
             yield f"  // JSON Schema: {as_json(parameter.rest)}"
         default = f" // default: {as_json(parameter.default)}" if parameter.has_default else ""
-        yield f"  {word(parameter.name)}{'' if parameter.required else '?'}: {parameter.type};{default}"
-    if listed:
+        yield f"  {quote_name(parameter.name)}{'' if parameter.required else '?'}: {parameter.type};{default}"
+    if parameters:
         yield "}) => any;"
 
 

@@ -1,4 +1,4 @@
-"""JSON Schema in the notation of a programming language, as far as that can say it."""
+"""Write JSON Schema types in the notation of a programming language."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -7,12 +7,12 @@ from typing import Any
 from poe.calls.forms.base import as_json
 
 _SIMPLE = ("string", "integer", "number", "boolean", "null")
-_SAID_ELSEWHERE = ("description", "default", "title")
+_WRITTEN_SEPARATELY = ("description", "default", "title")
 
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """How a language writes types. `names` are those of `_SIMPLE`; `fields`: whether a type can list its members."""
+    """The notation of a language. `names` are its names for `_SIMPLE`; `fields`: whether types can list members."""
 
     names: tuple[str, str, str, str, str]
     anything: str
@@ -42,7 +42,7 @@ TYPESCRIPT = Dialect(
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """One argument of a tool. `type` is all of its schema if `rest` is None; else `rest` is that schema."""
+    """One argument of a tool. If `rest` is None, `type` is its whole schema; if not, `rest` is that schema."""
 
     name: str
     description: str
@@ -53,12 +53,12 @@ class Parameter:
     rest: Any
 
 
-def parameters(function: dict[str, Any], dialect: Dialect) -> Iterator[Parameter]:
-    """The arguments of a tool, in the order of its schema."""
+def list_parameters(function: dict[str, Any], dialect: Dialect) -> Iterator[Parameter]:
+    """Yield the arguments of a tool in the order of its schema."""
     schema = function["parameters"]
     for name, sub in schema.get("properties", {}).items():
         known = sub if isinstance(sub, dict) else {}
-        bare = {key: value for key, value in known.items() if key not in _SAID_ELSEWHERE} if known else sub
+        bare = {key: value for key, value in known.items() if key not in _WRITTEN_SEPARATELY} if known else sub
         text, exact = type_text(bare, dialect)
         yield Parameter(
             name,
@@ -71,8 +71,8 @@ def parameters(function: dict[str, Any], dialect: Dialect) -> Iterator[Parameter
         )
 
 
-def beside_parameters(function: dict[str, Any]) -> dict[str, Any]:
-    """What the schema of a tool says besides its list of arguments."""
+def remaining_schema(function: dict[str, Any]) -> dict[str, Any]:
+    """Return the part of a tool's schema that is not in its list of arguments."""
     schema = function["parameters"]
     rest = {key: value for key, value in schema.items() if key not in ("type", "properties", "required", "title")}
     unlisted = [name for name in schema.get("required", []) if name not in schema.get("properties", {})]
@@ -80,30 +80,30 @@ def beside_parameters(function: dict[str, Any]) -> dict[str, Any]:
 
 
 def type_text(schema: Any, dialect: Dialect) -> tuple[str, bool]:
-    """The type that a schema describes, and whether that is all the schema says."""
+    """Return the type that a schema describes, and whether it expresses the whole schema."""
     if not isinstance(schema, dict):
         return dialect.anything, schema is True
-    said = schema.keys() - {"title"}
+    keys = schema.keys() - {"title"}
     kind, constants = schema.get("type"), schema.get("enum")
     if (
         isinstance(constants, list)
         and constants
-        and said <= {"enum", "type"}
+        and keys <= {"enum", "type"}
         and all(v is None or isinstance(v, str | int | float) for v in constants)
     ):
         return dialect.constants(constants), True
-    if said == {"anyOf"} and schema["anyOf"]:
+    if keys == {"anyOf"} and schema["anyOf"]:
         return _union([type_text(member, dialect) for member in schema["anyOf"]])
     if isinstance(kind, list) and kind:
         return _union([type_text({**schema, "type": member}, dialect) for member in kind])
     if kind == "array":
         member, exact = type_text(schema.get("items", True), dialect)
-        return dialect.array.format(member), exact and said <= {"type", "items"}
+        return dialect.array.format(member), exact and keys <= {"type", "items"}
     if kind == "object":
         return _object(schema, dialect)
     if kind in _SIMPLE:
-        return dialect.names[_SIMPLE.index(kind)], said == {"type"}
-    return dialect.anything, not said
+        return dialect.names[_SIMPLE.index(kind)], keys == {"type"}
+    return dialect.anything, not keys
 
 
 def _union(members: list[tuple[str, bool]]) -> tuple[str, bool]:
@@ -111,24 +111,24 @@ def _union(members: list[tuple[str, bool]]) -> tuple[str, bool]:
 
 
 def _object(schema: dict[str, Any], dialect: Dialect) -> tuple[str, bool]:
-    said, listed = schema.keys() - {"title"}, schema.get("properties")
-    if listed and dialect.fields:
+    keys, properties = schema.keys() - {"title"}, schema.get("properties")
+    if properties and dialect.fields:
         required = schema.get("required", [])
-        members = {name: type_text(member, dialect) for name, member in listed.items()}
+        members = {name: type_text(member, dialect) for name, member in properties.items()}
         fields = "; ".join(
-            f"{word(name)}{'' if name in required else '?'}: {text}" for name, (text, _) in members.items()
+            f"{quote_name(name)}{'' if name in required else '?'}: {text}" for name, (text, _) in members.items()
         )
-        exact = all(ok for _, ok in members.values()) and all(name in listed for name in required)
-        return f"{{ {fields} }}", exact and said <= {"type", "properties", "required"}
+        exact = all(ok for _, ok in members.values()) and all(name in properties for name in required)
+        return f"{{ {fields} }}", exact and keys <= {"type", "properties", "required"}
     member, exact = type_text(schema.get("additionalProperties", True), dialect)
-    exact = exact and not listed and not schema.get("required")
-    return dialect.mapping.format(member), exact and said <= {"type", "properties", "required", "additionalProperties"}
+    exact = exact and not properties and not schema.get("required")
+    return dialect.mapping.format(member), exact and keys <= {"type", "properties", "required", "additionalProperties"}
 
 
 def _text(description: Any) -> str:
     return description if isinstance(description, str) else ""
 
 
-def word(name: str) -> str:
-    """A name as it stands if it is one word in a programming language, else as a JSON string."""
+def quote_name(name: str) -> str:
+    """Return a name unchanged if it is an identifier, or as a JSON string if it is not."""
     return name if all(part.isidentifier() for part in name.split(".")) else as_json(name)

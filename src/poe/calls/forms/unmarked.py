@@ -1,12 +1,13 @@
 """Call forms without a mark: xlam, llama, openai and python.
 
-These forms are meant to be the whole reply. Text around the calls is read all the same, and written on the lines before
-them (`openai` has a place for it); since nothing but its shape tells a call there, a text that looks like one cannot be
-written.
+A call in these forms is meant to be the whole reply. Reading also accepts text around the calls. Writing puts text on
+the lines before the calls (`openai` has a key for it). Only its structure distinguishes a call from text, so a text
+that looks like a call cannot be written.
 
-JSON in a reply counts as a call only where it has exactly the shape of the form. What holds a call in another shape
-(a list where one object is due, other keys), or begins like a call and is not JSON, is malformed; all other JSON, and
-whatever else has braces, is prose. Where a call breaks off, so does the reading: the rest may be part of it.
+JSON in a reply is a call only if it has exactly the structure of the form. JSON that contains a call in another
+structure (a list instead of an object, other keys) is malformed, and so is text that begins like a call and is not
+JSON. Other JSON, and other text with braces, is prose. Reading stops at a call that is cut off, because the rest of the
+text may be part of it.
 """
 
 import re
@@ -22,9 +23,9 @@ from poe.calls.schema import check_value
 from poe.errors import RowError
 
 
-class _Json(CallForm):
-    keys: ClassVar[tuple[str, ...]]  # what a call in this form holds
-    first: ClassVar[tuple[str, ...]]  # what it may begin with, so that one that breaks off early is known
+class _JsonForm(CallForm):
+    keys: ClassVar[tuple[str, ...]]  # the keys of a call
+    first: ClassVar[tuple[str, ...]]  # the possible first keys, to recognize a call that is cut off early
     start = re.compile(r'(?:\[\s*)?\{\s*"')
     between: ClassVar[re.Pattern[str] | None] = None
     mark: ClassVar[str] = ""
@@ -33,48 +34,48 @@ class _Json(CallForm):
         prose: list[str] = []
         calls: list[Call] = []
         malformed: list[str] = []
-        at = past = 0  # where to look on, and where the last call ended
+        position = call_end = 0  # where the search continues, and the end of the last call
         last_keys = min(text.rfind(f'"{key}"') for key in self.keys)
         last_brace = text.rfind("}")
-        while found := self.start.search(text, at):
-            start = found.start()
+        while match := self.start.search(text, position):
+            start = match.start()
             marked = bool(self.mark) and text.startswith(self.mark, start)
             try:
-                value, end = parse_json_at(text, found.end() if marked else start)
+                value, end = parse_json_at(text, match.end() if marked else start)
             except (ValueError, RecursionError) as error:
-                begun = last_brace < start and text.startswith(self.first, found.end())
-                if marked or begun or start < last_keys or isinstance(error, RecursionError):
-                    prose.append(text[past:start])
+                cut_off = last_brace < start and text.startswith(self.first, match.end())
+                if marked or cut_off or start < last_keys or isinstance(error, RecursionError):
+                    prose.append(text[call_end:start])
                     malformed.append(text[start:].strip())
-                    past = len(text)
+                    call_end = len(text)
                     break
-                at = max(getattr(error, "pos", 0), start + 1)
+                position = max(getattr(error, "pos", 0), start + 1)
                 continue
-            at = end
+            position = end
             try:
-                reply = self._take(value)
-                if reply is None and (marked or _holds_call(value)):
+                reply = self._parse(value)
+                if reply is None and (marked or _contains_call(value)):
                     raise ValueError("no call in this form")
             except (ValueError, RecursionError):
-                prose.append(text[past:start])
+                prose.append(text[call_end:start])
                 malformed.append(text[start:end].strip())
-                past = end
+                call_end = end
                 continue
             if reply is not None:
-                prose += [text[past:start], reply.content]
+                prose += [text[call_end:start], reply.content]
                 calls += reply.calls
-                after = self.between.match(text, end) if self.between else None
-                past = at = after.end() if after else end
-        prose.append(text[past:])
+                separator = self.between.match(text, end) if self.between else None
+                call_end = position = separator.end() if separator else end
+        prose.append(text[call_end:])
         return Reply("".join(prose).strip(), calls, malformed)
 
     @abstractmethod
-    def _take(self, value: Any) -> Reply | None:
-        """What a JSON value says: calls, or None where it is not in this form. Raises ValueError for broken calls."""
+    def _parse(self, value: Any) -> Reply | None:
+        """Return the reply in a JSON value, None if it is not in this form. Raises `ValueError` for an invalid call."""
 
 
-def _holds_call(value: Any) -> bool:
-    """Whether a call of some shape is anywhere in a JSON value."""
+def _contains_call(value: Any) -> bool:
+    """Return whether a JSON value contains a call in any structure, at any depth."""
     stack = [value]
     while stack:
         item = stack.pop()
@@ -87,8 +88,8 @@ def _holds_call(value: Any) -> bool:
     return False
 
 
-class Xlam(_Json):
-    """`[{"name": ..., "arguments": {...}}]`: a JSON list of all calls. `[]` is never written; read, it is text."""
+class Xlam(_JsonForm):
+    """`[{"name": ..., "arguments": {...}}]`: a JSON list of all calls. `[]` is never written and is read as text."""
 
     name = "xlam"
     keys = first = ("name", "arguments")
@@ -104,7 +105,7 @@ class Xlam(_Json):
     def _write(self, calls: Sequence[Call], text: str) -> str:
         return join_lines(text, as_json([{"name": call.name, "arguments": call.arguments} for call in calls]))
 
-    def _take(self, value: Any) -> Reply | None:
+    def _parse(self, value: Any) -> Reply | None:
         if not isinstance(value, list) or not any(isinstance(m, dict) and m.keys() >= {*self.keys} for m in value):
             return None
         return Reply("", [as_call(member) for member in value])
@@ -113,16 +114,16 @@ class Xlam(_Json):
         return as_json({"name": name, "result": text})
 
 
-class Llama(_Json):
-    """`{"name": ..., "parameters": {...}}`, several with `; ` between them; what Llama 3.1 writes.
+class Llama(_JsonForm):
+    """`{"name": ..., "parameters": {...}}`, several calls joined by `; `, as Llama 3.1 writes them.
 
-    `<|python_tag|>` before a call is read, and never written; before anything else it is malformed.
+    `<|python_tag|>` before a call is accepted but never written. Before any other text it is malformed.
     """
 
     name = "llama"
     keys, first = ("name", "parameters"), ("name", "parameters", "type")
     mark = "<|python_tag|>"
-    start = re.compile(rf"{re.escape(mark)}|{_Json.start.pattern}")
+    start = re.compile(rf"{re.escape(mark)}|{_JsonForm.start.pattern}")
     between = re.compile(r"\s*;\s*(?=\{|<\|python_tag\|>)")
     request = (
         'To call a function, respond with JSON of the form {"name": function name, "parameters": dictionary of '
@@ -134,10 +135,10 @@ class Llama(_Json):
     )
 
     def _write(self, calls: Sequence[Call], text: str) -> str:
-        made = ({"name": call.name, "parameters": call.arguments} for call in calls)
-        return join_lines(text, "; ".join(as_json(call) for call in made))
+        objects = ({"name": call.name, "parameters": call.arguments} for call in calls)
+        return join_lines(text, "; ".join(as_json(call) for call in objects))
 
-    def _take(self, value: Any) -> Reply | None:
+    def _parse(self, value: Any) -> Reply | None:
         if not isinstance(value, dict) or not value.keys() >= {*self.keys}:
             return None
         return Reply("", [as_call(value, "parameters")])
@@ -146,10 +147,10 @@ class Llama(_Json):
         return f"Output of {name}: {text}"
 
 
-class OpenAI(_Json):
+class OpenAI(_JsonForm):
     """`{"tool_calls": [{"id", "type", "function": {"name", "arguments": "<JSON text>"}}]}`; text is its `content`.
 
-    Arguments written as an object are read too. Other members of the message, `role` for one, say nothing of calls.
+    Arguments may also be an object. Other members of the message, such as `role`, are ignored.
     """
 
     name = "openai"
@@ -169,7 +170,7 @@ class OpenAI(_Json):
         content = {"content": text} if text.strip() else {}
         return as_json({**content, "tool_calls": [call.as_openai(i) for i, call in enumerate(calls)]})
 
-    def _take(self, value: Any) -> Reply | None:
+    def _parse(self, value: Any) -> Reply | None:
         if not isinstance(value, dict) or not value.get("tool_calls"):
             return None
         listed, content = value["tool_calls"], value.get("content")
@@ -188,11 +189,11 @@ class OpenAI(_Json):
 
 
 class Python(CallForm):
-    """`[name(a=1, b='x'), ...]`: Python notation, which is parsed and never run.
+    """`[name(a=1, b='x'), ...]`: Python notation, which is parsed and never executed.
 
-    Only names that Python accepts can be written (dots between the parts of a function's name are allowed): a call with
-    another name, or one that Python would respell, raises `RowError`. On reading, arguments without a name, variables
-    and calls inside calls are malformed; `[f(x)]` in prose is prose.
+    Only names that are valid in Python can be written; a function's name may have dots. A call with another name, or
+    with a name that Python normalizes differently, raises `RowError`. Positional arguments, variables and nested calls
+    are malformed when read; `[f(x)]` is prose.
     """
 
     name = "python"
@@ -223,20 +224,20 @@ class Python(CallForm):
         prose: list[str] = []
         calls: list[Call] = []
         malformed: list[str] = []
-        at = 0
-        while found := self._START.search(text, at):
-            prose.append(text[at : found.start()])
-            at = self._end(text, found.start())
-            part = text[found.start() : at]
+        position = 0
+        while match := self._START.search(text, position):
+            prose.append(text[position : match.start()])
+            position = self._find_end(text, match.start())
+            part = text[match.start() : position]
             try:
-                calls += [_named_only(call) for call in parse_calls(part)]
+                calls += [_as_call(call) for call in parse_calls(part)]
             except ValueError:
                 malformed.append(part.strip())
-        prose.append(text[at:])
+        prose.append(text[position:])
         return Reply("".join(prose).strip(), calls, malformed)
 
-    def _end(self, text: str, start: int) -> int:
-        """Where the brackets that open at `start` are closed again; the end of the text if they are not."""
+    def _find_end(self, text: str, start: int) -> int:
+        """Return the end of the bracket that opens at `start`, or the end of the text if it is not closed."""
         depth = 0
         for token in self._TOKEN.finditer(text, start):
             if token[0] in ("'", '"'):
@@ -253,14 +254,14 @@ class Python(CallForm):
         return f"{name} returned: {text}"
 
 
-def _named_only(call: PythonCall) -> Call:
+def _as_call(call: PythonCall) -> Call:
     if call.positional:
         raise ValueError("an argument without a name")
     stack: list[Any] = [call.named]
     while stack:
         item = stack.pop()
         if isinstance(item, PythonCall | Variable):
-            raise ValueError("an argument that is no value")
+            raise ValueError("an argument that is not a value")
         if isinstance(item, dict | list):
             stack.extend(item.values() if isinstance(item, dict) else item)
     if problem := check_value(call.named):

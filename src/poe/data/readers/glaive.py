@@ -39,7 +39,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from poe.calls.conversation import Conversation, Tool
-from poe.calls.schema import Note, as_tool, required_inside, unique_tools
+from poe.calls.schema import Note, as_tool, move_required, unique_tools
 from poe.data.drops import DropReport
 from poe.data.readers.turns import Turns, parse_field, read_rows
 from poe.data.sources import Row, parse_json
@@ -127,7 +127,7 @@ def _tools(declared: list[Any], note: Note) -> list[Tool]:
             function = function["function"]
         if not isinstance(function, dict):
             raise RowError("tool declaration is not an object")
-        parameters = required_inside(function, note)
+        parameters = move_required(function, note)
         tools.append(as_tool(function.get("name"), function.get("description"), parameters, note))
     return unique_tools(tools, note)
 

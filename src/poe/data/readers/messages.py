@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from poe.calls.conversation import Conversation, Tool
-from poe.calls.schema import Note, as_tool, find_tool, required_inside, unique_tools
+from poe.calls.schema import Note, as_tool, find_tool, move_required, unique_tools
 from poe.data.drops import DropReport
 from poe.data.readers.flat import is_flat, object_schema, with_json_types
 from poe.data.readers.turns import Turns, as_text, named_call, parse_field, read_rows
@@ -144,7 +144,7 @@ def read_tool(tool: Any, note: Note) -> Tool:
         note("flat parameters written as an object schema")
         parameters = object_schema(parameters, function.get("required"), note)
     else:
-        parameters = with_json_types(required_inside({**function, "parameters": parameters}, note), note)
+        parameters = with_json_types(move_required({**function, "parameters": parameters}, note), note)
     return as_tool(function.get("name"), function.get("description"), parameters, note)
 
 
