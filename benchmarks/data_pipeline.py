@@ -21,8 +21,8 @@ from poe.data.corpus import read_corpus
 from poe.data.drops import DropReport
 from poe.data.pipeline import prepare
 from poe.data.render import Renderer
-from poe.loaders.places import place
-from poe.loaders.tokenizer import load_tokenizer
+from poe.loaders.base import load_tokenizer
+from poe.loaders.repository import locate
 from poe.stages import Augmentation, Recipe
 
 DEMO_TRAINER = 9_511  # tokens/s of `make demo` on two cores
@@ -70,7 +70,7 @@ def main() -> None:
     memory = Memory()
     with tempfile.TemporaryDirectory(prefix="poe-data-") as cache:
         os.environ["POE_CACHE"] = cache
-        renderer = Renderer(load_tokenizer(place("demo")))
+        renderer = Renderer(load_tokenizer(locate("demo")))
         imported = memory.peak
         started = time.perf_counter()
         augmentation = Augmentation() if args.plain else EVERYTHING

@@ -25,9 +25,9 @@ from typing import Any
 import torch
 
 from poe import Cascade
-from poe.decoding import AdaptiveDepth
-from poe.decoding.segments import States, exits_below, path_of
-from poe.decoding.speculation import SelfSpeculation, drafting, generate_with
+from poe.decoding import AdaptiveDepth, Exit
+from poe.decoding.segments import States, list_exits, segment_model
+from poe.decoding.speculation import SelfSpeculation, build_loop, generate_with
 from poe.errors import DecodingError
 
 CALLS = [
@@ -57,8 +57,8 @@ def json_prompts(names: list[str], count: int) -> list[str]:
 @torch.no_grad()
 def exits_table(cascade: Cascade, rows: list[list[int]]) -> list[dict[str, Any]]:
     """Bits per byte and top-1 agreement with full depth of every prediction that the model makes."""
-    stage = None if cascade.active is None else cascade.stages[cascade.active]
-    path = path_of(cascade.base, stage, exits_below(cascade.base, stage), cascade.model(cascade.active))
+    expert = cascade.expert(cascade.active)
+    path = segment_model(expert, list_exits(expert))
     nats, same = [0.0] * len(path.parts), [0] * len(path.parts)
     count = size = 0
     for row in rows:
@@ -114,20 +114,20 @@ def arms_of(
 ) -> dict[str, Any]:
     """All ways to decode, by name; `loops` is filled with those that draft, for their counts."""
     options = {"do_sample": False, "max_new_tokens": args.new_tokens, "eos_token_id": None}
-    model: Any = cascade.model(cascade.active)
-    stage = None if cascade.active is None else cascade.stages[cascade.active]
-    exits = exits_below(cascade.base, stage)
+    expert = cascade.expert(cascade.active)
+    model: Any = expert.model
+    exits = list_exits(expert)
     arms: dict[str, Any] = {"plain": partial(model.generate, **options)}
     arms["peer: prompt lookup, up to 8"] = partial(model.generate, **options, prompt_lookup_num_tokens=8)
     for depth in exits:
-        arms[f"exit {depth}"] = partial(cascade.generate, **options, stage=None, exit=depth)
+        arms[f"exit {depth}"] = partial(cascade.generate, **options, stage=None, strategy=Exit(depth))
     for name, depth in depths.items():
-        arms[name] = partial(cascade.generate, **options, adaptive=depth)
+        arms[name] = partial(cascade.generate, **options, strategy=depth)
     for depth in args.draft_exits or exits:
-        plans = {f"up to {n}": SelfSpeculation(depth, n, args.least_probability) for n in args.lengths}
-        most = SelfSpeculation(depth, args.lengths[-1], args.least_probability, prompt_lookup_num_tokens=8)
+        plans = {f"up to {n}": SelfSpeculation(depth, n, args.min_probability) for n in args.lengths}
+        most = SelfSpeculation(depth, args.lengths[-1], args.min_probability, prompt_lookup_num_tokens=8)
         for name, plan in {**plans, f"up to {args.lengths[-1]}, or looked up": most}.items():
-            loop = loops[f"draft {depth}, {name}"] = drafting(model, cascade.base, stage, plan)
+            loop = loops[f"draft {depth}, {name}"] = build_loop(expert, plan)
             arms[f"draft {depth}, {name}"] = partial(generate_with, loop, model, **options)
     return arms
 
@@ -155,7 +155,7 @@ def main() -> None:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
     parser.add_argument("--lengths", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--draft-exits", type=int, nargs="+", help="default: all")
-    parser.add_argument("--least-probability", type=float, default=0.3)
+    parser.add_argument("--min-probability", type=float, default=0.3)
     parser.add_argument("--confidence", default="margin")
     parser.add_argument("--json", type=Path, default=Path("runs/bench/decoding.json"))
     args = parser.parse_args()
@@ -188,7 +188,7 @@ def main() -> None:
         try:
             draft = cascade.calibrate_draft(given, max_new_tokens=args.new_tokens)
             report["calibrated"][name] = vars(draft)
-            arms["calibrated draft"] = partial(cascade.generate, **arms["plain"].keywords, draft=draft)
+            arms["calibrated draft"] = partial(cascade.generate, **arms["plain"].keywords, strategy=draft)
         except DecodingError as error:
             report["calibrated"][name] = str(error)
         print(f"\n{name}, calibrated: {report['calibrated'][name]}")

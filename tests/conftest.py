@@ -186,7 +186,7 @@ def hub() -> FakeHub:
 @pytest.fixture(scope="session")
 def demo_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a random PoE base of a few thousand weights with `demo_tokenizer()`. Do not write into it."""
-    from poe.loaders.base_folder import save_base_folder
+    from poe.loaders.base import save_base_folder
     from poe.modeling.modeling_poe import PoEConfig, PoEForCausalLM
 
     torch.manual_seed(0)
@@ -197,7 +197,7 @@ def demo_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def saved_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Return `saved_base(name, dtype, seed)`: the folder of a tiny base, written once per session."""
-    from poe.loaders.base_folder import save_base_folder
+    from poe.loaders.base import save_base_folder
 
     root, known = tmp_path_factory.mktemp("bases"), {}
 

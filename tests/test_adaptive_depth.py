@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from conftest import token_ids
 from decoding_models import MODELS, decoding_cascade, model_of, prompts
 from poe import Cascade
+from poe.decoding import Exit
 from poe.decoding.adaptive import CONFIDENCES, Confidences, leaves_early
 from poe.decoding.depth import AdaptiveDepth, _leaving, _Said, _thresholds
-from poe.decoding.segments import exits_below, path_of
+from poe.decoding.segments import list_exits, segment_model
 from poe.errors import DecodingError
 
 LENGTH = 10
@@ -21,14 +22,13 @@ QUIET = {"max_new_tokens": LENGTH, "do_sample": False}
 
 
 def early(cascade: Cascade, cuts: list[int], thresholds: list[float], confidence: str = "margin"):
-    stage = cascade.stages.get("s")
-    model = model_of(cascade)
-    return leaves_early(model, path_of(cascade.base, stage, cuts, model), thresholds, confidence)
+    expert = cascade.expert(cascade.active)
+    return leaves_early(expert.model, segment_model(expert, cuts), thresholds, confidence)
 
 
 def median_margin(cascade: Cascade, exit: int) -> float:
     """A threshold that about half of the tokens pass."""
-    logits = cascade(token_ids(4, 12), stage=None, exit=exit).logits
+    logits = cascade(token_ids(4, 12), stage=None, strategy=Exit(exit)).logits
     return float(Confidences("margin")(logits).median())
 
 
@@ -45,7 +45,7 @@ def test_who_never_leaves_generates_plainly(name: str, stage: str | None, rows: 
 @pytest.mark.parametrize("name", MODELS)
 def test_who_always_leaves_is_the_model_that_ends_there(name: str, rows: int) -> None:
     cascade, inputs = decoding_cascade(name), prompts(rows)
-    plain = cascade.generate(**inputs, **QUIET, exit=2)
+    plain = cascade.generate(**inputs, **QUIET, strategy=Exit(2))
     assert torch.equal(early(cascade, [2], [-1.0]).generate(**inputs, **QUIET), plain)
 
 
@@ -55,7 +55,7 @@ def test_in_bf16_too(name: str, rows: int) -> None:
     """As long as all tokens go the same way, every pass has the plain path's shape: equal to the last bit."""
     cascade, inputs = decoding_cascade(name, dtype=torch.bfloat16), prompts(rows)
     for threshold, exit in ((math.inf, None), (-1.0, 2)):
-        plain = cascade.generate(**inputs, **QUIET, exit=exit)
+        plain = cascade.generate(**inputs, **QUIET, strategy=exit and Exit(exit))
         assert torch.equal(early(cascade, [2], [threshold]).generate(**inputs, **QUIET), plain)
 
 
@@ -73,7 +73,7 @@ def test_each_token_has_the_logits_of_its_own_exit_in_the_plain_model(name: str,
     ids = out.sequences
     mask = torch.cat([inputs["attention_mask"], torch.ones(rows, LENGTH, dtype=torch.long)], 1)[:, : ids.shape[1]]
     where = (mask.cumsum(-1) - 1).clamp(min=0)
-    exits = [cascade.model(None, exit) for exit in (1, 2)] + [model_of(cascade)]
+    exits = [cascade.model(None, Exit(exit)) for exit in (1, 2)] + [model_of(cascade)]
     said = [model(ids, attention_mask=mask, position_ids=where).logits[:, -LENGTH - 1 : -1] for model in exits]
     sure = [Confidences("margin")(logits) >= threshold for logits, threshold in zip(said, thresholds, strict=False)]
     expected = torch.where(sure[0][..., None], said[0], torch.where(sure[1][..., None], said[1], said[2]))
@@ -128,7 +128,7 @@ def test_calibration_keeps_its_word_and_is_remembered(confidence: str, tmp_path)
     assert again == most
     inputs = prompts(2)
     assert torch.equal(
-        cascade.generate(**inputs, **QUIET, adaptive=again), cascade.generate(**inputs, **QUIET, adaptive=most)
+        cascade.generate(**inputs, **QUIET, strategy=again), cascade.generate(**inputs, **QUIET, strategy=most)
     )
 
 
@@ -171,7 +171,7 @@ def test_an_exit_that_does_not_pay_is_not_used() -> None:
     assert depth.depths == ()
     assert depth.agreement == 1.0
     assert depth.shares == (1.0,)
-    assert depth.model(cascade.base, cascade.base, None, depth.base) is cascade.base
+    assert depth.build_model(cascade.expert(None)) is cascade.base
 
 
 def test_a_stage_is_calibrated_against_itself() -> None:
@@ -179,7 +179,7 @@ def test_a_stage_is_calibrated_against_itself() -> None:
     cascade = nearly_settled()
     cascade.add_stage(name="s", num_layers=1)
     rows = token_ids(24, 30).tolist()
-    assert exits_below(cascade.base, cascade.stages["s"]) == [1, 2, 3, 4]
+    assert list_exits(cascade.expert("s")) == [1, 2, 3, 4]
     silent = cascade.calibrate_depth(rows, agreement=0.9)
     assert silent.stage == "s"
     assert silent.shares[-1] < 0.5  # a new stage says what the base says
@@ -188,7 +188,7 @@ def test_a_stage_is_calibrated_against_itself() -> None:
     loud = cascade.calibrate_depth(rows, agreement=0.9)
     assert loud.shares[-1] > 0.9
     with pytest.raises(DecodingError, match="for s on "):
-        cascade.generate(**prompts(1), adaptive=loud, stage=None)
+        cascade.generate(**prompts(1), strategy=loud, stage=None)
 
 
 def test_what_does_not_fit_is_refused(tmp_path) -> None:
@@ -201,10 +201,12 @@ def test_what_does_not_fit_is_refused(tmp_path) -> None:
     with pytest.raises(DecodingError, match="above 0 and at most 1"):
         cascade.calibrate_depth(rows, agreement=99)
     depth = cascade.calibrate_depth(rows, agreement=0.5)
-    with pytest.raises(DecodingError, match="expected one of them"):
-        cascade.generate(**prompts(1), adaptive=depth, exit=1)
+    with pytest.raises(DecodingError, match="strategy should be an Exit"):
+        cascade.generate(**prompts(1), strategy=(depth, Exit(1)))
+    with pytest.raises(DecodingError, match="decodes with one stage"):
+        cascade.generate(**prompts(1), strategy=depth, stage=[None])
     with pytest.raises(DecodingError, match="calibrate_depth"):
-        decoding_cascade("llama").generate(**prompts(1), adaptive=depth)
+        decoding_cascade("llama").generate(**prompts(1), strategy=depth)
     (tmp_path / "not.json").write_text('{"depths": [1]}')
     with pytest.raises(DecodingError, match="not a saved adaptive depth"):
         AdaptiveDepth.load(tmp_path / "not.json")

@@ -13,7 +13,7 @@ from poe.data import streamed
 from poe.data import text as text_reader
 from poe.demo.words import THINGS
 from poe.errors import DataError
-from poe.loaders.places import EMBEDDED_BASE
+from poe.loaders.repository import EMBEDDED_BASE
 from poe.stages import BaseRecipe
 from poe.training import text_rows
 from poe.training.engine import Interrupted

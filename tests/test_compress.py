@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from conftest import scramble, tiny_base, token_ids
 from poe import Cascade, StageConfig
 from poe.commands.poe import app
-from poe.errors import DeltaError
+from poe.errors import DeltaError, StageError
 from poe.loaders.describe import describe
 from poe.modeling.delta_file import as_stored, from_stored, read_delta, read_delta_header, storage_error, write_delta
 from poe.modeling.fingerprint import fingerprint_files, fingerprint_tensors
@@ -70,7 +70,7 @@ def test_auto_is_a_head_rank_everywhere(saved_base, tmp_path: Path) -> None:
     recipe_file = tmp_path / "mine.yaml"
     recipe_file.write_text(recipe.to_yaml())
     assert load_recipe(recipe_file).stage_config().head_rank == "auto"
-    with pytest.raises(DeltaError, match="head_rank must be a whole number of at least 1 or 'auto', got 'big'"):
+    with pytest.raises(StageError, match="head_rank must be a whole number of at least 1 or 'auto', got 'big'"):
         StageConfig("t", head_rank="big")
     assert Recipe(name="t").head_rank == 64
 
@@ -123,12 +123,12 @@ def test_what_cannot_be_compressed_is_left_alone(saved_base) -> None:
     cascade = make_stage(saved_base)
     before = cascade(token_ids()).logits
     for rank in (0, -1, 21, 61, True, 2.0, None):
-        with pytest.raises(DeltaError, match=r"rank should be a whole number from 1 to 20, .* 1,952 parameters, got"):
+        with pytest.raises(StageError, match=r"rank should be a whole number from 1 to 20, .* 1,952 parameters, got"):
             cascade.compress_head("t", rank)
     cascade.add_stage(StageConfig("child", 1, "none", parent="t"))
-    with pytest.raises(DeltaError, match="'t' cannot be changed: child stand"):
+    with pytest.raises(StageError, match="'t' cannot be changed while child stand"):
         cascade.compress_head("t", 4)
-    with pytest.raises(DeltaError, match="no head delta"):
+    with pytest.raises(StageError, match="no head delta"):
         cascade.compress_head("child", 4)
     assert torch.equal(cascade(token_ids(), stage="t").logits, before)
     fresh = Cascade(tiny_base()).add_stage(StageConfig("t", 1))
@@ -247,7 +247,7 @@ def test_a_child_stands_on_an_int8_parent(saved_base, tmp_path: Path) -> None:
     again = Cascade.from_pretrained(tmp_path / "child")
     assert [s.saved_dtype for s in again.stages.values()] == [INT8, INT8]
     scramble(opened.stages["t"])
-    with pytest.raises(DeltaError, match="has changed since it was saved"):
+    with pytest.raises(StageError, match="has changed since it was saved"):
         opened.save_stage("child", tmp_path / "other")
 
 

@@ -41,15 +41,15 @@ def said(*arguments: str) -> str:
 def test_each_way_in_one_line(folders, tmp_path: Path) -> None:
     base, short = folders["base"], ("--max-new-tokens", "12")
     plain = said("generate", base, TEXT, *short)
-    assert said("generate", base, TEXT, "--draft", "1", *short) == plain
-    assert said("generate", base, TEXT, "--exit", "1", *short) != plain
-    assert said("generate", base, TEXT, "--exit", "2", *short) == plain
+    assert said("generate", base, TEXT, "--strategy", "draft=1", *short) == plain
+    assert said("generate", base, TEXT, "--strategy", "exit=1", *short) != plain
+    assert said("generate", base, TEXT, "--strategy", "exit=2", *short) == plain
 
     depth = tmp_path / "depth.json"
     table = said("calibrate", base, "--data", f"text={folders['text']}", "--agreement", "0.5", "--out", str(depth))
     assert "agreement with full depth" in table
     assert json.loads(depth.read_text())["target"] == 0.5
-    assert said("generate", base, TEXT, "--adaptive", str(depth), *short)
+    assert said("generate", base, TEXT, "--strategy", f"adaptive={depth}", *short)
 
     tool = said("generate", folders["tool"], TEXT, *short)
     assert said("generate", folders["tool"], TEXT, "--with", f"{folders['math']}=0", *short) == tool
@@ -59,11 +59,14 @@ def test_each_way_in_one_line(folders, tmp_path: Path) -> None:
 
 def test_what_does_not_fit_is_one_message(folders, tmp_path: Path) -> None:
     for arguments, words in (
-        ((folders["base"], TEXT, "--exit", "5"), "exit is 5, but this base can be left after any of its stages"),
+        ((folders["base"], TEXT, "--strategy", "exit=5"), "but this base can be left after any of its stages"),
         ((folders["tool"], TEXT, "--with", folders["math"]), "expected REPO=WEIGHT"),
-        ((folders["tool"], TEXT, "--with", f"{folders['math']}=0.5", "--exit", "1"), "at full depth"),
-        ((folders["base"], TEXT, "--exit", "1", "--draft", "1"), "expected one of them"),
-        ((folders["base"], TEXT, "--adaptive", folders["text"]), "is not a saved adaptive depth"),
+        ((folders["tool"], TEXT, "--with", f"{folders['math']}=0.5", "--strategy", "exit=1"), "at full depth"),
+        (
+            (folders["base"], TEXT, "--strategy", "exit=first"),
+            "--strategy: expected exit=DEPTH, adaptive=FILE",
+        ),
+        ((folders["base"], TEXT, "--strategy", f"adaptive={folders['text']}"), "is not a saved adaptive depth"),
     ):
         done = poe("generate", *arguments)
         assert done.returncode == 1, arguments

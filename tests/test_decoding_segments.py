@@ -8,19 +8,20 @@ from transformers import DynamicCache
 from conftest import tiny_base
 from decoding_models import MODELS, decoding_cascade, model_of, positions, prompts
 from poe import Cascade
-from poe.decoding.segments import Part, PartsCache, Path
+from poe.decoding.segments import Part, PartsCache, SegmentedModel
 from poe.errors import DecodingError, FamilyError
 
 ROUNDING = 2e-5  # the same sums over a batch of another shape; logits are of size 5
 STAGES = (None, "top", "low")
 
 
-def path_of(cascade: Cascade, cuts: list[int]) -> Path:
-    stage = cascade.stages.get("s")
-    return Path(cascade.base, stage, cuts, model_of(cascade))
+def segmented(cascade: Cascade, cuts: list[int]) -> SegmentedModel:
+    return SegmentedModel(cascade.expert(cascade.active), cuts)
 
 
-def run(path: Path, ids: Tensor, mask: Tensor | None, where: Tensor, cache: PartsCache) -> tuple[Tensor, list[Tensor]]:
+def run(
+    path: SegmentedModel, ids: Tensor, mask: Tensor | None, where: Tensor, cache: PartsCache
+) -> tuple[Tensor, list[Tensor]]:
     """Logits and the states between parts for one call of every part."""
     states, between = (), []
     for part, own in zip(path.parts, cache.of, strict=True):
@@ -67,7 +68,7 @@ def test_parts_in_turn_are_the_whole_model_to_the_last_bit(name: str, stage: str
     cascade, inputs = decoding_cascade(name, stage), Inputs(rows)
     cuts = [1, 2, 4] if stage else [1, 2]
     native, _ = whole(model_of(cascade), inputs, cuts)
-    path = path_of(cascade, cuts)
+    path = segmented(cascade, cuts)
     cache = path.new_cache()
     for start, end in [(0, 7), *((t, t + 1) for t in range(7, 13))]:
         logits, states = native(start, end)
@@ -86,7 +87,7 @@ def test_a_lower_part_may_be_ahead_of_an_upper_one(name: str, stage: str | None)
     """The lower part takes tokens one at a time, the upper ones all of them together, later: nothing else changes."""
     cascade, inputs = decoding_cascade(name, stage), Inputs(4)
     native, _ = whole(model_of(cascade), inputs, [])
-    path = path_of(cascade, [1, 3])
+    path = segmented(cascade, [1, 3])
     cache = path.new_cache()
     for start, steps in ((0, [4, 1, 1]), (6, [1, 1, 1, 1]), (10, [3])):
         kept, end = [], start
@@ -111,7 +112,7 @@ def test_tokens_that_were_taken_back_leave_no_trace(name: str, stage: str | None
     """Other tokens stood where the true ones come: after a crop the caches are as if they had never been."""
     cascade, inputs = decoding_cascade(name, stage), Inputs(4)
     native, _ = whole(model_of(cascade), inputs, [])
-    path = path_of(cascade, [2])
+    path = segmented(cascade, [2])
     cache = path.new_cache()
     real = inputs.mask.bool()
     native(0, 5)
@@ -137,7 +138,7 @@ def test_siblings_stand_on_one_trunk() -> None:
     cascade.add_stage(name="t", num_layers=1, seed=5)
     torch.nn.init.normal_(cascade.stages["t"].layers[0].mlp.down_proj.weight)
     inputs = Inputs(2)
-    trunk = Path(cascade.base, None, [3], cascade.base)
+    trunk = SegmentedModel(cascade.expert(None), [3])
     cache = trunk.new_cache()
     above = {"s": Part(cascade.base, cascade.stages["s"], 3, 5), "t": Part(cascade.base, cascade.stages["t"], 4, 5)}
     caches = {name: part.new_cache() for name, part in above.items()}
@@ -160,7 +161,7 @@ def test_the_base_is_not_touched() -> None:
     with torch.no_grad():
         before = model_of(cascade)(inputs.ids).logits
         layers = [*cascade.base.model.layers]
-        run(path_of(cascade, [1, 2]), *inputs(0, 13), path_of(cascade, [1, 2]).new_cache())
+        run(segmented(cascade, [1, 2]), *inputs(0, 13), segmented(cascade, [1, 2]).new_cache())
         assert all(a is b for a, b in zip(layers, cascade.base.model.layers, strict=True))
         assert torch.equal(model_of(cascade)(inputs.ids).logits, before)
 
@@ -168,9 +169,9 @@ def test_the_base_is_not_touched() -> None:
 def test_what_cannot_be_cut_is_refused() -> None:
     cascade = decoding_cascade("qwen3")
     with pytest.raises(DecodingError, match="model of 4 layers cannot be cut after \\[5\\]"):
-        path_of(cascade, [5])
+        segmented(cascade, [5])
     with pytest.raises(DecodingError, match="rising"):
-        path_of(cascade, [2, 1])
+        segmented(cascade, [2, 1])
     with pytest.raises(DecodingError, match="from layer 3 to 9 of 4"):
         Part(cascade.base, None, 3, 9)
     with pytest.raises(FamilyError, match="recurrent"):

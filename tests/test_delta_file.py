@@ -18,7 +18,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from conftest import scramble, tiny_base
 from poe import Cascade, StageConfig
-from poe.errors import DeltaError, FingerprintError, OutputError
+from poe.errors import DeltaError, FingerprintError, OutputError, StageError
 from poe.modeling import fingerprint as fingerprints
 from poe.modeling.delta_file import read_delta, read_delta_header, verify_delta, write_delta
 from poe.modeling.fingerprint import fingerprint_files, fingerprint_files_cached, fingerprint_tensors
@@ -254,7 +254,7 @@ def rename_stage(tensors: dict, metadata: dict) -> None:
 )
 def test_a_tampered_delta_is_refused_before_the_base_is_loaded(folder, change, error, message, monkeypatch) -> None:
     damage(folder, change)
-    monkeypatch.setattr("poe.cascade.load_base", lambda *args, **kwargs: pytest.fail("the base was loaded"))
+    monkeypatch.setattr("poe.loaders.base.load_base", lambda *args, **kwargs: pytest.fail("the base was loaded"))
     with pytest.raises(error, match=message):
         Cascade.from_pretrained(folder)
 
@@ -413,5 +413,5 @@ def test_reading_returns_what_was_written(tmp_path: Path) -> None:
     got = read_delta(path, "t")
     assert all(torch.equal(got[name], tensor) for name, tensor in tensors.items())
     assert read_delta_header(path).self_fingerprint == fingerprint
-    with pytest.raises(DeltaError, match="float32, bfloat16 or float16"):
+    with pytest.raises(StageError, match="float32, bfloat16 or float16"):
         write_delta(path, tensors, stage="t", attach_at=2, base_fingerprint="b", dtype=torch.int16)

@@ -24,7 +24,7 @@ from poe.demo.notations import make_notations
 from poe.demo.text import KEYS, make_text
 from poe.demo.tokenizer import SPECIAL_TOKENS
 from poe.demo.world import HELD_OUT_TOOLS, KINDS, TRAIN_TOOLS, make_tool
-from poe.loaders.places import EMBEDDED_BASE
+from poe.loaders.repository import EMBEDDED_BASE
 
 SPLITS: tuple[Split, ...] = ("train", "unseen_values", "unseen_tools")
 

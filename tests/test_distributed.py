@@ -23,7 +23,7 @@ from conftest import demo_tokenizer, tiny_base
 from distributed_worker import DATA, FIELDS, STEPS
 from poe import Cascade, train_stage
 from poe.errors import RecipeError, TrainingError
-from poe.loaders.base_folder import save_base_folder
+from poe.loaders.base import save_base_folder
 from poe.modeling.modeling_poe import PoEConfig, PoEForCausalLM
 from poe.stages import load_recipe
 from poe.training.checkpoints.files import has_checkpoint

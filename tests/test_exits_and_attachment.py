@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM
 
 from conftest import scramble, tiny_base, token_ids
 from poe import Cascade, StageConfig
-from poe.errors import DeltaError, FamilyError
+from poe.decoding import Exit
+from poe.errors import FamilyError, StageError
 from poe.modeling.exits import exits_of
 from poe.modeling.families import family_of, logits_of
 from test_stage_loading import GREEDY, prompts, stranger
@@ -24,9 +25,9 @@ def test_an_exit_is_the_final_norm_and_the_head_on_an_earlier_state(name: str) -
     states = base(token_ids(), output_hidden_states=True).hidden_states  # the embedding, then after every layer
     norm = family.backbone_of(base).get_submodule(family.norm)
     expected = logits_of(base.config)(family.head_of(base)(norm(states[1])))
-    left = cascade(token_ids(), exit=1)
+    left = cascade(token_ids(), strategy=Exit(1))
     torch.testing.assert_close(left.logits, expected)
-    assert torch.equal(cascade(token_ids(), exit=2).logits, base(token_ids()).logits)
+    assert torch.equal(cascade(token_ids(), strategy=Exit(2)).logits, base(token_ids()).logits)
     assert not torch.allclose(left.logits, base(token_ids()).logits)
     assert exits_of(base.config) == [1, 2]
 
@@ -37,11 +38,11 @@ def test_generating_from_an_exit_is_generating_with_a_shallower_model(name: str)
     cascade = Cascade(tiny_base(name))
     depth = exits_of(cascade.config)[0]
     ids, padded, mask = prompts()
-    cached = cascade.generate(input_ids=ids, exit=depth, **GREEDY)
-    assert torch.equal(cached, cascade.generate(input_ids=ids, exit=depth, use_cache=False, **GREEDY))
-    fed = cascade.generate(input_ids=padded, attention_mask=mask, exit=depth, **GREEDY)
+    cached = cascade.generate(input_ids=ids, strategy=Exit(depth), **GREEDY)
+    assert torch.equal(cached, cascade.generate(input_ids=ids, strategy=Exit(depth), use_cache=False, **GREEDY))
+    fed = cascade.generate(input_ids=padded, attention_mask=mask, strategy=Exit(depth), **GREEDY)
     assert torch.equal(fed[:, 3:], cached)
-    model = cascade.model(None, depth)
+    model = cascade.model(None, Exit(depth))
     assert type(model) is type(cascade.base)
     assert {p.data_ptr() for p in model.model.parameters()} < {p.data_ptr() for p in cascade.base.parameters()}
     assert not torch.equal(cached, cascade.generate(input_ids=ids, **GREEDY))
@@ -57,11 +58,11 @@ def test_where_a_base_cannot_be_left() -> None:
         ("hrm", 1, r"'hrm_text' is recurrent.*no depth"),
     ):
         with pytest.raises(FamilyError, match=said):
-            Cascade(tiny_base(name))(ids, exit=exit)
+            Cascade(tiny_base(name))(ids, strategy=Exit(exit))
     cascade = Cascade(tiny_base()).add_stage(StageConfig("t", 1))
-    with pytest.raises(DeltaError, match=r"exit=1 leaves the base below stage 't'.*stage=None.*attach_at"):
-        cascade.generate(ids, exit=1)
-    assert cascade(ids, stage=None, exit=1).logits.shape == (2, 9, cascade.config.vocab_size)
+    with pytest.raises(StageError, match=r"Exit\(1\) leaves the base below stage 't'.*stage=None.*attach_at"):
+        cascade.generate(ids, strategy=Exit(1))
+    assert cascade(ids, stage=None, strategy=Exit(1)).logits.shape == (2, 9, cascade.config.vocab_size)
 
 
 def low(cascade: Cascade, depth: int, head: str = "dense") -> Cascade:

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from conftest import RECURRENT, scramble, tiny_base, token_ids
 from poe import Cascade, StageConfig
 from poe.commands.poe import app
-from poe.errors import DeltaError
+from poe.errors import StageError
 from poe.modeling.heads import FoldedHead, build_head
 from poe.stages.fold import fold_heads
 
@@ -154,9 +154,9 @@ def test_a_folded_stage_is_its_own(saved_base) -> None:
     scramble(stage, seed=9)
     assert torch.equal(cascade(token_ids(), stage="s1").logits, before)
     assert stage.prompt == cascade.stages["s1"].prompt
-    with pytest.raises(DeltaError, match="There is a stage 'one' already"):
+    with pytest.raises(StageError, match="There is a stage 'one' already"):
         cascade.fold("s1", "one")
-    with pytest.raises(DeltaError, match="Did you mean 's1'"):
+    with pytest.raises(StageError, match="Did you mean 's1'"):
         cascade.fold("s2")
 
 
@@ -187,12 +187,12 @@ def test_the_command_folds_and_keeps_what_is_known_about_the_data(saved_base, tm
 
 def test_a_stage_is_removed_once_nothing_stands_on_it(saved_base) -> None:
     cascade = chain(Cascade.from_pretrained(saved_base()), ["dense", "none"])
-    with pytest.raises(DeltaError, match="'s0' cannot be removed: s1 stand"):
+    with pytest.raises(StageError, match="'s0' cannot be removed while s1 stand"):
         cascade.remove_stage("s0")
     expected = cascade(token_ids(), stage="s0").logits
     assert cascade.remove_stage("s1").active == "s0"
     assert torch.equal(cascade(token_ids()).logits, expected)
-    with pytest.raises(DeltaError, match="no stage 's1'"):
+    with pytest.raises(StageError, match="no stage 's1'"):
         cascade.model("s1")
     assert cascade.remove_stage("s0").active is None
     assert not cascade.stages
@@ -211,7 +211,7 @@ def test_a_stage_is_active_inside_a_block() -> None:
     with pytest.raises(KeyError), cascade.activated("s0"):
         raise KeyError
     assert cascade.active == "s1"
-    with pytest.raises(DeltaError, match="no stage"), cascade.activated("nobody"):
+    with pytest.raises(StageError, match="no stage"), cascade.activated("nobody"):
         pass
     assert cascade.active == "s1"
     with cascade.activated(None):

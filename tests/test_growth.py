@@ -10,7 +10,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from conftest import BASES, scramble, tiny_base, token_ids
 from poe import Cascade, PoEError, StageConfig
-from poe.errors import DeltaError
+from poe.errors import StageError
 from poe.modeling.stage import build_stage
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -252,19 +252,41 @@ def test_a_grown_model_compiles_to_one_graph(name: str) -> None:
 )
 def test_bad_stages_are_refused(fields: dict, message: str) -> None:
     cascade = Cascade(tiny_base())
-    with pytest.raises(DeltaError, match=message):
+    with pytest.raises(StageError, match=message):
         cascade.add_stage(**{"name": "t", **fields})
     assert not cascade.stages
+
+
+def test_a_stage_needs_no_recipe() -> None:
+    cascade = Cascade(tiny_base()).add_stage(name="mine", num_layers=2)
+    assert cascade.active == "mine"
+    assert len(cascade.stages["mine"].layers) == 2
+
+
+@pytest.mark.parametrize("recipe", [None, "demo", StageConfig("t")])
+def test_an_unknown_stage_field_is_refused_with_a_suggestion(recipe: str | StageConfig | None) -> None:
+    cascade = Cascade(tiny_base())
+    with pytest.raises(StageError, match=r"has no field 'num_layer'\. Did you mean 'num_layers'"):
+        cascade.add_stage(recipe, name="mine", num_layer=2)
+    with pytest.raises(StageError, match="needs a name"):
+        cascade.add_stage(num_layers=2)
+
+
+def test_options_of_opening_are_keywords(saved_base) -> None:
+    with pytest.raises(TypeError, match="positional"):
+        Cascade.from_pretrained(saved_base(), torch.float32)
+    with pytest.raises(TypeError, match="positional"):
+        Cascade(tiny_base()).load_stage("me/stage", "main")
 
 
 def test_names_and_activation() -> None:
     cascade = grown()
     assert cascade.active == "t"
-    with pytest.raises(DeltaError, match="already"):
+    with pytest.raises(StageError, match="already"):
         cascade.add_stage(StageConfig("t"))
     with pytest.raises(PoEError, match="Did you mean 't'"):
         cascade.model("tt")
-    with pytest.raises(DeltaError, match="attaches on top"):
+    with pytest.raises(StageError, match="attaches on top"):
         cascade.add_stage(StageConfig("c", parent="t", attach_at=1))
     assert cascade.activate(None).model(cascade.active) is cascade.base
     assert dataclasses.replace(cascade.stages["t"].config, name="u").num_layers == 2

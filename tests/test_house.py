@@ -15,7 +15,7 @@ import torch
 import poe
 from poe import Cascade
 from poe.errors import PoEError
-from poe.loaders.places import EMBEDDED_BASE
+from poe.loaders.repository import EMBEDDED_BASE
 
 SOURCE = Path(poe.__file__).parent
 ROOT = SOURCE.parents[1]

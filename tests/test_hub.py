@@ -18,8 +18,8 @@ from conftest import scramble, token_ids
 from fake_hub import FakeHub
 from poe import Cascade, StageConfig
 from poe.commands.poe import app
-from poe.errors import DeltaError, FingerprintError, LineageError, SourceError
-from poe.loaders.hub import pack, upload
+from poe.errors import DeltaError, FingerprintError, LineageError, SourceError, StageError
+from poe.loaders.hub import plan_upload, upload
 from poe.modeling.access import Access, fetch
 from poe.modeling.tensor_file import read_header
 from test_stage_loading import stranger
@@ -38,7 +38,7 @@ def rounded(cascade: Cascade, name: str, seed: int = 1) -> Cascade:
 
 def publish_base(folder: Path, repo: str = "me/base") -> str:
     """Push a base's folder and return its commit."""
-    return str(upload(pack(folder, repo, **TOKEN), **TOKEN).oid)
+    return str(upload(plan_upload(folder, repo, **TOKEN), **TOKEN).oid)
 
 
 def stage_folder(saved_base, tmp_path: Path, name: str = "t", seed: int = 1) -> Path:
@@ -166,7 +166,7 @@ def test_a_hub_that_fails_half_way_is_not_taken_for_an_empty_one(hub, saved_base
     [(False, None, r"\(401\)"), ("hf_me", 403, r"may not do this \(403\)"), ("hf_me", 429, r"slow down \(429\)")],
 )
 def test_a_push_that_is_refused(hub, saved_base, no_waiting, token, trouble, message) -> None:
-    shipment = pack(saved_base(), "me/t")
+    shipment = plan_upload(saved_base(), "me/t")
     hub.answer_all = trouble
     with pytest.raises(SourceError, match=message):
         upload(shipment, token=token)
@@ -236,7 +236,7 @@ def test_push_of_a_folder_uploads_that_folder(hub: FakeHub, saved_base, tmp_path
     for name in names:
         assert name in run.output
     assert f"{(folder / 'delta.safetensors').stat().st_size:,}" in run.output
-    assert "stays here: checkpoint/state.safetensors, dropped.jsonl" in run.output
+    assert "not uploaded: checkpoint/state.safetensors, dropped.jsonl" in run.output
     run = CliRunner().invoke(app, ["push", str(folder), "me/t", "--base", "me/base", "--revision", "v1"])
     assert run.exit_code == 0, run.output
     assert hub.files("me/t") == {}
@@ -252,7 +252,7 @@ def test_push_of_a_folder_uploads_that_folder(hub: FakeHub, saved_base, tmp_path
     }
     assert not any(str(tmp_path).encode() in content for content in there.values())
     (folder / "README.md").write_text("---\nlicense: mit\n---\nMy own words.")
-    assert pack(folder, "me/t", base="me/base").files["README.md"] == folder / "README.md"
+    assert plan_upload(folder, "me/t", base="me/base").files["README.md"] == folder / "README.md"
 
 
 def test_a_parent_on_this_machine_is_pushed_first(hub: FakeHub, saved_base, tmp_path: Path) -> None:
@@ -262,18 +262,18 @@ def test_a_parent_on_this_machine_is_pushed_first(hub: FakeHub, saved_base, tmp_
     other = stage_folder(saved_base, tmp_path, "other", seed=2)
     publish_base(saved_base())
     for folder, repo in ((parent, "me/parent"), (other, "me/other")):
-        upload(pack(folder, repo, base="me/base", **TOKEN), **TOKEN)
+        upload(plan_upload(folder, repo, base="me/base", **TOKEN), **TOKEN)
     with pytest.raises(LineageError, match=r"'child' stands on a parent that only this machine has.*--parent me/NAME"):
-        pack(child, "me/child", base="me/base", **TOKEN)
+        plan_upload(child, "me/child", base="me/base", **TOKEN)
     with pytest.raises(LineageError, match=r"stands on a base that only this machine has.*--base me/NAME"):
-        pack(child, "me/child", parent="me/parent", **TOKEN)
+        plan_upload(child, "me/child", parent="me/parent", **TOKEN)
     with pytest.raises(FingerprintError, match="me/other is not the parent of 'child'"):
-        pack(child, "me/child", base="me/base", parent="me/other", **TOKEN)
+        plan_upload(child, "me/child", base="me/base", parent="me/other", **TOKEN)
     with pytest.raises(LineageError, match="me/base is not a stage"):
-        pack(child, "me/child", base="me/base", parent="me/base", **TOKEN)
-    with pytest.raises(DeltaError, match="has no parent, so parent= does not apply"):
-        pack(parent, "me/parent", base="me/base", parent="me/other", **TOKEN)
-    upload(pack(child, "me/child", base="me/base", parent="me/parent", **TOKEN), **TOKEN)
+        plan_upload(child, "me/child", base="me/base", parent="me/base", **TOKEN)
+    with pytest.raises(StageError, match="has no parent, so parent= does not apply"):
+        plan_upload(parent, "me/parent", base="me/base", parent="me/other", **TOKEN)
+    upload(plan_upload(child, "me/child", base="me/base", parent="me/parent", **TOKEN), **TOKEN)
     again = Cascade.from_pretrained("me/child")
     assert torch.equal(again(token_ids()).logits, cascade(token_ids()).logits)
 
@@ -285,7 +285,7 @@ def test_what_does_not_belong_to_a_stage_is_refused_by_name(hub, saved_base, tmp
     (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).write_bytes(b"")
     with pytest.raises(DeltaError, match=name):
-        pack(folder, "me/t", base="me/base")
+        plan_upload(folder, "me/t", base="me/base")
 
 
 def test_a_push_is_checked_first(hub: FakeHub, saved_base, tmp_path: Path) -> None:
@@ -293,16 +293,16 @@ def test_a_push_is_checked_first(hub: FakeHub, saved_base, tmp_path: Path) -> No
     publish_base(saved_base(seed=1), "me/other")
     folder = stage_folder(saved_base, tmp_path)
     with pytest.raises(DeltaError, match=r"not fit to be published: base: Wrong base"):
-        pack(folder, "me/t", base="me/other")
+        plan_upload(folder, "me/t", base="me/other")
     with pytest.raises(LineageError, match="base should be a repository on the Hub, got the folder"):
-        pack(folder, "me/t", base=str(saved_base()))
-    with pytest.raises(SourceError, match="is not a repository's name"):
-        pack(folder, "me/t/oops", base="me/base")
+        plan_upload(folder, "me/t", base=str(saved_base()))
+    with pytest.raises(SourceError, match="is not a repository name"):
+        plan_upload(folder, "me/t/oops", base="me/base")
     (folder / "modeling_poe.py").write_text("print('mine')")
     with pytest.raises(DeltaError, match=r"network files: modeling_poe\.py is not the one of this package"):
-        pack(folder, "me/t", base="me/base")
+        plan_upload(folder, "me/t", base="me/base")
     with pytest.raises(SourceError, match="There is no folder"):
-        pack(tmp_path / "nowhere", "me/t")
+        plan_upload(tmp_path / "nowhere", "me/t")
 
 
 def test_a_tampered_file_on_the_hub_is_refused(chain, hub: FakeHub, tmp_path: Path) -> None:
@@ -334,7 +334,7 @@ def test_a_repository_cannot_lead_to_a_folder_of_the_reader(
     folder = stage_folder(saved_base, tmp_path)
     hub.repos.clear()
     publish_base(saved_base())
-    upload(pack(folder, "me/hostile", base="me/base", **TOKEN), **TOKEN)
+    upload(plan_upload(folder, "me/hostile", base="me/base", **TOKEN), **TOKEN)
     config = json.loads(hub.files("me/hostile")["config.json"])
     named = {**config["base"], "repo": where, "revision": None}
     edit_config(hub, "me/hostile", **{what: named})
@@ -379,7 +379,7 @@ def test_an_absolute_path_is_refused_in_a_folder_too(saved_base, tmp_path: Path)
 )
 def test_a_config_of_the_wrong_shape_is_one_message(hub, saved_base, tmp_path, changes: dict) -> None:
     publish_base(saved_base())
-    upload(pack(stage_folder(saved_base, tmp_path), "me/shape", base="me/base", **TOKEN), **TOKEN)
+    upload(plan_upload(stage_folder(saved_base, tmp_path), "me/shape", base="me/base", **TOKEN), **TOKEN)
     edit_config(hub, "me/shape", **changes)
     with pytest.raises(DeltaError, match=r"config\.json: .*Fetch it again"):
         Cascade.from_pretrained("me/shape")

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import poe.cascade
+import poe.loaders.base
 from conftest import scramble, tiny_base, tiny_tokenizer, token_ids
 from poe import Cascade, StageConfig
-from poe.errors import DeltaError, FamilyError, FingerprintError, LineageError, SourceError
-from poe.loaders import places
-from poe.loaders.base_folder import save_base_folder
+from poe.errors import DeltaError, FamilyError, FingerprintError, LineageError, SourceError, StageError
+from poe.loaders import repository
+from poe.loaders.base import save_base_folder
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_stages_attach_to_an_open_base(family: Path) -> None:
     with pytest.raises(FingerprintError, match="Wrong base"):
         Cascade(tiny_base(seed=1)).load_stage(family / "child")
     renamed = Cascade.from_pretrained(family / "base").add_stage(StageConfig("parent", 1))
-    with pytest.raises(DeltaError, match="Two stages are called 'parent'"):
+    with pytest.raises(StageError, match="Two stages are called 'parent'"):
         renamed.load_stage(family / "child")
     assert list(renamed.stages) == ["parent"]
 
@@ -86,7 +86,7 @@ def test_stages_attach_to_an_open_base(family: Path) -> None:
 def test_a_wrong_base_stops_the_load_before_any_weight(family: Path, saved_base, monkeypatch) -> None:
     shutil.rmtree(family / "base")
     shutil.copytree(saved_base(seed=1), family / "base")
-    monkeypatch.setattr(poe.cascade, "load_base", lambda *a, **k: pytest.fail("the base was loaded"))
+    monkeypatch.setattr(poe.loaders.base, "load_base", lambda *a, **k: pytest.fail("the base was loaded"))
     with pytest.raises(
         FingerprintError, match=r"expected \.\./base \(revision none, \w{12}\), got .*base .*\w{12}\)"
     ) as e:
@@ -114,15 +114,15 @@ def test_base_can_be_said_and_the_fingerprint_still_decides(family: Path, saved_
 def test_the_embedded_base_stands_in_by_fingerprint(family: Path, saved_base, tmp_path, monkeypatch) -> None:
     expected = torch.load(family / "expected")
     shutil.move(family / "base", tmp_path / "assets")
-    monkeypatch.setattr(places, "EMBEDDED_BASE", tmp_path / "assets")
+    monkeypatch.setattr(repository, "EMBEDDED_BASE", tmp_path / "assets")
     cascade = Cascade.from_pretrained(family / "child")
     assert torch.equal(cascade(token_ids()).logits, expected)
     assert cascade.base_source.repo == str(tmp_path / "assets")
     assert Cascade.from_pretrained("demo").base_source.repo == str(tmp_path / "assets")
-    monkeypatch.setattr(places, "EMBEDDED_BASE", saved_base(seed=1))
+    monkeypatch.setattr(repository, "EMBEDDED_BASE", saved_base(seed=1))
     with pytest.raises(LineageError, match="ends before its base"):
         Cascade.from_pretrained(family / "child")
-    monkeypatch.setattr(places, "EMBEDDED_BASE", tmp_path / "nothing")
+    monkeypatch.setattr(repository, "EMBEDDED_BASE", tmp_path / "nothing")
     with pytest.raises(SourceError, match="embedded base is missing"):
         Cascade.from_pretrained("demo")
 
@@ -168,12 +168,12 @@ def test_another_parent_is_refused(family: Path) -> None:
 def test_a_parent_must_have_files_that_are_what_it_is(saved_base, tmp_path: Path) -> None:
     cascade = Cascade.from_pretrained(saved_base()).add_stage(StageConfig("parent", 1))
     cascade.add_stage(StageConfig("child", 1, parent="parent"))
-    with pytest.raises(DeltaError, match="'parent' has no files yet"):
+    with pytest.raises(StageError, match="'parent' has no files yet"):
         cascade.save_stage("child", tmp_path / "child")
     cascade.save_stage("parent", tmp_path / "parent")
     cascade.save_stage("child", tmp_path / "child")
     scramble(cascade.stages["parent"])
-    with pytest.raises(DeltaError, match="'parent' has changed since it was saved"):
+    with pytest.raises(StageError, match="'parent' has changed since it was saved"):
         cascade.save_stage("child", tmp_path / "child")
 
 

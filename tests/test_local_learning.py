@@ -12,6 +12,7 @@ from torch import Tensor
 from conftest import scramble
 from poe import Cascade
 from poe.data.packing import Batch
+from poe.decoding import Exit
 from poe.demo.text import make_text
 from poe.errors import DataError, RecipeError
 from poe.modeling.modeling_poe import PoEConfig, PoEForCausalLM
@@ -152,10 +153,10 @@ def test_a_base_learns_stage_by_stage_and_can_be_left_after_each(tmp_path: Path)
     cascade = Cascade.from_pretrained(folder)
     assert cascade.config.stage_layers == [1, 1, 1]
     ids = cascade.tokenizer(make_text(7, seed=9).text, return_tensors="pt").input_ids
-    losses = [float(cascade(ids, labels=ids, exit=depth).loss) for depth in (1, 2, 3)]
+    losses = [float(cascade(ids, labels=ids, strategy=Exit(depth)).loss) for depth in (1, 2, 3)]
     assert max(losses) < 0.9 * math.log(500)
     assert len({round(loss, 3) for loss in losses}) == 3
-    assert torch.equal(cascade(ids, exit=3).logits, cascade(ids).logits)
+    assert torch.equal(cascade(ids, strategy=Exit(3)).logits, cascade(ids).logits)
 
 
 def test_a_base_that_cannot_begin_leaves_no_folder(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from conftest import scramble, tiny_tokenizer
 from poe import Cascade, StageConfig
 from poe.loaders.card import example_prompt, non_commercial, notice, stage_card
-from poe.loaders.hub import pack, upload
+from poe.loaders.hub import plan_upload, upload
 
 ROOT = Path(__file__).parents[1]
 CONFIG = {
@@ -160,8 +160,8 @@ def test_every_link_of_a_card_leads_somewhere(hub, saved_base, tmp_path: Path) -
     # The card of the same stage elsewhere, without a plot, does not show one.
     again = Cascade.from_pretrained(folder).save_stage("t", tmp_path / "u", json.loads(json.dumps(TRAINING)))
     assert "report.png" not in links((again / "README.md").read_text())
-    upload(pack(saved_base(), "me/base", token="hf_me"), token="hf_me")
-    shipment = pack(folder, "me/t", base="me/base", token="hf_me")
+    upload(plan_upload(saved_base(), "me/base", token="hf_me"), token="hf_me")
+    shipment = plan_upload(folder, "me/t", base="me/base", token="hf_me")
     published = shipment.files["README.md"]
     assert isinstance(published, bytes)
     assert 'from_pretrained("me/t")' in published.decode()

@@ -259,7 +259,7 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pyte
     out = tmp_path / "deep" / "out"
     usage = namedtuple("usage", "total used free")
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, native._SMALL_FILES + 1000))
+        patch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, native._RESERVED_BYTES + 1000))
         with pytest.raises(OutputError, match=r"needs .* GB, but its disk has .* GB free"):
             cascade.export_native("t", out)
     assert not out.parent.exists()

@@ -7,7 +7,8 @@ import torch
 
 from conftest import scramble
 from poe import Cascade, StageConfig
-from poe.errors import DeltaError, FamilyError
+from poe.decoding import Exit
+from poe.errors import FamilyError, StageError
 from poe.modeling.modeling_poe import PoEConfig, PoEForCausalLM
 
 FEATURES = {
@@ -72,7 +73,7 @@ def test_a_stage_on_top_starts_as_the_base_and_moves_nothing_below(features) -> 
     base = make(features)
     before = base(IDS).logits
     cascade = Cascade(base).add_stage(StageConfig("t", 2))
-    top = cascade(IDS, stage=None, exit=4).logits  # a stage stands on the last prediction, not on the vote of all
+    top = cascade(IDS, stage=None, strategy=Exit(4)).logits  # the last stage's prediction, without the others' votes
     assert torch.equal(top, before) == (base.config.combiner == "last")
     assert torch.equal(cascade(IDS).logits, top)
     scramble(cascade.stages["t"])
@@ -107,13 +108,13 @@ def test_every_boundary_is_an_exit(heads, more) -> None:
     model = make((*more, "stage heads")) if heads else make(more, stage_layers=[2, 1, 1])
     cascade, expected = Cascade(model), predictions(model)
     for depth, logits in zip([2, 3, 4], expected, strict=True):
-        torch.testing.assert_close(cascade(IDS, exit=depth).logits, logits)
-    assert torch.equal(cascade(IDS, exit=4).logits, model(IDS).logits)
-    assert len({int(p.data_ptr()) for d in (2, 3, 4) for p in cascade.model(None, d).model.parameters()}) == len(
+        torch.testing.assert_close(cascade(IDS, strategy=Exit(depth)).logits, logits)
+    assert torch.equal(cascade(IDS, strategy=Exit(4)).logits, model(IDS).logits)
+    assert len({int(p.data_ptr()) for d in (2, 3, 4) for p in cascade.model(None, Exit(d)).model.parameters()}) == len(
         list(model.model.parameters())
     )
     with pytest.raises(FamilyError, match=r"exit is 1, but .* after any of its stages: expected 2, 3, 4"):
-        cascade(IDS, exit=1)
+        cascade(IDS, strategy=Exit(1))
 
 
 @torch.no_grad()
@@ -130,8 +131,8 @@ def test_a_specialist_stands_on_any_boundary_and_begins_as_its_prediction() -> N
     for depth, logits in zip([2, 3, 4], predictions(model), strict=True):
         cascade = Cascade(model).add_stage(StageConfig("low", 1, attach_at=depth))
         torch.testing.assert_close(cascade(IDS).logits, logits)
-        assert torch.equal(cascade(IDS).logits, cascade(IDS, stage=None, exit=depth).logits)
-    with pytest.raises(DeltaError, match=r"attach_at is 1, but .* expected 2, 3, 4"):
+        assert torch.equal(cascade(IDS).logits, cascade(IDS, stage=None, strategy=Exit(depth)).logits)
+    with pytest.raises(StageError, match=r"attach_at is 1, but .* expected 2, 3, 4"):
         Cascade(model).add_stage(StageConfig("low", 1, attach_at=1))
 
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from conftest import BASES, scramble, tiny_base, tiny_model, tiny_tokenizer, token_ids
 from poe import Cascade, StageConfig
 from poe.errors import FamilyError, FingerprintError, SourceError
-from poe.loaders.base_folder import save_base_folder
+from poe.loaders.base import save_base_folder
 from poe.modeling.heads import FoldedHead
 from poe.modeling.placement import quantization_of
 from poe.training.reporting.progress import Progress

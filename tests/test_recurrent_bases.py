@@ -14,9 +14,9 @@ from transformers.masking_utils import create_causal_mask
 from conftest import HRM, RECURRENT, VOCABULARY, demo_tokenizer, scramble, tiny_base, tiny_model, token_ids
 from poe import Cascade, StageConfig, train_stage
 from poe.data.packing import IGNORED, Batch
-from poe.errors import DeltaError, FamilyError, TrainingError
+from poe.errors import FamilyError, StageError, TrainingError
 from poe.evaluation.calls import answer
-from poe.loaders.base_folder import save_base_folder
+from poe.loaders.base import save_base_folder
 from poe.training.hidden_states.sources import Whole
 from poe.training.prefix import prompt_positions
 from poe.training.reporting.progress import Progress
@@ -172,9 +172,9 @@ def test_a_stage_attaches_on_top_only(tmp_path: Path) -> None:
     cascade = Cascade(tiny_base("hrm"))
     depth = cascade.config.num_hidden_layers
     for below in (1, 2, depth - 1):
-        with pytest.raises(DeltaError, match=f"attach_at is {below}, but .* 'hrm_text' is recurrent.*attach_at None"):
+        with pytest.raises(StageError, match=f"attach_at is {below}, but .* 'hrm_text' is recurrent.*attach_at None"):
             cascade.add_stage(StageConfig("t", 1, attach_at=below))
-    with pytest.raises(DeltaError, match=f"the base has {depth} layers"):
+    with pytest.raises(StageError, match=f"the base has {depth} layers"):
         cascade.add_stage(StageConfig("t", 1, attach_at=depth + 1))
     assert not cascade.stages
     assert cascade.add_stage(StageConfig("t", 1, attach_at=depth)).stages["t"].below == depth

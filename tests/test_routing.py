@@ -10,9 +10,10 @@ from branched_cascade import STAGES, branched_cascade
 from conftest import scramble, tiny_model, token_ids
 from decoding_models import MODELS, decoding_cascade, positions, prompts
 from poe import Cascade
-from poe.decoding.branches import Tip, branch_out
+from poe.decoding import Exit, SelfSpeculation
+from poe.decoding.branches import build_branched_model
 from poe.decoding.routing import Routed
-from poe.errors import DecodingError, DeltaError
+from poe.errors import DecodingError, StageError
 
 ROWS: list[str | None] = ["tool", "math", None, "low", "child", "tool", "grandchild", None]
 GREEDY: dict[str, Any] = {"max_new_tokens": 9, "do_sample": False}
@@ -27,8 +28,8 @@ def row_of(inputs: dict[str, torch.Tensor], row: int) -> dict[str, torch.Tensor]
 def routed(cascade: Cascade, stages: list[str | None]) -> tuple[Any, torch.Tensor]:
     """A model for these rows, and which tip each of them has."""
     names = list(dict.fromkeys(stages))
-    tips = [Tip(name, name and cascade.stages[name], cascade.model(name)) for name in names]
-    return branch_out(cascade.base, tips, Routed), torch.tensor([names.index(name) for name in stages])
+    experts = [cascade.expert(name) for name in names]
+    return build_branched_model(cascade.base, experts, Routed), torch.tensor([names.index(name) for name in stages])
 
 
 @pytest.mark.parametrize("eos", [None, list(range(40, 50))], ids=["endless", "eos"])
@@ -213,10 +214,10 @@ def test_what_cannot_be_routed_is_refused() -> None:
         cascade.generate(ids, stage=["tool", None, "math"])
     with pytest.raises(DecodingError, match="token ids"):
         cascade.generate(inputs_embeds=torch.zeros(2, 3, 32), stage=["tool", None])
-    for way in ({"exit": 2}, {"draft": 2}):
+    for strategy in (Exit(2), SelfSpeculation(2)):
         with pytest.raises(DecodingError, match="one stage"):
-            cascade.generate(ids, stage=["tool", None], **way)
-    with pytest.raises(DeltaError, match="no stage 'tol'"):
+            cascade.generate(ids, stage=["tool", None], strategy=strategy)
+    with pytest.raises(StageError, match="no stage 'tol'"):
         cascade.generate(ids, stage=["tol", None])
     cascade.base.set_attn_implementation("flex_attention")
     with pytest.raises(DecodingError, match="Flex"):

@@ -12,13 +12,13 @@ from conftest import tiny_model, token_ids
 from decoding_models import MODELS, decoding_cascade, model_of, prompts
 from poe import Cascade
 from poe.decoding import drafts
-from poe.decoding.speculation import Drafting, SelfSpeculation, accept, drafting, generate_with, looked_up
+from poe.decoding.speculation import Drafting, SelfSpeculation, accept, build_loop, generate_with, looked_up
 from poe.errors import DecodingError
-from poe.loaders.places import EMBEDDED_BASE
+from poe.loaders.repository import EMBEDDED_BASE
 
 LENGTH = 16
 GREEDY = {"max_new_tokens": LENGTH, "do_sample": False}
-ALWAYS = {"least_probability": 0.0}
+ALWAYS = {"min_probability": 0.0}
 STAGES = (None, "top", "low")
 
 
@@ -33,7 +33,7 @@ def settled(cascade: Cascade, scale: float = 0.3) -> Cascade:
 
 def loop_of(cascade: Cascade, exit: int = 2, tokens: int = 4, least: float = 0.0, lookup: int = 0) -> Drafting:
     plan = SelfSpeculation(exit, tokens, least, lookup)
-    return drafting(model_of(cascade), cascade.base, cascade.stages.get("s"), plan)
+    return build_loop(cascade.expert(cascade.active), plan)
 
 
 @pytest.mark.parametrize("rows", [1, 4])
@@ -46,7 +46,7 @@ def test_greedy_tokens_are_those_of_plain_decoding(name: str, stage: str | None,
     for tokens, least, lookup in ((1, 0.0, 0), (4, 0.0, 0), (6, 0.2, 0), (4, 0.1, 5)):
         loop = loop_of(cascade, 2, tokens, least, lookup)
         assert torch.equal(generate_with(loop, model_of(cascade), **inputs, **GREEDY), plain)
-    assert torch.equal(cascade.generate(**inputs, **GREEDY, draft=1), plain)
+    assert torch.equal(cascade.generate(**inputs, **GREEDY, strategy=SelfSpeculation(1)), plain)
 
 
 def test_drafts_are_accepted_and_rejected() -> None:
@@ -95,7 +95,9 @@ def test_processors_see_what_they_would_see() -> None:
     options = {**GREEDY, "repetition_penalty": 1.3, "no_repeat_ngram_size": 3, "min_new_tokens": 9}
     plain = cascade.generate(**inputs, **options, logits_processor=[Watch()])
     seen.clear()
-    assert torch.equal(cascade.generate(**inputs, **options, logits_processor=[Watch()], draft=2), plain)
+    assert torch.equal(
+        cascade.generate(**inputs, **options, logits_processor=[Watch()], strategy=SelfSpeculation(2)), plain
+    )
     assert set(seen) == set(range(7, 7 + LENGTH))
 
 
@@ -120,7 +122,7 @@ def test_generation_ends_where_plain_generation_ends() -> None:
     for rows, way in itertools.product((1, 4), ways):
         inputs = prompts(rows)
         plain = cascade.generate(**inputs, **{**GREEDY, **way})
-        assert torch.equal(cascade.generate(**inputs, **{**GREEDY, **way}, draft=SelfSpeculation(2, 5, 0.0)), plain)
+        assert torch.equal(cascade.generate(**inputs, **{**GREEDY, **way}, strategy=SelfSpeculation(2, 5, 0.0)), plain)
 
     class Record(TextStreamer):
         def __init__(self) -> None:
@@ -134,7 +136,7 @@ def test_generation_ends_where_plain_generation_ends() -> None:
 
     records = [Record(), Record()]
     cascade.generate(**prompts(1), **GREEDY, streamer=records[0])
-    cascade.generate(**prompts(1), **GREEDY, streamer=records[1], draft=2)
+    cascade.generate(**prompts(1), **GREEDY, streamer=records[1], strategy=SelfSpeculation(2))
     assert all(torch.equal(a, b) for a, b in zip(*(r.got for r in records), strict=True))
 
 
@@ -142,7 +144,7 @@ def test_scores_come_back_as_asked_for() -> None:
     cascade, inputs = settled(decoding_cascade("llama")), prompts(2)
     options = {**GREEDY, "return_dict_in_generate": True, "output_scores": True, "output_logits": True, "top_k": 9}
     plain = cascade.generate(**inputs, **options)
-    ours = cascade.generate(**inputs, **options, draft=2)
+    ours = cascade.generate(**inputs, **options, strategy=SelfSpeculation(2))
     for name in ("scores", "logits"):
         a, b = (torch.stack(out[name]) for out in (plain, ours))
         assert a.shape == b.shape
@@ -256,16 +258,18 @@ def test_what_cannot_be_drafted_is_refused() -> None:
     cascade = decoding_cascade("llama", "low")
     inputs = prompts(1)
     with pytest.raises(DecodingError, match="after 1, 2, 3 \\(layers\\)"):
-        cascade.generate(**inputs, draft=4)
+        cascade.generate(**inputs, strategy=SelfSpeculation(4))
     with pytest.raises(DecodingError, match="num_beams"):
-        cascade.generate(**inputs, **GREEDY, draft=1, num_beams=2)
+        cascade.generate(**inputs, **GREEDY, strategy=SelfSpeculation(1), num_beams=2)
     with pytest.raises(DecodingError, match="output_hidden_states"):
-        cascade.generate(**inputs, **GREEDY, draft=1, output_hidden_states=True, return_dict_in_generate=True)
+        cascade.generate(
+            **inputs, **GREEDY, strategy=SelfSpeculation(1), output_hidden_states=True, return_dict_in_generate=True
+        )
     with pytest.raises(DecodingError, match="cache_implementation"):
-        cascade.generate(**inputs, **GREEDY, draft=1, cache_implementation="static")
+        cascade.generate(**inputs, **GREEDY, strategy=SelfSpeculation(1), cache_implementation="static")
     with pytest.raises(DecodingError, match="tokenizer"):
-        cascade.generate(**inputs, **GREEDY, draft=1, stop_strings="x")
-    for wrong in ({"num_tokens": 0}, {"prompt_lookup_num_tokens": -1}, {"least_probability": 1.0}):
+        cascade.generate(**inputs, **GREEDY, strategy=SelfSpeculation(1), stop_strings="x")
+    for wrong in ({"num_tokens": 0}, {"prompt_lookup_num_tokens": -1}, {"min_probability": 1.0}):
         with pytest.raises(DecodingError, match="at least one token"):
             SelfSpeculation(1, **wrong)
 
@@ -273,10 +277,10 @@ def test_what_cannot_be_drafted_is_refused() -> None:
 def test_a_poe_base_drafts_at_its_boundaries_only() -> None:
     cascade = Cascade(tiny_model("poe", {"num_hidden_layers": 4, "stage_layers": [1, 3]}))
     with pytest.raises(DecodingError, match=r"after 2 layers, but .* after 1 \(layers\)"):
-        cascade.generate(**prompts(1), draft=2)
+        cascade.generate(**prompts(1), strategy=SelfSpeculation(2))
     voting = Cascade(tiny_model("poe", {"num_hidden_layers": 4, "stage_layers": [1, 3], "combiner": "log_op"}))
     with pytest.raises(DecodingError, match="vote of all its stages"):
-        voting.generate(**prompts(1), draft=1)
+        voting.generate(**prompts(1), strategy=SelfSpeculation(1))
 
 
 def count_layers(cascade: Cascade, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,7 +309,7 @@ def test_the_draft_that_saves_most_is_found(monkeypatch: pytest.MonkeyPatch) -> 
     assert found.speedup > 1.03
     assert found.num_tokens == 8
     ids = torch.tensor(prompts)
-    assert torch.equal(cascade.generate(ids, **GREEDY, draft=found), cascade.generate(ids, **GREEDY))
+    assert torch.equal(cascade.generate(ids, **GREEDY, strategy=found), cascade.generate(ids, **GREEDY))
 
 
 def test_a_draft_that_does_not_pay_is_refused_with_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from poe import Cascade, StageConfig
 from poe.errors import PoEError
 from poe.modeling.access import Access
 from poe.modeling.delta_file import DELTA_NAME, read_delta
-from poe.modeling.lineage import resolve
+from poe.modeling.lineage import resolve_lineage
 
 
 @pytest.mark.parametrize("flips", [1_000, pytest.param(10_000, marks=pytest.mark.slow)])
@@ -33,7 +33,7 @@ def test_flipped_bytes_are_refused_or_change_nothing(saved_base, tmp_path: Path,
         changed[position] ^= rng.randrange(1, 256)
         path.write_bytes(changed)
         try:
-            resolve(str(folder), Access()).verify()
+            resolve_lineage(str(folder), Access()).verify()
             tensors = read_delta(path, "t")
         except PoEError:
             refused += 1

@@ -13,7 +13,7 @@ from conftest import scramble
 from poe import Cascade, StageConfig
 from poe.commands.poe import app
 from poe.errors import SourceError
-from poe.loaders.base_folder import save_base_folder
+from poe.loaders.base import save_base_folder
 from poe.loaders.verify import verify
 from poe.modeling.fingerprint import fingerprint_tensors
 from poe.modeling.tensor_file import read_header, write_tensors

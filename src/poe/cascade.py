@@ -1,4 +1,4 @@
-"""The object a user holds: a frozen base and its named stages."""
+"""The object that a user holds: a frozen base and its named stages."""
 
 import contextlib
 import dataclasses
@@ -9,30 +9,27 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import ModelOutput
 
 from poe.decoding.adaptive import Confidence
-from poe.decoding.branches import Tip, branch_out
+from poe.decoding.branches import build_branched_model
 from poe.decoding.depth import AdaptiveDepth, calibrate_depth
 from poe.decoding.drafts import calibrate_draft
 from poe.decoding.products import Product, compose
 from poe.decoding.routing import Routed, Routing, generate_routed
-from poe.decoding.speculation import SelfSpeculation, drafting, generate_with
-from poe.errors import DecodingError, DeltaError, FamilyError, FingerprintError, suggest
-from poe.loaders.places import embedded_folders, place
-from poe.loaders.tokenizer import load_tokenizer
+from poe.decoding.speculation import SelfSpeculation
+from poe.decoding.strategy import Expert, Strategy
+from poe.errors import DecodingError, DeltaError, FamilyError, StageError, suggest
+from poe.loaders.base import Base, open_base
+from poe.loaders.repository import embedded_folders, locate
 from poe.modeling.access import Access, read_config
-from poe.modeling.exits import leave_at
-from poe.modeling.fingerprint import fingerprint_tensors
 from poe.modeling.growth import sync_attention
-from poe.modeling.lineage import BaseSource, Lineage, base_source, is_stage, resolve, warn_unverified
+from poe.modeling.lineage import BaseSource, Lineage, find_base, is_stage, resolve_lineage, warn_unverified
 from poe.modeling.modeling_poe import PoEConfig, PoEForCausalLM
 from poe.modeling.modeling_poe_stage import PoEStageConfig, PoEStageForCausalLM
-from poe.modeling.opening import load_base, load_stages
-from poe.modeling.placement import is_offloaded, quantization_of
+from poe.modeling.opening import load_stages
 from poe.modeling.recognition import recognize_family
-from poe.modeling.stage import Stage, assemble, build_stage, cut_graph_below, stop_input_gradients
+from poe.modeling.stage import Stage, assemble, build_stage, detach_stage_input, set_gradient_input
 from poe.modeling.stage_config import StageConfig
 from poe.stages.compress import HeadReport, compress_head
 from poe.stages.fold import fold_chain
@@ -42,72 +39,86 @@ AutoModelForCausalLM.register(PoEConfig, PoEForCausalLM, exist_ok=True)
 AutoConfig.register("poe_stage", PoEStageConfig, exist_ok=True)
 AutoModelForCausalLM.register(PoEStageConfig, PoEStageForCausalLM, exist_ok=True)
 
-_ACTIVE = object()
+_ACTIVE = object()  # the default of `stage=`: the active stage
 
 
 class Cascade:
     """A frozen base and the stages on it.
 
-    `base` is the base model as transformers loaded it; it is frozen here and never written to. `stages` maps names to
-    `Stage`s in the order in which they came; `active` is the name of the one that `generate` and calls use, None for
-    the base. `tokenizer` is None if the base has none.
+    `stages` maps names to `Stage` objects in the order in which they were added. `active` is the name of the stage that
+    `generate` and calls use, None for the base alone.
     """
 
     def __init__(self, base_model: PreTrainedModel, tokenizer: Any = None, *, source: BaseSource | None = None) -> None:
         recognize_family(base_model)
-        self.base = base_model.requires_grad_(False)
-        self.tokenizer = tokenizer
+        self._base = Base(base_model.requires_grad_(False), tokenizer, source)
         self.stages: dict[str, Stage] = {}
         self.active: str | None = None
-        self._source = source
         self._models: dict[str, PreTrainedModel] = {}
-        self._exits: dict[int, PreTrainedModel] = {}
 
     @classmethod
     def from_pretrained(
         cls,
         repo: str | os.PathLike[str],
+        *,
         dtype: str | torch.dtype = "auto",
         device_map: Any = None,
         revision: str | None = None,
         base: str | os.PathLike[str] | None = None,
         verify: bool = True,
-        *,
         token: str | bool | None = None,
         cache_dir: str | None = None,
         local_files_only: bool = False,
         trust_remote_code: bool = False,
         **options: Any,
     ) -> "Cascade":
-        """Open a base, or a stage with all it stands on; the stage is then active.
+        """Open a base, or a stage with its base and parents. An opened stage is active.
 
-        `repo` is a folder, a Hub repository, or "demo" for the base inside this package. `base` says where a stage's
-        base is (else POE_BASE, else what the stage names). `options` go to the base's own `from_pretrained`
-        (attn_implementation, quantization_config, offload_folder, ...). A base may be quantized or offloaded; stages
-        stay in plain tensors beside it. Raises `SourceError`, `LineageError`, `FingerprintError`, `DeltaError` or
-        `FamilyError`; `verify=False` skips the fingerprints and warns.
+        `repo` is a folder, a Hub repository, or "demo" for the base inside this package. `base` is the location of a
+        stage's base (default: the environment variable POE_BASE, then the location that the stage names). `options` go
+        to the base's own `from_pretrained` (attn_implementation, quantization_config, offload_folder, ...). A base may
+        be quantized or offloaded; stages stay in plain tensors. `verify=False` skips the comparison of fingerprints and
+        warns. Raises `SourceError`, `LineageError`, `FingerprintError`, `DeltaError` or `FamilyError`.
         """
         access = Access(token, cache_dir, local_files_only)
-        where = place(repo)
-        config, _ = read_config(where, access, revision)
-        options |= {"dtype": dtype, "device_map": device_map, "trust_remote_code": trust_remote_code}
-        if not is_stage(config):
-            source, config = base_source(where, access, revision)
-            return cls(
-                load_base(source, config, **options),
-                load_tokenizer(where, source.revision, access, trust_remote_code),
-                source=source,
+        location = locate(repo)
+        config, _ = read_config(location, access, revision)
+        lineage: Lineage | None = None
+        if is_stage(config):
+            base_location = None if base is None else locate(base)
+            lineage = resolve_lineage(
+                location, access, revision=revision, base=base_location, embedded=embedded_folders()
             )
-        override = None if base is None else place(base)
-        lineage = resolve(where, access, revision=revision, base=override, embedded=embedded_folders())
-        if verify:
-            lineage.verify()
+            if verify:
+                lineage.verify()
+            else:
+                warn_unverified(location)
+            source, config, tokenizer_revision = lineage.base, lineage.base_config, lineage.links[-1].revision
         else:
-            warn_unverified(where)
-        model = load_base(lineage.base, lineage.base_config, **options)
-        tokenizer = load_tokenizer(where, lineage.links[-1].revision, access, trust_remote_code)
-        cascade = cls(model, tokenizer, source=lineage.base)
-        return cascade._attach(lineage)
+            source, config = find_base(location, access, revision)
+            tokenizer_revision = source.revision
+        opened = open_base(
+            source,
+            config,
+            tokenizer_repo=location,
+            tokenizer_revision=tokenizer_revision,
+            trust_remote_code=trust_remote_code,
+            dtype=dtype,
+            device_map=device_map,
+            **options,
+        )
+        cascade = cls(opened.model, opened.tokenizer, source=source)
+        return cascade if lineage is None else cascade._attach(lineage)
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The base model as transformers loaded it. It is frozen and never changed."""
+        return self._base.model
+
+    @property
+    def tokenizer(self) -> Any:
+        """The base's tokenizer, or that of the opened stage. None if there is none."""
+        return self._base.tokenizer
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -116,31 +127,24 @@ class Cascade:
 
     @property
     def base_source(self) -> BaseSource:
-        """Where the base is (`repo`, `revision`) and what it is (`fingerprint`, that of its files as stored).
-
-        A base that was quantized while it was loaded thus has the fingerprint of the original. Raises
-        `FingerprintError` for a model in memory that is quantized or offloaded.
-        """
-        if self._source is None:
-            held = "quantized" if quantization_of(self.base) else "offloaded" if is_offloaded(self.base) else None
-            if held is not None:
-                raise FingerprintError(
-                    f"The base is {held} and was not opened by Cascade.from_pretrained, so it is not known from which "
-                    "weights it comes: expected Cascade.from_pretrained(folder or repository, with the same "
-                    "quantization_config or device_map), which takes the fingerprint of the files."
-                )
-            tensors = revert_weight_conversion(self.base, self.base.state_dict())  # as files of it would hold them
-            self._source = BaseSource(None, known_fingerprint=fingerprint_tensors(tensors))
-        return self._source
+        """The base's location and fingerprint; see `poe.loaders.base.Base.source`."""
+        return self._base.source
 
     def add_stage(
         self, recipe: Any = None, *, seed: int = 0, dtype: torch.dtype | None = None, **fields: Any
     ) -> "Cascade":
-        """Add a new stage, which computes exactly what lies below it, and make it active.
+        """Add a new stage and make it active. A new stage does not change the model's output.
 
-        `recipe` is a recipe's name, a recipe, a `StageConfig`, or nothing if `fields` hold all; `fields` override
-        those of the stage's config. The weights depend on `seed` alone and are in `dtype` (default: the base's).
+        `recipe` is a recipe's name, a recipe, a `StageConfig`, or None. `fields` are fields of `StageConfig` and
+        override the recipe's: `add_stage(name="mine", num_layers=2)`. The weights depend on `seed` alone and are in
+        `dtype` (default: the base's). Raises `StageError` for a wrong field or a name that is taken.
         """
+        known = [field.name for field in dataclasses.fields(StageConfig)]
+        for name in fields:
+            if name not in known:
+                raise StageError(f"A stage has no field {name!r}.{suggest(name, known)}")
+        if recipe is None and "name" not in fields:
+            raise StageError("A new stage needs a name: expected add_stage(name='...') or add_stage(RECIPE).")
         if isinstance(recipe, str):
             from poe.stages import load_recipe
 
@@ -151,31 +155,38 @@ class Cascade:
             config = StageConfig(**fields)
         else:
             config = recipe.stage_config(**fields)
-        self._refuse_known(config.name)
-        parent = None if config.parent is None else self._stage(config.parent)
+        self._check_name_is_free(config.name)
+        parent = None if config.parent is None else self._find_stage(config.parent)
         stage = build_stage(self.base, config, parent, seed=seed, dtype=dtype)
         return self._insert(stage).activate(config.name)
 
     def load_stage(
-        self, repo: str | os.PathLike[str], revision: str | None = None, verify: bool = True, **access: Any
+        self,
+        repo: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        verify: bool = True,
+        token: str | bool | None = None,
+        cache_dir: str | None = None,
+        local_files_only: bool = False,
     ) -> "Cascade":
-        """Attach a saved stage, and those it stands on, to this base and make it active.
+        """Add a saved stage and its parents, and make the stage active.
 
-        `access` are token, cache_dir and local_files_only. The stage must have been trained on this very base.
+        Raises `FingerprintError` if the stage was trained on another base, and the errors of `from_pretrained`.
         """
-        where, how = place(repo), Access(**access)
-        lineage = resolve(where, how, revision=revision, own=self.base_source)
+        location, access = locate(repo), Access(token, cache_dir, local_files_only)
+        lineage = resolve_lineage(location, access, revision=revision, known_base=self.base_source)
         if verify:
             lineage.verify()
         else:
-            warn_unverified(where)
+            warn_unverified(location)
         return self._attach(lineage)
 
     def import_stage(self, folder: str | os.PathLike[str], name: str) -> "Cascade":
-        """Attach a stage in the layout of Cognica's releases or of nanochat, on top of the active one; make it active.
+        """Add a stage in the layout of Cognica's releases or of nanochat on top of the active one, and make it active.
 
-        Save it with `save_stage` to have it in the delta format. Raises `SourceError` for an unknown layout,
-        `FingerprintError` if it was trained on another base.
+        `save_stage` then writes it in the delta format. Raises `SourceError` for an unknown layout, `FingerprintError`
+        if it was trained on another base, `FamilyError` if the base is not a PoE base.
         """
         from poe.loaders.cognica import read_stage
 
@@ -198,24 +209,24 @@ class Cascade:
         return self
 
     def fold(self, stage: str, name: str | None = None) -> "Cascade":
-        """Add a stage that carries a whole chain (default name: STAGE-folded) and make it active.
+        """Add a stage that combines a stage and its parents (default name: STAGE-folded), and make it active.
 
-        It stands on the base itself and computes what `stage` computes, so it can be published without the parents.
-        The chain stays as it is. `poe.stages.fold` says how exact the sum of the heads is.
+        The new stage stands on the base and computes what `stage` computes, so it can be published without the
+        parents. The original stages stay unchanged. `poe.stages.fold.fold_heads` bounds the rounding error.
         """
-        own, name = self._stage(stage), name or f"{stage}-folded"
-        self._refuse_known(name)
-        return self._insert(fold_chain(self.base, own, name)).activate(name)
+        original, name = self._find_stage(stage), name or f"{stage}-folded"
+        self._check_name_is_free(name)
+        return self._insert(fold_chain(self.base, original, name)).activate(name)
 
     @torch.no_grad()
     def compress_head(self, name: str, rank: int, input_ids: torch.Tensor | None = None) -> HeadReport:
-        """Replace a stage's head delta by the nearest one of a lower rank, and say what that cost.
+        """Replace a stage's head delta by the nearest one of rank `rank`, and return the error of doing so.
 
         With `input_ids` (batch, tokens) the report has the largest and the mean absolute change of their logits.
-        Raises `DeltaError` while another stage stands on it, or if the head would not get smaller.
+        Raises `StageError` while another stage stands on it, or if the head would not get smaller.
         """
-        stage = self._stage(name)
-        self._refuse_parent(stage, "changed")
+        stage = self._find_stage(name)
+        self._check_no_children(stage, "changed")
         before = None if input_ids is None else self.model(name)(input_ids).logits.float()
         report = compress_head(stage, rank)
         self._models.pop(name, None)
@@ -225,12 +236,12 @@ class Cascade:
         return dataclasses.replace(report, max_logit_error=float(change.max()), mean_logit_error=float(change.mean()))
 
     def remove_stage(self, name: str) -> "Cascade":
-        """Forget a stage; if it was active, what lies below it becomes active. What it stood on stays frozen.
+        """Remove a stage. If it was active, its parent (or the base) becomes active; the parent stays frozen.
 
-        Raises `DeltaError` while another stage stands on it.
+        Raises `StageError` while another stage stands on it.
         """
-        stage = self._stage(name)
-        self._refuse_parent(stage, "removed")
+        stage = self._find_stage(name)
+        self._check_no_children(stage, "removed")
         del self.stages[name]
         self._models.pop(name, None)
         if self.active == name:
@@ -239,7 +250,7 @@ class Cascade:
 
     @contextlib.contextmanager
     def activated(self, name: str | None) -> Iterator["Cascade"]:
-        """Make a stage (None: the base) the active one inside a `with` block."""
+        """Make a stage (None: the base) active inside a `with` block."""
         before = self.active
         try:
             yield self.activate(name)
@@ -247,67 +258,53 @@ class Cascade:
             self.active = before if before in self.stages else None
 
     def activate(self, name: str | None) -> "Cascade":
-        """Choose the stage that `generate` and calls use; None is the base alone."""
+        """Make a stage (None: the base) the one that `generate` and calls use."""
         if name is not None:
-            self._stage(name)
+            self._find_stage(name)
         self.active = name
         return self
 
-    def model(self, name: str | None, exit: int | None = None) -> PreTrainedModel:
-        """Return the native model that ends in a stage, or the base for None; all of them share the base's tensors.
+    def model(self, name: str | None, strategy: Strategy | None = None) -> PreTrainedModel:
+        """Return the native model that ends in a stage, or the base for None. It shares the base's tensors.
 
-        `exit` is for the base: the model that ends after that many of its layers (a PoE base: after one of its stages).
+        With `strategy` it is the model that the strategy runs: `cascade.model(None, Exit(6))` has six layers.
         """
-        if exit is not None:
-            if name is not None:
-                raise DeltaError(
-                    f"exit={exit} leaves the base below stage {name!r}, so the stage would not be used: expected "
-                    "stage=None with it. A cheaper specialist is one that is trained with attach_at."
-                )
-            if exit not in self._exits:
-                self._exits[exit] = leave_at(self.base, exit)
-            return self._exits[exit]
+        if strategy is not None:
+            return _check_strategy(strategy).build_model(self.expert(name))
         if name is None:
             return self.base
-        stage = self._stage(name)
+        stage = self._find_stage(name)
         if name not in self._models:
             model = assemble(self.base, stage)
             sync_attention(self.base, model)
-            stop_input_gradients(model, stage)
+            set_gradient_input(model, stage)
             self._models[name] = model
         return self._models[name]
 
-    def generate(
-        self,
-        *args: Any,
-        stage: Any = _ACTIVE,
-        exit: int | None = None,
-        adaptive: AdaptiveDepth | None = None,
-        draft: SelfSpeculation | int | None = None,
-        **kwargs: Any,
-    ) -> Any:
+    def expert(self, name: str | None) -> Expert:
+        """Return a stage (None: the base) as `poe.decoding` takes it: with its native model and its base."""
+        stage = None if name is None else self._find_stage(name)
+        return Expert(self.base, stage, self.model(name), lambda: self.base_source.fingerprint)
+
+    def generate(self, *args: Any, stage: Any = _ACTIVE, strategy: Strategy | None = None, **kwargs: Any) -> Any:
         """Call `generate` of the model that ends in `stage` (default: the active one, None: the base).
 
-        `exit` leaves the base after that many layers: see `model`. `adaptive` (from `calibrate_depth`) lets every token
-        leave at the first exit that is sure of it. `draft` (from `calibrate_draft`, or the depth of an exit) lets an
-        exit draft what full depth then verifies, which changes nothing but the time. A list of stages has one for every
-        row of the batch, in one pass through the trunk; "auto" asks `route`. With `return_dict_in_generate` the output
-        then has the rows' `stages`, and after "auto" the decision as `routing`.
+        `strategy` is one of `poe.decoding`: `Exit(depth)` uses the first layers of the base; `AdaptiveDepth` (from
+        `calibrate_depth`) lets each token leave at the first exit that is confident enough; `SelfSpeculation` (from
+        `calibrate_draft`, or `SelfSpeculation(depth)`) drafts with an exit and verifies with full depth, which changes
+        the time alone.
+
+        A list of stages has one for each row of the batch, in one pass through the base; "auto" chooses with `route`.
+        With `return_dict_in_generate` the output then has the rows' `stages`, and after "auto" the `routing`.
         """
-        ways = sum(way is not None for way in (exit, adaptive, draft))
         if isinstance(stage, (list, tuple)) or (stage == "auto" and stage not in self.stages):
-            if ways:
-                raise DecodingError("exit, adaptive and draft are for one stage: expected none of them with a list.")
+            if strategy is not None:
+                raise DecodingError("A strategy decodes with one stage: expected strategy=None with a list or 'auto'.")
             return self._generate_routed(stage, *args, **kwargs)
-        if ways > 1:
-            raise DecodingError("exit, adaptive and draft are ways to leave early: expected one of them.")
         name = self.active if stage is _ACTIVE else stage
-        model: Any = self.model(name, exit)
-        own = None if name is None else self._stage(name)
-        if adaptive is not None:
-            model = adaptive.model(model, self.base, own, self.base_source.fingerprint)
-        if draft is not None:
-            return generate_with(drafting(model, self.base, own, draft), model, *args, **kwargs)
+        if strategy is not None:
+            return _check_strategy(strategy).generate(self.expert(name), *args, **kwargs)
+        model: Any = self.model(name)
         return model.generate(*args, **kwargs)
 
     def calibrate_depth(
@@ -318,58 +315,47 @@ class Cascade:
         confidence: Confidence = "margin",
         stage: Any = _ACTIVE,
     ) -> AdaptiveDepth:
-        """Find out on rows of token ids where tokens may leave, so that `agreement` of them are full depth's likeliest.
+        """Find the strategy with which `agreement` of the tokens (a share) are full depth's most likely ones.
 
-        `confidence` is "margin", "probability" or "agreement" (of exits in a row). What comes back says how it did on
-        the half of the rows that was kept apart, can be saved, and is given to `generate(adaptive=...)`.
+        `rows` are rows of token ids. `confidence` is "margin", "probability" or "agreement" (of consecutive exits). The
+        result reports its agreement on the half of the rows that were held out, and can be saved.
         """
-        name = self.active if stage is _ACTIVE else stage
-        return calibrate_depth(
-            self.model(name),
-            self.base,
-            None if name is None else self._stage(name),
-            rows,
-            agreement=agreement,
-            confidence=confidence,
-            origin=self.base_source.fingerprint,
-        )
+        expert = self.expert(self.active if stage is _ACTIVE else stage)
+        return calibrate_depth(expert, rows, agreement=agreement, confidence=confidence)
 
     def calibrate_draft(
         self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int = 48, stage: Any = _ACTIVE
     ) -> SelfSpeculation:
-        """Find out on prompts (rows of token ids) which exit drafts best, by time, for `generate(draft=...)`.
+        """Find the draft that decodes the prompts (rows of token ids) fastest, with or without prompt lookup.
 
-        Also whether it pays to look up what followed the last tokens before.
-
-        Raises `DecodingError`, with the numbers, where plain decoding is as fast.
+        Raises `DecodingError`, with the times, if plain decoding is as fast.
         """
-        name = self.active if stage is _ACTIVE else stage
-        own = None if name is None else self._stage(name)
-        return calibrate_draft(self.model(name), self.base, own, prompts, max_new_tokens=max_new_tokens)
+        expert = self.expert(self.active if stage is _ACTIVE else stage)
+        return calibrate_draft(expert, prompts, max_new_tokens=max_new_tokens)
 
-    def __call__(self, *args: Any, stage: Any = _ACTIVE, exit: int | None = None, **kwargs: Any) -> Any:
-        """Call the model that ends in `stage` (default: the active one, None: the base), or the base left at `exit`."""
-        return self.model(self.active if stage is _ACTIVE else stage, exit)(*args, **kwargs)
+    def __call__(self, *args: Any, stage: Any = _ACTIVE, strategy: Strategy | None = None, **kwargs: Any) -> Any:
+        """Call `model(stage, strategy)`; `stage` defaults to the active one."""
+        return self.model(self.active if stage is _ACTIVE else stage, strategy)(*args, **kwargs)
 
     def compose(self, stages: Mapping[str | None, float] | Iterable[str | None], mode: str = "log_op") -> Product:
-        """Return a model, with `generate`, `logits` and `fit`, in which several stages decide together.
+        """Return a model, with `generate`, `logits` and `fit`, that combines the predictions of several stages.
 
-        `stages` maps names (None: the base) to weights; where it only lists names the weights are equal, for `fit` to
-        learn. "log_op" is the product of experts, `sum w_i log p_i` renormalized, with weights that sum to one;
-        "delta" adds up what each stage changes, `base + sum w_i (stage_i - base)` on logits, with any weights. The
-        trunk runs once for all. Raises `DecodingError` for weights or a mode that do not fit.
+        `stages` maps names (None: the base) to weights, or lists names with equal weights for `fit` to learn. "log_op"
+        is the product of experts, `sum w_i log p_i` renormalized, with weights that sum to one. "delta" adds the
+        changes of the stages, `base + sum w_i (stage_i - base)` on logits, with any weights. All stages share one pass
+        through the base. Raises `DecodingError` for an unknown mode or invalid weights.
         """
-        return compose(self.base, stages, self._tip, mode)
+        return compose(self.base, stages, self.expert, mode)
 
     def route(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> Routing:
-        """Return the likeliest stage of each prompt (B, T), among all stages and the base, and every score.
+        """Return the most likely stage of each prompt (B, T), among all stages and the base, and every score.
 
-        A score is the mean log-probability of the prompt's tokens; all are read in one pass through the trunk. The
+        A score is the mean log-probability of the prompt's tokens. All stages share one pass through the base, and the
         base wins a tie.
         """
-        model = branch_out(self.base, [self._tip(name) for name in (None, *self.stages)], Routed)
-        decision: Routing = model.route(input_ids, attention_mask)
-        return decision
+        experts = [self.expert(name) for name in (None, *self.stages)]
+        routing: Routing = build_branched_model(self.base, experts, Routed).route(input_ids, attention_mask)
+        return routing
 
     def save_stage(
         self,
@@ -382,75 +368,88 @@ class Cascade:
     ) -> Path:
         """Write a stage as a complete folder in the delta format and return its path.
 
-        `training` becomes training.json and feeds the model card; `prompt` is `{name, version, stop}` of the prompt
-        format. `dtype` is bf16, or that of the files the stage came from; `torch.int8` stores matrices in int8 with a
-        scale per row (`stages[name].storage_error(torch.int8)` says how exact that is). Raises `OutputError`, leaving
-        what was there.
+        `training` becomes training.json and part of the model card. `prompt` is `{name, version, stop}` of the prompt
+        format. `dtype` defaults to that of the stage's files, or bfloat16. `torch.int8` stores matrices as int8 with a
+        scale per row; `stages[name].storage_error(torch.int8)` is its error. Raises `OutputError` and leaves the
+        previous content if the folder cannot be written.
         """
         from poe.loaders.stage_folder import save_stage_folder
 
-        stage = self._stage(name)
-        return save_stage_folder(self, stage, Path(folder), training=training, dtype=dtype, prompt=prompt)
+        stage = self._find_stage(name)
+        return save_stage_folder(self._base, stage, Path(folder), training=training, dtype=dtype, prompt=prompt)
 
     def export_native(self, name: str, folder: str | os.PathLike[str], *, max_shard_size: int | str = "5GB") -> Path:
         """Write the model that ends in a stage as an ordinary checkpoint of the base's family and return its path.
 
-        Plain `AutoModelForCausalLM.from_pretrained(folder)` then gives the same logits without this package (a PoE
-        base needs `trust_remote_code=True`: its file travels along). Weights are in the base's dtype, in files of at
-        most `max_shard_size`. Raises `FamilyError` for a quantized, offloaded or recurrent base, `OutputError` for a
-        folder that is not empty or a disk that is full.
+        Plain `AutoModelForCausalLM.from_pretrained(folder)` then gives the same logits without this package (for a PoE
+        base with `trust_remote_code=True`). Weights are in the base's dtype, in files of at most `max_shard_size`.
+        Raises `FamilyError` for a quantized, offloaded or recurrent base, `OutputError` for a folder that is not empty
+        or a full disk.
         """
         from poe.loaders.native import export_native
 
-        return export_native(self, self._stage(name), Path(folder), max_shard_size=max_shard_size)
+        stage, model = self._find_stage(name), self.model(name)
+        return export_native(self._base, stage, model, Path(folder), max_shard_size=max_shard_size)
 
-    def push_to_hub(self, repo_id: str, stage: str | None = None, **options: Any) -> str:
-        """Upload a stage (default: the active one) to a Hub repository and return its address."""
+    def push_to_hub(
+        self,
+        repo_id: str,
+        stage: str | None = None,
+        *,
+        base: str | None = None,
+        parent: str | None = None,
+        **options: Any,
+    ) -> str:
+        """Upload a stage (default: the active one) to a Hub repository and return the commit's URL.
+
+        `base` and `parent` are the Hub repositories of the stage's base and parent, if the stage names folders.
+        `options` are those of `poe.loaders.hub.push_stage`: `private`, `token`, `revision`, `commit_message`, ...
+        """
         from poe.loaders.hub import push_stage
 
         name = stage or self.active
         if name is None:
-            raise DeltaError("Which stage? Name one: push_to_hub(repo_id, stage='...').")
-        return push_stage(self, self._stage(name), repo_id, **options)
+            raise StageError("No stage is active: expected push_to_hub(repo_id, stage='...').")
+        return push_stage(self._base, self._find_stage(name), repo_id, base_repo=base, parent_repo=parent, **options)
 
     def __repr__(self) -> str:
-        from poe.loaders.summary import table
+        from poe.loaders.describe import summarize
 
-        return table(self)
-
-    def _tip(self, name: str | None) -> Tip:
-        return Tip(name, None if name is None else self._stage(name), self.model(name))
+        return summarize(self.base, self.stages, self.active)
 
     def _generate_routed(self, stage: Any, inputs: Any = None, **kwargs: Any) -> Any:
         routing = None
         if stage == "auto":
             routing = self.route(kwargs.get("input_ids", inputs), kwargs.get("attention_mask"))
             stage = routing.stages
-        output = generate_routed(self.base, stage, self._tip, inputs, **kwargs)
+        output = generate_routed(self.base, stage, self.expert, inputs, **kwargs)
         if routing is not None and isinstance(output, ModelOutput):
             output.routing = routing
         return output
 
-    def _stage(self, name: str) -> Stage:
+    def _find_stage(self, name: str) -> Stage:
         if name not in self.stages:
-            raise DeltaError(f"There is no stage {name!r} here.{suggest(name, self.stages)}")
+            raise StageError(f"There is no stage {name!r} here.{suggest(name, self.stages)}")
         return self.stages[name]
 
-    def _refuse_known(self, name: str) -> None:
+    def _check_name_is_free(self, name: str) -> None:
         if name in self.stages:
-            raise DeltaError(f"There is a stage {name!r} already: choose another name, or build a new cascade.")
+            raise StageError(f"There is a stage {name!r} already: choose another name, or build a new cascade.")
 
-    def _refuse_parent(self, stage: Stage, what: str) -> None:
+    def _check_no_children(self, stage: Stage, action: str) -> None:
         children = [other.name for other in self.stages.values() if other.parent is stage]
         if children:
-            raise DeltaError(f"Stage {stage.name!r} cannot be {what}: {', '.join(children)} stand(s) on it.")
+            raise StageError(
+                f"Stage {stage.name!r} cannot be {action} while {', '.join(children)} stands on it: remove that first."
+            )
 
     def _attach(self, lineage: Lineage) -> "Cascade":
-        known = {s.source["fingerprint"]: s for s in self.stages.values() if s.source is not None}
-        stages = load_stages(self.base, lineage, {str(key): stage for key, stage in known.items()})
+        """Add the stages of a lineage that are not here yet, and make the last one active."""
+        loaded = {str(s.source["fingerprint"]): s for s in self.stages.values() if s.source is not None}
+        stages = load_stages(self.base, lineage, loaded)
         for stage in stages:
             if self.stages.get(stage.name, stage) is not stage:
-                raise DeltaError(
+                raise StageError(
                     f"Two stages are called {stage.name!r}: one is here already, another comes from "
                     f"{stage.source and stage.source['repo']}. Load it into a cascade of its own."
                 )
@@ -460,8 +459,16 @@ class Cascade:
         return self.activate(stages[-1].name)
 
     def _insert(self, stage: Stage) -> "Cascade":
-        cut_graph_below(stage, self.base.dtype)
+        detach_stage_input(stage, self.base.dtype)
         if stage.parent is not None:
-            stage.parent.requires_grad_(False)  # what others stand on is frozen
+            stage.parent.requires_grad_(False)  # only the top stage of a chain is trained
         self.stages[stage.name] = stage
         return self
+
+
+def _check_strategy(strategy: Strategy) -> Strategy:
+    if not isinstance(strategy, Strategy):
+        raise DecodingError(
+            f"strategy should be an Exit, an AdaptiveDepth or a SelfSpeculation of poe.decoding, got {strategy!r}."
+        )
+    return strategy

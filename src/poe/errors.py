@@ -3,7 +3,15 @@
 import difflib
 from collections.abc import Iterable
 
-from poe.modeling.failures import DeltaError, FamilyError, FingerprintError, LineageError, PoEError, SourceError
+from poe.modeling.failures import (
+    DeltaError,
+    FamilyError,
+    FingerprintError,
+    LineageError,
+    PoEError,
+    SourceError,
+    StageError,
+)
 
 __all__ = [
     "DataError",
@@ -18,6 +26,7 @@ __all__ = [
     "RecipeError",
     "RowError",
     "SourceError",
+    "StageError",
     "TemplateError",
     "TrainingError",
     "suggest",

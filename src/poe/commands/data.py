@@ -130,10 +130,10 @@ def _corpus(spec: str, recipe: Recipe, report: Any) -> Any:
 def _renderer(base: str) -> Any:
     from poe.data.render import Renderer
     from poe.data.templates import complete_template
-    from poe.loaders.places import place
-    from poe.loaders.tokenizer import load_tokenizer
+    from poe.loaders.base import load_tokenizer
+    from poe.loaders.repository import locate
 
-    tokenizer = load_tokenizer(place(base))
+    tokenizer = load_tokenizer(locate(base))
     if tokenizer is None:
         raise TemplateError(f"{base} has no tokenizer: name a base that has one.")
     complete_template(tokenizer)  # as training does

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from poe.commands import data, imports, look
 from poe.commands.app import FAILED, Program, add_version, err, out, run
-from poe.errors import DataError, DecodingError, DeltaError, PoEError
+from poe.errors import DataError, DecodingError, PoEError, StageError
 
 app = Program(help=__doc__)
 app.callback(help=__doc__)(add_version)
@@ -36,9 +36,13 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
     seed: int = 0,
     off: Off = False,
-    exit: Annotated[int | None, typer.Option(help="leave the base after this many layers")] = None,
-    adaptive: Annotated[Path | None, typer.Option(help="thresholds that `poe calibrate` wrote")] = None,
-    draft: Annotated[int | None, typer.Option(help="draft with the exit at this depth, verify with full depth")] = None,
+    strategy: Annotated[
+        str | None,
+        typer.Option(
+            help="exit=DEPTH: use the first layers of the base; adaptive=FILE: thresholds of `poe calibrate`; "
+            "draft=DEPTH: draft with the exit at this depth, verify with full depth"
+        ),
+    ] = None,
     sibling: Annotated[
         list[str] | None,
         typer.Option("--with", help="REPO=WEIGHT: another stage decides too (repeatable)"),
@@ -47,9 +51,13 @@ def generate(
     """Continue a text, as it is: no chat template."""
     import torch
 
-    from poe.decoding import AdaptiveDepth
+    from poe.decoding import Exit, parse_strategy
     from poe.modeling.families import is_prefix_lm
 
+    try:
+        chosen = None if strategy is None else parse_strategy(strategy)
+    except DecodingError as error:
+        raise DecodingError(f"--strategy: {error}") from None
     cascade = _open(repo, base)
     text = sys.stdin.read() if prompt == "-" else prompt
     inputs = cascade.tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(cascade.base.device)
@@ -58,24 +66,21 @@ def generate(
         inputs["token_type_ids"] = inputs["attention_mask"]
     if temperature > 0:
         options["temperature"] = temperature
-    stage = None if off or exit is not None else cascade.active
+    stage = None if off or isinstance(chosen, Exit) else cascade.active
     torch.manual_seed(seed)
     if sibling:
-        if exit is not None or adaptive is not None or draft is not None or off:
-            raise DecodingError(
-                "--with lets several stages decide at full depth: leave out --exit, --adaptive, --draft, --off."
-            )
+        if chosen is not None or off:
+            raise DecodingError("--with combines several stages at full depth: leave out --strategy and --off.")
         output = cascade.compose(_weights(cascade, sibling)).generate(**inputs, **options)
     else:
-        depth = None if adaptive is None else AdaptiveDepth.load(adaptive)
-        output = cascade.generate(**inputs, stage=stage, exit=exit, adaptive=depth, draft=draft, **options)
+        output = cascade.generate(**inputs, stage=stage, strategy=chosen, **options)
     print(cascade.tokenizer.decode(output[0][inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
 
 @app.command()
 def calibrate(
     repo: Repo,
-    output: Annotated[Path, typer.Option("--out", help="JSON file to write, for `poe generate --adaptive`")],
+    output: Annotated[Path, typer.Option("--out", help="JSON file for `poe generate --strategy adaptive=FILE`")],
     data: Annotated[str, typer.Option(help="text like that to be generated: demo, or text=FILES")] = "demo",
     agreement: Annotated[float, typer.Option(help="share of the tokens that must be full depth's")] = 0.99,
     confidence: Annotated[str, typer.Option(help="margin, probability or agreement")] = "margin",
@@ -105,7 +110,7 @@ def calibrate(
     for layers, threshold, share in zip([*depth.depths, depth.full], thresholds, depth.shares, strict=True):
         table.add_row(str(layers), threshold, f"{share:.1%}")
     out.print(table)
-    out.print(f"{output}: for poe generate {repo} TEXT --adaptive {output}", markup=False)
+    out.print(f"{output}: for poe generate {repo} TEXT --strategy adaptive={output}", markup=False)
 
 
 @app.command()
@@ -180,12 +185,12 @@ def fold(
     name: Annotated[str | None, typer.Option(help="its name; default: the stage's, and -folded")] = None,
 ) -> None:
     """Make one stage of a chain of stages: the same answers from one delta, that needs no parent."""
-    from poe.loaders.stage_folder import folded_record
+    from poe.loaders.stage_folder import merge_training_records
 
     cascade = _open_stage(repo, base)
     chain = cascade.stages[cascade.active].chain
     cascade.fold(cascade.active, name)
-    folder = cascade.save_stage(cascade.active, to, folded_record(chain))
+    folder = cascade.save_stage(cascade.active, to, merge_training_records(chain))
     out.print(f"{folder}: {len(chain)} stages in one, {_size(folder)}", markup=False)
 
 
@@ -200,13 +205,13 @@ def compress(
     """Make a stage's files smaller, and say what that costs."""
     import torch
 
-    from poe.loaders.stage_folder import training_record
+    from poe.loaders.stage_folder import read_training_record
 
     if rank is None and not int8:
         raise typer.BadParameter("expected --rank, --int8 or both")
     cascade = _open_stage(repo, base)
     name = cascade.active
-    stage, training = cascade.stages[name], training_record(cascade.stages[name])
+    stage, training = cascade.stages[name], read_training_record(cascade.stages[name])
     if rank is not None:
         report = cascade.compress_head(name, rank)
         out.print(
@@ -255,23 +260,23 @@ def push(
 
     Files that do not belong to a stage are refused by name; checkpoints and rows that a run left beside it stay here.
     """
-    from poe.loaders.hub import pack, upload
+    from poe.loaders.hub import plan_upload, upload
 
-    shipment = pack(folder, repo, base=base, parent=parent)
+    plan = plan_upload(folder, repo, base=base, parent=parent)
     table = Table(box=None, show_header=False)
     table.add_column()
     table.add_column(justify="right")
-    for name, size in shipment.sizes().items():
-        note = " (changed for others to find what it stands on)" if isinstance(shipment.files[name], bytes) else ""
+    for name, size in plan.sizes().items():
+        note = " (changed for others to find what it stands on)" if isinstance(plan.files[name], bytes) else ""
         table.add_row(escape(name) + note, f"{size:,}")
-    table.add_row(f"{len(shipment.files)} files to {repo}", f"{sum(shipment.sizes().values()):,} bytes")
+    table.add_row(f"{len(plan.files)} files to {repo}", f"{sum(plan.sizes().values()):,} bytes")
     out.print(table)
-    if shipment.stays:
-        out.print(f"stays here: {escape(', '.join(shipment.stays))}")
+    if plan.left_out:
+        out.print(f"not uploaded: {escape(', '.join(plan.left_out))}")
     if dry_run:
         out.print("dry run: nothing was uploaded")
         return
-    out.print(f"pushed: {upload(shipment, private=private or None, revision=revision).commit_url}")
+    out.print(f"pushed: {upload(plan, private=private or None, revision=revision).commit_url}")
 
 
 def _size(folder: Path) -> str:
@@ -284,7 +289,7 @@ def _open_stage(repo: str, base: str | None) -> Any:
 
     cascade = Cascade.from_pretrained(repo, base=base)
     if cascade.active is None:
-        raise DeltaError(f"{repo} is a base: expected a stage's folder or repository.")
+        raise StageError(f"{repo} is a base: expected a stage's folder or repository.")
     return cascade
 
 

@@ -14,7 +14,7 @@ import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from poe.decoding.segments import Part, PartsCache, Path, States
+from poe.decoding.segments import Part, PartsCache, SegmentedModel, States
 from poe.errors import DecodingError
 
 Confidence = Literal["margin", "probability", "agreement"]
@@ -87,7 +87,7 @@ class LeavesEarly:
     run when any row needs them.
     """
 
-    def __init__(self, path: Path, thresholds: Sequence[float], confidence: Confidence) -> None:
+    def __init__(self, path: SegmentedModel, thresholds: Sequence[float], confidence: Confidence) -> None:
         self._path, self._thresholds, self._confidence = path, [*thresholds], confidence
 
     def forward(
@@ -146,7 +146,7 @@ class LeavesEarly:
 
 
 def leaves_early(
-    model: PreTrainedModel, path: Path, thresholds: Sequence[float], confidence: Confidence
+    model: PreTrainedModel, path: SegmentedModel, thresholds: Sequence[float], confidence: Confidence
 ) -> PreTrainedModel:
     """Return `model` with a forward pass that leaves early; its `generate` is the native one. `model` stays."""
     early = copy.copy(model)

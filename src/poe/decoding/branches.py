@@ -8,7 +8,6 @@ Shape letters: B batch, T tokens of a call, D width, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
+from poe.decoding.strategy import Expert
 from poe.errors import FamilyError
 from poe.modeling.exits import head_below
 from poe.modeling.families import Family, family_of, logits_of
@@ -27,25 +27,16 @@ State = tuple[Tensor, Tensor | None]
 """A hidden state (rows, T, D) and the indices of its rows in the batch, None for all of them."""
 
 
-@dataclass(frozen=True)
-class Tip:
-    """Where a path ends: its name, its stage (both None: at the top of the base), and the model of that path alone."""
-
-    name: str | None
-    stage: Stage | None
-    model: PreTrainedModel
-
-
 class Branched(nn.Module):
-    """What a model with several tips has beside its family's own class; `branch_out` makes one."""
+    """What a model with several experts has beside its family's own class; `build_branched_model` makes one."""
 
     config: Any
-    tips: Sequence[Tip]
+    experts: Sequence[Expert]
     _family: Family
     _branches: "dict[Stage, _Branch]"
     _taps: dict[int, RecordedLayer]
 
-    def tip_states(
+    def expert_states(
         self,
         input_ids: Tensor,
         past_key_values: Cache | None = None,
@@ -53,23 +44,23 @@ class Branched(nn.Module):
         logits_to_keep: int | Tensor = 0,
         **inputs: Any,
     ) -> tuple[list[Tensor], Cache | None]:
-        """Token ids (B, T) -> for every tip what its head reads, (its rows, kept positions, D), and the cache.
+        """Token ids (B, T) -> each expert's normalized states (its rows, kept positions, D), and the cache.
 
-        `rows` are for every tip the rising indices of its rows (default: all of them); a stage runs on the rows of the
-        tips above it and no others. `inputs` are those of the backbone.
+        `rows` has each expert's row indices in rising order (default: all rows). A stage runs on the rows of the
+        experts above it alone. `inputs` are those of the backbone.
         """
-        rows = rows or [None] * len(self.tips)
+        rows = rows or [None] * len(self.experts)
         for branch in self._branches.values():
-            branch.rows = _union([rows[index] for index in branch.tips])
+            branch.rows = _union([rows[index] for index in branch.experts])
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         try:
             output = self._backbone(input_ids=input_ids, past_key_values=past_key_values, **inputs)
             states = []
-            for tip, own in zip(self.tips, rows, strict=True):
-                if tip.stage is None:
+            for expert, own in zip(self.experts, rows, strict=True):
+                if expert.stage is None:
                     states.append(_take((output.last_hidden_state, None), own)[:, kept])
                 else:
-                    states.append(self._normalized(tip.stage, own, kept))
+                    states.append(self._normalized(expert.stage, own, kept))
             return states, output.past_key_values
         finally:
             for branch in self._branches.values():
@@ -77,10 +68,10 @@ class Branched(nn.Module):
             for tap in self._taps.values():
                 tap.state = None
 
-    def read(self, tip: int, states: Tensor) -> Tensor:
-        """Return what the head of that tip says of states (..., D): logits (..., V), scaled and capped."""
+    def read(self, expert: int, states: Tensor) -> Tensor:
+        """Return what the head of that expert says of states (..., D): logits (..., V), scaled and capped."""
         heads: Any = self._family.head_of(self)  # type: ignore[arg-type]
-        return logits_of(self.config)(heads[tip](states))
+        return logits_of(self.config)(heads[expert](states))
 
     @property
     def _backbone(self) -> Any:
@@ -113,13 +104,13 @@ class Branched(nn.Module):
         )
 
 
-def branch_out(base: PreTrainedModel, tips: Sequence[Tip], kind: type[Branched]) -> Any:
-    """Return a model of the base's own class and of `kind` that computes all tips on one trunk.
+def build_branched_model(base: PreTrainedModel, experts: Sequence[Expert], kind: type[Branched]) -> Any:
+    """Return a model of the base's own class and of `kind` that computes all experts on one trunk.
 
-    It shares every tensor with the base and the stages. The trunk is no deeper than the tips need.
+    It shares every tensor with the base and the stages. The trunk is no deeper than the experts need.
     """
     family = family_of(base)
-    chains = [[] if tip.stage is None else tip.stage.chain for tip in tips]
+    chains = [[] if expert.stage is None else expert.stage.chain for expert in experts]
     depth = max(chain[0].below if chain else base.config.num_hidden_layers for chain in chains)
     branches: dict[Stage, _Branch] = {}
     places: list[nn.Module] = []
@@ -127,12 +118,12 @@ def branch_out(base: PreTrainedModel, tips: Sequence[Tip], kind: type[Branched])
         users = [index for index, chain in enumerate(chains) if stage in chain]
         branches[stage] = _Branch(stage, users, depth + len(places))
         places += [branches[stage], *(SkippedLayer(layer) for layer in stage.layers[1:])]
-    if None in [tip.stage for tip in tips] and getattr(base.config, "combiner", "last") != "last":
+    if None in [expert.stage for expert in experts] and getattr(base.config, "combiner", "last") != "last":
         raise FamilyError(
             "This base's prediction is a vote of all its stages (combiner='log_op'), so no state at its top stands for "
             "it: leave the base (None) out, or open it with combiner='last'."
         )
-    heads = [head_below(base, depth) if tip.stage is None else family.head_of(tip.model) for tip in tips]
+    heads = [head_below(base, depth) if expert.stage is None else family.head_of(expert.model) for expert in experts]
     model = shell(base, places, nn.ModuleList(heads), below=depth)
     sync_attention(base, model)
     layers = family.layers_of(model)
@@ -149,7 +140,7 @@ def branch_out(base: PreTrainedModel, tips: Sequence[Tip], kind: type[Branched])
             branch.source = partial(_tapped_state, taps[stage.below - 1])
     model.__class__ = type(kind.__name__, (kind, type(model)), {})
     branched: Any = model
-    branched.tips, branched._branches, branched._taps = list(tips), branches, taps
+    branched.experts, branched._branches, branched._taps = list(experts), branches, taps
     branched._family = family
     return branched
 
@@ -157,16 +148,16 @@ def branch_out(base: PreTrainedModel, tips: Sequence[Tip], kind: type[Branched])
 class _Branch(SkippedLayer):
     """Stands at a stage's first place, runs all of its layers on its own rows and slots, and hands on what came in.
 
-    `tips` are the indices of the tips above it. `source` is where its input is, None if it is what comes in.
+    `experts` are the indices of the experts above it. `source` is where its input is, None if it is what comes in.
     """
 
     source: Callable[[], State] | None = None
     rows: Tensor | None = None
     state: Tensor | None = None
 
-    def __init__(self, stage: Stage, tips: list[int], slot: int) -> None:
+    def __init__(self, stage: Stage, experts: list[int], slot: int) -> None:
         super().__init__(stage.layers[0])
-        self.tips, self.slots = tips, range(slot, slot + len(stage.layers))
+        self.experts, self.slots = experts, range(slot, slot + len(stage.layers))
         self._run = tuple(stage.layers)
         self._shift = slot - stage.below  # the layers know the slots that they have in a model of this stage alone
 

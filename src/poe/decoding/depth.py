@@ -15,10 +15,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from poe.decoding.adaptive import CONFIDENCES, Confidence, Confidences, leaves_early
-from poe.decoding.segments import Path, exits_below, path_of
+from poe.decoding.segments import SegmentedModel, list_exits, segment_model
+from poe.decoding.strategy import Expert, Strategy
 from poe.errors import DecodingError, OutputError
 from poe.modeling.families import family_of
-from poe.modeling.stage import Stage
 
 CERTAIN = 1.65  # standard errors: with 95 % probability other tokens of the same kind agree as often as was asked for
 # With exits a token must read at most this share of the weights: what parts and wider passes cost is not counted.
@@ -26,8 +26,8 @@ WORTH = 0.85
 
 
 @dataclass(frozen=True)
-class AdaptiveDepth:
-    """Where tokens leave and how sure an exit must be, for one model; `generate(adaptive=...)` takes it.
+class AdaptiveDepth(Strategy):
+    """Where tokens leave and how sure an exit must be, for one model; `generate(strategy=...)` takes it.
 
     `depths` are the exits in layers and `thresholds` their least confidence of kind `confidence` (infinite where none
     leaves, and the exit only counts for the agreement of the next); both are empty where no exit would pay. `full` is
@@ -75,32 +75,25 @@ class AdaptiveDepth:
             ) from error
         return cls(**{**held, **numbers, "depths": depths, "thresholds": thresholds, "shares": shares})
 
-    def model(self, model: PreTrainedModel, base: PreTrainedModel, stage: Stage | None, origin: str) -> PreTrainedModel:
-        """Return `model`, which ends in `stage`, as one that leaves early; `origin` is the base's fingerprint.
+    def build_model(self, expert: Expert) -> PreTrainedModel:
+        """Return the expert's model with a forward pass that leaves early.
 
-        Raises `DecodingError` when the thresholds were found for another model.
+        Raises `DecodingError` if the thresholds were found for another model.
         """
-        name = None if stage is None else stage.name
-        if (origin, name) != (self.base, self.stage):
+        fingerprint = expert.fingerprint_base()
+        if (fingerprint, expert.name) != (self.base, self.stage):
             raise DecodingError(
-                f"These thresholds are for {self.stage or 'the base'} on {self.base[:12]}, got {name or 'the base'} "
-                f"on {origin[:12]}: calibrate_depth finds those for it."
+                f"These thresholds are for {self.stage or 'the base'} on {self.base[:12]}, got "
+                f"{expert.name or 'the base'} on {fingerprint[:12]}: find its thresholds with calibrate_depth."
             )
         if not self.depths:
-            return model
-        return leaves_early(model, path_of(base, stage, self.depths, model), self.thresholds, self.confidence)
+            return expert.model
+        return leaves_early(expert.model, segment_model(expert, self.depths), self.thresholds, self.confidence)
 
 
 @torch.no_grad()
 def calibrate_depth(
-    model: PreTrainedModel,
-    base: PreTrainedModel,
-    stage: Stage | None,
-    rows: Sequence[Sequence[int]],
-    *,
-    agreement: float,
-    confidence: Confidence,
-    origin: str,
+    expert: Expert, rows: Sequence[Sequence[int]], *, agreement: float = 0.99, confidence: Confidence = "margin"
 ) -> AdaptiveDepth:
     """Find exits and thresholds with which `agreement` of the tokens are the likeliest ones of full depth.
 
@@ -118,10 +111,11 @@ def calibrate_depth(
             f"ids, got {len(rows)}."
         )
     Confidences(confidence)  # refuses an unknown kind before any work
-    depths = exits_below(base, stage)
-    path = path_of(base, stage, depths, model)
-    finding, measuring = (_Said.of(path, rows[half::2], confidence, model.device) for half in (0, 1))
-    costs = _Costs(base, stage, model)
+    fingerprint = expert.fingerprint_base()
+    depths = list_exits(expert)
+    path = segment_model(expert, depths)
+    finding, measuring = (_Said.of(path, rows[half::2], confidence, expert.model.device) for half in (0, 1))
+    costs = _Costs(expert)
     strict = min(1.0, agreement + CERTAIN * math.sqrt(agreement * (1 - agreement) / finding.right.shape[1]))
     chosen: list[int] = []
     thresholds: list[float] = []
@@ -148,8 +142,8 @@ def calibrate_depth(
         target=agreement,
         agreement=agreed,
         shares=tuple(shares),
-        base=origin,
-        stage=None if stage is None else stage.name,
+        base=fingerprint,
+        stage=expert.name,
     )
 
 
@@ -161,7 +155,7 @@ class _Said:
         self.right = likeliest[:-1] == likeliest[-1]
 
     @classmethod
-    def of(cls, path: Path, rows: Sequence[Sequence[int]], kind: Confidence, device: torch.device) -> "_Said":
+    def of(cls, path: SegmentedModel, rows: Sequence[Sequence[int]], kind: Confidence, device: torch.device) -> "_Said":
         likeliest, sure = [], []
         for row in rows:
             ids = torch.tensor([list(row)], device=device)
@@ -239,10 +233,10 @@ def _leaving(said: _Said, exits: Sequence[int], thresholds: Sequence[float]) -> 
 class _Costs:
     """How many weights a token reads on the average when tokens leave at given depths in given shares."""
 
-    def __init__(self, base: PreTrainedModel, stage: Stage | None, model: PreTrainedModel) -> None:
-        family = family_of(base)
-        self._layers = [sum(map(_read, layer.modules())) for layer in family.layers_of(model)]
-        head: Any = family.head_of(model)
+    def __init__(self, expert: Expert) -> None:
+        family = family_of(expert.base)
+        self._layers = [sum(map(_read, layer.modules())) for layer in family.layers_of(expert.model)]
+        head: Any = family.head_of(expert.model)
         self._head = head.weight.numel()
 
     def __call__(self, depths: Sequence[int], shares: Sequence[float]) -> float:

@@ -8,12 +8,11 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
-from poe.decoding.segments import exits_below
-from poe.decoding.speculation import SelfSpeculation, drafting, generate_with
+from poe.decoding.segments import list_exits
+from poe.decoding.speculation import SelfSpeculation, build_loop, generate_with
+from poe.decoding.strategy import Expert
 from poe.errors import DecodingError
-from poe.modeling.stage import Stage
 
 LENGTHS = (3, 8)
 LEAST_PROBABILITIES = (0.2, 0.5)
@@ -24,13 +23,7 @@ FINALISTS = 2
 
 
 def calibrate_draft(
-    model: PreTrainedModel,
-    base: PreTrainedModel,
-    stage: Stage | None,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int = 48,
-    rounds: int = 3,
+    expert: Expert, prompts: Sequence[Sequence[int]], *, max_new_tokens: int = 48, rounds: int = 3
 ) -> SelfSpeculation:
     """Return the draft with which `model` (it ends in `stage`) decodes the prompts (token ids) fastest.
 
@@ -41,16 +34,16 @@ def calibrate_draft(
     prompts = [prompt for prompt in prompts if len(prompt)]
     if not prompts:
         raise DecodingError("Drafts are measured on prompts: expected at least one row of token ids, got none.")
-    exits = exits_below(base, stage)
+    exits = list_exits(expert)
     if not exits:
         raise DecodingError("This model makes no prediction below its top, so nothing in it can draft: decode plainly.")
-    rows = [torch.tensor([list(prompt)], device=model.device) for prompt in prompts]
+    rows = [torch.tensor([list(prompt)], device=expert.model.device) for prompt in prompts]
     options: dict[str, Any] = {"do_sample": False, "max_new_tokens": max_new_tokens}
 
-    generator: Any = model
+    model: Any = expert.model
 
     def plain() -> int:
-        return _new(rows, [generator.generate(ids, **options) for ids in rows])
+        return _new(rows, [model.generate(ids, **options) for ids in rows])
 
     def drafted(loop: Any) -> Callable[[], int]:
         return lambda: _new(rows, [generate_with(loop, model, ids, **options) for ids in rows])
@@ -59,10 +52,10 @@ def calibrate_draft(
     plain()  # warm
     trials = []
     for plan in itertools.starmap(SelfSpeculation, itertools.product(spread, LENGTHS, LEAST_PROBABILITIES)):
-        trials.append((_seconds_per_token(drafted(drafting(model, base, stage, plan))), plan))
+        trials.append((_seconds_per_token(drafted(build_loop(expert, plan))), plan))
     finalists = [plan for _, plan in sorted(trials, key=lambda trial: trial[0])[:FINALISTS]]
     finalists += [dataclasses.replace(plan, prompt_lookup_num_tokens=LOOKUP_TOKENS) for plan in finalists]
-    loops = [drafting(model, base, stage, plan) for plan in finalists]
+    loops = [build_loop(expert, plan) for plan in finalists]
     contestants = [plain, *map(drafted, loops)]
     times: list[list[float]] = [[] for _ in contestants]
     for _ in range(rounds):
@@ -75,7 +68,8 @@ def calibrate_draft(
         looked_up = "or looked up, " if best.prompt_lookup_num_tokens else ""
         raise DecodingError(
             f"No exit pays as a draft here: plain decoding takes {1e3 * plainly:.3g} ms a token, and the best draft "
-            f"(after {best.exit} of {_depth(model)} layers, up to {best.num_tokens} tokens, {looked_up}of which "
+            f"(after {best.depth} of {model.config.num_hidden_layers} layers, up to {best.num_tokens} tokens, "
+            f"{looked_up}of which "
             f"{100 * (best.acceptance or 0):.0f} % are kept) {1e3 * seconds:.3g} ms. Decode plainly."
         )
     return dataclasses.replace(best, speedup=round(plainly / seconds, 3))
@@ -89,7 +83,3 @@ def _seconds_per_token(decode: Callable[[], int]) -> float:
     started = perf_counter()
     tokens = decode()
     return (perf_counter() - started) / max(1, tokens)
-
-
-def _depth(model: PreTrainedModel) -> int:
-    return int(model.config.num_hidden_layers)

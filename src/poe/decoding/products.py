@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from poe.decoding.branches import Branched, build_branched_model, positions
+from poe.decoding.strategy import Expert
 from poe.errors import DataError, DecodingError
-
-from .branches import Branched, Tip, branch_out, positions
 
 MODES = ("log_op", "delta")
 
@@ -58,7 +58,7 @@ class Product(Branched):
         """As every causal model in transformers; the logits (B, T, V) are in fp32 and `logsumexp` of them is zero."""
         if token_type_ids is not None:  # few families know them
             kwargs["token_type_ids"] = token_type_ids
-        states, cache = self.tip_states(
+        states, cache = self.expert_states(
             input_ids,
             past_key_values,
             logits_to_keep=logits_to_keep,
@@ -67,7 +67,7 @@ class Product(Branched):
             use_cache=use_cache,
             **kwargs,
         )
-        read = [self.read(tip, own) for tip, own in enumerate(states)]
+        read = [self.read(expert, own) for expert, own in enumerate(states)]
         logits = combine(read, self._factors(list(self.weights.values())))
         loss = None
         if labels is not None:
@@ -133,7 +133,7 @@ class Product(Branched):
 
     @torch.no_grad()
     def _labeled(self, row: Mapping[str, Any]) -> tuple[list[Tensor], Tensor]:
-        """A row's (or batch's) logits at its labeled tokens, (n, V) for every tip, and the labels (n)."""
+        """A row's (or batch's) logits at its labeled tokens, (n, V) for every expert, and the labels (n)."""
         if not isinstance(row, Mapping) or "input_ids" not in row:
             raise DataError(
                 f"A row must be a mapping with `input_ids`, and `labels` if not all tokens count: got {row!r:.80}."
@@ -148,18 +148,18 @@ class Product(Branched):
         wanted = labels[:, 1:] != -100
         if mask is not None:  # what padding says of a row's first token is of no account
             wanted &= (mask[:, 1:] * mask[:, :-1]).bool()
-        states, _ = self.tip_states(ids, attention_mask=mask, position_ids=positions(mask), use_cache=False)
-        return [self.read(tip, own[:, :-1][wanted]) for tip, own in enumerate(states)], labels[:, 1:][wanted]
+        states, _ = self.expert_states(ids, attention_mask=mask, position_ids=positions(mask), use_cache=False)
+        return [self.read(expert, own[:, :-1][wanted]) for expert, own in enumerate(states)], labels[:, 1:][wanted]
 
     def _factors(self, weights: Sequence[Any]) -> list[Any]:
-        """What every tip's logits are multiplied by; in "delta" the first tip is the base."""
+        """What every expert's logits are multiplied by; in "delta" the first expert is the base."""
         return [1.0 - sum(weights), *weights] if self.mode == "delta" else list(weights)
 
 
 def compose(
     base: PreTrainedModel,
     stages: Mapping[str | None, float] | Iterable[str | None],
-    tip_of: Callable[[str | None], Tip],
+    find_expert: Callable[[str | None], Expert],
     mode: str = "log_op",
 ) -> Product:
     """Return the product of stages (None: the base) with these weights, equal ones where only names are given.
@@ -189,10 +189,10 @@ def compose(
             "Mode 'delta' is base + sum of weight * (stage - base): the base is in it already, once. "
             "Leave None out, or choose mode='log_op', where the base is one of the experts."
         )
-    tips = [tip_of(name) for name in ([None, *names] if mode == "delta" else names)]
-    product = branch_out(base, tips, Product)
+    experts = [find_expert(name) for name in ([None, *names] if mode == "delta" else names)]
+    product = build_branched_model(base, experts, Product)
     product.mode, product.weights = mode, weights
-    heaviest = max(tips, key=lambda tip: abs(weights.get(tip.name, 0.0)))
+    heaviest = max(experts, key=lambda expert: abs(weights.get(expert.name, 0.0)))
     product.generation_config = copy.deepcopy(heaviest.model.generation_config)
     assert isinstance(product, Product)
     return product

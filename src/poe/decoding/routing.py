@@ -15,9 +15,9 @@ from transformers import Cache, GenerationConfig, PreTrainedModel, StoppingCrite
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
+from poe.decoding.branches import Branched, build_branched_model, positions
+from poe.decoding.strategy import Expert
 from poe.errors import DecodingError
-
-from .branches import Branched, Tip, branch_out, positions
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Routing:
 
 
 class Routed(Branched):
-    """A model that reads every row at the tip that `branch` names; of the base's own class, with its `generate`."""
+    """A model that reads every row at the expert that `branch` names; of the base's own class, with its `generate`."""
 
     def forward(
         self,
@@ -46,11 +46,11 @@ class Routed(Branched):
         token_type_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """As every causal model in transformers; `branch` (B) are the indices of the rows' tips, all of which occur."""
-        rows = [torch.nonzero(branch == tip)[:, 0].to(input_ids.device) for tip in range(len(self.tips))]
+        """Run like any causal model of transformers. `branch` (B) has each row's expert; every expert must occur."""
+        rows = [torch.nonzero(branch == expert)[:, 0].to(input_ids.device) for expert in range(len(self.experts))]
         if token_type_ids is not None:  # few families know them
             kwargs["token_type_ids"] = token_type_ids
-        states, cache = self.tip_states(
+        states, cache = self.expert_states(
             input_ids,
             past_key_values,
             rows if len(rows) > 1 else None,
@@ -60,24 +60,24 @@ class Routed(Branched):
             use_cache=use_cache,
             **kwargs,
         )
-        logits = torch.cat([self.read(tip, own) for tip, own in enumerate(states)])
+        logits = torch.cat([self.read(expert, own) for expert, own in enumerate(states)])
         return CausalLMOutputWithPast(logits=logits[torch.cat(rows).argsort()], past_key_values=cache)
 
     @torch.no_grad()
     def route(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Routing:
-        """Score the prompts (B, T) at every tip, in one pass through the trunk, and choose the likeliest of each row.
+        """Score the prompts (B, T) with every expert, in one pass through the trunk, and choose the most likely one.
 
-        The first tip wins a tie. One row's logits exist at a time.
+        The first expert wins a tie. One row's logits exist at a time.
         """
-        states, _ = self.tip_states(
+        states, _ = self.expert_states(
             input_ids, attention_mask=attention_mask, position_ids=positions(attention_mask), use_cache=False
         )
         real = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.device)
         known = (real[:, 1:] * real[:, :-1]).bool()
-        names = [tip.name for tip in self.tips]
+        names = [expert.name for expert in self.experts]
         scores: list[dict[str | None, float]] = []
         for row, (ids, seen) in enumerate(zip(input_ids, known, strict=True)):
-            read = [self.read(tip, own[row, :-1][seen]).float().log_softmax(-1) for tip, own in enumerate(states)]
+            read = [self.read(expert, own[row, :-1][seen]).float().log_softmax(-1) for expert, own in enumerate(states)]
             said = [logits.gather(-1, ids[1:][seen][:, None]).sum() / max(1, len(logits)) for logits in read]
             scores.append(dict(zip(names, torch.stack(said).tolist(), strict=True)))
         return Routing([max(row, key=lambda name: row[name]) for row in scores], scores)
@@ -99,7 +99,7 @@ class _RowStops(StoppingCriteria):
 def generate_routed(
     base: PreTrainedModel,
     stages: Sequence[str | None],
-    tip_of: Callable[[str | None], Tip],
+    find_expert: Callable[[str | None], Expert],
     inputs: Tensor | None = None,
     **options: Any,
 ) -> Any:
@@ -115,15 +115,15 @@ def generate_routed(
         raise DecodingError(
             f"There must be one stage for every row, None for the base: got {len(stages)} for {len(prompts)} rows."
         )
-    tips = [tip_of(name) for name in dict.fromkeys(stages)]
-    if base.config._attn_implementation == "flex_attention" and len(tips) > 1:
+    experts = [find_expert(name) for name in dict.fromkeys(stages)]
+    if base.config._attn_implementation == "flex_attention" and len(experts) > 1:
         raise DecodingError("Flex attention's block masks cannot be divided by rows: choose sdpa or eager to route.")
-    model = branch_out(base, tips, Routed)
-    names = [tip.name for tip in tips]
+    model = build_branched_model(base, experts, Routed)
+    names = [expert.name for expert in experts]
     branch = torch.tensor([names.index(name) for name in stages])
     given = options.get("generation_config")
-    model.generation_config = _common_config(tips, given is not None)
-    stops = [_stops(tip.model.generation_config) for tip in tips]
+    model.generation_config = _common_config(experts, given is not None)
+    stops = [_stops(expert.model.generation_config) for expert in experts]
     if len(set(stops)) > 1 and "eos_token_id" not in options and getattr(given, "eos_token_id", None) is None:
         criteria = _RowStops(stops, branch)
         model.generation_config.eos_token_id = None
@@ -136,12 +136,12 @@ def generate_routed(
     return output
 
 
-def _common_config(tips: Sequence[Tip], given: bool) -> GenerationConfig:
-    """Return a copy of the first tip's generation config; the others must say the same about sampling, or not count."""
-    configs = [tip.model.generation_config for tip in tips]
+def _common_config(experts: Sequence[Expert], given: bool) -> GenerationConfig:
+    """Return a copy of the first expert's generation config. Raises `DecodingError` if others differ."""
+    configs = [expert.model.generation_config for expert in experts]
     ways = [{k: v for k, v in config.to_diff_dict().items() if not k.startswith(_NO_MATTER)} for config in configs]
     if not given and any(way != ways[0] for way in ways):
-        said = "; ".join(f"{tip.name or 'the base'}: {way}" for tip, way in zip(tips, ways, strict=True))
+        said = "; ".join(f"{expert.name or 'the base'}: {way}" for expert, way in zip(experts, ways, strict=True))
         raise DecodingError(
             f"The rows' stages were saved with different ways to generate ({said}), and one batch has one: expected "
             "generation_config=... to say which."

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 
+from poe.decoding.strategy import Expert
 from poe.errors import DecodingError, FamilyError
 from poe.modeling.exits import exit_refusal, exits_of, head_below
 from poe.modeling.families import family_of, logits_of
@@ -38,7 +39,7 @@ class Part:
                 f"A base of model type {base.config.model_type!r} is recurrent: its layers run again in every cycle, "
                 "so it cannot be run in parts. Expected a base whose layers run once each; decode it plainly."
             )
-        attached, above = _path(base, stage)
+        attached, above = _list_layers(base, stage)
         depth = attached + len(above)
         if not 0 <= start < end <= depth:
             raise DecodingError(f"There is no part from layer {start} to {end} of {depth}: expected a range of them.")
@@ -114,15 +115,16 @@ class PartsCache(Cache):
         return [layer for cache, start in zip(self.of, self._starts, strict=True) for layer in cache.layers[start:]]
 
 
-class Path:
-    """The model that ends in `stage` (None: in the base), cut into parts at `cuts` (numbers of layers, rising).
+class SegmentedModel:
+    """An expert's model, cut into parts after the layers in `cuts` (rising depths).
 
-    `model` is that model in its native class, whose head reads the top. `depths` are where the parts end, the last
-    being full depth. Raises `DecodingError` for cuts outside the model, and for a base that lets its stages vote.
+    `depths` are the depths at which the parts end; the last is full depth. Raises `DecodingError` for cuts outside the
+    model, and for a base whose prediction combines all its stages.
     """
 
-    def __init__(self, base: PreTrainedModel, stage: Stage | None, cuts: Sequence[int], model: PreTrainedModel) -> None:
-        attached, above = _path(base, stage)
+    def __init__(self, expert: Expert, cuts: Sequence[int]) -> None:
+        base, stage = expert.base, expert.stage
+        attached, above = _list_layers(base, stage)
         full = attached + len(above)
         if list(cuts) != sorted(set(cuts)) or not all(0 < cut < full for cut in cuts):
             raise DecodingError(f"A model of {full} layers cannot be cut after {list(cuts)}: expected rising depths.")
@@ -134,7 +136,7 @@ class Path:
         self.depths = [*cuts, full]
         self.parts = [Part(base, stage, a, b) for a, b in zip([0, *cuts], self.depths, strict=True)]
         self._read = logits_of(base.config)
-        top = head_below(base, full) if stage is None else family_of(base).head_of(model)
+        top = head_below(base, full) if stage is None else family_of(base).head_of(expert.model)
         readable = [cut <= attached and exit_refusal(base, cut) is None for cut in cuts]
         self._heads = [head_below(base, cut) if can else None for cut, can in zip(cuts, readable, strict=True)] + [top]
 
@@ -152,26 +154,26 @@ class Path:
         return PartsCache(self.parts)
 
 
-def path_of(base: PreTrainedModel, stage: Stage | None, cuts: Sequence[int], model: PreTrainedModel) -> Path:
-    """Return the path with these cuts, built once and kept with `model`."""
-    known: dict[tuple[int, ...], Path] = vars(model).setdefault("_poe_paths", {})
-    if tuple(cuts) not in known:
-        known[tuple(cuts)] = Path(base, stage, cuts, model)
-    return known[tuple(cuts)]
+def segment_model(expert: Expert, cuts: Sequence[int]) -> SegmentedModel:
+    """Return the expert's model with these cuts. It is built once and cached on `expert.model`."""
+    cached: dict[tuple[int, ...], SegmentedModel] = vars(expert.model).setdefault("_poe_segmented", {})
+    if tuple(cuts) not in cached:
+        cached[tuple(cuts)] = SegmentedModel(expert, cuts)
+    return cached[tuple(cuts)]
 
 
-def exits_below(base: PreTrainedModel, stage: Stage | None) -> list[int]:
-    """Return the depths at which a path makes a prediction before its top: the exits of the base on it.
+def list_exits(expert: Expert) -> list[int]:
+    """Return the depths below the top at which an expert can predict: the exits of the base that lie below it.
 
-    Below a stage they say what the base would, not the specialist: what they are worth is a matter of measurement.
+    Below a stage these exits give the base's prediction, not the stage's.
     """
-    attached, above = _path(base, stage)
+    attached, above = _list_layers(expert.base, expert.stage)
     full = attached + len(above)
-    return [depth for depth in exits_of(base.config) if depth <= attached and depth < full]
+    return [depth for depth in exits_of(expert.base.config) if depth <= attached and depth < full]
 
 
-def _path(base: PreTrainedModel, stage: Stage | None) -> tuple[int, list[Any]]:
-    """Return how many of the base's layers lie on a path, and the stages' layers above them."""
+def _list_layers(base: PreTrainedModel, stage: Stage | None) -> tuple[int, list[Any]]:
+    """Return the number of the base's layers below a stage's chain, and the chain's layers."""
     if stage is None:
         return int(base.config.num_hidden_layers), []
     return stage.chain[0].below, [layer for link in stage.chain for layer in link.layers]

@@ -18,36 +18,44 @@ from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel, StoppingCriteriaList, StopStringCriteria
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from poe.decoding.segments import PartsCache, Path, States, exits_below, path_of
+from poe.decoding.segments import PartsCache, SegmentedModel, States, list_exits, segment_model
+from poe.decoding.strategy import Expert, Strategy
 from poe.errors import DecodingError
-from poe.modeling.stage import Stage
 
 
 @dataclass(frozen=True)
-class SelfSpeculation:
-    """How to draft: up to `num_tokens` from the exit after `exit` layers, while the draft is sure.
+class SelfSpeculation(Strategy):
+    """How to draft: up to `num_tokens` from the exit after `depth` layers, while the draft is sure.
 
-    A token is drafted only where the likeliest one has at least `least_probability` in the draft's own distribution.
+    A token is drafted only where the likeliest one has at least `min_probability` in the draft's own distribution.
     With `prompt_lookup_num_tokens`, up to so many tokens are copied from where the last three tokens (or else the last
     two) occurred before (as transformers' prompt lookup does, Saxena 2023), and the exit drafts only where they did
     not. `acceptance`, the share of drafted tokens that full depth kept, and `speedup` over plain decoding are what
     `calibrate_draft` measured; None where nothing was.
     """
 
-    exit: int
+    depth: int
     num_tokens: int = 5
-    least_probability: float = 0.4
+    min_probability: float = 0.4
     prompt_lookup_num_tokens: int = 0
     acceptance: float | None = None
     speedup: float | None = None
 
     def __post_init__(self) -> None:
-        if self.num_tokens < 1 or not 0 <= self.least_probability < 1 or self.prompt_lookup_num_tokens < 0:
+        if self.num_tokens < 1 or not 0 <= self.min_probability < 1 or self.prompt_lookup_num_tokens < 0:
             raise DecodingError(
-                "A draft has at least one token, a least probability below 1, and looks up no fewer than 0 tokens; got "
-                f"num_tokens={self.num_tokens!r}, least_probability={self.least_probability!r}, "
+                "A draft needs at least one token, a min_probability from 0 to below 1, and no negative number of "
+                f"tokens to look up: got num_tokens={self.num_tokens!r}, min_probability={self.min_probability!r}, "
                 f"prompt_lookup_num_tokens={self.prompt_lookup_num_tokens!r}."
             )
+
+    def build_model(self, expert: Expert) -> PreTrainedModel:
+        """Return the expert's own model: drafting changes the decoding loop, not the forward pass."""
+        return expert.model
+
+    def generate(self, expert: Expert, *args: Any, **kwargs: Any) -> Any:
+        """Generate with a loop that drafts and verifies. Raises `DecodingError` for options that it cannot support."""
+        return generate_with(build_loop(expert, self), expert.model, *args, **kwargs)
 
 
 def looked_up(ids: Tensor, most: int) -> Tensor:
@@ -94,7 +102,7 @@ class Drafting:
     `drafted`, `accepted` and `passes` count over all calls, in tokens of one row.
     """
 
-    def __init__(self, path: Path, plan: SelfSpeculation) -> None:
+    def __init__(self, path: SegmentedModel, plan: SelfSpeculation) -> None:
         self._path, self._plan = path, plan
         self.drafted = self.accepted = self.passes = 0
 
@@ -165,7 +173,7 @@ class Drafting:
                 break
             guess = rows.processed(ids, self._path.logits(0, hidden)[:, -1].to(torch.float32)).softmax(-1)
             surest, likeliest = guess.max(-1, keepdim=True)
-            if bool(((surest.squeeze(1) < self._plan.least_probability) & rows.waited_for).any()):
+            if bool(((surest.squeeze(1) < self._plan.min_probability) & rows.waited_for).any()):
                 break
             tokens.append(guess.multinomial(1) if rows.sampling else likeliest)
             places.append(places[-1] + 1)
@@ -249,18 +257,15 @@ class _Rows:
             self._streamer.put(tokens.cpu())
 
 
-def drafting(
-    model: PreTrainedModel, base: PreTrainedModel, stage: Stage | None, draft: SelfSpeculation | int
-) -> Drafting:
-    """Return the loop that a draft means; raises `DecodingError` for a depth at which the model makes no prediction."""
-    plan = draft if isinstance(draft, SelfSpeculation) else SelfSpeculation(draft)
-    known = exits_below(base, stage)
-    if plan.exit not in known:
+def build_loop(expert: Expert, plan: SelfSpeculation) -> Drafting:
+    """Return the decoding loop of a plan. Raises `DecodingError` for a depth without an exit."""
+    exits = list_exits(expert)
+    if plan.depth not in exits:
         raise DecodingError(
-            f"draft leaves after {plan.exit!r} layers, but this model makes its predictions below the top after "
-            f"{', '.join(map(str, known)) or 'none'} (layers): expected one of these."
+            f"SelfSpeculation drafts after {plan.depth!r} layers, but this model has exits below its top after "
+            f"{', '.join(map(str, exits)) or 'none'} (layers): expected one of these."
         )
-    return Drafting(path_of(base, stage, [plan.exit], model), plan)
+    return Drafting(segment_model(expert, [plan.depth]), plan)
 
 
 def generate_with(
@@ -300,5 +305,5 @@ def _refuse(input_ids: Tensor, config: Any, past_key_values: Any) -> None:
     if refused:
         raise DecodingError(
             f"Self-speculation cannot be used with {', '.join(refused)}: expected greedy decoding or sampling from "
-            "token ids. Leave out draft=."
+            "token ids. Leave out strategy=."
         )

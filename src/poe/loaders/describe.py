@@ -1,34 +1,43 @@
-"""What a folder or repository is, from its configs and headers alone: no weight is read."""
+"""Descriptions for people: of a folder or repository from its configs and headers, and of a cascade in memory."""
 
 import json
+import math
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from poe.loaders.places import embedded_folders, place
-from poe.loaders.remote import delta_header
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from poe.loaders.repository import embedded_folders, locate, read_remote_header
 from poe.modeling.access import Access, fetch, read_config
-from poe.modeling.lineage import BaseSource, base_source, is_stage, resolve
+from poe.modeling.lineage import BaseSource, find_base, is_stage, resolve_lineage
+from poe.modeling.placement import is_offloaded, quantization_of
+from poe.modeling.stage import Stage
 
 
 def describe(repo: str, base: str | None = None, access: Access | None = None) -> list[tuple[str, str]]:
-    """Return (label, value) pairs for a base, or for a stage and everything it stands on.
+    """Return (label, value) pairs for a base, or for a stage and everything it stands on. Reads no weights.
 
     Raises `SourceError` if it cannot be reached, `LineageError` or `DeltaError` if it is broken.
     """
     access = access or Access()
-    where = place(repo)
-    config, _ = read_config(where, access)
+    location = locate(repo)
+    config, _ = read_config(location, access)
     if not is_stage(config):
-        source, config = base_source(where, access)
-        return [("base", where), *_shape(config), ("fingerprint", _fingerprint(source))]
-    lineage = resolve(where, access, base=None if base is None else place(base), embedded=embedded_folders())
-    own = lineage.links[-1]
-    rows = [("stage", f"{own.name} ({where})")]
+        source, config = find_base(location, access)
+        return [("base", location), *_describe_network(config), ("fingerprint", _describe_fingerprint(source))]
+    lineage = resolve_lineage(
+        location, access, base=None if base is None else locate(base), embedded=embedded_folders()
+    )
+    top = lineage.links[-1]
+    rows = [("stage", f"{top.name} ({location})")]
     for link in reversed(lineage.links):
-        stage, (header, size) = link.config["stage"], delta_header(link)
+        stage, (header, size) = link.config["stage"], read_remote_header(link)
         head = f"rank {stage['head_rank']}" if stage["head"] == "low_rank" else stage["head"]
-        label = "  is" if link is own else "  stands on"
+        label = "  is" if link is top else "  stands on"
         rows.append(
             (
                 label,
@@ -36,33 +45,55 @@ def describe(repo: str, base: str | None = None, access: Access | None = None) -
                 f"{header.num_parameters:,} parameters, {size:,} bytes, fingerprint {header.self_fingerprint[:12]}",
             )
         )
-    named = own.config["base"]["fingerprint"][:12]
+    expected = top.config["base"]["fingerprint"][:12]
     rows.append(("  on base", f"{lineage.base.repo} (revision {lineage.base.revision or 'none'})"))
-    rows.append(("  fingerprint", f"named {named}, found {_fingerprint(lineage.base)}"))
-    rows += _shape(lineage.base_config)
-    prompt = own.config.get("prompt") or {}
+    rows.append(("  fingerprint", f"named {expected}, found {_describe_fingerprint(lineage.base)}"))
+    rows += _describe_network(lineage.base_config)
+    prompt = top.config.get("prompt") or {}
     rows.append(
         ("prompt", f"{prompt.get('name')} {prompt.get('version')}, stops at {' '.join(prompt.get('stop', []))}")
     )
-    rows += _training(fetch(own.repo, "training.json", access, own.revision))
+    rows += _describe_training(fetch(top.repo, "training.json", access, top.revision))
     return rows
 
 
-def _shape(config: dict[str, Any]) -> list[tuple[str, str]]:
+def summarize(base: PreTrainedModel, stages: Mapping[str, Stage], active: str | None) -> str:
+    """Return a table of frozen and trainable parameters and bytes: one line for the base and one per stage.
+
+    `*` marks the active stage. The base's line shows if the base is quantized or partly offloaded. Bytes are those of
+    the weights in their current form, with the scales of quantized weights, on any device.
+    """
+    rows = [("", "stands on", "layers", "head", "frozen", "trainable", "size")]
+    method = quantization_of(base)
+    notes = [f"quantized ({method})"] if method else []
+    notes += ["partly offloaded"] if is_offloaded(base) else []
+    label = ", ".join([f"base {base.config.model_type}", *notes])
+    rows.append((label, "", str(base.config.num_hidden_layers), "", *_count_weights(base)))
+    for name, stage in stages.items():
+        label = f"{name} *" if name == active else name
+        head = f"rank {stage.config.head_rank}" if stage.config.head == "low_rank" else stage.config.head
+        below = stage.config.parent or f"base[:{stage.below}]"
+        rows.append((label, below, f"+{len(stage.layers)}", head, *_count_weights(stage)))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join(lines)
+
+
+def _describe_network(config: dict[str, Any]) -> list[tuple[str, str]]:
     kind, layers, width, vocabulary = (
         config.get(name) for name in ("model_type", "num_hidden_layers", "hidden_size", "vocab_size")
     )
     return [("network", f"{kind}, {layers} layers of width {width}, vocabulary {vocabulary}")]
 
 
-def _fingerprint(base: BaseSource) -> str:
-    """Return a folder's fingerprint; a repository's weights would have to be fetched for it."""
+def _describe_fingerprint(base: BaseSource) -> str:
+    """Return a folder's fingerprint. A repository's fingerprint would need its weights, so it is not computed."""
     if base.repo is None or os.path.isdir(base.repo):
         return base.fingerprint[:12]
-    return "out of reach without the weights: `poe verify` fetches them"
+    return "unknown without the weights: `poe verify` fetches them"
 
 
-def _training(path: str | None) -> list[tuple[str, str]]:
+def _describe_training(path: str | None) -> list[tuple[str, str]]:
     if path is None:
         return []
     try:
@@ -75,5 +106,39 @@ def _training(path: str | None) -> list[tuple[str, str]]:
             shares = {k: v for k, v in models["stage"].items() if v is not None and k != "rows"}
             rows.append((split, ", ".join(f"{k} {v:.3f}" for k, v in shares.items())))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return [("trained", "training.json is not the record of a run of poe-train")]
+        return [("trained", "training.json is not a record of a run of poe-train")]
     return rows
+
+
+def _count_weights(module: nn.Module) -> tuple[str, str, str]:
+    """Return the numbers of frozen and trainable parameters, and the size of both in bytes, as text."""
+    frozen = trainable = size = 0
+    for parameter in module.parameters():
+        # Two views of one storage count once.
+        size += sum({t.data_ptr() or id(t): t.numel() * t.element_size() for t in _plain_parts(parameter)}.values())
+        # bitsandbytes packs two 4-bit weights into a byte; its quant_state has the real shape.
+        numbers = math.prod(getattr(getattr(parameter, "quant_state", None), "shape", parameter.shape))
+        if parameter.requires_grad:
+            trainable += numbers
+        else:
+            frozen += numbers
+    return f"{frozen:,}", f"{trainable:,}", _format_bytes(size)
+
+
+def _plain_parts(parameter: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yield the plain tensors that hold a weight: the weight itself, or its packed values and their scales."""
+    if hasattr(parameter, "__tensor_flatten__"):
+        for name in parameter.__tensor_flatten__()[0]:
+            yield from _plain_parts(getattr(parameter, name))
+        return
+    yield parameter
+    state = vars(getattr(parameter, "quant_state", None) or parameter)
+    yield from (value for value in state.values() if isinstance(value, torch.Tensor))
+
+
+def _format_bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"

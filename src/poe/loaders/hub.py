@@ -1,4 +1,4 @@
-"""Stages and bases go to the Hub: checked first, then everything in one commit or nothing."""
+"""Publish stages and bases on the Hub: check the folder, then upload all files in one commit."""
 
 import json
 import os
@@ -7,34 +7,32 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import AutoTokenizer
 
-from poe.errors import DeltaError, FingerprintError, LineageError, PoEError, SourceError
+from poe.errors import DeltaError, FingerprintError, LineageError, PoEError, SourceError, StageError
+from poe.loaders.base import Base
 from poe.loaders.card import example_prompt, notice, stage_card
-from poe.loaders.remote import delta_header
+from poe.loaders.repository import read_remote_header
 from poe.loaders.stage_folder import PLOT, network_files, save_stage_folder
 from poe.loaders.verify import verify
-from poe.modeling.access import Access, is_path, read_config, refused
+from poe.modeling.access import Access, hub_error, is_path, read_config
 from poe.modeling.delta_file import DELTA_NAME, read_delta_header, refuse_pickles
-from poe.modeling.lineage import Link, base_source, check_stage_config, is_stage
+from poe.modeling.lineage import Link, check_stage_config, find_base, is_stage
 from poe.modeling.stage import Stage
 
-if TYPE_CHECKING:
-    from poe.cascade import Cascade
-
-# What a published stage or base may hold besides its weights and Python files; `*` stands for the rest of a name.
+# The files of a published stage or base besides its weights and Python files; `*` stands for the rest of a name.
 PUBLISHED = (
     "config.json generation_config.json training.json report.png README.md NOTICE* LICENSE* .gitattributes "
     "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json tokenizer.model spiece.model "
     "vocab.json vocab.txt merges.txt chat_template.jinja chat_template.json"
 ).split()
 BASE_WEIGHTS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
-# What a run leaves beside a stage that is nobody else's business: checkpoints, rows as they were read, trackers' files.
-STAYS = (
+# The files of a training run that are never uploaded: checkpoints, rows as they were read, files of trackers.
+UNPUBLISHED = (
     *("checkpoint*", "metrics.jsonl", "dropped.jsonl", "tensorboard", "wandb"),
     *(".cache", ".git", ".gitignore", ".DS_Store"),
 )
@@ -42,19 +40,19 @@ STAYS = (
 
 @dataclass(frozen=True)
 class UploadPlan:
-    """What would be uploaded: file name -> a path, or bytes that replace the folder's own; and what stays behind."""
+    """The files of an upload: name -> a path, or bytes that replace the folder's file. `left_out` stays local."""
 
     repo_id: str
     title: str
     files: Mapping[str, Path | bytes]
-    stays: tuple[str, ...]
+    left_out: tuple[str, ...]
 
     def sizes(self) -> dict[str, int]:
         """Return each file's size in bytes."""
         return {n: len(f) if isinstance(f, bytes) else f.stat().st_size for n, f in self.files.items()}
 
 
-def pack(
+def plan_upload(
     folder: Path | str,
     repo_id: str,
     *,
@@ -62,28 +60,28 @@ def pack(
     parent: str | None = None,
     token: str | bool | None = None,
 ) -> UploadPlan:
-    """Check a stage's or base's folder and return what a push of it uploads; nothing is uploaded.
+    """Check a stage's or base's folder and return the plan of its upload. Nothing is uploaded.
 
-    A stage must name its base, and its parent if it has one, by their place on the Hub: `base` and `parent` say where
-    that is if the folder's config.json names a folder. The fingerprint decides whether it is the right one. Raises
-    `DeltaError` for a file that does not belong to a stage or a check of `verify` that fails, `LineageError` for a base
-    or parent that others cannot reach, `FingerprintError` for a wrong one, `SourceError` for a name that is none.
+    A published stage must name Hub repositories for its base and parent. If config.json names folders, `base` and
+    `parent` replace them; their fingerprints must match. Raises `DeltaError` for a file that does not belong to a stage
+    or base and for a failed check of `verify`, `LineageError` for a base or parent that is not on the Hub,
+    `FingerprintError` for a wrong one, `SourceError` for an invalid repository name.
     """
     folder, access = Path(folder).expanduser().absolute(), Access(token)
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise SourceError(f"{repo_id!r} is not a repository's name: expected 'me/name'. {error}") from None
+        raise SourceError(f"{repo_id!r} is not a repository name: expected 'me/name'. {error}") from None
     if not folder.is_dir():
         raise SourceError(f"There is no folder {folder}: expected the folder of a stage or base.")
     config, path = read_config(str(folder), access)
-    files, stays = _sort_out(folder, config)
+    files, left_out = _select_files(folder, config)
     changed: dict[str, bytes] = {}
     if is_stage(config):
         check_stage_config(config, path)
-        changed = _for_others(folder, config, repo_id, base, parent, access)
+        changed = _rewrite_files(folder, config, repo_id, base, parent, access)
     elif base or parent:
-        raise DeltaError(f"{folder} is a base: it stands on nothing, so base= and parent= do not apply.")
+        raise StageError(f"{folder} is a base, so base= and parent= do not apply: leave them out.")
     failed = [check for check in verify(folder, base=base, access=access) if not check.ok]
     if failed:
         raise DeltaError(
@@ -92,23 +90,23 @@ def pack(
             + " (`poe verify` shows every check.)"
         )
     title = f"Stage {config['stage']['name']}" if is_stage(config) else f"Base {folder.name}"
-    return UploadPlan(repo_id, title, {**files, **changed}, tuple(stays))
+    return UploadPlan(repo_id, title, {**files, **changed}, tuple(left_out))
 
 
 def upload(
-    shipment: UploadPlan,
+    plan: UploadPlan,
     *,
     private: bool | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
     commit_message: str | None = None,
 ) -> CommitInfo:
-    """Upload a shipment in one commit, to a repository and branch (`revision`) that are made if need be.
+    """Upload the files of a plan in one commit. Missing repositories and branches (`revision`) are created.
 
-    Until the last byte has arrived nobody sees any of it, so a failed push is repeated by pushing again. Raises
-    `SourceError` if the Hub refuses or cannot be reached, or has the repository public when `private` is asked for.
+    A failed upload changes nothing on the Hub, so it can be repeated. Raises `SourceError` if the Hub refuses or cannot
+    be reached, or if `private` is set and the repository is public.
     """
-    api, repo_id = HfApi(token=token), shipment.repo_id
+    api, repo_id = HfApi(token=token), plan.repo_id
     try:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if private and not api.model_info(repo_id).private:
@@ -119,79 +117,82 @@ def upload(
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         return api.create_commit(
             repo_id,
-            [CommitOperationAdd(name, content) for name, content in shipment.files.items()],
-            commit_message=commit_message or shipment.title,
+            [CommitOperationAdd(name, content) for name, content in plan.files.items()],
+            commit_message=commit_message or plan.title,
             revision=revision,
         )
     except PoEError:
         raise
-    except Exception as error:  # the Hub's refusals and the HTTP library's own errors have no common type
-        raise refused(f"{shipment.title} could not be pushed: {repo_id}", repo_id, error) from error
+    except Exception as error:  # the errors of the Hub client and of the HTTP library have no common type
+        raise hub_error(f"{plan.title} could not be pushed: {repo_id}", repo_id, error) from error
 
 
 def push_stage(
-    cascade: "Cascade",
+    base: Base,
     stage: Stage,
     repo_id: str,
     *,
-    base: str | None = None,
-    parent: str | None = None,
+    base_repo: str | None = None,
+    parent_repo: str | None = None,
     private: bool | None = None,
     token: str | bool | None = None,
     revision: str | None = None,
     commit_message: str | None = None,
     **save_options: Any,
 ) -> str:
-    """Write a stage's folder, check it (see `pack`) and upload it (see `upload`); return the commit's address.
+    """Write a stage's folder, check it (`plan_upload`) and upload it (`upload`); return the commit's URL.
 
-    `save_options` are those of `save_stage_folder`, which may also raise `OutputError`.
+    `base_repo` and `parent_repo` are `base` and `parent` of `plan_upload`. `save_options` are those of
+    `save_stage_folder`, which can also raise `OutputError`.
     """
     source = stage.source
     with tempfile.TemporaryDirectory(prefix="poe-push-") as scratch:
         try:
-            folder = save_stage_folder(cascade, stage, Path(scratch) / "stage", **save_options)
+            folder = save_stage_folder(base, stage, Path(scratch) / "stage", **save_options)
             fingerprint = stage.source["fingerprint"] if stage.source else None
         finally:
-            stage.source = source  # the scratch folder is not where the stage lives
-        shipment = pack(folder, repo_id, base=base, parent=parent, token=token)
-        commit = upload(shipment, private=private, revision=revision, token=token, commit_message=commit_message)
+            stage.source = source  # the temporary folder is deleted below
+        plan = plan_upload(folder, repo_id, base=base_repo, parent=parent_repo, token=token)
+        commit = upload(plan, private=private, revision=revision, token=token, commit_message=commit_message)
     stage.source = {"repo": repo_id, "revision": commit.oid, "fingerprint": fingerprint}
     return str(commit.commit_url)
 
 
-def _sort_out(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, Path], list[str]]:
-    """Return what belongs to a stage or base, and what stays here; raises `DeltaError` for anything else."""
+def _select_files(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, Path], list[str]]:
+    """Return the files to publish, and the names of those to leave out. Raises `DeltaError` for any other file."""
     refuse_pickles(folder)
     known = (*PUBLISHED, *(path.name for path in network_files()))
     known += (DELTA_NAME,) if is_stage(config) else BASE_WEIGHTS
     files: dict[str, Path] = {}
-    stays, odd = [], []
+    left_out, unexpected = [], []
     for path in sorted(path for path in folder.rglob("*") if not path.is_dir()):
         name = path.relative_to(folder)
-        if any(fnmatch(name.parts[0], pattern) for pattern in STAYS):
-            stays.append(name.as_posix())
+        if any(fnmatch(name.parts[0], pattern) for pattern in UNPUBLISHED):
+            left_out.append(name.as_posix())
         elif len(name.parts) == 1 and any(fnmatch(name.name, pattern) for pattern in known):
             files[name.name] = path
         else:
-            odd.append(name.as_posix())
-    if odd:
+            unexpected.append(name.as_posix())
+    if unexpected:
+        names = ", ".join(unexpected[:5]) + (", ..." if len(unexpected) > 5 else "")
         raise DeltaError(
-            f"{folder} holds {', '.join(odd[:5])}{', ...' if len(odd) > 5 else ''}, which does not belong to a "
+            f"{folder} holds {names}, which does not belong to a "
             f"{'stage' if is_stage(config) else 'base'}. Move it elsewhere, then push again."
         )
-    return files, stays
+    return files, left_out
 
 
-def _for_others(
+def _rewrite_files(
     folder: Path, config: dict[str, Any], repo_id: str, base: str | None, parent: str | None, access: Access
 ) -> dict[str, bytes]:
-    """Return the files that others need in another form: config.json with names they can reach, and the card."""
+    """Return the files whose content changes for the Hub: config.json, README.md and NOTICE with Hub names."""
     published = dict(config)
-    for what, repo in (("parent", parent), ("base", base)):  # in the order in which they are missed
-        if config.get(what):
-            published[what] = {**config[what], **_on_hub(config["stage"]["name"], what, config[what], repo, access)}
+    stage = config["stage"]["name"]
+    for role, repo in (("parent", parent), ("base", base)):
+        if config.get(role):
+            published[role] = {**config[role], **_find_on_hub(stage, role, config[role], repo, access)}
         elif repo is not None:
-            raise DeltaError(f"Stage {config['stage']['name']!r} has no {what}, so {what}= does not apply.")
+            raise StageError(f"Stage {stage!r} has no {role}, so {role}= does not apply: leave it out.")
     changed = {}
     if published != config:
         text = json.dumps(published, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
@@ -199,32 +200,37 @@ def _for_others(
     record = folder / "training.json"
     training = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
     for file, before, after in (
-        ("README.md", _card(folder, config, training), _card(folder, published, training, repo_id)),
+        ("README.md", _render_card(folder, config, training), _render_card(folder, published, training, repo_id)),
         ("NOTICE", notice(config, training), notice(published, training)),
     ):
-        # Whoever wrote something of their own there meant it: only what was generated is generated again.
+        # A file that the user has edited is kept; only a generated one is generated again.
         if not (folder / file).is_file() or (folder / file).read_text(encoding="utf-8") == before:
             changed[file] = after.encode()
     return changed
 
 
-def _on_hub(stage: str, what: str, named: Mapping[str, Any], repo: str | None, access: Access) -> dict[str, str | None]:
-    """Return where a stage's base or parent is on the Hub, or raise if others could not reach it."""
+def _find_on_hub(
+    stage: str, role: str, named: Mapping[str, Any], repo: str | None, access: Access
+) -> dict[str, str | None]:
+    """Return the Hub repository and revision of a stage's base or parent (`role`), empty if config.json names it.
+
+    Raises `LineageError` if it is not on the Hub, `FingerprintError` if `repo` is not the parent.
+    """
     if repo is None:
         if named["repo"] is None or is_path(named["repo"]):
             raise LineageError(
-                f"Stage {stage!r} stands on a {what} that only this machine has ({named['repo'] or 'never saved'}): "
-                f"push that first, then say where it is (--{what} me/NAME, or {what}='me/NAME')."
+                f"Stage {stage!r} stands on a {role} that only this machine has ({named['repo'] or 'never saved'}): "
+                f"push that first, then name its repository (--{role} me/NAME, or {role}='me/NAME')."
             )
         return {}
     if is_path(repo) or os.path.isdir(repo):
-        raise LineageError(f"{what} should be a repository on the Hub, got the folder {repo}.")
+        raise LineageError(f"{role} should be a repository on the Hub, got the folder {repo}.")
     config, path = read_config(repo, access)
-    revision = base_source(repo, access)[0].revision
-    if what == "parent":
+    revision = find_base(repo, access)[0].revision
+    if role == "parent":
         if not is_stage(config):
             raise LineageError(f"{repo} is not a stage: expected the parent of {stage!r}.")
-        header, _ = delta_header(Link(repo, revision, str(Path(path).parent), config, access))
+        header, _ = read_remote_header(Link(repo, revision, str(Path(path).parent), config, access))
         if header.self_fingerprint != named["fingerprint"]:
             raise FingerprintError(
                 f"{repo} is not the parent of {stage!r}: expected {named['fingerprint'][:12]}, "
@@ -233,7 +239,7 @@ def _on_hub(stage: str, what: str, named: Mapping[str, Any], repo: str | None, a
     return {"repo": repo, "revision": revision}
 
 
-def _card(folder: Path, config: Mapping[str, Any], training: Mapping[str, Any], repo: str | None = None) -> str:
+def _render_card(folder: Path, config: Mapping[str, Any], training: Mapping[str, Any], repo: str | None = None) -> str:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError):

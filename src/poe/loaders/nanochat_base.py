@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from poe.errors import SourceError
-from poe.loaders.base_folder import save_base_folder
+from poe.loaders.base import save_base_folder
 from poe.loaders.nanochat import read_tensors, translate
 from poe.loaders.nanochat_tokenizer import find_tokenizer, read_tokenizer
 from poe.modeling.modeling_poe import PoEConfig, PoEForCausalLM

@@ -1,28 +1,26 @@
-"""One stage becomes a folder in the delta format, complete: weights, code, tokenizer, card."""
+"""Write one stage as a complete folder in the delta format: weights, code, tokenizer, model card."""
 
 import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers
 from transformers import GenerationConfig
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from poe.errors import DeltaError
+from poe.errors import StageError
+from poe.loaders.base import Base
 from poe.loaders.card import example_prompt, notice, stage_card
-from poe.loaders.output import staged
+from poe.loaders.output import atomic_folder
 from poe.modeling import modeling_poe_stage
 from poe.modeling.access import Access, fetch, read_config
 from poe.modeling.delta_file import DELTA_NAME, POE_FORMAT, as_stored, write_delta
 from poe.modeling.fingerprint import fingerprint_tensors
 from poe.modeling.stage import Stage
-
-if TYPE_CHECKING:
-    from poe.cascade import Cascade
 
 ENTRY = "modeling_poe_stage"
 PLOT = "report.png"
@@ -30,7 +28,7 @@ AUTO_MAP = {"AutoConfig": f"{ENTRY}.PoEStageConfig", "AutoModelForCausalLM": f"{
 
 
 def save_stage_folder(
-    cascade: "Cascade",
+    base: Base,
     stage: Stage,
     folder: Path,
     *,
@@ -38,42 +36,43 @@ def save_stage_folder(
     dtype: torch.dtype | None = None,
     prompt: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write a stage's folder, whole or not at all, and remember in `stage.source` where it is.
+    """Write a stage's folder atomically, and record its location in `stage.source`.
 
-    `prompt` (`name`, `version`, `stop`: list of strings) is recorded in config.json, and stop strings that are single
-    tokens end generation. Raises `OutputError` if the disk refuses, `DeltaError` for weights that are not finite or a
-    parent that has no files of its own yet.
+    `training` becomes training.json. `prompt` (`name`, `version`, `stop`: list of strings) goes into config.json; each
+    stop string that is a single token ends generation. `dtype` defaults to that of the stage's files, or bfloat16.
+    Raises `OutputError` if the folder cannot be written, `DeltaError` for weights that are not finite, `StageError`
+    for a parent that was not saved since its last change.
     """
     folder = folder.expanduser().absolute()
     dtype = dtype or stage.saved_dtype or torch.bfloat16
     stage.prompt = dict(prompt) if prompt is not None else stage.prompt
-    generation = _generation_config(cascade, stage)
-    parent = _saved(stage.parent)
-    with staged(folder) as temporary:
+    generation = _build_generation_config(base, stage)
+    parent = _find_parent_files(stage.parent)
+    with atomic_folder(folder) as temporary:
         fingerprint = write_delta(
             temporary / DELTA_NAME,
             stage.delta_state_dict(),
             stage=stage.name,
             attach_at=stage.below,
-            base_fingerprint=cascade.base_source.fingerprint,
+            base_fingerprint=base.source.fingerprint,
             parent_fingerprint=str(parent["fingerprint"]) if parent else "",
             dtype=dtype,
         )
-        config = stage_config_json(cascade, stage, folder, dtype)
+        config = _build_config(base, stage, parent, folder, dtype)
         _write_json(temporary / "config.json", config)
         for path in network_files():
             shutil.copyfile(path, temporary / path.name)
-        if cascade.tokenizer is not None:
-            cascade.tokenizer.save_pretrained(temporary)
+        if base.tokenizer is not None:
+            base.tokenizer.save_pretrained(temporary)
         generation.save_pretrained(temporary)
         details = dict(training or {})
         if training is not None:
-            _write_json(temporary / "training.json", details, sort=False)  # the card is made again in this order
+            _write_json(temporary / "training.json", details, sort=False)  # `push` renders the card from this order
         card = stage_card(
             config,
             details,
             parameters=stage.num_parameters(),
-            example=example_prompt(cascade.tokenizer),
+            example=example_prompt(base.tokenizer),
             plot=PLOT if (folder / PLOT).is_file() else None,
         )
         (temporary / "README.md").write_text(card, encoding="utf-8")
@@ -84,28 +83,28 @@ def save_stage_folder(
 
 
 def network_files() -> list[Path]:
-    """Return the Python files that must travel beside a delta: the entry point and all that it imports of ours."""
+    """Return the Python files that are saved beside a delta: the entry point and every file of ours it imports."""
     entry = Path(modeling_poe_stage.__file__)
     return sorted({entry, *(Path(path) for path in get_relative_import_files(entry))})
 
 
-def training_record(stage: Stage) -> dict[str, Any] | None:
-    """Return the training.json beside a stage's files, None if it has no files or they have none."""
+def read_training_record(stage: Stage) -> dict[str, Any] | None:
+    """Return the training.json beside a stage's files, None if there is none."""
     if stage.source is None or stage.source["repo"] is None:
         return None
     path = fetch(stage.source["repo"], "training.json", Access(), stage.source["revision"])
     return None if path is None else dict(json.loads(Path(path).read_text(encoding="utf-8")))
 
 
-def folded_record(chain: Sequence[Stage]) -> dict[str, Any] | None:
-    """Return the record of a stage that carries a chain: the last one's, with the data of all, None if none has one.
+def merge_training_records(chain: Sequence[Stage]) -> dict[str, Any] | None:
+    """Return the training record of a folded chain: the last stage's, with the data sources of all stages.
 
-    A license is stated only where all of them state the same.
+    It has a license only if all stages have the same one. Returns None if no stage has a record.
     """
-    records = {link.name: training_record(link) or {} for link in chain}
+    records = {link.name: read_training_record(link) or {} for link in chain}
     if not any(records.values()):
         return None
-    own = records[chain[-1].name]
+    last = records[chain[-1].name]
     sources = {
         f"{name}/{source}": facts
         for name, record in records.items()
@@ -113,20 +112,22 @@ def folded_record(chain: Sequence[Stage]) -> dict[str, Any] | None:
     }
     licenses = {record.get("license") for record in records.values()}
     return {
-        **own,
-        "data": {**own.get("data", {}), "sources": sources},
+        **last,
+        "data": {**last.get("data", {}), "sources": sources},
         "license": licenses.pop() if len(licenses) == 1 else None,
         "folded": list(records),
     }
 
 
-def stage_config_json(cascade: "Cascade", stage: Stage, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
-    """Return config.json of a stage that will lie in `folder`."""
-    base, parent = cascade.base_source, _saved(stage.parent)
-    if base.repo is not None:
-        base_config, _ = read_config(base.repo, base.access, base.revision)
+def _build_config(
+    base: Base, stage: Stage, parent: Mapping[str, str | None] | None, folder: Path, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Return the config.json of a stage that will be saved in `folder`."""
+    source = base.source
+    if source.repo is not None:
+        base_config, _ = read_config(source.repo, source.access, source.revision)
     else:
-        base_config = json.loads(cascade.config.to_json_string(use_diff=False))
+        base_config = json.loads(base.model.config.to_json_string(use_diff=False))
     base_config.pop("_name_or_path", None)
     return {
         "architectures": ["PoEStageForCausalLM"],
@@ -142,52 +143,56 @@ def stage_config_json(cascade: "Cascade", stage: Stage, folder: Path, dtype: tor
             "own_norm": False,
             "dtype": str(dtype).removeprefix("torch."),
         },
-        "parent": None if parent is None else {**parent, "repo": _reference(parent["repo"], folder)},
-        "base": {"repo": _reference(base.repo, folder), "revision": base.revision, "fingerprint": base.fingerprint},
+        "parent": None if parent is None else {**parent, "repo": _relative_repo(parent["repo"], folder)},
+        "base": {
+            "repo": _relative_repo(source.repo, folder),
+            "revision": source.revision,
+            "fingerprint": source.fingerprint,
+        },
         "base_config": base_config,
         "prompt": stage.prompt,
         "transformers_version": transformers.__version__,
     }
 
 
-def _saved(parent: Stage | None) -> dict[str, str | None] | None:
-    """Return where a parent's files are, after making sure that they still hold what is in memory."""
+def _find_parent_files(parent: Stage | None) -> dict[str, str | None] | None:
+    """Return the location of a parent's files. Raises `StageError` unless they hold the parent's current weights."""
     if parent is None:
         return None
     if parent.source is None or parent.saved_dtype is None:
-        raise DeltaError(f"Its parent {parent.name!r} has no files yet: save_stage({parent.name!r}, ...) first.")
+        raise StageError(f"Its parent {parent.name!r} has no files yet: save_stage({parent.name!r}, ...) first.")
     tensors = parent.delta_state_dict()
-    in_memory = next(iter(tensors.values())).dtype
-    if in_memory.itemsize >= parent.saved_dtype.itemsize:
-        now = fingerprint_tensors(as_stored(tensors, parent.saved_dtype))
-        if now != parent.source["fingerprint"]:
-            raise DeltaError(
+    memory_dtype = next(iter(tensors.values())).dtype
+    if memory_dtype.itemsize >= parent.saved_dtype.itemsize:
+        fingerprint = fingerprint_tensors(as_stored(tensors, parent.saved_dtype))
+        if fingerprint != parent.source["fingerprint"]:
+            raise StageError(
                 f"Its parent {parent.name!r} has changed since it was saved in {parent.source['repo']}: save it again "
                 "first, so that the child names the parent it was trained on."
             )
     return parent.source
 
 
-def _reference(repo: str | None, folder: Path) -> str | None:
-    """Return how a stage in `folder` names a repository: a folder as a path relative to its own, never absolute."""
+def _relative_repo(repo: str | None, folder: Path) -> str | None:
+    """Return the name of a repository for a config in `folder`: a folder becomes a path relative to `folder`."""
     if repo is None or not os.path.isdir(repo):
         return repo
     relative = os.path.relpath(os.path.realpath(repo), os.path.realpath(folder)).replace(os.sep, "/")
     return relative if relative.startswith(".") else f"./{relative}"
 
 
-def _generation_config(cascade: "Cascade", stage: Stage) -> GenerationConfig:
-    """Return the base's generation config; stop strings of the prompt format that are one token end generation."""
-    base = stage.generation_config or getattr(cascade.base, "generation_config", None) or GenerationConfig()
-    config = GenerationConfig.from_dict(base.to_dict())
-    stops: list[int] = []
+def _build_generation_config(base: Base, stage: Stage) -> GenerationConfig:
+    """Return the generation config of a stage, with the prompt format's single-token stop strings as stop tokens."""
+    original = stage.generation_config or getattr(base.model, "generation_config", None) or GenerationConfig()
+    config = GenerationConfig.from_dict(original.to_dict())
+    stop_ids: list[int] = []
     for text in (stage.prompt or {}).get("stop", []):
-        ids = cascade.tokenizer.encode(text, add_special_tokens=False) if cascade.tokenizer is not None else []
-        stops += ids if len(ids) == 1 else []
-    if stops:
+        ids = base.tokenizer.encode(text, add_special_tokens=False) if base.tokenizer is not None else []
+        stop_ids += ids if len(ids) == 1 else []
+    if stop_ids:
         known = config.eos_token_id
         known = known if isinstance(known, list) else [] if known is None else [known]
-        config.eos_token_id = list(dict.fromkeys([*known, *stops]))
+        config.eos_token_id = list(dict.fromkeys([*known, *stop_ids]))
     return config
 
 

@@ -11,13 +11,12 @@ from safetensors import safe_open
 from transformers import AutoTokenizer
 
 from poe.errors import DeltaError, PoEError, SourceError
-from poe.loaders.places import embedded_folders, place
-from poe.loaders.remote import list_files
+from poe.loaders.repository import embedded_folders, list_files, locate
 from poe.loaders.stage_folder import AUTO_MAP, network_files
 from poe.modeling import modeling_poe
 from poe.modeling.access import Access, fetch, read_config
 from poe.modeling.delta_file import PICKLES, check_finite, read_delta, verify_delta
-from poe.modeling.lineage import BaseSource, Link, base_source, check_base, is_stage, resolve
+from poe.modeling.lineage import BaseSource, Link, check_base, find_base, is_stage, resolve_lineage
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
@@ -42,13 +41,13 @@ def verify(
     Everything that is named is fetched and read whole, except what may be a pickle: that is refused by its name.
     Raises `SourceError` if there is nothing to check.
     """
-    access, where = access or Access(), place(repo)
+    access, where = access or Access(), locate(repo)
     config, path = read_config(where, access, revision)
-    source, _ = base_source(where, access, revision)
+    source, _ = find_base(where, access, revision)
     folder = _Folder(where, source.revision, access, config)
     yield _check("file names", folder.names)
     if is_stage(config):
-        yield from _stage(folder, Path(path).parent, None if base is None else place(base))
+        yield from _stage(folder, Path(path).parent, None if base is None else locate(base))
     else:
         yield _check("network files", lambda: folder.network([Path(modeling_poe.__file__)], None))
         yield _check("tokenizer", folder.tokenizer)
@@ -109,7 +108,9 @@ def _stage(folder: _Folder, path: Path, base: str | None) -> Iterator[Check]:
     yield _check("tokenizer", folder.tokenizer)
     own = Link(folder.repo, folder.revision, str(path), folder.config, folder.access)
     try:
-        lineage = resolve(folder.repo, folder.access, revision=folder.revision, base=base, embedded=embedded_folders())
+        lineage = resolve_lineage(
+            folder.repo, folder.access, revision=folder.revision, base=base, embedded=embedded_folders()
+        )
     except PoEError as error:
         yield Check("lineage", False, str(error))
         yield from _delta(own)

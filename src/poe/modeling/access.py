@@ -53,7 +53,7 @@ def fetch(repo: str, filename: str, access: Access, revision: str | None = None)
     except Exception as error:  # the client's own errors, of the HTTP library, of the file system
         if _is_missing(error):
             return None
-        raise refused(f"{filename} of {repo} (revision {revision or 'main'})", repo, error) from error
+        raise hub_error(f"{filename} of {repo} (revision {revision or 'main'})", repo, error) from error
 
 
 def read_config(repo: str, access: Access, revision: str | None = None) -> tuple[dict[str, Any], str]:
@@ -81,7 +81,7 @@ def is_path(repo: str) -> bool:
     )
 
 
-def refused(what: str, repo: str, error: BaseException) -> SourceError:
+def hub_error(what: str, repo: str, error: BaseException) -> SourceError:
     """Return the error that says what could not be done with a Hub repository, why, and what to do about it."""
     hint = hub_hint(repo, error)
     if hint is None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from safetensors.torch import load_file
 
-from .failures import DeltaError, FingerprintError
+from .failures import DeltaError, FingerprintError, StageError
 from .fingerprint import fingerprint_files, fingerprint_tensors
 from .int8 import SCALE, dequantize, quantize
 from .tensor_file import DTYPES, Entry, file_size, read_header, write_tensors
@@ -63,7 +63,7 @@ def write_delta(
     Raises `DeltaError` before writing if a value is not finite in that dtype, `OSError` if the disk refuses.
     """
     if DTYPES.get(dtype) not in (*_FLOATS, "I8"):
-        raise DeltaError(f"A delta is saved in float32, bfloat16 or float16, or in int8, got {dtype}.")
+        raise StageError(f"A delta is saved in float32, bfloat16 or float16, or in int8, got {dtype}.")
     if dtype == torch.int8:
         check_finite(stage, tensors)
     stored = as_stored(tensors, dtype)

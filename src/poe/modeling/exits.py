@@ -59,7 +59,7 @@ def head_below(base: PreTrainedModel, depth: int) -> nn.Module:
     return FoldedHead(head, [_StageHead(own[base.config.boundaries.index(depth)])])
 
 
-def leave_at(base: PreTrainedModel, depth: int) -> PreTrainedModel:
+def exit_at(base: PreTrainedModel, depth: int) -> PreTrainedModel:
     """Return the base as a model of its own class that ends after `depth` layers; it shares every tensor.
 
     Raises `FamilyError` where the base cannot be left.

@@ -14,6 +14,10 @@ class FamilyError(PoEError, ValueError):
     """The base is not of a family that can be grown."""
 
 
+class StageError(PoEError, ValueError):
+    """A stage is unknown, exists already, or cannot be used in this way."""
+
+
 class DeltaError(PoEError, ValueError):
     """A stage folder or its `delta.safetensors` is missing, truncated, tampered with or of another shape."""
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .failures import DeltaError, FamilyError
+from .failures import FamilyError, StageError
 from .placement import is_plain
 from .stage_config import StageConfig
 
@@ -36,7 +36,7 @@ class LowRankHead(HeadDelta):
     def __init__(self, vocabulary: int, width: int, rank: int, generator: torch.Generator | None = None) -> None:
         super().__init__()
         if rank > min(vocabulary, width):
-            raise DeltaError(
+            raise StageError(
                 f"A low-rank head of rank {rank} is larger than the head itself ({vocabulary} x {width}): "
                 "choose a smaller head_rank, or head='dense'."
             )

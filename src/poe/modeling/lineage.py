@@ -68,7 +68,7 @@ class BaseSource:
         return f"{self.repo or 'a model in memory'} (revision {self.revision or 'none'}, {self.fingerprint[:12]})"
 
 
-def base_source(repo: str, access: Access, revision: str | None = None) -> tuple[BaseSource, dict[str, Any]]:
+def find_base(repo: str, access: Access, revision: str | None = None) -> tuple[BaseSource, dict[str, Any]]:
     """Return where a base is, its revision resolved to a commit, and its config.json."""
     config, path = read_config(repo, access, revision)
     commit = None if os.path.isdir(repo) else extract_commit_hash(path, None) or revision
@@ -191,25 +191,25 @@ def is_stage(config: Mapping[str, Any]) -> bool:
     return config.get("model_type") == "poe_stage"
 
 
-def resolve(
+def resolve_lineage(
     repo: str,
     access: Access,
     *,
     revision: str | None = None,
     base: str | None = None,
     embedded: Sequence[str] = (),
-    own: BaseSource | None = None,
+    known_base: BaseSource | None = None,
 ) -> Lineage:
     """Follow a stage to its base. Nothing but small files is read.
 
-    `base`, else the environment variable `POE_BASE`, else what the stage names says where the base is; `embedded`
-    are folders to look in when that is not there. With `own`, a base that is open already, no base is looked for.
+    The base is at `base`, else at the environment variable `POE_BASE`, else where the stage names it. If it is not
+    there, the `embedded` folders are searched. `known_base` is a base that is open already; then none is searched.
     Raises `LineageError` (which prints the chain) for a cycle, a missing link or more than 16 stages, `SourceError`
     if the first one cannot be reached.
     """
     links = _climb(repo, access, revision)
-    if own is not None:
-        return Lineage(links, own, links[-1].config.get("base_config") or {})
+    if known_base is not None:
+        return Lineage(links, known_base, links[-1].config.get("base_config") or {})
     chain = _print_chain(links)
     named = links[0].config["base"]
     override = base or os.environ.get("POE_BASE")
@@ -219,11 +219,11 @@ def resolve(
     try:
         where = override or _named_place(links[0], where)
         # A base that was overridden is another place: the revision that was named means nothing there.
-        source, config = base_source(where, access, None if override else named.get("revision"))
+        source, config = find_base(where, access, None if override else named.get("revision"))
     except SourceError as error:
         if not override:
             for folder in embedded:
-                source, config = base_source(folder, access)
+                source, config = find_base(folder, access)
                 if source.fingerprint == named["fingerprint"]:
                     return Lineage(links, source, config)
         raise LineageError(

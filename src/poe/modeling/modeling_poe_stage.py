@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .access import Access
 from .failures import SourceError
 from .growth import make_standalone
-from .lineage import resolve, warn_unverified
+from .lineage import resolve_lineage, warn_unverified
 from .opening import load_base, load_stages
 from .stage import assemble
 
@@ -73,7 +73,7 @@ class PoEStageForCausalLM(PreTrainedModel):
         if attention is not None:
             kwargs["attn_implementation"] = attention
 
-        lineage = resolve(where, access, revision=kwargs.pop("revision", None), base=base_place)
+        lineage = resolve_lineage(where, access, revision=kwargs.pop("revision", None), base=base_place)
         if verify:
             lineage.verify()
         else:

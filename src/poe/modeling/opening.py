@@ -1,13 +1,12 @@
 """Files become a base and its stages: the steps that the package and the AutoModel entry point share."""
 
-import os
 from typing import Any
 
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from .access import fetch
 from .delta_file import read_delta
-from .failures import SourceError
+from .failures import DeltaError, SourceError, StageError
 from .families import FAMILIES
 from .lineage import BaseSource, Lineage
 from .modeling_poe import PoEConfig, PoEForCausalLM
@@ -69,7 +68,10 @@ def load_stages(base: PreTrainedModel, lineage: Lineage, known: dict[str, Stage]
         parent = stages[-1] if stages else None
         stage = (known or {}).get(link.header.self_fingerprint)
         if stage is None:
-            stage = build_stage(base, link.stage_config(parent.name if parent else None), parent)
+            try:
+                stage = build_stage(base, link.stage_config(parent.name if parent else None), parent)
+            except StageError as error:
+                raise DeltaError(f"config.json of {link.repo} does not fit its base: {error}") from error
             stage.load_delta(read_delta(link.delta_path, link.name))
             stage.source = {"repo": link.repo, "revision": link.revision, "fingerprint": link.header.self_fingerprint}
             stage.saved_dtype = link.header.dtype
@@ -78,8 +80,3 @@ def load_stages(base: PreTrainedModel, lineage: Lineage, known: dict[str, Stage]
                 stage.generation_config = GenerationConfig.from_pretrained(link.folder)
         stages.append(stage)
     return stages
-
-
-def absolute(repo: str) -> str:
-    """Return a folder as an absolute path, a Hub name as it is."""
-    return os.path.abspath(repo) if os.path.isdir(repo) else repo

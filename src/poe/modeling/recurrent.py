@@ -43,7 +43,7 @@ class GrownStack(nn.Module):
         return normalized
 
 
-def refuse_checkpoint(model_type: str, *args: Any, **kwargs: Any) -> NoReturn:
+def raise_no_checkpoint(model_type: str, *args: Any, **kwargs: Any) -> NoReturn:
     """Raise `FamilyError`: no checkpoint of a recurrent family can hold a stage."""
     raise FamilyError(
         f"A base of model type {model_type!r} is recurrent and a stage on it runs once, after the last "
@@ -55,4 +55,4 @@ def refuse_checkpoint(model_type: str, *args: Any, **kwargs: Any) -> NoReturn:
 
 def forbid_checkpoint(model: PreTrainedModel) -> None:
     """Make `save_pretrained` of a grown recurrent model raise: what it would write comes back without a stage."""
-    model.save_pretrained = partial(refuse_checkpoint, model.config.model_type)  # type: ignore[method-assign]
+    model.save_pretrained = partial(raise_no_checkpoint, model.config.model_type)  # type: ignore[method-assign]

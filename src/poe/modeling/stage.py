@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from .delta_file import storage_error
 from .exits import exit_refusal, head_below
-from .failures import DeltaError
+from .failures import DeltaError, StageError
 from .growth import build_layers, shell
 from .heads import FoldedHead, automatic_rank, build_head
 from .recognition import recognize_family
@@ -110,18 +110,18 @@ def build_stage(
     """Return a new stage on a base (and a parent) that computes exactly what lies below it.
 
     Its values depend on `seed` alone. They are in `dtype` (default: the base's), next to the base's last layer and
-    the base's head. Raises `FamilyError` for a base that cannot be grown, `DeltaError` for a config that does not fit.
+    the base's head. Raises `FamilyError` for a base that cannot be grown, `StageError` for a config that does not fit.
     """
     family = recognize_family(base)
     depth = base.config.num_hidden_layers if parent is None else parent.below + len(parent.layers)
     below = config.attachment(depth)
     if family.recurrent and below < depth:
-        raise DeltaError(
+        raise StageError(
             f"Stage {config.name!r}: attach_at is {below}, but a base of model type {family.model_type!r} is "
             "recurrent, and a stage stands above all of its cycles: expected attach_at None."
         )
     if parent is None and (reason := exit_refusal(base, below)):
-        raise DeltaError(f"Stage {config.name!r}: attach_at is {below}, but {reason}.")
+        raise StageError(f"Stage {config.name!r}: attach_at is {below}, but {reason}.")
     foot = below if parent is None else parent.chain[0].below
     folded = FoldedHead(
         head_below(base, foot), []
@@ -150,7 +150,7 @@ def assemble(base: PreTrainedModel, stage: Stage) -> PreTrainedModel:
     return model
 
 
-def cut_graph_below(stage: Stage, dtype: torch.dtype) -> None:
+def detach_stage_input(stage: Stage, dtype: torch.dtype) -> None:
     """Let gradients end at the stage's input, and let a stage of another dtype work on a base in `dtype`.
 
     Hooks on the first and the last layer: the hidden state (batch, tokens, width) enters without a graph and in the
@@ -161,7 +161,7 @@ def cut_graph_below(stage: Stage, dtype: torch.dtype) -> None:
         stage.layers[-1].register_forward_hook(partial(_leave, dtype))
 
 
-def stop_input_gradients(model: PreTrainedModel, stage: Stage) -> None:
+def set_gradient_input(model: PreTrainedModel, stage: Stage) -> None:
     """Make `enable_input_require_grads` of a grown model mean the stage's input, not the embedding.
 
     Gradient checkpointing and PEFT call it; on the embedding it would make autograd keep the whole frozen base.

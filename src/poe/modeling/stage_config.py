@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .failures import DeltaError
+from .failures import StageError
 
 HEADS = ("dense", "low_rank", "none")
 
@@ -32,7 +32,7 @@ class StageConfig:
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
-            raise DeltaError(
+            raise StageError(
                 f"A stage's name must start with a letter or digit and hold letters, digits, '.', '_', '-' only: "
                 f"got {self.name!r}."
             )
@@ -41,27 +41,27 @@ class StageConfig:
             automatic = field == "head_rank" and value == "auto"
             if not automatic and (not isinstance(value, int) or isinstance(value, bool) or value < least):
                 other = " or 'auto'" if field == "head_rank" else ""
-                raise DeltaError(
+                raise StageError(
                     f"Stage {self.name!r}: {field} must be a whole number of at least {least}{other}, got {value!r}."
                 )
         if self.head not in HEADS:
-            raise DeltaError(f"Stage {self.name!r}: head must be one of {', '.join(HEADS)}, got {self.head!r}.")
+            raise StageError(f"Stage {self.name!r}: head must be one of {', '.join(HEADS)}, got {self.head!r}.")
         if self.parent is not None and (not isinstance(self.parent, str) or self.parent == self.name):
-            raise DeltaError(f"Stage {self.name!r}: parent must be another stage's name or None, got {self.parent!r}.")
+            raise StageError(f"Stage {self.name!r}: parent must be another stage's name or None, got {self.parent!r}.")
         if self.attach_at is not None and (not isinstance(self.attach_at, int) or self.attach_at < 1):
-            raise DeltaError(f"Stage {self.name!r}: attach_at must be at least 1 or None, got {self.attach_at!r}.")
+            raise StageError(f"Stage {self.name!r}: attach_at must be at least 1 or None, got {self.attach_at!r}.")
 
     def attachment(self, depth: int) -> int:
         """Return how many layers lie below the stage, given how many there are (`depth`: base and ancestors)."""
         if self.attach_at is None or self.attach_at == depth:
             return depth
         if self.parent is not None:
-            raise DeltaError(
+            raise StageError(
                 f"Stage {self.name!r} stands on {self.parent!r}, so it attaches on top of it: expected "
                 f"attach_at None or {depth}, got {self.attach_at}."
             )
         if self.attach_at > depth:
-            raise DeltaError(f"Stage {self.name!r}: attach_at is {self.attach_at}, but the base has {depth} layers.")
+            raise StageError(f"Stage {self.name!r}: attach_at is {self.attach_at}, but the base has {depth} layers.")
         return self.attach_at
 
     def to_dict(self) -> dict[str, Any]:

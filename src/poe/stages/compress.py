@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from poe.errors import DeltaError
+from poe.errors import StageError
 from poe.modeling.heads import HeadDelta, LowRankHead
 from poe.modeling.stage import Stage
 
@@ -32,16 +32,16 @@ def compress_head(stage: Stage, rank: int) -> HeadReport:
     """Replace a stage's head delta by the nearest one of `rank` (truncated SVD: Eckart and Young, 1936).
 
     The factors share the singular values evenly: `a = sqrt(S) V^T` (rank, width), `b = U sqrt(S)` (vocabulary, rank),
-    in the head's dtype. Raises `DeltaError` if there is no head delta or the new one would not be smaller.
+    in the head's dtype. Raises `StageError` if there is no head delta or the new one would not be smaller.
     """
     head = stage.head
     assert isinstance(head, HeadDelta)
     delta = head.delta()
     if delta is None:
-        raise DeltaError(f"Stage {stage.name!r} has no head delta: there is nothing to compress.")
+        raise StageError(f"Stage {stage.name!r} has no head delta: there is nothing to compress.")
     before = sum(p.numel() for p in head.parameters())
     if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank * sum(delta.shape) < before:
-        raise DeltaError(
+        raise StageError(
             f"Stage {stage.name!r}: rank should be a whole number from 1 to {(before - 1) // sum(delta.shape)}, so "
             f"that the head gets smaller than its {before:,} parameters, got {rank!r}."
         )

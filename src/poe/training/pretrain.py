@@ -13,8 +13,8 @@ from poe.data.render import token_bytes
 from poe.data.streamed import StreamedRows
 from poe.data.text import is_generated
 from poe.errors import DataError, RecipeError, suggest
-from poe.loaders.base_folder import save_base_folder
-from poe.loaders.places import place
+from poe.loaders.base import save_base_folder
+from poe.loaders.repository import locate
 from poe.modeling.early import with_early_layers
 from poe.modeling.modeling_poe import PoEConfig, PoEForCausalLM
 from poe.stages.recipe import BaseRecipe
@@ -127,7 +127,7 @@ def _continued_network(recipe: BaseRecipe) -> Any:
     try:
         if recipe.num_layers == before:
             config = PoEConfig(**{**known, **shape})  # made anew: changed attributes of a config are not checked
-        base = PoEForCausalLM.from_pretrained(place(str(recipe.init)), config=config, local_files_only=True)
+        base = PoEForCausalLM.from_pretrained(locate(str(recipe.init)), config=config, local_files_only=True)
         if recipe.num_layers == before:
             return base
         return with_early_layers(base, **shape, num_hidden_layers=recipe.num_layers)
@@ -141,7 +141,7 @@ def _continued_network(recipe: BaseRecipe) -> Any:
 def _continued(recipe: BaseRecipe, kind: Any) -> Any:
     """Return the tokenizer or the config of the base that the recipe continues."""
     assert recipe.init is not None
-    folder = place(recipe.init)
+    folder = locate(recipe.init)
     try:
         return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:

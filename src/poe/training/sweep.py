@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from poe.cascade import Cascade
-from poe.errors import DeltaError, OutputError, PoEError, RecipeError, TrainingError
+from poe.errors import OutputError, PoEError, RecipeError, StageError, TrainingError
 from poe.stages import Recipe, load_recipe
 from poe.training.checkpoints.files import has_checkpoint
 from poe.training.reporting.progress import Progress
@@ -97,7 +97,7 @@ def sweep(
     plan = (load_recipe(recipe) if isinstance(recipe, str) else recipe).replace(**fields)
     plans = grid(plan, tries)
     if plan.name in cascade.stages:
-        raise DeltaError(f"There is a stage {plan.name!r} already: a sweep trains new ones. Remove it, or rename.")
+        raise StageError(f"There is a stage {plan.name!r} already: a sweep trains new ones. Remove it, or rename.")
     out = Path(output_dir or f"runs/{plan.name}-sweep").expanduser()
     common = {name: value for name, value in plan.as_dict().items() if name not in tries}
     common |= {"data": data or plan.data, "base": cascade.base_source.fingerprint}

@@ -41,7 +41,7 @@ class SaveDelta(TrainerCallback):
 
     The stage is made trainable, everything else stays frozen. Raises `TrainingError` for a trainer whose model is not
     `cascade.model(name)`, one that would push to the Hub by itself (it knows the files of whole models only; use
-    `Cascade.push_to_hub`), and one that shards the model; `DeltaError` for an unknown stage.
+    `Cascade.push_to_hub`), and one that shards the model; `StageError` for an unknown stage.
     """
 
     def __init__(self, cascade: Cascade, name: str) -> None:
