@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from poe.calls.conversation import Call, Conversation
 from poe.calls.forms.call_forms import parse_reply
 from poe.calls.schema import as_tool, check_calls
-from poe.evaluation.calls import score
+from poe.evaluation.calls import score_replies
 
 TOOL = as_tool(
     "book_flight",
@@ -79,7 +79,7 @@ def test_scores_count_exact_calls_and_right_abstentions() -> None:
 
     wanted = row(("book_flight", {"city": "Oslo"}))
     right = '<tool_call>{"name": "book_flight", "arguments": {"city": "Oslo"}}</tool_call>'
-    scores = score(
+    scores = score_replies(
         [wanted, wanted, wanted, row(), row()],
         [right, right.replace("Oslo", "Bergen"), "I booked it", "sorry", right],
     )

@@ -13,7 +13,7 @@ from poe.data.render import Renderer
 from poe.data.templates import complete_template, extend_with_tools, reply_form, shows_tools, template_call_form
 from poe.demo.conversations import make_conversation
 from poe.errors import TemplateError
-from poe.evaluation.calls import question, score
+from poe.evaluation.calls import score_replies, split_question
 from test_loss_mask import TOKENIZERS, assistant, trained, user
 from test_prompt_forms import ROW
 
@@ -130,9 +130,9 @@ def test_replies_are_read_in_the_form_of_the_template() -> None:
     row = make_conversation(3, kind="call")
     renderer = Renderer(TOKENIZERS["llama3"])
     text = renderer.render(row).text
-    said = text[len(renderer.prompt(question(row)[0], row.tools)) :].removesuffix("<|eot_id|>")
-    assert score([row], [said], "llama").exact == 1.0
-    assert score([row], [said]).exact == 0.0
+    said = text[len(renderer.prompt(split_question(row)[0], row.tools)) :].removesuffix("<|eot_id|>")
+    assert score_replies([row], [said], "llama").exact == 1.0
+    assert score_replies([row], [said]).exact == 0.0
 
 
 def marked_tokenizer(*marks: str, eos: str | None):
@@ -195,7 +195,7 @@ def test_rows_with_tools_are_told_in_templates_of_ours(row) -> None:
         complete_template(tokenizer)
         renderer = Renderer(tokenizer)
         whole = renderer.render(row)
-        assert whole.text.startswith(renderer.prompt(question(row)[0], row.tools)), name
+        assert whole.text.startswith(renderer.prompt(split_question(row)[0], row.tools)), name
         assert all(tool["function"]["description"] in whole.text for tool in row.tools)
         said = trained(renderer, whole)
         assert len(said) == sum(message["role"] == "assistant" for message in row.messages)

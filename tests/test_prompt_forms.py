@@ -16,7 +16,7 @@ from poe.calls.forms.tool_forms import TOOL_FORMS, write_tools
 from poe.calls.schema import as_tool
 from poe.data.render import Renderer
 from poe.errors import DataError, RowError
-from poe.evaluation.calls import question, score
+from poe.evaluation.calls import score_replies, split_question
 
 NEWS = as_tool("find_news", "Find news", {"type": "object", "properties": {"about": {"type": "string"}}})
 MAIL = {"to": {"type": "string"}, "copies": {"type": "integer"}}
@@ -185,7 +185,7 @@ def test_replies_are_scored_in_the_form_that_was_asked_for() -> None:
     written = {name: form.write([Call("find_news", {"about": "Rome"})]) for name, form in CALL_FORMS.items()}
     for name in CALL_FORMS:
         asked = replace(row, form=PromptForm(calls=name))
-        assert question(asked)[1] == [("find_news", {"about": "Rome"})]
-        right = {n for n, text in written.items() if score([asked], [text]).exact == 1.0}
+        assert split_question(asked)[1] == [("find_news", {"about": "Rome"})]
+        right = {n for n, text in written.items() if score_replies([asked], [text]).exact == 1.0}
         assert right == ({"xlam", "mistral"} if name == "xlam" else {name})  # behind mistral's mark is a list as xlam's
-    assert score([row], [written["hermes"]]).exact == 1.0
+    assert score_replies([row], [written["hermes"]]).exact == 1.0

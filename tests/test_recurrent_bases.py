@@ -15,7 +15,7 @@ from conftest import HRM, RECURRENT, VOCABULARY, demo_tokenizer, scramble, tiny_
 from poe import Cascade, StageConfig, train_stage
 from poe.data.packing import IGNORED, Batch
 from poe.errors import FamilyError, StageError, TrainingError
-from poe.evaluation.calls import answer
+from poe.evaluation.calls import generate_replies
 from poe.loaders.base import save_base_folder
 from poe.training.hidden_states.sources import Whole
 from poe.training.prefix import prompt_positions
@@ -272,7 +272,7 @@ def test_a_base_that_reads_both_ways_is_asked_so(tmp_path: Path) -> None:
     seen = []
     generate = cascade.base.generate
     cascade.base.generate = lambda **given: seen.append(given) or generate(**given)  # type: ignore[method-assign]
-    answer(cascade, None, [[5, 6, 7], [5, 6, 7, 8, 9]], [1], max_new_tokens=2)
+    generate_replies(cascade, None, [[5, 6, 7], [5, 6, 7, 8, 9]], [1], max_new_tokens=2)
     assert torch.equal(seen[0]["token_type_ids"], seen[0]["attention_mask"])
     fields = {"seq_len": 256, "tokens_per_step": 512, "num_layers": 1, "validation_ratio": 0.1, "max_steps": 1}
     with pytest.raises(TrainingError, match=r"cache_hidden: .* both directions"):

@@ -131,7 +131,7 @@ def call(
     from poe.calls.schema import check_calls
     from poe.data.render import Renderer
     from poe.data.templates import reply_form
-    from poe.evaluation.calls import answer
+    from poe.evaluation.calls import generate_replies
 
     declared = _read_tools(tools)
     cascade = _open(repo, base)
@@ -140,7 +140,7 @@ def call(
     renderer = Renderer(cascade.tokenizer)
     prompt = renderer.prompt_ids(messages, declared)
     stage = None if off else cascade.active
-    text = answer(cascade, stage, [prompt], renderer.stop_token_ids, max_new_tokens=max_new_tokens)[0]
+    text = generate_replies(cascade, stage, [prompt], renderer.stop_token_ids, max_new_tokens=max_new_tokens)[0]
     reply = parse_reply(text, reply_form(cascade.tokenizer))
     wrong = check_calls(reply.calls, declared) + [f"not a call that can be read: {m}" for m in reply.malformed]
     calls = [c.as_openai(i) for i, c in enumerate(reply.calls)]

@@ -3,10 +3,12 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
+from rich.progress import Progress
 from rich.table import Table
 
 from poe.commands.app import FAILED, Program, add_version, err, interruptible, out, run
@@ -174,9 +176,13 @@ def _evaluate(cascade: Any, name: str, held_out: dict[str, Any]) -> dict[str, An
     from poe.evaluation.calls import evaluate_calls
 
     results: dict[str, Any] = {}
+    rows = sum(map(len, held_out.values()))
     for label, stage_name in (("base", None), ("stage", name)):
-        err.print(f"answering held-out questions with the {label} ({sum(map(len, held_out.values()))} rows)")
-        scores = evaluate_calls(cascade, stage_name, held_out)
+        title = f"answering held-out questions with the {label}"
+        err.print(f"{title} ({rows} rows)")
+        with Progress(console=err, transient=True, disable=err.quiet or not err.is_interactive) as bars:
+            task = bars.add_task(title, total=rows)
+            scores = evaluate_calls(cascade, stage_name, held_out, progress=partial(bars.advance, task))
         for split, score in scores.items():
             results.setdefault(split, {})[label] = score.as_dict()
     return results

@@ -1,1 +1,1 @@
-"""Measuring specialists."""
+"""Measure specialists: call accuracy on held-out questions."""

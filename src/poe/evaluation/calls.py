@@ -1,4 +1,4 @@
-"""Call accuracy: does the model answer a held-out question with exactly the right calls, or rightly with none?"""
+"""Call accuracy: the share of held-out questions that a model answers with the reference calls, or with none."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -18,11 +18,15 @@ from poe.modeling.placement import device_of
 
 @dataclass(frozen=True)
 class CallScores:
-    """Shares (0 to 1) over the rows of one split.
+    """Scores of one split, as shares from 0 to 1.
 
-    `exact`: the calls equal the reference as JSON values, in order. `names`: the same tools in the same order. `valid`:
-    at least one call, all readable and all fitting their schemas. `abstained`: no call and nothing that looks like one,
-    over the rows whose reference has none (None if there are no such rows); the other shares are over the rest.
+    `exact`, `names` and `valid` are shares of the rows with reference calls, `abstained` of the rows without. A share
+    of no rows is None.
+
+    exact      the calls equal the reference as JSON values, in order
+    names      the calls have the tools of the reference, in order
+    valid      there is at least one call, and every call can be read and fits its schema
+    abstained  the reply is text without calls
     """
 
     rows: int
@@ -35,14 +39,14 @@ class CallScores:
         return asdict(self)
 
 
-def question(conversation: Conversation) -> tuple[list[dict[str, Any]], list[tuple[str, Any]]]:
-    """Return the messages before the first assistant turn, and the (name, arguments) pairs of that turn."""
+def split_question(conversation: Conversation) -> tuple[list[dict[str, Any]], list[tuple[str, Any]]]:
+    """Return the messages before the first assistant turn, and the calls of that turn as (name, arguments) pairs."""
     first = next(i for i, m in enumerate(conversation.messages) if m["role"] == "assistant")
     calls = conversation.messages[first].get("tool_calls") or []
     return conversation.messages[:first], [(c["function"]["name"], c["function"]["arguments"]) for c in calls]
 
 
-def answer(
+def generate_replies(
     cascade: Cascade,
     stage: str | None,
     prompts: Sequence[Sequence[int]],
@@ -52,7 +56,10 @@ def answer(
     batch_size: int = 32,
     progress: Callable[[int], None] | None = None,
 ) -> list[str]:
-    """Answer prompts (lists of token ids) greedily, in batches of similar length; special tokens stay in the text."""
+    """Generate a reply to each prompt (a list of token ids) by greedy decoding, in batches of similar length.
+
+    The replies keep their special tokens. `progress` is called after each batch with the number of its prompts.
+    """
     tokenizer = cascade.tokenizer
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_token_ids[0]
     device = device_of(cascade.model(stage).eval().get_input_embeddings())
@@ -78,47 +85,50 @@ def answer(
             end = next((k for k, token in enumerate(row) if token in stop_token_ids), len(row))
             texts[i] = tokenizer.decode(row[:end], skip_special_tokens=False)
         if progress is not None:
-            progress(start + len(part))
+            progress(len(part))
     return texts
 
 
-def score(conversations: Sequence[Conversation], replies: Sequence[str], form: str = "hermes") -> CallScores:
+def score_replies(conversations: Sequence[Conversation], replies: Sequence[str], form: str = "hermes") -> CallScores:
     """Compare replies with the reference answers of `conversations`.
 
-    A reply is read in the call form of its conversation, or in `form` where that leaves it to the chat template.
+    A reply is parsed in the call form of its conversation, or in `form` if the conversation has none.
     """
-    exact = names = valid = calls_wanted = abstained = abstentions_wanted = 0
+    exact = names = valid = rows_with_calls = abstained = rows_without_calls = 0
     for conversation, text in zip(conversations, replies, strict=True):
-        wanted = question(conversation)[1]
+        expected = split_question(conversation)[1]
         reply = parse_reply(text, conversation.form.calls if conversation.form else form)
         got = [(call.name, call.arguments) for call in reply.calls]
-        if wanted:
-            calls_wanted += 1
-            exact += got == wanted and not reply.malformed
-            names += [n for n, _ in got] == [n for n, _ in wanted]
+        if expected:
+            rows_with_calls += 1
+            exact += got == expected and not reply.malformed
+            names += [n for n, _ in got] == [n for n, _ in expected]
             valid += bool(got) and not reply.malformed and not check_calls(reply.calls, conversation.tools)
         else:
-            abstentions_wanted += 1
+            rows_without_calls += 1
             abstained += not got and not reply.malformed and bool(reply.content)
-    share = lambda hits, of: round(hits / of, 4) if of else None  # noqa: E731
     return CallScores(
         rows=len(conversations),
-        exact=share(exact, calls_wanted),
-        names=share(names, calls_wanted),
-        valid=share(valid, calls_wanted),
-        abstained=share(abstained, abstentions_wanted),
+        exact=_share(exact, rows_with_calls),
+        names=_share(names, rows_with_calls),
+        valid=_share(valid, rows_with_calls),
+        abstained=_share(abstained, rows_without_calls),
     )
+
+
+def _share(hits: int, rows: int) -> float | None:
+    return round(hits / rows, 4) if rows else None
 
 
 def evaluate_calls(
     cascade: Cascade, stage: str | None, splits: dict[str, list[Conversation]], **options: Any
 ) -> dict[str, CallScores]:
-    """Answer and score every split with `stage` (None: the base alone). `options` go to `answer`."""
+    """Answer and score every split with `stage` (None: the base alone). Pass `options` to `generate_replies`."""
     renderer = Renderer(cascade.tokenizer)
     form = reply_form(cascade.tokenizer)
     scores = {}
     for name, conversations in splits.items():
-        prompts = [renderer.prompt_ids(question(c)[0], c.tools, c.form) for c in conversations]
-        replies = answer(cascade, stage, prompts, renderer.stop_token_ids, **options)
-        scores[name] = score(conversations, replies, form)
+        prompts = [renderer.prompt_ids(split_question(c)[0], c.tools, c.form) for c in conversations]
+        replies = generate_replies(cascade, stage, prompts, renderer.stop_token_ids, **options)
+        scores[name] = score_replies(conversations, replies, form)
     return scores
