@@ -1,27 +1,34 @@
-# `make demo` and `make test` need Python 3.11+ and make, nothing else: each sets up .venv on its own.
+# `make demo` and `make test` need only Python 3.11 or newer and make. Each creates .venv if there is none.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-quick test-quantized lint bench clean
+.PHONY: demo test test-all test-slow test-quantized docs lint bench clean
 
-# The main job: train a stage on the embedded base and data, then load it where `poe` cannot be imported, and ask.
+# The main job: train a stage on the embedded base and data, load it in a process that cannot import poe, and ask.
 demo: $(READY)
 	rm -rf runs/demo
 	$(BIN)/poe-train stage demo --out runs/demo
 	$(BIN)/python examples/load_without_poe.py runs/demo
 
+# The tests that every change must pass: each promise has one here.
 test: $(READY)
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow"
 
-test-quick: $(READY)
-	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
+# Everything that `make test` leaves out.
+test-all: test-slow lint test-quantized docs
 
-# torchao prints warnings of its own wherever transformers is imported, so it is not among what every test needs.
+test-slow: $(READY)
+	$(BIN)/python -m pytest -n auto --dist worksteal -m slow
+
+# torchao prints warnings wherever transformers is imported, so the other tests run without it.
 test-quantized: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[quant]"
 	$(BIN)/python -m pytest tests/test_quantized_bases.py
+
+docs: $(READY)
+	$(BIN)/mkdocs build --strict --quiet
 
 lint: $(READY)
 	$(BIN)/ruff check .
