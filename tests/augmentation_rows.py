@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from poe.calls.conversation import Conversation, Tool
 from poe.calls.schema import as_tool, check_call
-from poe.data.augment.rows import calls
+from poe.data.augment.rows import iter_calls
 from poe.demo.conversations import make_conversation
 
 
@@ -45,12 +45,12 @@ def row(
 
 
 def arguments(conversation: Conversation) -> list[dict[str, Any]]:
-    return [call["arguments"] for call in calls(conversation)]
+    return [call["arguments"] for call in iter_calls(conversation)]
 
 
 def misfit(conversation: Conversation) -> list[str]:
     """Why calls of the row do not fit its tools."""
-    reasons = (check_call(conversation.tools, call["name"], call["arguments"]) for call in calls(conversation))
+    reasons = (check_call(conversation.tools, call["name"], call["arguments"]) for call in iter_calls(conversation))
     return [reason for reason in reasons if reason]
 
 

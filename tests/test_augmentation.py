@@ -19,14 +19,13 @@ from poe.data.augment import (
     add_distractors,
     augment,
     change_case,
+    make_contrast_pair,
     make_irrelevant,
-    make_pair,
     paraphrase,
 )
-from poe.data.augment.abstentions import abstention, deed
-from poe.data.augment.copied import argument_strings
-from poe.data.augment.fitting import fits, traits
-from poe.data.augment.rows import called_tools, calls, row_digest, row_rng, user_texts
+from poe.data.augment.abstentions import describe_action, make_abstention
+from poe.data.augment.fitting import fits, get_traits
+from poe.data.augment.rows import argument_strings, called_tools, iter_calls, row_digest, row_rng, user_texts
 from poe.errors import RecipeError
 from poe.stages import Augmentation
 
@@ -59,7 +58,7 @@ def names(conversation: Conversation) -> list[str]:
     ],
 )
 def test_what_fits(one: tuple[str, str], other: tuple[str, str], alike: bool) -> None:
-    first, second = (traits(tool(*t, **({"place": text("p")} if "rain" in t[0] else {}))) for t in (one, other))
+    first, second = (get_traits(tool(*t, **({"place": text("p")} if "rain" in t[0] else {}))) for t in (one, other))
     assert fits(first, second) == fits(second, first) == alike
 
 
@@ -70,12 +69,12 @@ def test_an_irrelevant_row_has_no_fitting_tool_and_no_call(conversation: Convers
     first_answer = next(m for m in conversation.messages if m["role"] == "assistant")
     assert (made is None) == (not first_answer.get("tool_calls"))
     if made is not None:
-        called = [traits(one) for one in called_tools(conversation)]
+        called = [get_traits(one) for one in called_tools(conversation)]
         assert called
-        assert not [one for one in made.tools if any(fits(traits(one), other) for other in called)]
+        assert not [one for one in made.tools if any(fits(get_traits(one), other) for other in called)]
         assert [m["role"] for m in made.messages if m["role"] != "system"] == ["user", "assistant"]
         assert made.query == conversation.query
-        assert not list(calls(made))
+        assert not list(iter_calls(made))
         assert made.messages[-1]["content"]
 
 
@@ -99,14 +98,14 @@ def test_a_system_text_that_names_a_missing_tool_is_not_contradicted() -> None:
 
 
 def test_abstentions_are_no_formula() -> None:
-    said = Counter(abstention(Random(seed), [BOOK], [TIDE, POEM]) for seed in range(2000))
+    said = Counter(make_abstention(Random(seed), [BOOK], [TIDE, POEM]) for seed in range(2000))
     assert len(said) > 800
     assert said.most_common(1)[0][1] < 20
     everything = " ".join(said)
     assert "reserve a table in a restaurant" in everything  # what cannot be done
     assert "compose some verses" not in everything  # one that is no plain description is not put into words
     assert all(one[0].isupper() and one[-1] in ".?" and "  " not in one and "{" not in one for one in said)
-    alone = " ".join(abstention(Random(seed), [BOOK], [TIDE]) for seed in range(200))
+    alone = " ".join(make_abstention(Random(seed), [BOOK], [TIDE]) for seed in range(200))
     assert "tideTimes" in alone
     assert "POEM" not in alone
 
@@ -123,7 +122,7 @@ def test_abstentions_are_no_formula() -> None:
     ],
 )
 def test_what_a_tool_does_in_words(description: str, words: str | None) -> None:
-    assert deed(tool("t_t", description)) == words
+    assert describe_action(tool("t_t", description)) == words
 
 
 @slow
@@ -136,8 +135,8 @@ def test_distractors_are_new_and_fit_nothing_that_is_called(conversation: Conver
     assert 1 <= len(added) <= most
     assert len(set(names(made))) == len(made.tools) == len(conversation.tools) + len(added)
     assert made.messages == conversation.messages
-    called = [traits(one) for one in called_tools(conversation)]
-    assert not [one for one in added if any(fits(traits(one), other) for other in called)]
+    called = [get_traits(one) for one in called_tools(conversation)]
+    assert not [one for one in added if any(fits(get_traits(one), other) for other in called)]
 
 
 def test_no_distractor_serves_a_question_that_was_answered_in_words() -> None:
@@ -161,7 +160,7 @@ def test_a_pool_does_not_depend_on_order_or_on_workers() -> None:
 
 
 def test_a_contrastive_pair_differs_in_the_tool_that_serves() -> None:
-    pair = make_pair(replace(DINNER, tools=[BOOK]), Random(1), POOL)
+    pair = make_contrast_pair(replace(DINNER, tools=[BOOK]), Random(1), POOL)
     assert pair is not None
     with_tool, without = pair
     assert with_tool.query == without.query
@@ -169,7 +168,7 @@ def test_a_contrastive_pair_differs_in_the_tool_that_serves() -> None:
     assert without.tools
     assert [one for one in with_tool.tools if one not in without.tools] == [BOOK]
     assert [one for one in without.tools if one not in with_tool.tools] == []
-    assert make_pair(row("Hello"), Random(0), POOL) is None
+    assert make_contrast_pair(row("Hello"), Random(0), POOL) is None
 
 
 @slow
@@ -304,13 +303,13 @@ def test_augmented_rows_are_sound(conversation: Conversation, seed: int) -> None
     made = augment(conversation, options, epoch=0, seed=seed, pool=POOL)
     assert conversation.key() == before
     assert [misfit(one) for one in made] == [[]] * len(made)
-    assert len(list(calls(made[0]))) == len(list(calls(conversation)))
+    assert len(list(iter_calls(made[0]))) == len(list(iter_calls(conversation)))
     for one in made:
         assert len(set(names(one))) == len(one.tools)
         assert not set(names(one)) & set(names(conversation))  # masked
     if len(made) == 2:
         assert made[0].query == made[1].query
-        assert not list(calls(made[1]))
+        assert not list(iter_calls(made[1]))
 
 
 def all_of(conversations: list[Conversation], epoch: int = 0, seed: int = 0) -> dict[str, list[str]]:

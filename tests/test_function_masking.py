@@ -13,7 +13,7 @@ from poe.calls.conversation import Conversation
 from poe.calls.renaming import ToolRenamer, is_identifier, rename_tools
 from poe.calls.schema import lint_schema
 from poe.data.augment import mask
-from poe.data.augment.rows import calls, strings
+from poe.data.augment.rows import iter_calls, iter_strings
 
 any_row = rows() | demo_rows
 slow = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
@@ -52,11 +52,11 @@ def test_a_masked_row_says_the_same_under_other_names(conversation: Conversation
     for one in masked.tools:
         assert lint_schema(one["function"]["parameters"]) is None
         shown |= {one["function"]["name"]} | names(one["function"]["parameters"])
-    shown |= {call["name"] for call in calls(masked)}
+    shown |= {call["name"] for call in iter_calls(masked)}
     shown |= {key for given in arguments(masked) for key in given}
     shown |= {message["name"] for message in masked.messages if "name" in message}
     assert shown == set(mapping.values())
-    texts = " ".join(strings([masked.messages, masked.tools])).split()
+    texts = " ".join(iter_strings([masked.messages, masked.tools])).split()
     assert not [name for name in mapping if is_identifier(name) and name in texts]
 
 

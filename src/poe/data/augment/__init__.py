@@ -1,15 +1,14 @@
-"""Augmentation: rows that make a caller robust to names, formats and wordings, faithful to schemas, able to abstain.
+"""Augmentation: change rows so that a caller handles other names, formats and wordings, and learns to abstain.
 
-Each module is one augmentation, a function of a row and of a `random.Random`; `pipeline` puts them in order. The
-randomness of a row depends on the seed, the epoch and what the row says, never on its place, its neighbors or the
-number of workers. Rows are never changed in place.
+Each module is one augmentation, a function of a row and a `random.Random`. `pipeline` applies them in order. The random
+choices for a row depend on the seed, the epoch and the row's content; they do not depend on its position, on other rows
+or on the number of workers. Rows are never modified in place.
 """
 
 from poe.data.augment.case import change_case
-from poe.data.augment.contrast import make_pair
 from poe.data.augment.distractors import ToolPool, add_distractors
-from poe.data.augment.formats import with_random_form
-from poe.data.augment.irrelevance import make_irrelevant
+from poe.data.augment.formats import set_random_form
+from poe.data.augment.irrelevance import make_contrast_pair, make_irrelevant
 from poe.data.augment.masking import mask
 from poe.data.augment.paraphrase import paraphrase
 from poe.data.augment.pipeline import augment
@@ -19,9 +18,9 @@ __all__ = [
     "add_distractors",
     "augment",
     "change_case",
+    "make_contrast_pair",
     "make_irrelevant",
-    "make_pair",
     "mask",
     "paraphrase",
-    "with_random_form",
+    "set_random_form",
 ]

@@ -1,4 +1,4 @@
-"""What an assistant says when no tool serves: put together from parts, thousands of ways, so that none is a formula."""
+"""Compose abstentions, the answers when no tool fits, from parts. Thousands of combinations avoid a fixed formula."""
 
 from random import Random
 
@@ -41,8 +41,8 @@ _WITHOUT_TOOLS = (
     "without any tools I cannot {d}",
     "I was given no tools and cannot {d}",
 )
-_ANY_DEED: tuple[str, ...] = ("do that", "do this", "help with that", "help you with this", "do what you ask")
-_ANY_DEED += ("take care of that", "handle this request", "carry that out", "see to that")
+_ANY_ACTION: tuple[str, ...] = ("do that", "do this", "help with that", "help you with this", "do what you ask")
+_ANY_ACTION += ("take care of that", "handle this request", "carry that out", "see to that")
 _LISTS = (
     "What I have is {t}.",
     "I only have {t}.",
@@ -69,55 +69,57 @@ _CLOSINGS = (
     "Please tell me if I can help in another way.",
     "Would something else help?",
 )
-MOST_LISTED = 4
-LONGEST_DEED = 8  # words
+MAX_LISTED_TOOLS = 4
+MAX_ACTION_WORDS = 8
 
 
-def abstention(rng: Random, called: list[Tool], offered: list[Tool]) -> str:
-    """A short refusal: what cannot be done (what `called` would have done), sometimes what can be done instead.
+def make_abstention(rng: Random, called: list[Tool], offered: list[Tool]) -> str:
+    """Return a short refusal: what cannot be done (the action of `called`), sometimes what can be done instead.
 
-    Tools are listed by name only where the name can be nothing but an identifier, which masking then follows; by what
-    their descriptions say they do otherwise.
+    Tools are listed by name only if the name can only be an identifier, because masking then renames it. Otherwise they
+    are listed by the actions that their descriptions name.
     """
-    deeds = {deed(tool) for tool in called}
-    wanted = deeds.pop() if len(deeds) == 1 else None
-    if not wanted or rng.random() < 0.4:
-        wanted = rng.choice(_ANY_DEED)
-    refusal = rng.choice(_REFUSALS + (_WITH_TOOLS if offered else _WITHOUT_TOOLS)).format(d=wanted)
+    actions = {describe_action(tool) for tool in called}
+    action = actions.pop() if len(actions) == 1 else None
+    if not action or rng.random() < 0.4:
+        action = rng.choice(_ANY_ACTION)
+    refusal = rng.choice(_REFUSALS + (_WITH_TOOLS if offered else _WITHOUT_TOOLS)).format(d=action)
     opening = rng.choice(_OPENINGS)
-    parts = [_capital(opening + refusal) + "."]
+    parts = [_capitalize(opening + refusal) + "."]
     if offered and rng.random() < 0.4:
-        parts.append(_instead(rng, offered))
+        parts.append(_list_alternatives(rng, offered))
     if rng.random() < 0.35:
         parts.append(rng.choice(_CLOSINGS))
     return " ".join(part for part in parts if part)
 
 
-def deed(tool: Tool) -> str | None:
-    """What a tool does as words to follow "I cannot", from the first sentence of its description; None if unclear."""
+def describe_action(tool: Tool) -> str | None:
+    """Return a tool's action as words after "I cannot", from its description's first sentence; None if unclear."""
     sentence = tool["function"]["description"].strip().split(". ")[0].rstrip(".").strip()
     first, _, rest = sentence.partition(" ")
-    plain = rest and not set("()[]{}`'\"/:;,_!?\n") & set(rest) and len(rest.split()) < LONGEST_DEED
+    is_plain = rest and not set("()[]{}`'\"/:;,_!?\n") & set(rest) and len(rest.split()) < MAX_ACTION_WORDS
     verb = base_form(first.lower())
-    if not plain or not is_command(f"{verb} {rest}") or "you" in rest.lower():
+    if not is_plain or not is_command(f"{verb} {rest}") or "you" in rest.lower():
         return None
     return f"{verb} {rest}"
 
 
-def _instead(rng: Random, offered: list[Tool]) -> str:
-    some = rng.sample(offered, min(MOST_LISTED, len(offered)))
-    names = [tool["function"]["name"] for tool in some]
-    deeds = [deed(tool) for tool in some]
-    ways = []
-    if all(map(is_identifier, names)) and len(offered) <= MOST_LISTED:
-        ways.append((_LISTS + (_LISTS_OF_MORE if len(names) > 1 else _LISTS_OF_ONE), names, "and"))
-    if all(deeds):
-        ways.append((_OFFERS, [d for d in deeds if d], "or"))
-    if not ways:
+def _list_alternatives(rng: Random, offered: list[Tool]) -> str:
+    listed = rng.sample(offered, min(MAX_LISTED_TOOLS, len(offered)))
+    names = [tool["function"]["name"] for tool in listed]
+    actions = [describe_action(tool) for tool in listed]
+    options = []
+    if all(map(is_identifier, names)) and len(offered) <= MAX_LISTED_TOOLS:
+        options.append((_LISTS + (_LISTS_OF_MORE if len(names) > 1 else _LISTS_OF_ONE), names, "and"))
+    if all(actions):
+        options.append((_OFFERS, [a for a in actions if a], "or"))
+    if not options:
         return ""
-    forms, parts, word = rng.choice(ways)
-    return rng.choice(forms).format(t=parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} {word} {parts[-1]}")
+    templates, parts, word = rng.choice(options)
+    return rng.choice(templates).format(
+        t=parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} {word} {parts[-1]}"
+    )
 
 
-def _capital(text: str) -> str:
+def _capitalize(text: str) -> str:
     return text[0].upper() + text[1:]

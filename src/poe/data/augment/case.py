@@ -1,14 +1,14 @@
-"""Case: a user's text in lower case, in upper case, or with capitals only where sentences begin.
+"""Case: change the user's texts to lower case, to upper case, or to capitals only at the start of sentences.
 
-Values that a call copies must still be derivable. So:
+The values that a call copies must still follow from the texts:
 
-* A text argument that stands word for word in a user's text changes as it does there: "WEATHER IN OSLO" asks for the
-  city "OSLO". If it stands in two places that change differently, the row is left alone.
-* Texts that an `enum` or `const` of the tool lists do not change: the list tells how they are written.
-* A row is left alone when an argument is put together of words of the text ("Paris, France" of "Paris"), is a part of a
-  longer word there, is a key of an object, or no longer fits its schema (a `pattern`); when a text holds code, markup
-  or an address (case matters there), names a tool, or speaks of letters and case itself.
-* Answers, results and numbers stay as they are.
+* A text argument that occurs word for word in a user's text changes with it: "WEATHER IN OSLO" asks for the city
+  "OSLO". If it occurs in two places that change differently, the row stays unchanged.
+* Texts in an `enum` or `const` of the tool do not change, because the list defines their spelling.
+* A row stays unchanged if an argument combines words of the text ("Paris, France" from "Paris"), is part of a longer
+  word in it, is a key of an object, or no longer fits its schema (a `pattern`). It also stays unchanged if a text
+  contains code, markup or an address, in which case matters, names a tool, or is about letters and case.
+* Answers, results and numbers do not change.
 """
 
 import re
@@ -20,8 +20,7 @@ from typing import Any
 from poe.calls.conversation import Conversation
 from poe.calls.renaming import is_identifier
 from poe.calls.schema import check_call, find_tool, map_arguments
-from poe.data.augment.copied import argument_strings, occurrences
-from poe.data.augment.rows import calls, strings, user_texts
+from poe.data.augment.rows import argument_strings, find_occurrences, iter_calls, iter_strings, user_texts
 
 _UNSAFE = re.compile(
     r"://|[`{}<>\\=]|\b(?:case|capital\w*|uppercase|lowercase|caps|acronym\w*|letters?|spell\w*)\b", re.I
@@ -31,7 +30,7 @@ _LETTERS = re.compile(r"[^\W\d_]+")
 
 
 def _lower(text: str) -> str:
-    """Letter by letter, so that every place stays where it is; a letter whose other case is longer stays."""
+    """Lower each letter separately, so that positions stay. A letter with a longer other case is unchanged."""
     return "".join(c.lower() if len(c.lower()) == 1 else c for c in text)
 
 
@@ -39,35 +38,35 @@ def _upper(text: str) -> str:
     return "".join(c.upper() if len(c.upper()) == 1 else c for c in text)
 
 
-def _sentence(text: str) -> str:
+def _sentence_case(text: str) -> str:
     letters = list(re.sub(r"\bi\b", "I", _lower(text)))
     for found in _SENTENCE.finditer(text):
         letters[found.start(1)] = _upper(letters[found.start(1)])
     return "".join(letters)
 
 
-MODES: tuple[Callable[[str], str], ...] = (_lower, _lower, _lower, _sentence, _upper)
-"""As people write: mostly in lower case."""
+MODES: tuple[Callable[[str], str], ...] = (_lower, _lower, _lower, _sentence_case, _upper)
+"""The changes to choose from; most people write in lower case."""
 
 
 def change_case(conversation: Conversation, rng: Random) -> Conversation:
-    """The row with its user's texts in another case, or the row itself where that is not safe."""
+    """Return the row with the user's texts in another case, or the row itself if that is not safe."""
     change = rng.choice(MODES)
     texts = {text: change(text) for text in user_texts(conversation)}
     if any(_UNSAFE.search(text) for text in texts) or all(text == changed for text, changed in texts.items()):
         return conversation
-    kept = [*_free_keys(conversation), *(name for name in _tool_names(conversation) if is_identifier(name))]
-    if any(word in text for word in kept for text in texts):
+    fixed = [*_free_keys(conversation), *(name for name in _tool_names(conversation) if is_identifier(name))]
+    if any(word in text for word in fixed for text in texts):
         return conversation
     values: dict[str, str] = {}
     for value in argument_strings(conversation):
-        forms = {changed[a:b] for text, changed in texts.items() for a, b in occurrences(text, value)}
-        if len(forms) > 1 or (not forms and _is_made_of(value, texts)):
+        spellings = {changed[a:b] for text, changed in texts.items() for a, b in find_occurrences(text, value)}
+        if len(spellings) > 1 or (not spellings and _depends_on(value, texts)):
             return conversation
-        values[value] = forms.pop() if forms else value
+        values[value] = spellings.pop() if spellings else value
 
-    def arguments(function: dict[str, Any] | None, given: Any) -> Any:
-        listed = set(_listed(function["parameters"])) if function else set()
+    def change_arguments(function: dict[str, Any] | None, given: Any) -> Any:
+        listed = set(_listed_texts(function["parameters"])) if function else set()
         return _replace(given, {value: new for value, new in values.items() if value not in listed})
 
     messages = []
@@ -75,26 +74,26 @@ def change_case(conversation: Conversation, rng: Random) -> Conversation:
         if message["role"] == "user" and message["content"]:
             message = {**message, "content": texts[message["content"]]}
         elif message.get("tool_calls"):
-            message = map_arguments(message, arguments, conversation.tools)
+            message = map_arguments(message, change_arguments, conversation.tools)
         messages.append(message)
     changed_row = replace(conversation, messages=messages)
     return conversation if _breaks_a_call(conversation, changed_row) else changed_row
 
 
-def _is_made_of(value: str, texts: dict[str, str]) -> bool:
-    """Whether a value that is not in the texts as it stands owes them a word, or is inside one, that now changes."""
+def _depends_on(value: str, texts: dict[str, str]) -> bool:
+    """Return whether a value has a changed word of the texts, or is part of a changed word."""
     for text, changed in texts.items():
-        at = text.find(value)
-        if len(value) > 2 and at >= 0 and changed[at : at + len(value)] != value:
+        start = text.find(value)
+        if len(value) > 2 and start >= 0 and changed[start : start + len(value)] != value:
             return True
         for word in _LETTERS.findall(value):
-            if any(changed[a:b] != word for a, b in occurrences(text, word)):
+            if any(changed[a:b] != word for a, b in find_occurrences(text, word)):
                 return True
     return False
 
 
 def _breaks_a_call(before: Conversation, after: Conversation) -> bool:
-    for old, new in zip(calls(before), calls(after), strict=True):
+    for old, new in zip(iter_calls(before), iter_calls(after), strict=True):
         if old != new and check_call(after.tools, new["name"], new["arguments"]):
             return True
     return False
@@ -105,8 +104,8 @@ def _tool_names(conversation: Conversation) -> list[str]:
 
 
 def _free_keys(conversation: Conversation) -> Iterator[str]:
-    """The keys inside arguments that are the user's words, perhaps: those below the first level that have letters."""
-    for call in calls(conversation):
+    """Yield the keys inside arguments that may be the user's words: undeclared names, and nested keys with letters."""
+    for call in iter_calls(conversation):
         tool = find_tool(conversation.tools, call["name"])
         declared = tool["parameters"].get("properties", {}) if tool else {}
         for name, value in call["arguments"].items():
@@ -123,14 +122,14 @@ def _keys(value: Any) -> Iterator[str]:
             yield from _keys(member)
 
 
-def _listed(schema: Any) -> Iterator[str]:
-    """The texts that a schema lists as possible values, at any depth."""
+def _listed_texts(schema: Any) -> Iterator[str]:
+    """Yield the texts that a schema lists as possible values, at any depth."""
     if isinstance(schema, dict):
         for key, value in schema.items():
-            yield from strings(value) if key in ("enum", "const") else _listed(value)
+            yield from iter_strings(value) if key in ("enum", "const") else _listed_texts(value)
     elif isinstance(schema, list):
         for member in schema:
-            yield from _listed(member)
+            yield from _listed_texts(member)
 
 
 def _replace(value: Any, texts: dict[str, str]) -> Any:

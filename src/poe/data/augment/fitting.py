@@ -1,13 +1,13 @@
-"""Which tools could do another's job: a row that must abstain may not be left with one, nor be given one.
+"""Decide which tools could do the job of another tool. A row that must abstain may not offer such a tool.
 
-No rule can know what a tool does, so the test errs on the side of calling a tool fitting. A tool fits another when
+No rule can determine what a tool does, so the test prefers to report a tool as fitting. A tool fits another one if
 
-* their names are equal, case and separators aside (`getWeather`, `get_weather`),
-* every word of one's name is in the other's (`get_weather`, `fetch_weather_forecast`), common synonyms taken as one,
+* their names are equal except for case and separators (`getWeather`, `get_weather`),
+* every word of one name is in the other (`get_weather`, `fetch_weather_forecast`), with common synonyms as one word,
 * half of all the words of their descriptions are in both, or
 * their parameters have the same names, and a third of the words of their names or of their descriptions are in both.
 
-What is lost is a hard negative; what is avoided is a row that teaches to refuse what could have been done.
+This loses some hard negatives, and avoids rows that teach the model to refuse what it could have done.
 """
 
 from collections.abc import Callable
@@ -15,76 +15,77 @@ from functools import partial
 from typing import NamedTuple
 
 from poe.calls.conversation import Conversation, Tool
-from poe.data.augment.rows import called_tools, questions_answered_in_words
+from poe.data.augment.rows import called_tools, questions_without_calls
 from poe.data.augment.words import content_words
 
-MUCH_ALIKE = 0.5
-ALIKE = 0.33
+HIGH_OVERLAP = 0.5
+MEDIUM_OVERLAP = 0.33
 
 
-class Traits(NamedTuple):
-    """What a tool is compared by."""
+class ToolTraits(NamedTuple):
+    """The properties by which tools are compared."""
 
-    name: str
-    named: frozenset[str]  # the words of its name
-    told: frozenset[str]  # the words of its description
+    name: str  # normalized
+    name_words: frozenset[str]
+    description_words: frozenset[str]
     parameters: frozenset[str]
 
 
-def traits(tool: Tool) -> Traits:
+def get_traits(tool: Tool) -> ToolTraits:
+    """Return the traits of a tool."""
     function = tool["function"]
-    return Traits(
-        _plain(function["name"]),
+    return ToolTraits(
+        _normalize_name(function["name"]),
         content_words(function["name"]),
         content_words(function["description"]),
-        frozenset(_plain(name) for name in function["parameters"].get("properties", {})),
+        frozenset(_normalize_name(name) for name in function["parameters"].get("properties", {})),
     )
 
 
-def fits(one: Traits, other: Traits) -> bool:
-    """Whether either tool might do what the other does."""
-    if one.name == other.name:
+def fits(first: ToolTraits, second: ToolTraits) -> bool:
+    """Return whether either tool could do the job of the other."""
+    if first.name == second.name:
         return True
-    fewer, more = sorted((one.named, other.named), key=len)
+    fewer, more = sorted((first.name_words, second.name_words), key=len)
     if fewer - {"get"} and fewer <= more:
         return True
-    told = _overlap(one.told, other.told)
-    if told >= MUCH_ALIKE:
+    overlap = _overlap(first.description_words, second.description_words)
+    if overlap >= HIGH_OVERLAP:
         return True
-    same = bool(one.parameters) and one.parameters == other.parameters
-    return same and max(told, _overlap(one.named, other.named)) >= ALIKE
+    same_parameters = bool(first.parameters) and first.parameters == second.parameters
+    return same_parameters and max(overlap, _overlap(first.name_words, second.name_words)) >= MEDIUM_OVERLAP
 
 
 def without_fitting(tools: list[Tool], called: list[Tool]) -> list[Tool]:
-    """The tools that could do nothing of what the called ones do."""
-    wanted = [traits(tool) for tool in called]
-    return [tool for tool in tools if not any(map(partial(fits, traits(tool)), wanted))]
+    """Return the tools that fit none of the called ones."""
+    called_traits = [get_traits(tool) for tool in called]
+    return [tool for tool in tools if not any(map(partial(fits, get_traits(tool)), called_traits))]
 
 
-def harmless_to(*rows: Conversation) -> Callable[[Traits], bool]:
-    """A test of tools that may be added to these rows without making an answer wrong.
+def distractor_filter(*rows: Conversation) -> Callable[[ToolTraits], bool]:
+    """Return a test for tools that can be added to these rows without making an answer wrong.
 
-    Not one whose name is there already, not one that fits a called tool, and where a question is answered without a
-    call, not one that shares a word of its name, or two of its description, with the question.
+    It rejects a tool with the name of an offered tool and a tool that fits a called one. If a question is answered
+    without a call, it also rejects a tool that shares one word of its name, or two words of its description, with it.
     """
-    names = {_plain(tool["function"]["name"]) for row in rows for tool in row.tools}
-    called = [traits(tool) for row in rows for tool in called_tools(row)]
-    asked = content_words(" ".join(text for row in rows for text in questions_answered_in_words(row)))
+    names = {_normalize_name(tool["function"]["name"]) for row in rows for tool in row.tools}
+    called = [get_traits(tool) for row in rows for tool in called_tools(row)]
+    question_words = content_words(" ".join(text for row in rows for text in questions_without_calls(row)))
 
-    def test(tool: Traits) -> bool:
+    def is_harmless(tool: ToolTraits) -> bool:
         return (
             tool.name not in names
-            and not tool.named & asked
-            and len(tool.told & asked) < 2
+            and not tool.name_words & question_words
+            and len(tool.description_words & question_words) < 2
             and not any(fits(tool, other) for other in called)
         )
 
-    return test
+    return is_harmless
 
 
-def _plain(name: str) -> str:
+def _normalize_name(name: str) -> str:
     return "".join(c for c in name.lower() if c.isalnum()) or name
 
 
-def _overlap(one: frozenset[str], other: frozenset[str]) -> float:
-    return len(one & other) / len(one | other) if one and other else 0.0
+def _overlap(first: frozenset[str], second: frozenset[str]) -> float:
+    return len(first & second) / len(first | second) if first and second else 0.0

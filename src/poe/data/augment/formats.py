@@ -1,4 +1,4 @@
-"""Formats: writes a row in another prompt form (`poe.calls.forms`), as other systems write tools and calls."""
+"""Formats: give a row a random prompt form (`poe.calls.forms`), because other systems write tools and calls so."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -8,17 +8,17 @@ from poe.calls.conversation import Conversation
 from poe.calls.forms.prompt_forms import random_form, write_as_text
 from poe.errors import RowError
 
-TRIES = 4
+MAX_TRIES = 4
 
 
-def with_random_form(
+def set_random_form(
     conversation: Conversation, rng: Random, tools: Sequence[str] = (), calls: Sequence[str] = ()
 ) -> Conversation:
-    """The row with a random `form` that can hold it, or as it is if some tries find none.
+    """Return the row with a random `form` that can hold it, or unchanged if no form is found in `MAX_TRIES` tries.
 
-    `tools` and `calls` name the forms to choose from, none means any.
+    `tools` and `calls` name the forms to choose from; an empty sequence means all forms.
     """
-    for _ in range(TRIES):
+    for _ in range(MAX_TRIES):
         form = random_form(rng, tools=list(tools) or None, calls=list(calls) or None)
         try:
             write_as_text(conversation, form)

@@ -1,12 +1,12 @@
-"""Paraphrase: other words for the same wish, by rules, in the two places where nothing of a value can stand.
+"""Paraphrase: reword the user's texts by rules, only at the start and the end of a text.
 
-At the start: a greeting (another, or one in the first text), "please", "can you ...?" or "I need you to ..." before a
-command and back again, a contraction made or undone. At the end: "please" or thanks. Nothing else is touched, and
+At the start, the rules add or change a greeting, add or remove "please", "can you ...?" or "I need you to ..." before a
+command, and make or undo a contraction. At the end, they add "please" or thanks. The rules do not change
 
-* nothing inside quotes, and nothing that a call repeats (whatever its case);
-* no end of a text that a value reaches, or of one with lines or a colon in it: what follows them is often the value;
-* no row at all whose calls hold a text of more than three words that is not in a user's text as it stands: nobody can
-  say which of its words were his.
+* quoted text, and text that a call repeats, in any case;
+* the end of a text if a value reaches it, or if the text has several lines or a colon, because a value often follows;
+* a row with a call that has a text of more than three words that is not a part of a user's text, because it is unclear
+  which of its words come from the user.
 """
 
 import re
@@ -14,8 +14,7 @@ from dataclasses import replace
 from random import Random
 
 from poe.calls.conversation import Conversation
-from poe.data.augment.copied import Span, argument_strings, occurrences, quotations
-from poe.data.augment.rows import user_texts
+from poe.data.augment.rows import Span, argument_strings, find_occurrences, find_quotations, user_texts
 from poe.data.augment.words import is_command
 
 _GREETINGS = (
@@ -29,11 +28,18 @@ _GREETINGS = (
     "Hey there.",
     "Hello.",
 )
-_GREETED = re.compile(r"(?:hi|hello|hey|good (?:morning|evening|afternoon|day)|greetings|dear)\b", re.I)
+_ANY_GREETING = re.compile(r"(?:hi|hello|hey|good (?:morning|evening|afternoon|day)|greetings|dear)\b", re.I)
 _GREETING = re.compile(r"(hi|hello|hey|hi there|hello there|good (?:morning|evening))(?=[,.!] )", re.I)
-_ASKING = ("Can you", "Could you", "Would you", "Can you please", "Could you please", "Will you")
-_TELLING = ("Please", "I need you to", "I want you to", "I'd like you to", "I would like you to", "Go ahead and")
-_ASKED = re.compile(r"(?:(?:can|could|would|will) you (?:please )?|please )(?=\w)", re.I)
+_REQUEST_OPENINGS = ("Can you", "Could you", "Would you", "Can you please", "Could you please", "Will you")
+_COMMAND_OPENINGS = (
+    "Please",
+    "I need you to",
+    "I want you to",
+    "I'd like you to",
+    "I would like you to",
+    "Go ahead and",
+)
+_REQUEST = re.compile(r"(?:(?:can|could|would|will) you (?:please )?|please )(?=\w)", re.I)
 _CONTRACTIONS = (
     ("What is ", "What's "),
     ("Who is ", "Who's "),
@@ -51,7 +57,7 @@ MAX_FREE_WORDS = 3
 
 
 def paraphrase(conversation: Conversation, rng: Random) -> Conversation:
-    """The row with its user's texts worded otherwise, or the row itself where no rule applies."""
+    """Return the row with reworded user texts, or the row itself if no rule applies."""
     values, texts = argument_strings(conversation), user_texts(conversation)
     if any(len(value.split()) > MAX_FREE_WORDS and not any(value in text for text in texts) for value in values):
         return conversation
@@ -66,59 +72,65 @@ def paraphrase(conversation: Conversation, rng: Random) -> Conversation:
 
 
 def reword(text: str, values: list[str], rng: Random, first: bool = True) -> str:
-    """One text worded otherwise; `values` are what must stay as it is, `first` whether a greeting may precede it."""
+    """Return a reworded text. `values` must not change; `first` allows a new greeting."""
     if text != text.strip():
         return text
-    copied = [span for value in values for span in occurrences(text, value.strip(), re.I)]
-    fixed = [*copied, *quotations(text)]
+    copied = [span for value in values for span in find_occurrences(text, value.strip(), re.I)]
+    fixed = [*copied, *find_quotations(text)]
     body = text.rstrip(".!?")
     end_is_free = "\n" not in text and ":" not in text and not any(a < len(text) and b >= len(body) for a, b in copied)
-    ways = ["end"] if end_is_free and not _POLITE.search(text) else []
-    ways += ["start", "start"] if _is_free(fixed, 0, 1) else []
-    if not ways:
+    places = ["end"] if end_is_free and not _POLITE.search(text) else []
+    places += ["start", "start"] if _is_free(fixed, 0, 1) else []
+    if not places:
         return text
-    way = rng.choice(ways)
-    if way == "end":
-        return _at_the_end(text, body, rng)
-    return _at_the_start(text, body, fixed, end_is_free, rng, first)
+    if rng.choice(places) == "end":
+        return _reword_end(text, body, rng)
+    return _reword_start(text, body, fixed, end_is_free, rng, first)
 
 
 def _is_free(spans: list[Span], start: int, end: int) -> bool:
     return not any(a < end and start < b for a, b in spans)
 
 
-def _at_the_end(text: str, body: str, rng: Random) -> str:
+def _reword_end(text: str, body: str, rng: Random) -> str:
     mark = text[len(body) :]
-    wish = is_command(text) or _ASKED.match(text)
-    if not wish or _SENTENCE_ENDS_INSIDE.search(text) or rng.random() < 0.5 or len(mark) > 1:
+    is_request = is_command(text) or _REQUEST.match(text)
+    if not is_request or _SENTENCE_ENDS_INSIDE.search(text) or rng.random() < 0.5 or len(mark) > 1:
         return f"{text if mark else text + '.'} {rng.choice(_THANKS)}"
     return f"{body}, please{mark or '.'}"
 
 
-def _at_the_start(text: str, body: str, fixed: list[Span], end_is_free: bool, rng: Random, first: bool) -> str:
-    made: list[str] = []
+def _reword_start(text: str, body: str, fixed: list[Span], end_is_free: bool, rng: Random, first: bool) -> str:
+    rewordings: list[str] = []
     for long, short in _CONTRACTIONS:
-        for one, other in ((long, short), (short, long)):
-            if text.startswith(one) and _is_free(fixed, 0, len(one)):
-                made.append(other + text[len(one) :])
-    mark, single = text[len(body) :], not _SENTENCE_ENDS_INSIDE.search(text) and "\n" not in text
+        for old, new in ((long, short), (short, long)):
+            if text.startswith(old) and _is_free(fixed, 0, len(old)):
+                rewordings.append(new + text[len(old) :])
+    mark, is_single = text[len(body) :], not _SENTENCE_ENDS_INSIDE.search(text) and "\n" not in text
     marked = len(mark) == 1 and _is_free(fixed, len(body), len(text))
-    asked = _ASKED.match(text)
-    if is_command(text) and text[0].isupper() and not text.split()[0].isupper() and _is_free(fixed, 0, _first(text)):
+    request = _REQUEST.match(text)
+    if (
+        is_command(text)
+        and text[0].isupper()
+        and not text.split()[0].isupper()
+        and _is_free(fixed, 0, _first_word_end(text))
+    ):
         command = text[0].lower() + text[1:]
         if not _POLITE.search(text):
-            made.append(f"{rng.choice(_TELLING)} {command}")
-        if single and mark != "?" and (marked or (not mark and end_is_free)):
-            made.append(f"{rng.choice(_ASKING)} {command.removesuffix(mark)}?")
-    elif asked and _is_free(fixed, 0, asked.end() + 1) and is_command(text[asked.end() :]) and single and marked:
-        made.append(text[asked.end()].upper() + body[asked.end() + 1 :] + ("." if mark == "?" else mark))
+            rewordings.append(f"{rng.choice(_COMMAND_OPENINGS)} {command}")
+        if is_single and mark != "?" and (marked or (not mark and end_is_free)):
+            rewordings.append(f"{rng.choice(_REQUEST_OPENINGS)} {command.removesuffix(mark)}?")
+    elif (
+        request and _is_free(fixed, 0, request.end() + 1) and is_command(text[request.end() :]) and is_single and marked
+    ):
+        rewordings.append(text[request.end()].upper() + body[request.end() + 1 :] + ("." if mark == "?" else mark))
     greeting = _GREETING.match(text)
     if greeting and _is_free(fixed, 0, greeting.end()):
-        made.append(rng.choice(_GREETINGS)[:-1] + text[greeting.end(1) :])
-    elif first and not _GREETED.match(text):
-        made.append(f"{rng.choice(_GREETINGS)} {text}")
-    return rng.choice(made) if made else text
+        rewordings.append(rng.choice(_GREETINGS)[:-1] + text[greeting.end(1) :])
+    elif first and not _ANY_GREETING.match(text):
+        rewordings.append(f"{rng.choice(_GREETINGS)} {text}")
+    return rng.choice(rewordings) if rewordings else text
 
 
-def _first(text: str) -> int:
+def _first_word_end(text: str) -> int:
     return len(text.split(None, 1)[0])
