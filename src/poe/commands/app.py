@@ -90,8 +90,8 @@ def interruptible(command: str, folder: Path, world: "World") -> Iterator[None]:
             said = f"Stopped; the candidates that were finished are kept. {go_on}"
         else:
             said = "Stopped before there was anything to keep: nothing was written."
-        with world.one_speaks("interrupted") as mine:
-            err.quiet = not mine
+        with world.report_once("interrupted") as is_reporter:
+            err.quiet = not is_reporter
             err.print(said, markup=False)
         raise typer.Exit(INTERRUPTED) from None
 

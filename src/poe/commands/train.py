@@ -78,7 +78,7 @@ def sweep(
         from poe.training import sweep as sweeping
 
         _alone(world, "sweep")
-        sweeping.grid(plan, wanted)  # refuses before the base is read
+        sweeping.candidate_recipes(plan, wanted)  # refuses before the base is read
         cascade = _open_base(plan, base, world)
         result = sweeping.sweep(cascade, plan, wanted, data, folder, resume=resume)
     table = Table(title="candidates, the best first", title_justify="left")
@@ -130,17 +130,17 @@ def base(
 @contextmanager
 def _launched() -> "Iterator[World]":
     """Join the launcher's processes. The main one reports; an error is said once, by one that met it."""
-    from poe.training.parallel.distributed import ALONE, joined_world
+    from poe.training.parallel.distributed import SINGLE_PROCESS, join_world
 
-    world = ALONE
+    world = SINGLE_PROCESS
     try:
-        with joined_world() as world:
+        with join_world() as world:
             out.quiet = err.quiet = not world.is_main
             yield world
     except PoEError as error:
         if world.size == 1:
             raise
-        with world.one_speaks(str(error)) as mine:
+        with world.report_once(str(error)) as mine:
             err.quiet = not mine
             who = "" if world.is_main else f" (rank {world.rank} of {world.size})"
             err.print(f"error{who}: {error}", markup=False, style="red")

@@ -106,6 +106,11 @@ class Plan:
                 raise RecipeError(f"A recipe has no field {name!r}.{suggest(name, known)}")
         return dataclasses.replace(self, **fields)
 
+    @property
+    def learning_rates(self) -> dict[str, Any]:
+        """The learning rates by the names of `build_optimizer`."""
+        return {"matrix_lr": self.matrix_lr, "head_lr": self.head_lr}
+
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
@@ -215,6 +220,11 @@ class BaseRecipe(Plan):
                 f"Recipe {self.name!r}: compile and local learning do not go together, because the backward pass of a "
                 "stage comes before the forward pass of the next. Choose learning: backprop, or leave compile out."
             )
+
+    @property
+    def learning_rates(self) -> dict[str, Any]:
+        """The learning rates by the names of `build_optimizer`. The head of a base is its unembedding."""
+        return {"matrix_lr": self.matrix_lr, "unembed_lr": self.head_lr, "embed_lr": self.embed_lr}
 
 
 GROUPS = {

@@ -1,1 +1,1 @@
-"""MuonAdamW, schedule, loss, trainer and checkpoints."""
+"""Training of stages and bases: data rows, model, optimizer, loop, checkpoints and reports."""

@@ -1,4 +1,4 @@
-"""Being asked to stop: Ctrl-C and SIGTERM let a run finish its step and save."""
+"""Stopping a run: after Ctrl-C or SIGTERM it finishes its step and saves a checkpoint."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -7,22 +7,22 @@ from types import FrameType
 
 
 class Interrupted(KeyboardInterrupt):
-    """The run was asked to stop (Ctrl-C, SIGTERM) and has saved a checkpoint."""
+    """The run was stopped by Ctrl-C or SIGTERM, after it saved a checkpoint."""
 
 
 class StopRequest:
-    """True from the first Ctrl-C or SIGTERM inside `watched`; a second one stops at once."""
+    """True after the first Ctrl-C or SIGTERM inside `catch_signals`; a second one stops the run at once."""
 
     def __init__(self, note: Callable[[str], None]) -> None:
         self._note = note
-        self.made = False
+        self.requested = False
 
     def __bool__(self) -> bool:
-        return self.made
+        return self.requested
 
     @contextmanager
-    def watched(self) -> Iterator[None]:
-        """Catch the two signals; outside the main thread they are the caller's."""
+    def catch_signals(self) -> Iterator[None]:
+        """Handle the two signals inside the block. Python allows this in the main thread only; others do nothing."""
         try:
             previous = {s: signal.signal(s, self._request) for s in (signal.SIGINT, signal.SIGTERM)}
         except ValueError:
@@ -35,7 +35,7 @@ class StopRequest:
                 signal.signal(number, handler)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
-        if self.made:
+        if self.requested:
             raise KeyboardInterrupt
-        self.made = True
-        self._note("stopping after this step; once more to stop at once")
+        self.requested = True
+        self._note("stopping after this step; press Ctrl-C again to stop at once")

@@ -1,9 +1,9 @@
-"""MuonAdamW: one optimizer, Muon for the matrices of the layers and AdamW for everything else.
+"""MuonAdamW: one optimizer with Muon for the matrices of the layers and AdamW for all other parameters.
 
-Every parameter group names its rule (`kind`). The Muon rule is Nesterov momentum, orthogonalized by the Polar Express
-iteration (arXiv 2505.16932), rescaled by NorMuon's factored second moment (arXiv 2510.05491), with cautious weight
-decay (arXiv 2510.12402). The recipe of the two together follows nanochat (karpathy/nanochat). With a process group
-the work and the state are divided among its processes (see `poe.training.parallel.zero`).
+Every parameter group has a `kind`, muon or adamw. The Muon update is Nesterov momentum, orthogonalized by the Polar
+Express iteration (arXiv 2505.16932), rescaled by NorMuon's factored second moment (arXiv 2510.05491), with cautious
+weight decay (arXiv 2510.12402). The combination follows nanochat (karpathy/nanochat). With a process group the work and
+the state are divided among its processes (see `poe.training.parallel.zero`).
 """
 
 import math
@@ -13,13 +13,15 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from einops import reduce
 from torch import Tensor
 from torch.optim.adamw import adamw
 
 from poe.errors import TrainingError
 from poe.training.parallel.zero import Shards
+from poe.training.precision import choose_dtype
 
-__all__ = ["MuonAdamW", "build_optimizer", "default_iteration_dtype", "orthogonalize", "width_scale"]
+__all__ = ["MuonAdamW", "build_optimizer", "orthogonalize", "width_scale"]
 
 Group = dict[str, Any]
 
@@ -33,14 +35,14 @@ POLAR_EXPRESS = (
 )
 MUON_DEFAULTS: Group = {"momentum": 0.95, "beta2": 0.95, "weight_decay": 0.0, "cautious": True}
 ADAMW_DEFAULTS: Group = {"betas": (0.8, 0.95), "eps": 1e-10, "weight_decay": 0.0}
-# Matrices are stacked up to this many elements: the temporaries of a step stay near 5 x 32 MiB in fp32.
+# The most elements of a stack of matrices: the temporary tensors of a step take about 5 x 32 MiB in fp32.
 MAX_STACKED_ELEMENTS = 1 << 23
 
 
-class _Entry(NamedTuple):
-    """One parameter as a rule sees it: `weight` is the fp32 master where there is one, else `param` itself.
+class _Update(NamedTuple):
+    """A parameter with its gradient and state. `weight` is the fp32 master if there is one, otherwise `param`.
 
-    With a process group, all four are of the shard that this process owns.
+    With a process group the tensors are the shard that this process owns.
     """
 
     param: Tensor
@@ -49,22 +51,13 @@ class _Entry(NamedTuple):
     state: dict[str, Any]
 
 
-def default_iteration_dtype(device: torch.device | str = "cpu") -> torch.dtype:
-    """The dtype in which orthogonalizing is fastest: bf16 where the hardware multiplies bf16 matrices, else fp32."""
-    kind = torch.device(device).type
-    # where a CPU only emulates bf16, the same step takes several times as long as in fp32
-    native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if kind == "cuda" or (kind == "cpu" and native) else torch.float32
-
-
 def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
-    """Replace the singular values of each of `matrices` (n, rows, cols) by about 1, as `U V^T` would exactly.
+    """Return `matrices` (n, rows, cols) with singular values near 1, an approximation of `U V^T`, in `dtype`.
 
-    Polar Express, five steps (arXiv 2505.16932), on the smaller Gram matrix, in `dtype`, which is the result's too.
-    Singular values from 0.001 of the Frobenius norm upwards end in 0.86 to 1.14; smaller ones are raised, but not all
-    the way, and zeros stay zero.
+    The method is Polar Express with five steps (arXiv 2505.16932), on the smaller Gram matrix. Singular values of at
+    least 0.001 of the Frobenius norm end between 0.86 and 1.14. Smaller ones grow but end below, and zero stays zero.
     """
-    # (n, 1, 1); a zero matrix stays zero, and no gradient is too small to have a direction
+    # (n, 1, 1); the tiny lower bound keeps a zero matrix zero, and normalizes very small gradients
     norms = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True)
     x = (matrices / (norms * 1.02).clamp_min_(1e-30)).to(dtype)
     tall = x.shape[-2] > x.shape[-1]
@@ -85,22 +78,23 @@ class MuonAdamW(torch.optim.Optimizer):
       included, is scaled by `max(1, rows / cols) ** 0.5`.
     - `kind="adamw"`: `betas` (0.8, 0.95), `eps` 1e-10, `weight_decay` 0 (decoupled, on every entry), bias-corrected.
 
-    `initial_lr` is set to the group's `lr` unless given; schedules multiply it. `iteration_dtype` (bfloat16, float32 or
-    float64; None: by hardware, see `default_iteration_dtype`) is what Muon orthogonalizes in; it is not part of the
-    state, so a run may continue on other hardware.
+    `initial_lr` defaults to the group's `lr`; schedules multiply it. Muon orthogonalizes in `iteration_dtype`
+    (bfloat16, float32 or float64). The default, None, is bfloat16 if the hardware is fast at it, otherwise float32. It is not part
+    of the state, so a run may continue on other hardware.
 
-    Half-precision parameters get an fp32 master copy in the state at their first step; every update goes to the master
-    and is copied into the parameter. Parameters without a gradient are skipped. Saving, loading and continuing is
-    bit-identical to not having stopped.
+    A half-precision parameter gets an fp32 master copy in the state at its first step. Every update changes the master,
+    which is then copied into the parameter. Parameters without a gradient are skipped. A run that is saved, loaded and
+    continued is bit-identical to an uninterrupted run.
 
-    `process_group`: ZeRO-2 over its processes, which hold the same parameters, each with gradients of its own; the
-    step is that of their sum (so divide the loss by what all of them count). A process keeps the state of its shard
-    only: Muon's matrices are dealt out whole, AdamW's tensors are cut. Every process must call `step`, and
-    `clip_grad_norm_` if any does; a gradient that some lack counts as zero there. `state_dict` is the shard's.
+    `process_group` turns on ZeRO-2 over its processes. They hold the same parameters, each with its own gradients, and
+    the step uses the sum of the gradients, so divide the loss by the count over all processes. A process keeps the
+    state of its shard only: Muon's matrices are assigned whole, AdamW's tensors are cut. Every process must call
+    `step`, and `clip_grad_norm_` if any process does. A missing gradient counts as zero. `state_dict` returns the state
+    of the shard.
 
     Raises `ValueError` for a group without `kind` or `lr`, a Muon parameter that is not 2-D, another
-    `iteration_dtype`, or a group added to a sharded optimizer; `TrainingError` from `load_state_dict` when the state is
-    another model's or another shard's.
+    `iteration_dtype`, or a group added to a sharded optimizer; `TrainingError` from `load_state_dict` when the state
+    belongs to another model or another shard.
     """
 
     def __init__(
@@ -123,9 +117,11 @@ class MuonAdamW(torch.optim.Optimizer):
         return {**super().__getstate__(), "iteration_dtype": self.iteration_dtype, "shards": self.shards}
 
     def add_param_group(self, param_group: Group) -> None:
-        """Add a group (see the class): missing options are filled in by its kind."""
+        """Add a parameter group; missing options get the defaults of its kind (see the class)."""
         if self.shards is not None:
-            raise ValueError("A sharded optimizer is divided when it is made: give it every parameter group then.")
+            raise ValueError(
+                "A sharded optimizer is divided when it is created: pass every parameter group to its constructor."
+            )
         kind = param_group.get("kind") if isinstance(param_group, dict) else None
         if kind not in ("muon", "adamw"):
             raise ValueError(f"Every parameter group needs kind='muon' or kind='adamw', got {kind!r}.")
@@ -141,37 +137,37 @@ class MuonAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Take one step; returns what `closure` (run with gradients) returned, or None."""
+        """Take one step and return the result of `closure`, which runs with gradients enabled, or None."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         if self.shards is not None:
-            self.shards.reduce()
+            self.shards.reduce_gradients()
         for group in self.param_groups:
-            rule = self._muon if group["kind"] == "muon" else self._adamw
-            for entries in self._batches(group):
-                rule(entries, group)
-                halves = [e for e in entries if e.weight is not e.param]
-                if halves:
-                    torch._foreach_copy_([e.param for e in halves], [e.weight for e in halves])
+            update = self._update_muon if group["kind"] == "muon" else self._update_adamw
+            for batch in self._batches(group):
+                update(batch, group)
+                half_precision = [u for u in batch if u.weight is not u.param]
+                if half_precision:
+                    torch._foreach_copy_([u.param for u in half_precision], [u.weight for u in half_precision])
         if self.shards is not None:
-            self.shards.gather()
+            self.shards.gather_parameters()
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear every gradient, and the sum over the processes, should no step have used it."""
+        """Clear every gradient, and the sum over the processes if no step has used it."""
         super().zero_grad(set_to_none)
         if self.shards is not None:
-            self.shards.forget()
+            self.shards.clear_gradients()
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float | None = None) -> Tensor:
-        """Return the L2 norm of all gradients, a scalar in fp32 or wider; scale them down to `max_norm` if given.
+        """Return the L2 norm of all gradients, a scalar in fp32 or wider, and scale them down to `max_norm` if given.
 
-        Call it between the backward pass and `step`. With a process group it is the norm of the summed gradients, the
-        same on every process, and what is scaled is the sum that `step` will use, not each parameter's `grad`. Where
-        the norm is not finite nothing is scaled.
+        Call it between the backward pass and `step`. With a process group it is the norm of the summed gradients, equal
+        in every process. It then scales the sum that `step` will use, not the `grad` of each parameter. A norm that is
+        not finite scales nothing.
         """
         if self.shards is not None:
             grads = self.shards.grads
@@ -183,67 +179,71 @@ class MuonAdamW(torch.optim.Optimizer):
         if norms:
             total = torch.linalg.vector_norm(torch.stack([norm.to(device) for norm in norms]))
         if self.shards is not None:
-            total = self.shards.norm(total)
+            total = self.shards.global_norm(total)
         if max_norm is not None:
             factor = (max_norm / (total + 1e-6)).clamp_(max=1.0)
-            factor = torch.where(total.isfinite(), factor, 1.0)  # or the tensor at fault could not be told from others
+            factor = torch.where(
+                total.isfinite(), factor, 1.0
+            )  # keeps the finite gradients finite, so that the bad tensor can be found
             for grad in grads:
                 grad.mul_(factor.to(grad.device))
         return total
 
-    def _batches(self, group: Group) -> Iterator[list[_Entry]]:
-        """The group's parameters that have a gradient, in batches a rule can handle in one call, of bounded size."""
+    def _batches(self, group: Group) -> Iterator[list[_Update]]:
+        """Yield the parameters of a group that have a gradient, in batches of bounded size for one update call."""
         buckets: dict[tuple[Any, ...], list[Tensor]] = {}
         for p in group["params"]:
             if p.grad is not None and p.grad.is_sparse:
                 raise ValueError("MuonAdamW takes dense gradients: build the embedding with sparse=False.")
-            if self._share(p) is None:
+            if self._owned(p) is None:
                 continue
-            shape = p.shape if group["kind"] == "muon" else None  # only Muon stacks
+            shape = (
+                p.shape if group["kind"] == "muon" else None
+            )  # only Muon stacks parameters, which needs equal shapes
             buckets.setdefault((shape, p.dtype, p.device), []).append(p)
         for params in buckets.values():
-            batch: list[_Entry] = []
+            batch: list[_Update] = []
             elements = 0
             for p in params:
                 if batch and elements + p.numel() > MAX_STACKED_ELEMENTS:
                     yield batch
                     batch, elements = [], 0
-                batch.append(self._entry(p))
+                batch.append(self._make_update(p))
                 elements += p.numel()
             yield batch
 
-    def _share(self, param: Tensor) -> tuple[Tensor, Tensor] | None:
-        """What this process updates of a parameter, and its gradient; None where there is nothing to do."""
+    def _owned(self, param: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return the part of a parameter that this process updates, and its gradient; None without a gradient."""
         if self.shards is not None:
-            return self.shards.share(param)
+            return self.shards.own_part(param)
         return None if param.grad is None else (param, param.grad)
 
-    def _entry(self, param: Tensor) -> _Entry:
+    def _make_update(self, param: Tensor) -> _Update:
         state = self.state[param]
-        share = self._share(param)
-        assert share is not None
-        part, grad = share
+        owned = self._owned(param)
+        assert owned is not None
+        part, grad = owned
         if part.dtype not in (torch.bfloat16, torch.float16):
-            return _Entry(part, grad, part, state)
+            return _Update(part, grad, part, state)
         if "master" not in state:
             state["master"] = part.detach().to(torch.float32, copy=True)
-        return _Entry(part, grad.float(), state["master"], state)
+        return _Update(part, grad.float(), state["master"], state)
 
-    def _adamw(self, entries: list[_Entry], group: Group) -> None:
-        for e in entries:
-            if "step" not in e.state:
-                e.state["step"] = torch.zeros((), dtype=torch.float32, device=e.param.device)
-                e.state["exp_avg"] = torch.zeros_like(e.weight)
-                e.state["exp_avg_sq"] = torch.zeros_like(e.weight)
+    def _update_adamw(self, batch: list[_Update], group: Group) -> None:
+        for u in batch:
+            if "step" not in u.state:
+                u.state["step"] = torch.zeros((), dtype=torch.float32, device=u.param.device)
+                u.state["exp_avg"] = torch.zeros_like(u.weight)
+                u.state["exp_avg_sq"] = torch.zeros_like(u.weight)
         beta1, beta2 = group["betas"]
         adamw(
-            [e.weight for e in entries],
-            [e.grad for e in entries],
-            [e.state["exp_avg"] for e in entries],
-            [e.state["exp_avg_sq"] for e in entries],
+            [u.weight for u in batch],
+            [u.grad for u in batch],
+            [u.state["exp_avg"] for u in batch],
+            [u.state["exp_avg_sq"] for u in batch],
             [],
-            [e.state["step"] for e in entries],
-            fused=entries[0].param.device.type in ("cpu", "cuda"),
+            [u.state["step"] for u in batch],
+            fused=batch[0].param.device.type in ("cpu", "cuda"),
             amsgrad=False,
             beta1=beta1,
             beta2=beta2,
@@ -252,32 +252,33 @@ class MuonAdamW(torch.optim.Optimizer):
             eps=group["eps"],
             maximize=False,
         )
-        # the fused kernel writes without telling autograd, but a folded head is cached by its parts' versions
-        torch.autograd.graph.increment_version([e.weight for e in entries])
+        # The fused kernel does not increment the tensors' versions, which the cache of the folded head compares.
+        torch.autograd.graph.increment_version([u.weight for u in batch])
 
-    def _muon(self, entries: list[_Entry], group: Group) -> None:
-        rows, cols = entries[0].param.shape
-        dim = -1 if rows >= cols else -2  # one variance per row of a tall matrix, per column of a wide one
-        for e in entries:
-            if "momentum" not in e.state:
-                e.state["momentum"] = torch.zeros_like(e.weight)
-                e.state["variance"] = e.weight.new_zeros((rows, 1) if dim == -1 else (1, cols))
-        weights = [e.weight for e in entries]
-        momenta = [e.state["momentum"] for e in entries]
-        variances = [e.state["variance"] for e in entries]
+    def _update_muon(self, batch: list[_Update], group: Group) -> None:
+        rows, cols = batch[0].param.shape
+        # the shape of NorMuon's second moment: one number per row of a tall matrix, per column of a wide one
+        variance_shape, pattern = ((rows, 1), "n rows 1") if rows >= cols else ((1, cols), "n 1 cols")
+        for u in batch:
+            if "momentum" not in u.state:
+                u.state["momentum"] = torch.zeros_like(u.weight)
+                u.state["variance"] = u.weight.new_zeros(variance_shape)
+        weights = [u.weight for u in batch]
+        momenta = [u.state["momentum"] for u in batch]
+        variances = [u.state["variance"] for u in batch]
 
-        update = torch.stack([e.grad for e in entries])  # (n, rows, cols), through to the end
+        update = torch.stack([u.grad for u in batch])  # (n, rows, cols)
         torch._foreach_lerp_(momenta, list(update.unbind()), 1 - group["momentum"])
-        torch._foreach_lerp_(list(update.unbind()), momenta, group["momentum"])  # Nesterov's look ahead
-        dtype = self.iteration_dtype or default_iteration_dtype(update.device)
+        torch._foreach_lerp_(list(update.unbind()), momenta, group["momentum"])  # Nesterov momentum
+        dtype = self.iteration_dtype or choose_dtype("auto", update.device)
         update = orthogonalize(update, dtype).to(weights[0].dtype)
 
-        # NorMuon: divide by the running root mean square of each row or column, keep each matrix's Frobenius norm.
-        mean_sq = update.square().mean(dim=dim, keepdim=True)  # (n, rows, 1) or (n, 1, cols)
+        # NorMuon: divide by the running root mean square of each row or column, keep the Frobenius norm of each matrix.
+        mean_sq = reduce(update.square(), f"n rows cols -> {pattern}", "mean")
         torch._foreach_lerp_(variances, list(mean_sq.unbind()), 1 - group["beta2"])
         scale = torch.stack(variances).clamp_min_(1e-10).rsqrt_()
-        before = mean_sq.sum(dim=(-2, -1), keepdim=True)
-        after = (mean_sq * scale.square()).sum(dim=(-2, -1), keepdim=True)
+        before = reduce(mean_sq, "n rows cols -> n 1 1", "sum")
+        after = reduce(mean_sq * scale.square(), "n rows cols -> n 1 1", "sum")
         scale.mul_(before.div_(after.clamp_min_(1e-20)).sqrt_())
         lr = group["lr"] * math.sqrt(max(1.0, rows / cols))
         update.mul_(scale.mul_(lr))
@@ -290,22 +291,26 @@ class MuonAdamW(torch.optim.Optimizer):
         torch._foreach_sub_(weights, list(update.unbind()))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict()` gave; every tensor keeps its dtype (torch would round fp32 masters to bf16)."""
+        """Restore the result of `state_dict()`. Tensors keep their dtypes; torch would round fp32 masters to bf16."""
         try:
             super().load_state_dict({**state_dict, "state": {}})
         except ValueError as error:
-            raise TrainingError(f"The optimizer state is another model's: {error}. Start anew or fix --out.") from error
+            raise TrainingError(
+                f"The optimizer state belongs to another model: {error}. Start again, or correct --out."
+            ) from error
         saved_ids = chain.from_iterable(g["params"] for g in state_dict["param_groups"])
         params = [p for g in self.param_groups for p in g["params"]]
         for saved_id, param in zip(saved_ids, params, strict=True):
             saved = state_dict["state"].get(saved_id, {})
             if saved and self.shards is not None and self.shards.piece(param) is None:
-                raise TrainingError(f"The optimizer state is another shard's: this one has no parameter {saved_id}.")
+                raise TrainingError(
+                    f"The optimizer state belongs to another shard: this one has no parameter {saved_id}."
+                )
             for key in ("master", "momentum", "exp_avg", "exp_avg_sq"):
                 own = param if self.shards is None or not saved else self.shards.cut(param, param.detach())
                 if key in saved and saved[key].shape != own.shape:
                     raise TrainingError(
-                        f"The optimizer state is another model's: {key} of parameter {saved_id} has shape "
+                        f"The optimizer state belongs to another model: {key} of parameter {saved_id} has shape "
                         f"{tuple(saved[key].shape)}, the parameter {tuple(own.shape)}."
                     )
             if saved:
@@ -315,12 +320,12 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 def width_scale(hidden_size: int) -> float:
-    """What AdamW learning rates, tuned at width 768, are multiplied by at another width: `(d / 768) ** -0.5`."""
+    """Return the factor of AdamW learning rates, which are tuned at width 768: `(hidden_size / 768) ** -0.5`."""
     return (hidden_size / 768) ** -0.5
 
 
-def _role(name: str, param: Tensor) -> str:
-    """The group a parameter belongs to, by its name and its number of dimensions; the first match holds."""
+def _group_name(name: str, param: Tensor) -> str:
+    """Return the group of a parameter, from its name and its number of dimensions."""
     parts = name.split(".")
     if param.ndim < 2:
         return "scalars"
@@ -351,21 +356,22 @@ def build_optimizer(
     iteration_dtype: torch.dtype | None = None,
     process_group: dist.ProcessGroup | None = None,
 ) -> MuonAdamW:
-    """Sort the parameters that require a gradient into groups and return the optimizer over them.
+    """Sort the parameters that require a gradient into groups, and return an optimizer for them.
 
-    Works for a stage (`layers.0.self_attn.q_proj.weight`, `head.weight`, `head.a`, `head.b`, `norm.weight`) and for a
-    whole base (`model.embed_tokens.weight`, `model.layers.0...`, `lm_head.weight`). Each group carries its `name`:
+    The parameters are those of a stage (`layers.0.self_attn.q_proj.weight`, `head.weight`, `head.a`, `norm.weight`) or
+    of a whole base (`model.embed_tokens.weight`, `model.layers.0...`, `lm_head.weight`). Each group has its `name`:
 
-    - `matrices`: 2-D inside `layers`, Muon at `matrix_lr`, decayed;
-    - `head`: head deltas (`head.`, `heads.`, `lm_head.deltas.`) and low-rank factors (`.a`, `.b`) at `head_lr`,
-      decayed, so that an unused delta shrinks back to the base's head; `other`: any remaining matrix, likewise;
+    - `matrices`: 2-D inside `layers`; Muon at `matrix_lr`, with weight decay;
+    - `head`: head deltas (`head.`, `heads.`, `lm_head.deltas.`) and low-rank factors (`.a`, `.b`); `head_lr`, with
+      weight decay, so that an unused delta shrinks back to the base's head;
+    - `other`: all remaining matrices; `head_lr`, with weight decay;
     - `embeddings` (`embed_lr`), `unembedding` (`lm_head`, `unembed_lr`), `scalars` (fewer than 2 dimensions: norms,
-      biases; `scalar_lr`): not decayed.
+      biases; `scalar_lr`): without weight decay.
 
-    All but `matrices` are AdamW, their rates multiplied by `width_scale(hidden_size)`. With `matrix_optimizer="adamw"`
-    so are the matrices: `matrix_lr` is then an AdamW rate at width 768, scaled like the others (good ones are smaller
-    than Muon's), and `momentum` is not used. `process_group`: see `MuonAdamW`. A parameter seen twice under two names
-    (tied) counts once, under the first.
+    All groups but `matrices` use AdamW, with rates multiplied by `width_scale(hidden_size)`. With
+    `matrix_optimizer="adamw"` the matrices do so as well: `matrix_lr` is then an AdamW rate at width 768, for which
+    good values are smaller than for Muon, and `momentum` is not used. `process_group`: see `MuonAdamW`. A tied
+    parameter counts once, under its first name.
 
     Raises `ValueError` when nothing requires a gradient, or for another `matrix_optimizer`.
     """
@@ -384,13 +390,13 @@ def build_optimizer(
         "unembedding": {**adam, "lr": unembed_lr * width},
         "scalars": {**adam, "lr": scalar_lr * width},
     }
-    members: dict[str, list[tuple[str, Tensor]]] = {role: [] for role in groups}
+    members: dict[str, list[tuple[str, Tensor]]] = {group: [] for group in groups}
     seen: set[int] = set()
     for name, param in named_parameters:
         if param.requires_grad and id(param) not in seen:
             seen.add(id(param))
-            members[_role(name, param)].append((name, param))
+            members[_group_name(name, param)].append((name, param))
     if not seen:
         raise ValueError("Nothing to optimize: no parameter requires a gradient.")
-    chosen = [{**groups[role], "name": role, "params": params} for role, params in members.items() if params]
+    chosen = [{**groups[group], "name": group, "params": params} for group, params in members.items() if params]
     return MuonAdamW(chosen, iteration_dtype=iteration_dtype, process_group=process_group)

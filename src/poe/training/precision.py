@@ -1,8 +1,8 @@
-"""Which number format a run computes in.
+"""The dtype and the device of a run.
 
-A trained tensor is fp32, or bf16 with an fp32 master copy in the optimizer's state. Never fp16: its smallest number is
-6e-8, and the gradient of a loss averaged over a step's tokens is smaller than that unless a scaler multiplies it, which
-bf16, with the range of fp32, does not need.
+A trained tensor is fp32, or bf16 with an fp32 master copy in the optimizer's state. It is never fp16. The smallest
+number of fp16 is 6e-8, and the gradient of a loss averaged over the tokens of a step is smaller than that without a
+loss scaler. bf16 has the range of fp32 and needs no scaler.
 """
 
 import torch
@@ -11,11 +11,14 @@ from transformers import PreTrainedModel
 
 from poe.errors import TrainingError
 
-NAMED = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+TRAINED_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def bf16_is_fast(device: torch.device | str = "cpu") -> bool:
-    """Whether the hardware multiplies bf16 matrices itself: any recent GPU, a CPU with AMX or AVX512-BF16."""
+    """Return whether the hardware multiplies bf16 matrices: any recent GPU, or a CPU with AMX or AVX512-BF16.
+
+    Other CPUs emulate bf16, and the same step takes several times as long as in fp32.
+    """
     kind = torch.device(device).type
     if kind == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -23,29 +26,29 @@ def bf16_is_fast(device: torch.device | str = "cpu") -> bool:
 
 
 def default_device() -> torch.device:
-    """The first GPU, else the CPU."""
+    """Return the first GPU, or the CPU if there is none."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def choose_dtype(wanted: str, device: torch.device | str = "cpu") -> torch.dtype:
-    """Return the dtype that a recipe's `dtype` names; `auto` is bf16 where it is fast, else fp32."""
+    """Return the dtype for a recipe's `dtype`; `auto` is bf16 if the hardware is fast at it, otherwise fp32."""
     if wanted == "auto":
         return torch.bfloat16 if bf16_is_fast(device) else torch.float32
-    if wanted not in NAMED:
+    if wanted not in TRAINED_DTYPES:
         raise TrainingError(f"Cannot train in {wanted!r}: expected auto, bfloat16 or float32.")
-    return NAMED[wanted]
+    return TRAINED_DTYPES[wanted]
 
 
 def stage_dtype(wanted: str, base: PreTrainedModel) -> torch.dtype:
-    """Return the dtype of a new stage on an open base: what the recipe names, for `auto` the base's own."""
+    """Return the dtype of a new stage: the recipe's, or for `auto` that of the base."""
     return base.dtype if wanted == "auto" else choose_dtype(wanted)
 
 
-def refuse_fp16(*modules: nn.Module) -> None:
-    """Raise `TrainingError` if a weight of a base, or of a stage to be trained on it, is in fp16, on any device."""
+def check_not_fp16(*modules: nn.Module) -> None:
+    """Raise `TrainingError` if a weight of a base, or of the stage to be trained, is in fp16."""
     if any(p.dtype == torch.float16 for module in modules for p in module.parameters()):
         raise TrainingError(
-            "Cannot train in or above float16: gradients as small as a large batch's become zero in it. Open the base "
-            "in bfloat16, or in float32 where the hardware has no bfloat16: "
+            "Cannot train in or above float16: the small gradients of a large batch become zero in it. Open the base "
+            "in bfloat16, or in float32 if the hardware has no bfloat16: "
             "Cascade.from_pretrained(base, dtype=torch.bfloat16)."
         )

@@ -1,4 +1,4 @@
-"""Training a PoE base from scratch: tokenizer, packed text, the shared engine, a base folder."""
+"""Training a PoE base, from scratch or from another base: tokenizer, packed text, training loop, base folder."""
 
 import time
 from pathlib import Path
@@ -19,25 +19,25 @@ from poe.modeling.early import with_early_layers
 from poe.modeling.modeling_poe import PoEConfig, PoEForCausalLM
 from poe.stages.recipe import BaseRecipe
 from poe.training.engine import Engine
-from poe.training.hidden_states.sources import Hidden, Whole
-from poe.training.local import Stagewise
+from poe.training.forward import recompute_activations
+from poe.training.hidden_states.sources import HiddenSources, StagePredictions, WholeModel
 from poe.training.precision import choose_dtype
-from poe.training.recompute import recomputed
 from poe.training.reporting.history import History
 from poe.training.reporting.progress import Progress
 from poe.training.reporting.report import (
     CHUNKS,
     draw_report,
     environment,
-    outcome,
+    outcome_record,
     prepare_output,
-    remove_if_unused,
+    remove_leftovers,
     write_training_json,
 )
 from poe.training.reporting.tracking import open_trackers
-from poe.training.text_rows import tokenizer_for, training_rows
+from poe.training.run import RunContext, RunRows, RunSettings, TrainedModel
+from poe.training.text_rows import make_rows, make_tokenizer
 
-_OF_THE_RECIPE = {  # values of PoEConfig that a recipe says in fields of its own, or that the tokenizer decides
+_SET_ELSEWHERE = {  # values of PoEConfig that a recipe has in fields of its own, or that the tokenizer decides
     "vocab_size",
     "hidden_size",
     "num_hidden_layers",
@@ -60,45 +60,25 @@ def train_base(
     """
     run = prepare_output(Path(output_dir), resume)
     try:
-        return _trained(recipe, run, resume, progress or Progress(f"base {recipe.name}"))
+        return _train(recipe, run, resume, progress or Progress(f"base {recipe.name}"))
     finally:
-        remove_if_unused(run)
+        remove_leftovers(run)
 
 
-def _trained(recipe: BaseRecipe, run: Path, resume: bool, progress: Progress) -> Path:
+def _train(recipe: BaseRecipe, run: Path, resume: bool, progress: Progress) -> Path:
     torch.manual_seed(recipe.seed)
     trackers = open_trackers(recipe.track, progress.note)
     started = time.time()
-    if recipe.init is None:
-        base_config(recipe)  # a network that cannot be is refused before any text is read
-        tokenizer: Any = tokenizer_for(recipe)
-        if len(tokenizer) < recipe.vocab_size:
-            raise DataError(
-                f"The text gives a vocabulary of only {len(tokenizer)} tokens: lower vocab_size or add text."
-            )
-        model: Any = PoEForCausalLM(base_config(recipe, tokenizer))
-    else:
-        tokenizer = _continued(recipe, AutoTokenizer)
-        model = _continued_network(recipe)
+    tokenizer, model = _make_network(recipe)
     num_steps = recipe.max_steps or 1000
     report = DropReport(None if is_generated(recipe.data) else run / "dropped.jsonl")
-    val, train = training_rows(recipe, tokenizer, num_steps, report, run / CHUNKS, resume)
-    progress.note(f"{train.num_rows} rows of {recipe.seq_len} tokens, begun after {time.time() - started:.0f} s")
+    val, train = make_rows(recipe, tokenizer, num_steps, report, run / CHUNKS, resume)
+    progress.note(f"{train.num_rows} rows of {recipe.seq_len} tokens, first rows after {time.time() - started:.0f} s")
     model = model.to(choose_dtype(recipe.dtype))
-    engine = Engine(
-        model,
-        model.named_parameters(),
-        recipe,
-        train,
-        val,
-        token_bytes(tokenizer),
-        run,
-        num_steps,
-        progress,
-        hidden=_hidden(model, recipe),
-        trackers=trackers,
-    )
-    with recomputed(model.model.layers if recipe.checkpoint_activations else ()):
+    trained = TrainedModel(model, list(model.named_parameters()), _make_sources(model, recipe), token_bytes(tokenizer))
+    context = RunContext(progress, trackers)
+    engine = Engine(recipe, trained, RunRows(train, val), RunSettings(run, num_steps), context)
+    with recompute_activations(model.model.layers if recipe.checkpoint_activations else ()):
         history = engine.run(resume)
     report.close()
     save_base_folder(model.to(torch.bfloat16).eval(), run, tokenizer)
@@ -107,39 +87,51 @@ def _trained(recipe: BaseRecipe, run: Path, resume: bool, progress: Progress) ->
         record["data"] = {"spec": recipe.data, "rows": report.as_dict(), "passes": train.passes}
     write_training_json(run, record)
     draw_report(run)
-    engine.clean_up()
+    engine.remove_checkpoints()
     (run / CHUNKS).unlink(missing_ok=True)
     return run
 
 
-def _hidden(model: PoEForCausalLM, recipe: BaseRecipe) -> tuple[Hidden, Hidden]:
-    """Return the sources of hidden states for training and for validation."""
-    stagewise = Stagewise(model, recipe.learning == "local")
-    return Whole(model, compile=True) if recipe.compile else stagewise, stagewise
+def _make_network(recipe: BaseRecipe) -> tuple[Any, Any]:
+    """Return the tokenizer and the network, new ones or those of `init`."""
+    if recipe.init is not None:
+        return _load_from_init(recipe, AutoTokenizer), _continue_network(recipe)
+    base_config(recipe)  # raises for an impossible network before any text is read
+    tokenizer: Any = make_tokenizer(recipe)
+    if len(tokenizer) < recipe.vocab_size:
+        raise DataError(f"The text gives a vocabulary of only {len(tokenizer)} tokens: lower vocab_size or add text.")
+    return tokenizer, PoEForCausalLM(base_config(recipe, tokenizer))
 
 
-def _continued_network(recipe: BaseRecipe) -> Any:
-    """Return the network of `init` as the recipe shapes it, over new layers where the recipe has more."""
-    shape = _shape(recipe)
-    config = _continued(recipe, PoEConfig)
-    before = config.num_hidden_layers
+def _make_sources(model: PoEForCausalLM, recipe: BaseRecipe) -> HiddenSources:
+    stages = StagePredictions(model, recipe.learning == "local")
+    return HiddenSources(WholeModel(model, compile=True) if recipe.compile else stages, stages)
+
+
+def _continue_network(recipe: BaseRecipe) -> Any:
+    """Return the network of `init` in the recipe's shape. If the recipe has more layers, new ones are added below."""
+    shape = _shape_fields(recipe)
+    config = _load_from_init(recipe, PoEConfig)
+    num_layers = config.num_hidden_layers
     known = {name: value for name, value in config.to_dict().items() if name in PoEConfig.__annotations__}
     try:
-        if recipe.num_layers == before:
-            config = PoEConfig(**{**known, **shape})  # made anew: changed attributes of a config are not checked
+        if recipe.num_layers == num_layers:
+            config = PoEConfig(
+                **{**known, **shape}
+            )  # a new config, because PoEConfig checks its values only when it is created
         base = PoEForCausalLM.from_pretrained(locate(str(recipe.init)), config=config, local_files_only=True)
-        if recipe.num_layers == before:
+        if recipe.num_layers == num_layers:
             return base
         return with_early_layers(base, **shape, num_hidden_layers=recipe.num_layers)
     except (ValueError, TypeError, StrictDataclassError) as error:
         raise RecipeError(
-            f"Recipe {recipe.name!r} does not fit its init: {error}. num_layers is {recipe.num_layers}: set it to "
-            f"{before} to keep the shape of the base, or to more for an early stage below it."
+            f"Recipe {recipe.name!r} does not match its init: {error}. num_layers is {recipe.num_layers}: set it to "
+            f"{num_layers} to keep the shape of the base, or to more for an early stage below it."
         ) from error
 
 
-def _continued(recipe: BaseRecipe, kind: Any) -> Any:
-    """Return the tokenizer or the config of the base that the recipe continues."""
+def _load_from_init(recipe: BaseRecipe, kind: Any) -> Any:
+    """Return the tokenizer or the config in the folder `init`."""
     assert recipe.init is not None
     folder = locate(recipe.init)
     try:
@@ -150,10 +142,10 @@ def _continued(recipe: BaseRecipe, kind: Any) -> Any:
         raise RecipeError(f"init: {recipe.init!r} is not the folder of a PoE base: {reason}") from error
 
 
-def _shape(recipe: BaseRecipe) -> dict[str, Any]:
-    """Return the values of PoEConfig that a recipe sets for new and continued bases alike."""
+def _shape_fields(recipe: BaseRecipe) -> dict[str, Any]:
+    """Return the values of PoEConfig that a recipe sets for new and for continued bases."""
     own = {"stage_layers": recipe.stage_layers, "stage_heads": recipe.stage_heads, "combiner": recipe.combiner}
-    known = set(PoEConfig.__annotations__) - {*own, *_OF_THE_RECIPE}
+    known = set(PoEConfig.__annotations__) - {*own, *_SET_ELSEWHERE}
     for name in recipe.network:
         if name not in known:
             raise RecipeError(f"Recipe {recipe.name!r}: network has no {name!r}.{suggest(name, known)}")
@@ -161,7 +153,7 @@ def _shape(recipe: BaseRecipe) -> dict[str, Any]:
 
 
 def base_config(recipe: BaseRecipe, tokenizer: Any = None) -> PoEConfig:
-    """Return the network's configuration as the recipe shapes it, with the ids of its tokenizer once there is one."""
+    """Return the configuration of the network, with the special token ids if the tokenizer is given."""
     ids: dict[str, Any] = {
         name: getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
     }
@@ -174,14 +166,14 @@ def base_config(recipe: BaseRecipe, tokenizer: Any = None) -> PoEConfig:
             num_key_value_heads=recipe.num_kv_heads,
             attention_logit_scale=recipe.attention_logit_scale,
             **ids,
-            **_shape(recipe),
+            **_shape_fields(recipe),
         )
     except (ValueError, TypeError, StrictDataclassError) as error:
-        raise RecipeError(f"Recipe {recipe.name!r} does not make a network: {error}") from error
+        raise RecipeError(f"Recipe {recipe.name!r} does not describe a network: {error}") from error
 
 
 def training_record(recipe: BaseRecipe, history: History, num_steps: int) -> dict[str, Any]:
-    """Return what training.json says about the run."""
+    """Return the content of training.json."""
     return {
         "kind": "base",
         "recipe": recipe.as_dict(),
@@ -190,7 +182,7 @@ def training_record(recipe: BaseRecipe, history: History, num_steps: int) -> dic
         "seconds": round(history.seconds, 1),
         "best_step": history.best_step,
         "val_bpb": history.best_bpb,
-        **outcome(history),
+        **outcome_record(history),
         "trajectory": history.evals,
         "environment": environment(),
     }

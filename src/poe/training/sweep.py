@@ -1,8 +1,8 @@
-"""Several candidates for one stage, trained from the same hidden states, and a table that picks one.
+"""A sweep: several candidates for one stage, trained on the same cached hidden states and ranked by validation.
 
-What the base makes of the rows is computed once (hidden_cache.py); a candidate costs its own layers and head. The
-candidates are trained one after the other: a batch is read in a few milliseconds, so stepping them side by side would
-save next to nothing, and one at a time needs the memory of one.
+The hidden states of the base are computed once (hidden_states/disk_cache.py), so a candidate costs only its own layers
+and head. Candidates are trained one after the other. A batch is read in a few milliseconds, so training them side by
+side would save little time and need the memory of all.
 """
 
 import itertools
@@ -22,22 +22,22 @@ from poe.training.reporting.progress import Progress
 from poe.training.trainer import train_stage
 
 RECORD = "sweep.json"
-_RECORDS = ("training.json", "metrics.jsonl", "dropped.jsonl", "report.png")  # what a candidate that lost leaves
-_DATA = (
+_KEPT_RECORDS = ("training.json", "metrics.jsonl", "dropped.jsonl", "report.png")  # of all candidates but the best
+_DATA_FIELDS = (
     "data seq_len seed train_on isolate_documents augment epochs validation_ratio eval_data near_duplicates eval_rows"
 ).split()
-_FIXED = {
-    **dict.fromkeys(_DATA, "it changes the rows, and candidates are compared on the same"),
-    "dtype": "it changes what the base computes, and candidates stand on the same hidden states",
+_FIXED_FIELDS = {  # fields that candidates must share, and why
+    **dict.fromkeys(_DATA_FIELDS, "it changes the rows, and candidates are compared on the same rows"),
+    "dtype": "it changes the hidden states of the base, which all candidates share",
     "cache_hidden": "every candidate of a sweep is trained on the cache",
-    "name": "the candidates are the same stage",
-    "description": "it changes nothing",
+    "name": "all candidates are one stage",
+    "description": "it does not change the result",
 }
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A trained candidate: what was tried, its best val bits per byte, its size, and its seconds of training."""
+    """A trained candidate: the values it tried, its best val bits per byte, its size, and its training seconds."""
 
     folder: str
     tried: dict[str, Any]
@@ -50,22 +50,24 @@ class Candidate:
 
 @dataclass(frozen=True)
 class SweepRun:
-    """The candidates, the best first, and the stage folder of that one."""
+    """The candidates, the best first, and the stage folder of the best."""
 
     candidates: list[Candidate]
     best: Path
 
 
-def grid(plan: Recipe, tries: Mapping[str, Sequence[Any]]) -> dict[str, Recipe]:
-    """Return every combination of the values tried, as a recipe by the name of its folder.
+def candidate_recipes(plan: Recipe, tries: Mapping[str, Sequence[Any]]) -> dict[str, Recipe]:
+    """Return a recipe for every combination of the values in `tries`, by the name of its folder.
 
-    Raises `RecipeError` for an unknown field, a value that does not fit, or a field in which candidates may not differ.
+    Raises `RecipeError` for an unknown field, a wrong value, or a field that all candidates must share.
     """
     if not tries:
-        raise RecipeError("A sweep needs something to try, such as num_layers=2,4.")
+        raise RecipeError("A sweep needs at least one field with values, such as num_layers=2,4.")
     for name, values in tries.items():
-        if name in _FIXED:
-            raise RecipeError(f"{name} cannot be tried in a sweep: {_FIXED[name]}. Run poe-train stage for each value.")
+        if name in _FIXED_FIELDS:
+            raise RecipeError(
+                f"{name} cannot be tried in a sweep: {_FIXED_FIELDS[name]}. Run poe-train stage for each value."
+            )
         if not values or len({str(v) for v in values}) < len(values):
             raise RecipeError(f"{name}: expected different values to try, got {list(values)}.")
     plans = {}
@@ -88,25 +90,29 @@ def sweep(
 ) -> SweepRun:
     """Train one candidate for every combination of `tries` (recipe field -> values) and keep the best by val bpb.
 
-    Each has a folder of its own in `output_dir` (default `runs/RECIPE-sweep`): the best one's is a whole stage folder,
-    the others keep their records; sweep.json has the table. The best stage is active in `cascade` afterwards. `resume`
-    leaves finished candidates alone and continues the one that was interrupted. Other arguments as `train_stage`.
+    Each candidate has its own folder in `output_dir` (default `runs/RECIPE-sweep`). The folder of the best is a whole
+    stage folder, the others keep their records, and sweep.json has the table. The best stage is active in `cascade`
+    afterwards. `resume` skips finished candidates and continues the interrupted one. The other arguments are those of
+    `train_stage`.
 
     Raises what `train_stage` raises, and `RecipeError` for candidates that cannot be compared.
     """
     plan = (load_recipe(recipe) if isinstance(recipe, str) else recipe).replace(**fields)
-    plans = grid(plan, tries)
+    plans = candidate_recipes(plan, tries)
     if plan.name in cascade.stages:
-        raise StageError(f"There is a stage {plan.name!r} already: a sweep trains new ones. Remove it, or rename.")
+        raise StageError(
+            f"The cascade already has a stage {plan.name!r}, and a sweep trains a new one: remove it, or choose "
+            "another name."
+        )
     out = Path(output_dir or f"runs/{plan.name}-sweep").expanduser()
     common = {name: value for name, value in plan.as_dict().items() if name not in tries}
     common |= {"data": data or plan.data, "base": cascade.base_source.fingerprint}
-    known = _known(out, common, resume)
+    finished = _read_finished(out, common, resume)
     for number, (folder, candidate) in enumerate(plans.items(), 1):
-        if folder in known:
+        if folder in finished:
             continue
         unfinished = has_checkpoint(out / folder)
-        if not unfinished:  # stopped before its first checkpoint, or before sweep.json knew of it
+        if not unfinished:  # it stopped before its first checkpoint, or between its end and the write of sweep.json
             shutil.rmtree(out / folder, ignore_errors=True)
         title = f"candidate {number}/{len(plans)} {folder}"
         run = train_stage(
@@ -117,7 +123,7 @@ def sweep(
             resume=unfinished,
             progress=Progress(title, quiet=progress is not None and progress.quiet),
         )
-        known[folder] = Candidate(
+        finished[folder] = Candidate(
             folder,
             {name: getattr(candidate, name) for name in tries},
             run.record["val_bpb"],
@@ -127,29 +133,32 @@ def sweep(
             run.record["seconds"],
         )
         cascade.remove_stage(plan.name)
-        _write(out, common, known)
-        for loser in _ranked(known)[1:]:
-            _reduce(out / loser.folder)
-    ranked = [candidate for candidate in _ranked(known) if candidate.folder in plans]
+        _write_table(out, common, finished)
+        for worse in _rank(finished)[1:]:
+            _remove_weights(out / worse.folder)
+    ranked = [candidate for candidate in _rank(finished) if candidate.folder in plans]
     if (out / ranked[0].folder / "delta.safetensors").is_file():
         cascade.load_stage(out / ranked[0].folder)
     return SweepRun(ranked, out / ranked[0].folder)
 
 
-def _ranked(known: Mapping[str, Candidate]) -> list[Candidate]:
-    return sorted(known.values(), key=lambda candidate: (candidate.val_bpb, candidate.parameters))
+def _rank(candidates: Mapping[str, Candidate]) -> list[Candidate]:
+    return sorted(candidates.values(), key=lambda candidate: (candidate.val_bpb, candidate.parameters))
 
 
-def _known(out: Path, common: dict[str, Any], resume: bool) -> dict[str, Candidate]:
-    """Return the candidates that an earlier run finished. Refuses a folder that holds something, unless resuming."""
+def _read_finished(out: Path, common: dict[str, Any], resume: bool) -> dict[str, Candidate]:
+    """Return the candidates that an earlier run finished, by folder; none for a new sweep.
+
+    Raises `OutputError` for a folder that is not empty unless `resume`, `TrainingError` for that of another sweep.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
         content = sorted(path.name for path in out.iterdir())
         if not resume:
             if content:
                 raise OutputError(
-                    f"The output folder {out} is not empty ({', '.join(content[:4])}): go on with --resume, choose "
-                    "another with --out, or empty it."
+                    f"The output folder {out} is not empty ({', '.join(content[:4])}): continue it with --resume, "
+                    "choose another with --out, or empty it."
                 )
             return {}
         if RECORD not in content:
@@ -160,8 +169,8 @@ def _known(out: Path, common: dict[str, Any], resume: bool) -> dict[str, Candida
         ]
         if differing:
             raise TrainingError(
-                f"The sweep in {out} is another one (then -> now): {'; '.join(differing)}. Resume with the options it "
-                "was started with, or choose another output folder."
+                f"The sweep in {out} has other options (then -> now): {'; '.join(differing)}. Resume with the "
+                "options it was started with, or choose another output folder."
             )
         return {row["folder"]: Candidate(**row) for row in record["candidates"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -170,8 +179,8 @@ def _known(out: Path, common: dict[str, Any], resume: bool) -> dict[str, Candida
         raise OutputError(f"The sweep in {out} cannot be continued: {error}. Choose another folder.") from error
 
 
-def _write(out: Path, common: dict[str, Any], known: Mapping[str, Candidate]) -> None:
-    ranked = _ranked(known)
+def _write_table(out: Path, common: dict[str, Any], candidates: Mapping[str, Candidate]) -> None:
+    ranked = _rank(candidates)
     rows = [asdict(candidate) for candidate in ranked]
     record = {"best": ranked[0].folder, "common": common, "candidates": rows}
     new = out / f"{RECORD}.new"
@@ -182,8 +191,8 @@ def _write(out: Path, common: dict[str, Any], known: Mapping[str, Candidate]) ->
         raise OutputError(f"{out / RECORD} could not be written: {error}. Free some space, then --resume.") from error
 
 
-def _reduce(folder: Path) -> None:
-    """Leave of a candidate that lost its records alone."""
+def _remove_weights(folder: Path) -> None:
+    """Remove everything but the records of a candidate that is not the best."""
     for path in folder.iterdir():
-        if path.name not in _RECORDS:
+        if path.name not in _KEPT_RECORDS:
             shutil.rmtree(path) if path.is_dir() else path.unlink()

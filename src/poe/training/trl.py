@@ -1,7 +1,7 @@
-"""A stage under somebody else's trainer: TRL, or the Trainer of transformers.
+"""Training a stage with the trainers of TRL or transformers.
 
-`cascade.model(name)` is a native model of which only the stage asks for gradients, so `SFTTrainer` and its relatives
-train it as it is. What they would write, though, is the whole model: `SaveDelta` makes them write the stage.
+`cascade.model(name)` is a native model in which only the stage requires gradients, so `SFTTrainer` and similar classes
+can train it. By default they save the whole model; the callback `SaveDelta` makes them save the stage.
 """
 
 import importlib.metadata
@@ -19,36 +19,36 @@ from poe.cascade import Cascade
 from poe.data.render import Renderer
 from poe.errors import TemplateError, TrainingError
 from poe.training.reporting.report import environment
-from poe.training.trainer import prompt_format
+from poe.training.stage_setup import prompt_format
 
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
 class SaveDelta(TrainerCallback):
-    """Make a trainer save one stage of a cascade, and never the model that it completes.
+    """Makes a trainer save one stage of a cascade instead of the whole model.
 
         SFTTrainer(model=cascade.model("tool"), callbacks=[SaveDelta(cascade, "tool")], ...).train()
 
-    A trainer writes weights by the model's `save_pretrained` alone: from `on_init_end` on, that of
-    `cascade.model(name)` writes the stage (`Cascade.save_stage`) instead, into a folder of its name, because trainers
-    leave pickles beside what they save and a stage folder must hold none. Hence
+    A trainer writes weights only by the model's `save_pretrained`. After `on_init_end`, that method of
+    `cascade.model(name)` writes the stage (`Cascade.save_stage`) into a folder named after it. The folder is separate
+    because trainers leave pickles beside the weights, and a stage folder must hold none.
 
-    - `output_dir/checkpoint-N/tool` is the stage at that step, for `Cascade.from_pretrained`. Above it lies
-      `model.safetensors` with the trained tensors, and no others, as they are in memory: from them and its own
-      optimizer state the trainer resumes, and takes back the best at `load_best_model_at_end`;
-    - `output_dir/tool` is the stage when training ends, and `trainer.save_model(folder)` writes `folder/tool`. An
-      ordinary checkpoint of the whole model comes from `Cascade.export_native`.
+    - `output_dir/checkpoint-N/tool` is the stage at that step, for `Cascade.from_pretrained`. Beside it is
+      `model.safetensors` with the trained tensors only, as they are in memory. The trainer reads it to
+      resume, with its own optimizer state, and for `load_best_model_at_end`.
+    - `output_dir/tool` is the stage at the end of training, and `trainer.save_model(folder)` writes `folder/tool`.
+      `Cascade.export_native` writes an ordinary checkpoint of the whole model.
 
-    The stage is made trainable, everything else stays frozen. Raises `TrainingError` for a trainer whose model is not
-    `cascade.model(name)`, one that would push to the Hub by itself (it knows the files of whole models only; use
-    `Cascade.push_to_hub`), and one that shards the model; `StageError` for an unknown stage.
+    The stage becomes trainable; everything below it stays frozen. Raises `TrainingError` for a trainer with another
+    model than `cascade.model(name)`, for one that would push to the Hub (it uploads the files of whole models; use
+    `Cascade.push_to_hub`), and for one that shards the model; `StageError` for an unknown stage.
     """
 
     def __init__(self, cascade: Cascade, name: str) -> None:
         self.cascade, self.name = cascade, name
         self.model = cascade.model(name)
         self.state = TrainerState()
-        self.trainer = ""  # whose it is, for the record
+        self.trainer = ""  # package, version and class, for training.json
 
     def on_init_end(
         self,
@@ -71,7 +71,7 @@ class SaveDelta(TrainerCallback):
         if AcceleratorState().distributed_type in SHARDED:
             raise TrainingError(
                 f"The trainer shards the model ({AcceleratorState().distributed_type.value}), and SaveDelta needs a "
-                "stage in one piece: use data parallelizem (a stage is small), or `poe-train stage`."
+                "whole stage: use data parallelism (a stage is small), or `poe-train stage`."
             )
         package = type(args).__module__.partition(".")[0]
         self.trainer = f"{package} {importlib.metadata.version(package)}, {type(args).__name__}"
@@ -81,7 +81,7 @@ class SaveDelta(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.state = state  # the trainer's own object: every save sees the step and the log of its moment
+        self.state = state  # the trainer updates this object, so every save reads the current step and log
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -90,7 +90,7 @@ class SaveDelta(TrainerCallback):
             self._save(str(args.output_dir))
 
     def _save(self, save_directory: str | Path, is_main_process: bool = True, **options: Any) -> None:
-        """Stand where `PreTrainedModel.save_pretrained` stood; every process calls it, one writes."""
+        """Replace `PreTrainedModel.save_pretrained`. Every process calls it, and the main process writes."""
         if not is_main_process:
             return
         folder = Path(save_directory)
@@ -112,5 +112,5 @@ class SaveDelta(TrainerCallback):
         tokenizer = self.cascade.tokenizer
         try:
             return None if tokenizer is None else prompt_format(tokenizer, Renderer(tokenizer))
-        except TemplateError:  # trained on plain text, say
+        except TemplateError:  # the chat template cannot be used, as after training on plain text
             return None

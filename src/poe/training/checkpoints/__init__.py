@@ -1,1 +1,1 @@
-"""Checkpoints: the files of a run's state, what identifies a run, and the random generators."""
+"""Checkpoints: their files, the state of a run and of its optimizer, the identity of a run, random generators."""

@@ -1,4 +1,4 @@
-"""The state of every random generator a run may draw from, as tensors and plain numbers."""
+"""The state of every random generator that a run may use, as tensors and JSON values."""
 
 import random
 from typing import Any
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def rng_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the states of torch (CPU and every GPU), as tensors, and of Python and numpy, as JSON values."""
+    """Return the states of torch (CPU and every GPU) as tensors, and those of Python and numpy as JSON values."""
     tensors = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors |= {f"cuda-{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
@@ -19,7 +19,7 @@ def rng_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def restore_rng(tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
-    """Put back what `rng_state` returned; generators of GPUs that are not here are left out."""
+    """Restore the result of `rng_state`; the states of GPUs that this machine lacks are ignored."""
     torch.set_rng_state(tensors["torch"])
     for i in range(torch.cuda.device_count()):
         if f"cuda-{i}" in tensors:

@@ -1,1 +1,1 @@
-"""Hidden states at a stage's boundary: where training reads them from, and their cache on disk."""
+"""Hidden states for the head: their sources, and the cache on disk of those at the boundary of a stage."""

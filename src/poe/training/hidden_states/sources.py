@@ -1,142 +1,209 @@
-"""Where the engine gets the hidden states that the head reads: from the whole model, or from the boundary upwards.
+"""Where training gets the hidden states that the head reads.
 
-The base is frozen, so what its layers say about a row never changes. Validation rows are the same at every evaluation:
-what they look like at the boundary is remembered in memory, in the dtype it was computed in, as far as it fits.
-Training rows are taken from a cache on disk if the recipe says so (hidden_cache.py).
+The base is frozen, so its layers compute the same states for a row every time. Training and validation can therefore
+start at the stage's boundary, from cached states: validation rows from memory, training rows from disk if the recipe
+has `cache_hidden` (see disk_cache.py). The fallback is the whole model.
 """
 
 import hashlib
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from poe.cascade import Cascade
 from poe.data.packing import Batch, PackedRows
 from poe.errors import TrainingError
 from poe.modeling.boundary import Boundary
 from poe.modeling.families import is_prefix_lm
+from poe.modeling.modeling_poe import PoEForCausalLM
 from poe.stages.recipe import Recipe
-from poe.training.compiled import compiled
-from poe.training.hidden_states.cache import HiddenCache, boundary_facts
-from poe.training.prefix import prompt_attention
+from poe.training.forward import compile_forward, prefix_lm_mask
+from poe.training.hidden_states.disk_cache import DiskCache, boundary_facts
 from poe.training.reporting.progress import Progress
 
-if TYPE_CHECKING:
-    from poe.cascade import Cascade
-
-Hidden = Callable[[Batch], Tensor]  # rows of (B, T) tokens -> normalized hidden states (B, T, D)
-States = Callable[[Batch], Tensor]  # rows of (B, T) tokens -> what `Boundary.below` says of them, (B, K, T, D)
-REMEMBERED_BYTES = 1 << 29
-_TRIED_TOKENS = 64
+BoundaryStates = Callable[[Batch], Tensor]  # rows of (B, T) tokens -> states at the boundary (B, K, T, D)
+MEMORY_CACHE_BYTES = 1 << 29
+_CHECKED_TOKENS = 64
 
 
-class Whole:
-    """The whole model, every time, compiled if `compile`; documents in a row do not see each other.
+class Prediction(NamedTuple):
+    """The input of the loss: normalized hidden states (B, T, D), the head's weight (V, D) and its bias (V,) or None."""
 
-    A PrefixLM base reads the prompt of each document in both directions.
-    """
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+class HiddenSource(Protocol):
+    """Computes the hidden states that the head reads."""
+
+    cached: bool  # whether the states below the boundary come from a cache, so that these layers cost nothing
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Return the normalized hidden states (B, T, D) of rows of (B, T) tokens."""
+
+    def predictions(self, batch: Batch, learning: bool = False) -> Iterator[Prediction]:
+        """Yield the predictions of the model, its own last; with `learning` those that have a loss to learn from."""
+
+
+class HiddenSources(NamedTuple):
+    """The sources for training rows and for validation rows."""
+
+    train: HiddenSource
+    val: HiddenSource
+
+
+class WholeModel:
+    """All layers of the model, compiled on request. Documents in a packed row do not attend to each other."""
+
+    cached = False
 
     def __init__(self, model: PreTrainedModel, compile: bool = False) -> None:
         backbone = getattr(model, model.base_model_prefix)
-        self._model, self._backbone = model, compiled(backbone) if compile else backbone
+        self._model, self._backbone = model, compile_forward(backbone) if compile else backbone
 
     def __call__(self, batch: Batch) -> Tensor:
-        mask = prompt_attention(self._model, batch) if is_prefix_lm(self._model.config) else None
+        mask = prefix_lm_mask(self._model, batch) if is_prefix_lm(self._model.config) else None
         hidden: Tensor = self._backbone(
             input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False
         ).last_hidden_state
         return hidden
 
+    def predictions(self, batch: Batch, learning: bool = False) -> Iterator[Prediction]:
+        yield _predict(self._model, self(batch))
 
-class FromBoundary:
-    """The layers from the boundary upwards, on states that come from elsewhere."""
 
-    def __init__(self, boundary: Boundary, states: States) -> None:
-        self._boundary, self._states = boundary, states
+class AboveBoundary:
+    """The layers of `model` above the boundary, on states from a cache."""
+
+    cached = True
+
+    def __init__(self, model: PreTrainedModel, boundary: Boundary, states: BoundaryStates) -> None:
+        self._model, self._boundary, self._states = model, boundary, states
 
     def __call__(self, batch: Batch) -> Tensor:
         return self._boundary.above(self._states(batch), batch.input_ids, batch.position_ids)
 
+    def predictions(self, batch: Batch, learning: bool = False) -> Iterator[Prediction]:
+        yield _predict(self._model, self(batch))
 
-class Remembered:
-    """States of whole batches, computed when a batch is first seen and kept, on the CPU, up to `limit` bytes."""
 
-    def __init__(self, boundary: Boundary, limit: int = REMEMBERED_BYTES) -> None:
-        self._boundary, self._left = boundary, limit
-        self._known: dict[bytes, Tensor] = {}
+class StagePredictions:
+    """The predictions of every stage of a PoE base, for local learning (Cognica PoE).
+
+    With `local` every stage learns from its own prediction and no gradient crosses a boundary: the shared head (and the
+    stage's own, if there is one) reads the residual stream after every stage, the loss there is the only one that
+    reaches the layers of the stage, and the stream is detached before the next stage. So only one stage's graph is in
+    memory at a time. Greedy layer-wise training goes back to arXiv 1812.11446. Without `local` only the last stage has
+    a loss, which is ordinary backpropagation.
+    """
+
+    cached = False
+
+    def __init__(self, model: PoEForCausalLM, local: bool) -> None:
+        self._model, self._local = model, local
+        self.boundaries = model.config.boundaries
+
+    def __call__(self, batch: Batch) -> Tensor:
+        *_, last = self.predictions(batch)
+        return last.hidden
+
+    def predictions(self, batch: Batch, learning: bool = False) -> Iterator[Prediction]:
+        """Yield the predictions to learn from, or all of them. A stage runs when its prediction is requested."""
+        num_stages = len(self.boundaries)
+        chosen = range(num_stages) if self._local or not learning else range(num_stages - 1, num_stages)
+        states = self._model.model.stages(
+            batch.input_ids,
+            position_ids=batch.position_ids,
+            boundaries=[self.boundaries[stage] for stage in chosen],
+            detach=self._local and learning,
+        )
+        for stage, hidden in zip(chosen, states, strict=True):
+            yield Prediction(hidden, self._model.head_weight(stage))
+
+
+def _predict(model: PreTrainedModel, hidden: Tensor) -> Prediction:
+    head: Any = model.get_output_embeddings()  # of a grown model the weight is folded at every read
+    return Prediction(hidden, head.weight, head.bias)
+
+
+class MemoryCache:
+    """Boundary states of whole batches, kept on the CPU in the dtype they were computed in, up to `max_bytes`."""
+
+    def __init__(self, boundary: Boundary, max_bytes: int = MEMORY_CACHE_BYTES) -> None:
+        self._boundary, self._bytes_left = boundary, max_bytes
+        self._states: dict[bytes, Tensor] = {}
 
     def __call__(self, batch: Batch) -> Tensor:
         content = torch.stack([batch.input_ids, batch.position_ids]).cpu().numpy()
         key = hashlib.blake2b(content.tobytes(), digest_size=16).digest()
-        if (known := self._known.get(key)) is not None:
-            return known.to(batch.input_ids.device)
+        if (cached := self._states.get(key)) is not None:
+            return cached.to(batch.input_ids.device)
         states = self._boundary.below(batch.input_ids, batch.position_ids)
-        if states.nbytes <= self._left:
-            self._left -= states.nbytes
-            self._known[key] = states.cpu()
+        if states.nbytes <= self._bytes_left:
+            self._bytes_left -= states.nbytes
+            self._states[key] = states.cpu()
         return states
 
 
-def hidden_sources(
-    cascade: "Cascade",
-    plan: Recipe,
-    train: PackedRows,
-    val: PackedRows,
-    num_steps: int,
-    progress: Progress,
-) -> tuple[Hidden, Hidden]:
-    """Return the sources for training and for validation of stage `plan.name`; fill the cache if the recipe has one.
+def whole_model_sources(model: PreTrainedModel, compile: bool = False) -> HiddenSources:
+    """Return sources that run the whole model; only the one for training rows is compiled."""
+    return HiddenSources(WholeModel(model, compile), WholeModel(model))
 
-    Raises `OutputError` when the cache does not fit on the disk, `TrainingError` for a base whose upper layers read
-    more than the hidden state below them, or whose states depend on more than the row.
+
+def stage_sources(
+    cascade: Cascade, plan: Recipe, train: PackedRows, val: PackedRows, num_steps: int, progress: Progress
+) -> HiddenSources:
+    """Return the sources of stage `plan.name`, and fill the cache on disk if the recipe has one.
+
+    Raises `OutputError` when the cache does not fit on the disk. With `cache_hidden` raises `TrainingError` for a base
+    with upper layers that read more than the hidden state below them, or with states that depend on more than the row.
     """
     model, base = cascade.model(plan.name), cascade.base
     boundary = Boundary(base, cascade.stages[plan.name])
-    whole, training = Whole(model), Whole(model, plan.compile)
+    sources = whole_model_sources(model, plan.compile)
     if is_prefix_lm(base.config):
         if plan.cache_hidden:
             raise TrainingError(
-                "cache_hidden: this base reads prompts in both directions (prefix_lm), so what it makes of a row "
-                "depends on what is learned of it, which the cache does not know: leave the option out."
+                "cache_hidden: this base reads prompts in both directions (prefix_lm), so its hidden states depend on "
+                "which tokens of a row are learned, and the cache is keyed by tokens alone. Remove the option."
             )
-        return training, whole
-    if not _is_enough(boundary, whole, train.batch(0, 1)):
+        return sources
+    if not _boundary_matches_model(boundary, sources.val, train.batch(0, 1)):
         if plan.cache_hidden:
             raise TrainingError(
-                f"cache_hidden: in a base of model type {base.config.model_type!r} a stage's layers read more than the "
-                "hidden state below them, so it cannot be cached: leave the option out."
+                f"cache_hidden: in a base of model type {base.config.model_type!r} the layers of a stage read more "
+                "than the hidden state below them, so it cannot be cached. Remove the option."
             )
-        return training, whole
+        return sources
     if not plan.cache_hidden:
-        return training, FromBoundary(boundary, Remembered(boundary))
+        return sources._replace(val=AboveBoundary(model, boundary, MemoryCache(boundary)))
     rows_per_step = plan.tokens_per_step // plan.seq_len
-    rows_at_once = max(1, plan.max_tokens_per_batch // plan.seq_len)
-    used = min(train.num_rows, num_steps * rows_per_step)
+    rows_per_pass = max(1, plan.max_tokens_per_batch // plan.seq_len)
+    used_rows = min(train.num_rows, num_steps * rows_per_step)
     if num_steps * rows_per_step <= train.num_rows:
         progress.note(
             "every row is used once, so this run gains nothing from the cache; further stages, heads and sweeps on the "
             "same rows do. For several passes over the same rows give --max-steps."
         )
     facts = boundary_facts(cascade, plan.name, boundary)
-    cached = HiddenCache(boundary, facts, torch.bfloat16, train, used, min(rows_at_once, rows_per_step))
-    checked = HiddenCache(boundary, facts, base.dtype, val, val.num_rows, rows_at_once)
-    for cache, rows in ((cached, "training"), (checked, "validation")):
-        cache.fill(rows, progress)
-    return FromBoundary(boundary, cached), FromBoundary(boundary, checked)
+    train_cache = DiskCache(boundary, facts, torch.bfloat16, train, used_rows, min(rows_per_pass, rows_per_step))
+    val_cache = DiskCache(boundary, facts, base.dtype, val, val.num_rows, rows_per_pass)
+    train_cache.fill("training", progress)
+    val_cache.fill("validation", progress)
+    return HiddenSources(AboveBoundary(model, boundary, train_cache), AboveBoundary(model, boundary, val_cache))
 
 
 @torch.no_grad()
-def _is_enough(boundary: Boundary, whole: Whole, batch: Batch) -> bool:
-    """Try the boundary on the first tokens of a row: is what follows from it what the model says?"""
-    part = Batch(*(t[:, :_TRIED_TOKENS].to(boundary.device) for t in batch))
+def _boundary_matches_model(boundary: Boundary, whole_model: HiddenSource, batch: Batch) -> bool:
+    """Check on a few tokens that running from the boundary gives what the whole model gives."""
+    part = Batch(*(t[:, :_CHECKED_TOKENS].to(boundary.device) for t in batch))
+    inputs = part.input_ids, part.position_ids
     try:
-        replayed: Any = boundary.above(boundary.below(*_inputs(part)), *_inputs(part))
+        replayed: Any = boundary.above(boundary.below(*inputs), *inputs)
     except (AttributeError, TypeError, RuntimeError):
         return False
-    return torch.allclose(replayed.float(), whole(part).float(), rtol=1e-2, atol=1e-3)
-
-
-def _inputs(batch: Batch) -> tuple[Tensor, Tensor]:
-    return batch.input_ids, batch.position_ids
+    return torch.allclose(replayed.float(), whole_model(part).float(), rtol=1e-2, atol=1e-3)

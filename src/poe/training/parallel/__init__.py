@@ -1,1 +1,1 @@
-"""Several processes as one run: the process group, ZeRO-2, and a sharded base."""
+"""Several processes: the process group, the optimizer's shards (ZeRO-2), the base's shards (FSDP2)."""

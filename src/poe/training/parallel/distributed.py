@@ -1,9 +1,9 @@
-"""Many processes as one run: what the launcher says, and the few things that the processes tell one another.
+"""Several processes as one run: the process group, and the values that the processes exchange.
 
 `torchrun` and `accelerate launch` start the same program once per device and describe the group in the environment
 (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT). Numbers travel through the process group (gloo on CPUs, NCCL
-on GPUs); words, and waiting that may take long, through the launcher's key-value store, as JSON. Without a launcher
-there is one process and none of this happens.
+on GPUs). JSON values, and waits that may be long, go through the launcher's key-value store. Without a launcher there
+is a single process and no group.
 """
 
 import contextlib
@@ -30,17 +30,24 @@ from poe.training.precision import default_device
 
 T = TypeVar("T")
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # a process that waits longer for the others gives up
-LAST_WORDS = 10.0  # seconds that the others wait until one has said why the run ends
-_LOST = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # how long a process waits for the others before it fails
+REPORT_TIMEOUT_S = 10.0  # how long the other processes wait until one has reported the error
+_LOST_PROCESS_MESSAGES = (
+    "gloo",
+    "NCCL",
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+)
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run, and which of them this one is.
+    """The processes of a run, and the place of this process among them.
 
-    `rank` counts over all nodes from 0, `local_rank` over this node; process 0 is the main one, the only one that
-    writes and reports. `device` is where this process computes. All processes call the same methods in the same order.
+    `rank` counts from 0 over all nodes, `local_rank` over this node. The process with rank 0 is the main process, the
+    only one that writes and reports. `device` is the device of this process. All processes must call the same methods
+    in the same order.
     """
 
     rank: int = 0
@@ -56,38 +63,38 @@ class World:
 
     @property
     def group(self) -> "dist.ProcessGroup | None":
-        """The process group, None for one process alone."""
+        """The process group; None for a single process."""
         return dist.group.WORLD if self.size > 1 else None
 
-    def own_rows(self, rows: int) -> slice:
-        """This process's part of a step's rows: equal parts, in the order of the ranks."""
-        own = rows // self.size
+    def own_rows(self, num_rows: int) -> slice:
+        """Return this process's rows of a step: equal parts, in the order of the ranks."""
+        own = num_rows // self.size
         return slice(self.rank * own, (self.rank + 1) * own)
 
-    def shares(self, rows: int, at_once: int) -> Iterator[range]:
-        """This process's parts of `rows` rows, at most `at_once` each: as many parts in every process, some empty."""
-        for start in range(0, rows, at_once * self.size):
-            first = start + self.rank * at_once
-            yield range(min(first, rows), min(first + at_once, rows))
+    def split_rows(self, num_rows: int, rows_per_part: int) -> Iterator[range]:
+        """Yield this process's parts of `num_rows` rows; all processes get equally many, of which some are empty."""
+        for start in range(0, num_rows, rows_per_part * self.size):
+            first = start + self.rank * rows_per_part
+            yield range(min(first, num_rows), min(first + rows_per_part, num_rows))
 
-    def all_sum(self, *values: float) -> list[float]:
-        """The sum of each value over all processes, in float64; the same bits in every process."""
+    def all_reduce(self, *values: float) -> list[float]:
+        """Return the sum of each value over all processes, in float64; the bits are the same in every process."""
         if self.size == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(total, group=self.group)
         return total.tolist()
 
-    def any_of(self, *flags: bool) -> list[bool]:
-        """For each flag, whether it is set in any process."""
-        return [total > 0 for total in self.all_sum(*flags)]
+    def any_process(self, *flags: bool) -> list[bool]:
+        """Return for each flag whether it is set in any process."""
+        return [total > 0 for total in self.all_reduce(*flags)]
 
     def barrier(self) -> None:
-        """Wait until all processes are here, for at most `COLLECTIVE_TIMEOUT`."""
-        self.all_sum(0.0)
+        """Wait until all processes call this, for at most `COLLECTIVE_TIMEOUT`."""
+        self.all_reduce(0.0)
 
-    def share(self, value: T | None = None) -> T:
-        """Return the main process's `value` (what JSON holds) in every process; it may take as long as it wants."""
+    def broadcast(self, value: T | None = None) -> T:
+        """Return the main process's `value`, a JSON value, in every process. There is no timeout."""
         if self.size == 1:
             return value  # type: ignore[return-value]
         key = f"poe/share/{next(self._turns)}"
@@ -96,72 +103,75 @@ class World:
         return self._wait(key)
 
     @contextlib.contextmanager
-    def in_order(self) -> Iterator[None]:
-        """Let the main process through the block first, then the first of every other node, then the rest.
+    def main_process_first(self) -> Iterator[None]:
+        """Run the block in the main process first, then in the first process of every other node, then in the rest.
 
-        What a process puts into a cache is thus made once per disk and found by the others. If the block fails in one
-        process, those that wait for it raise its message as a `TrainingError`.
+        So a cache is filled once per disk, and the other processes read it. If the block fails in one process, the
+        processes that wait for it raise its message as a `TrainingError`.
         """
         if self.size == 1:
             yield
             return
         key = f"poe/turn/{next(self._turns)}"
-        first = self.rank - self.local_rank  # launchers number the processes node by node
-        if not self.is_main and (failure := self._wait(f"{key}/{first if self.local_rank else 0}")):
+        first_on_node = self.rank - self.local_rank  # launchers number the processes node by node
+        if not self.is_main and (failure := self._wait(f"{key}/{first_on_node if self.local_rank else 0}")):
             self._set(f"{key}/{self.rank}", failure)
             raise TrainingError(failure)
         try:
             yield
         except BaseException as error:
-            self._speaker(str(error))  # it is this process's to say
+            self._claim_report(str(error))  # this process reports the error
             self._set(f"{key}/{self.rank}", str(error) or type(error).__name__)
             raise
         self._set(f"{key}/{self.rank}", "")
 
-    def same(self, facts: dict[str, Any]) -> None:
-        """Raise `TrainingError` where a fact (what JSON holds) is not that of the main process."""
+    def check_equal(self, facts: dict[str, Any]) -> None:
+        """Raise `TrainingError` if a fact, a JSON value, differs from that of the main process."""
         own = json.loads(json.dumps(facts))
-        theirs = self.share(own)
-        if changed := [f"{k}: {theirs.get(k)!r} -> {v!r}" for k, v in own.items() if theirs.get(k) != v]:
+        main = self.broadcast(own)
+        if different := [f"{k}: {main.get(k)!r} -> {v!r}" for k, v in own.items() if main.get(k) != v]:
             raise TrainingError(
-                f"Rank {self.rank} of {self.size} would train something else than rank 0 (there -> here): "
-                f"{'; '.join(changed)}. Start all of them with the same options, data and package."
+                f"Rank {self.rank} of {self.size} would train something else than rank 0 (rank 0 -> this rank): "
+                f"{'; '.join(different)}. Start all of them with the same options, data and package."
             )
 
     @contextlib.contextmanager
-    def one_speaks(self, text: str) -> Iterator[bool]:
-        """Yield True in one of the processes that have `text` to say; the others go on when it has said it.
+    def report_once(self, text: str) -> Iterator[bool]:
+        """Yield True in one of the processes that call this with `text`; the others leave the block after that one.
 
-        A launcher ends all processes when the first of them fails: none leaves before the message is out.
+        A launcher ends all processes when the first of them fails, so no process may leave before the report is out.
         """
-        speaker = self._speaker(text)
+        reporter = self._claim_report(text)
         key = f"poe/said/{_digest(text)}"
         try:
-            yield speaker == self.rank
+            yield reporter == self.rank
         finally:
             with contextlib.suppress(RuntimeError):
-                if speaker == self.rank:
+                if reporter == self.rank:
                     self._set(key, True)
                 else:
-                    self._wait(key, LAST_WORDS)
+                    self._wait(key, REPORT_TIMEOUT_S)
 
-    def _speaker(self, text: str) -> int:
-        """The rank of the first process that asked to say `text`; this one's where the store is gone."""
+    def _claim_report(self, text: str) -> int:
+        """Return the rank of the first process that claimed to report `text`; this rank if the store is gone."""
         if self.store is None:
             return self.rank
         with contextlib.suppress(RuntimeError):
-            said_by = self.store.compare_set(f"poe/speaker/{_digest(text)}", "", str(self.rank))
-            return int(said_by.decode())
+            reporter = self.store.compare_set(f"poe/speaker/{_digest(text)}", "", str(self.rank))
+            return int(reporter.decode())
         return self.rank
 
     def _set(self, key: str, value: Any) -> None:
         if self.store is not None:
             self.store.set(key, json.dumps(value))
 
-    def _wait(self, key: str, at_most: float | None = None) -> Any:
-        """The JSON value of a key, once it is there. Rank 0 or the launcher holds the store: it ends with them."""
+    def _wait(self, key: str, timeout_s: float | None = None) -> Any:
+        """Return the JSON value of a key when it is set; None after `timeout_s`.
+
+        The wait ends with an error when the process that holds the store ends: rank 0 or the launcher.
+        """
         assert self.store is not None
-        deadline = None if at_most is None else time.monotonic() + at_most
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while not self.store.check([key]):
             if deadline is not None and time.monotonic() > deadline:
                 return None
@@ -169,15 +179,15 @@ class World:
         return json.loads(self.store.get(key).decode())
 
 
-ALONE = World()
+SINGLE_PROCESS = World()
 
 
 @contextlib.contextmanager
-def joined_world() -> Iterator[World]:
-    """Join the processes that the launcher started, and leave them at the end, whatever happens.
+def join_world() -> Iterator[World]:
+    """Join the processes that the launcher started, and leave the group at the end, after errors as well.
 
-    One process without a launcher is `World()` on the default device. When another process dies, what waits for it
-    here becomes a `TrainingError` that says how to go on. Raises `TrainingError` for an incomplete environment.
+    A single process without a launcher is `World()` on the default device. When another process dies, a wait for it
+    raises a `TrainingError` with the way to continue. Raises `TrainingError` for an incomplete environment.
     """
     size = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
     if size == 1:
@@ -189,7 +199,7 @@ def joined_world() -> Iterator[World]:
             "accelerate launch, or unset RANK and WORLD_SIZE to train with one."
         )
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    device = _device(local_rank)
+    device = _choose_device(local_rank)
     try:
         store, rank, size = next(iter(dist.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT)))
         dist.init_process_group(
@@ -201,61 +211,61 @@ def joined_world() -> Iterator[World]:
             device_id=device if device.type == "cuda" else None,
         )
     except RuntimeError as error:
-        raise TrainingError(f"Process {os.environ['RANK']} did not find the others: {error}") from error
+        raise TrainingError(f"Process {os.environ['RANK']} could not connect to the others: {error}") from error
     world = World(rank, size, local_rank, device, store)
     try:
         yield world
     except BaseException as error:
-        _hold_signals()
+        _ignore_sigterm()
         traceback.clear_frames(error.__traceback__)
-        if _is_lost(error):
+        if _is_lost_process(error):
             raise TrainingError(
                 f"Another of the {size} processes stopped, so this run stops too. The newest checkpoint, if any, was "
-                "kept: go on from it with --resume and the same options; the number of processes may be another."
+                "kept: continue from it with --resume and the same options; the number of processes may change."
             ) from error
         raise
     finally:
-        # gloo ends its threads when nobody holds the group any more; left to the interpreter's own end, they abort it
+        # gloo ends its threads when the last reference to the group is gone; at the interpreter's exit they abort it
         dist.destroy_process_group()
         gc.collect()
 
 
-def even_rows(plan: Plan, world: World) -> int:
-    """The rows of a step, over all processes. Raises `RecipeError` when they cannot share them evenly."""
+def count_rows_per_step(plan: Plan, world: World) -> int:
+    """Return the rows of a step over all processes. Raises `RecipeError` if they cannot be divided evenly."""
     rows = plan.tokens_per_step // plan.seq_len
     if rows % world.size:
-        fitting = world.size * plan.seq_len
-        near = max(1, round(plan.tokens_per_step / fitting)) * fitting
-        numbers = [n for n in range(1, rows + 1) if rows % n == 0]
+        multiple = world.size * plan.seq_len
+        nearest = max(1, round(plan.tokens_per_step / multiple)) * multiple
+        sizes = [n for n in range(1, rows + 1) if rows % n == 0]
         raise RecipeError(
             f"Recipe {plan.name!r}: tokens_per_step ({plan.tokens_per_step}) is {rows} rows of {plan.seq_len} tokens, "
-            f"which {world.size} processes cannot share evenly. Expected a multiple of {fitting}, such as {near}, or "
-            f"one of these numbers of processes: {', '.join(map(str, numbers))}."
+            f"which {world.size} processes cannot share evenly. Expected a multiple of {multiple}, such as {nearest}, "
+            f"or one of these numbers of processes: {', '.join(map(str, sizes))}."
         )
     return rows
 
 
-def _device(local_rank: int) -> torch.device:
+def _choose_device(local_rank: int) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
         raise TrainingError(
-            f"This node has {torch.cuda.device_count()} GPUs, so there is none for its process {local_rank + 1}: start "
-            "no more processes per node than it has GPUs (--nproc-per-node)."
+            f"This node has {torch.cuda.device_count()} GPUs, but the launcher started its process {local_rank + 1}: "
+            "start no more processes per node than it has GPUs (--nproc-per-node)."
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 
 
-def _is_lost(error: BaseException) -> bool:
-    """Whether a collective failed because another process is gone (gloo raises a bare RuntimeError)."""
+def _is_lost_process(error: BaseException) -> bool:
+    """Return whether a collective failed because another process ended; gloo raises a bare RuntimeError."""
     if isinstance(error, dist.DistError):
         return True
-    return type(error) is RuntimeError and any(mark in str(error) for mark in _LOST)
+    return type(error) is RuntimeError and any(message in str(error) for message in _LOST_PROCESS_MESSAGES)
 
 
-def _hold_signals() -> None:
-    """From here on the process only says why it ends: the launcher's SIGTERM must not cut it off."""
+def _ignore_sigterm() -> None:
+    """Ignore SIGTERM from now on, so that the launcher cannot end this process before it has reported its error."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 

@@ -1,8 +1,8 @@
 """ZeRO-2: every process keeps the summed gradients and the optimizer state of its own shard only.
 
-After stage 2 of ZeRO (arXiv 1910.02054): gradients are reduce-scattered, each process updates its shard, the updated
-parameters are all-gathered. Traffic goes in flat buckets, in the parameters' own dtype; the calls are those that gloo
-and NCCL both have.
+This is stage 2 of ZeRO (arXiv 1910.02054): gradients are reduce-scattered, each process updates its shard, and the
+updated parameters are all-gathered. The data travels in flat buckets, in the dtype of the parameters, with collectives
+that gloo and NCCL both have.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,30 +10,31 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from einops import rearrange
 from torch import Tensor
 
-__all__ = ["Piece", "Shards", "divide"]
+__all__ = ["Piece", "Shards", "divide_parameters"]
 
-# A bucket holds this many elements over all ranks: 128 MiB in fp32, whatever the number of processes.
+# Elements of a bucket over all ranks: 128 MiB in fp32 for any number of processes.
 BUCKET_ELEMENTS = 1 << 25
 
 
 class Piece(NamedTuple):
-    """Elements `start` to `stop` of the flattened parameter number `parameter`."""
+    """Elements `start` to `stop` of the flattened parameter with index `parameter`."""
 
     parameter: int
     start: int
     stop: int
 
 
-class _Placed(NamedTuple):
-    """A piece and the position of its first element in its owner's segment."""
+class _PlacedPiece(NamedTuple):
+    """A piece, and the position of its first element in the segment of its rank."""
 
     piece: Piece
     offset: int
 
-    def within(self, start: int, stop: int) -> tuple[slice, slice] | None:
-        """The part between `start` and `stop` of the segment: where in the parameter, and where from `start` on."""
+    def overlap(self, start: int, stop: int) -> tuple[slice, slice] | None:
+        """Return the elements between `start` and `stop` of the segment, in the parameter and relative to `start`."""
         low, high = max(start, self.offset), min(stop, self.offset + self.piece.stop - self.piece.start)
         if low >= high:
             return None
@@ -41,20 +42,20 @@ class _Placed(NamedTuple):
         return slice(low + shift, high + shift), slice(low - start, high - start)
 
 
-class _Space(NamedTuple):
-    """The parameters that travel together (one dtype, one device): a segment per rank, the longest `length` long."""
+class _Buffer(NamedTuple):
+    """The parameters of one dtype and device: a segment for every rank, at most `length` elements long."""
 
     dtype: torch.dtype
     device: torch.device
-    segments: list[list[_Placed]]
+    segments: list[list[_PlacedPiece]]
     length: int
 
 
-def divide(sizes: Sequence[int], whole: Sequence[bool], world_size: int) -> list[list[Piece]]:
-    """Return each rank's pieces of parameters with `sizes` elements, of which those in `whole` must not be cut.
+def divide_parameters(sizes: Sequence[int], whole: Sequence[bool], world_size: int) -> list[list[Piece]]:
+    """Return each rank's pieces of parameters with `sizes` elements; `whole` marks those that must not be cut.
 
-    Whole ones go, the largest first, to the rank that has least; the others, end to end, are cut into `world_size`
-    equal parts. Every element belongs to one rank, and a rank has at most one piece of a parameter.
+    Whole parameters, the largest first, go to the rank with the fewest elements. The others are laid end to end and cut
+    into `world_size` equal parts. Every element belongs to one rank, and a rank has at most one piece of a parameter.
     """
     ranks: list[list[Piece]] = [[] for _ in range(world_size)]
     loads = [0] * world_size
@@ -77,10 +78,10 @@ def divide(sizes: Sequence[int], whole: Sequence[bool], world_size: int) -> list
 
 
 class Shards:
-    """What each process of a group owns of `params`, and the traffic that makes their copies agree.
+    """The shards of `params` in the processes of a group, and the collectives that keep the parameters equal.
 
-    `whole[i]`: parameter i may not be cut. Every process must give the same parameters in the same order. One step is
-    `reduce`, then `share` of every parameter, updated in place, then `gather`.
+    Where `whole[i]` is true, parameter i is not cut. Every process must pass the same parameters in the same order. A
+    step calls `reduce_gradients`, then updates `own_part` of every parameter in place, then `gather_parameters`.
 
     Raises `ValueError` for a parameter that is not contiguous in memory.
     """
@@ -92,35 +93,35 @@ class Shards:
         for param in self.params:
             if not param.is_contiguous():
                 raise ValueError(f"A sharded parameter must be contiguous, got strides {param.stride()}.")
-        self._spaces = list(self._make_spaces(whole))
-        own = [placed.piece for space in self._spaces for placed in space.segments[self.rank]]
-        self._own = {self.params[piece.parameter]: piece for piece in own}
-        self._grads: dict[Tensor, Tensor] | None = None  # of the own shard, summed over all ranks
-        self._present: list[int] = []  # by parameter, 1 where any rank has a gradient
+        self._buffers = list(self._make_buffers(whole))
+        own_pieces = [placed.piece for buffer in self._buffers for placed in buffer.segments[self.rank]]
+        self._own = {self.params[piece.parameter]: piece for piece in own_pieces}
+        self._grads: dict[Tensor, Tensor] | None = None  # of this rank's shard, summed over all ranks
+        self._has_gradient: list[int] = []  # for each parameter, 1 if any rank has a gradient
 
-    def _make_spaces(self, whole: Sequence[bool]) -> Iterator[_Space]:
-        together: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+    def _make_buffers(self, whole: Sequence[bool]) -> Iterator[_Buffer]:
+        groups: dict[tuple[torch.dtype, torch.device], list[int]] = {}
         for index, param in enumerate(self.params):
-            together.setdefault((param.dtype, param.device), []).append(index)
-        for (dtype, device), indices in together.items():
+            groups.setdefault((param.dtype, param.device), []).append(index)
+        for (dtype, device), indices in groups.items():
             sizes = [self.params[i].numel() for i in indices]
-            segments: list[list[_Placed]] = []
+            segments: list[list[_PlacedPiece]] = []
             length = 0
-            for pieces in divide(sizes, [whole[i] for i in indices], self.world_size):
+            for pieces in divide_parameters(sizes, [whole[i] for i in indices], self.world_size):
                 segment, offset = [], 0
                 for piece in pieces:
-                    segment.append(_Placed(piece._replace(parameter=indices[piece.parameter]), offset))
+                    segment.append(_PlacedPiece(piece._replace(parameter=indices[piece.parameter]), offset))
                     offset += piece.stop - piece.start
                 segments.append(segment)
                 length = max(length, offset)
-            yield _Space(dtype, device, segments, length)
+            yield _Buffer(dtype, device, segments, length)
 
     def piece(self, param: Tensor) -> Piece | None:
-        """The part of a parameter that this process owns; None where that is nothing."""
+        """Return the piece of a parameter that this process owns, or None."""
         return self._own.get(param)
 
     def cut(self, param: Tensor, whole: Tensor) -> Tensor:
-        """The own part of a tensor (the parameter's shape, kept where all of it is owned, else flat); not a copy."""
+        """Return a view of this process's part of `whole`, a tensor of the parameter's shape; a cut part is flat."""
         piece = self._own[param]
         if piece.stop - piece.start == param.numel():
             return whole.view(param.shape)
@@ -128,89 +129,93 @@ class Shards:
 
     @property
     def grads(self) -> list[Tensor]:
-        """The gradients of the own shard, summed over all ranks; scaling them in place scales the step."""
-        self.reduce()
+        """The gradients of this shard, summed over all ranks. Scaling them in place scales the step."""
+        self.reduce_gradients()
         assert self._grads is not None
         return list(self._grads.values())
 
-    def share(self, param: Tensor) -> tuple[Tensor, Tensor] | None:
-        """The own part of a parameter and its gradient, after `reduce`; None where no rank has a gradient."""
+    def own_part(self, param: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return this process's part of a parameter and its gradient; None if no rank has a gradient.
+
+        Call it after `reduce_gradients`.
+        """
         assert self._grads is not None
         if param not in self._grads:
             return None
         part = self.cut(param, param.detach())
         return part, self._grads[param].view(part.shape)
 
-    def norm(self, own: Tensor) -> Tensor:
-        """The global L2 norm (a scalar) from that of the own shard."""
-        squared = own.double().square()  # one dtype, whatever this rank's gradients have
+    def global_norm(self, own: Tensor) -> Tensor:
+        """Return the L2 norm over all shards, a scalar, from the norm `own` of this shard."""
+        squared = own.double().square()  # the same dtype on every rank
         dist.all_reduce(squared, group=self.process_group)
         return squared.sqrt_().to(own.dtype)
 
     @torch.no_grad()
-    def reduce(self) -> None:
-        """Sum the gradients over all ranks and keep the own shard's; once per step, so it may be called again.
+    def reduce_gradients(self) -> None:
+        """Sum the gradients over all ranks and keep those of this shard. Further calls in the same step do nothing.
 
         A gradient that only some ranks have counts as zero on the others.
         """
         if self._grads is not None:
             return
-        have = [int(p.grad is not None) for p in self.params]
-        present = torch.tensor(have, dtype=torch.int32, device=self.params[0].device)
-        dist.all_reduce(present, op=dist.ReduceOp.MAX, group=self.process_group)
-        self._present = present.tolist()
+        has_gradient = torch.tensor(
+            [int(p.grad is not None) for p in self.params], dtype=torch.int32, device=self.params[0].device
+        )
+        dist.all_reduce(has_gradient, op=dist.ReduceOp.MAX, group=self.process_group)
+        self._has_gradient = has_gradient.tolist()
         self._grads = {}
-        for space in self._spaces:
-            shard = torch.empty(space.length, dtype=space.dtype, device=space.device)
-            for start, stop in self._buckets(space):
-                # what pads a row is never read
-                sent = torch.empty(self.world_size, stop - start, dtype=space.dtype, device=space.device)
-                for row, segment in zip(sent, space.segments, strict=True):
+        for buffer in self._buffers:
+            shard = torch.empty(buffer.length, dtype=buffer.dtype, device=buffer.device)
+            for start, stop in self._buckets(buffer):
+                # the padding of a row is never read
+                sent = torch.empty(self.world_size, stop - start, dtype=buffer.dtype, device=buffer.device)
+                for row, segment in zip(sent, buffer.segments, strict=True):
                     for index, part, where in _parts(segment, start, stop):
                         grad = self.params[index].grad
                         row[where] = 0 if grad is None else grad.reshape(-1)[part]
                 _reduce_scatter(shard[start:stop], sent.view(-1), self.process_group)
-            for (index, begin, end), offset in space.segments[self.rank]:
-                if self._present[index]:
+            for (index, begin, end), offset in buffer.segments[self.rank]:
+                if self._has_gradient[index]:
                     self._grads[self.params[index]] = shard[offset : offset + end - begin]
 
     @torch.no_grad()
-    def gather(self) -> None:
-        """Give every rank the parts of the parameters that the others own; ends the step."""
-        for space in self._spaces:
-            for start, stop in self._buckets(space):
-                mine = torch.empty(stop - start, dtype=space.dtype, device=space.device)
-                for index, part, where in _parts(space.segments[self.rank], start, stop):
-                    mine[where] = self.params[index].detach().view(-1)[part]
-                received = torch.empty(self.world_size * (stop - start), dtype=space.dtype, device=space.device)
-                _all_gather(received, mine, self.process_group)
-                rows = received.view(self.world_size, -1)
-                for rank, segment in enumerate(space.segments):
+    def gather_parameters(self) -> None:
+        """Copy the updated parts of the parameters from every rank to all ranks, and end the step."""
+        for buffer in self._buffers:
+            for start, stop in self._buckets(buffer):
+                own = torch.empty(stop - start, dtype=buffer.dtype, device=buffer.device)
+                for index, part, where in _parts(buffer.segments[self.rank], start, stop):
+                    own[where] = self.params[index].detach().view(-1)[part]
+                received = torch.empty(self.world_size * (stop - start), dtype=buffer.dtype, device=buffer.device)
+                _all_gather(received, own, self.process_group)
+                rows = rearrange(received, "(rank n) -> rank n", rank=self.world_size)
+                for rank, segment in enumerate(buffer.segments):
                     for index, part, where in _parts(segment, start, stop) if rank != self.rank else ():
-                        if self._present[index]:  # what nobody changed keeps its version
+                        if self._has_gradient[index]:  # an unchanged parameter keeps its version
                             self.params[index].detach().view(-1)[part] = rows[rank, where]
-        self.forget()
+        self.clear_gradients()
 
-    def forget(self) -> None:
-        """Drop the summed gradients: the next `reduce` sums anew."""
+    def clear_gradients(self) -> None:
+        """Drop the summed gradients; the next `reduce_gradients` sums again."""
         self._grads = None
 
-    def _buckets(self, space: _Space) -> Iterator[tuple[int, int]]:
-        """The stretches of the segments that travel in one call."""
+    def _buckets(self, buffer: _Buffer) -> Iterator[tuple[int, int]]:
+        """Yield the ranges of the segments that one collective moves."""
         size = max(1, BUCKET_ELEMENTS // self.world_size)
-        for start in range(0, space.length, size):
-            yield start, min(start + size, space.length)
+        for start in range(0, buffer.length, size):
+            yield start, min(start + size, buffer.length)
 
 
-def _parts(segment: list[_Placed], start: int, stop: int) -> Iterator[tuple[int, slice, slice]]:
-    """Of every parameter with elements in a stretch of a segment: its index, the elements, their place in it."""
+def _parts(segment: list[_PlacedPiece], start: int, stop: int) -> Iterator[tuple[int, slice, slice]]:
+    """Yield for every parameter in a range of a segment: its index, its elements, and their place in the range."""
     for placed in segment:
-        overlap = placed.within(start, stop)
+        overlap = placed.overlap(start, stop)
         if overlap is not None:
             yield placed.piece.parameter, *overlap
 
 
-# torch 2.13 renames the two calls, and warns about the names that torch 2.9 has.
+# torch 2.13 renamed the two functions, and warns about the names that torch 2.9 has.
 
 
 def _reduce_scatter(output: Tensor, sent: Tensor, group: dist.ProcessGroup) -> None:

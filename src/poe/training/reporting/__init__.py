@@ -1,1 +1,1 @@
-"""What a run says: history, metrics, progress, estimate, trackers, and the report."""
+"""Reports of a run: history, metrics, progress, estimate, trackers, and the files in its folder."""

@@ -1,15 +1,15 @@
-"""What a run will take, said before its first step and compared with what it took.
+"""The estimate of a run, shown before its first step and compared with the outcome.
 
-Work: a frozen layer costs 2 operations per weight and token, a trained one 6 (forward, and a backward for the input and
-for the weight); the head only sees the positions that have a label: `2 N_below + 6 (N_stage + N_head x share)` per
-token. The head's own gradient is as large as the head, whatever form its delta has. Per step come Muon's matrix
-products; per validation `2 (N_below + N_stage + N_head x share)` per token. Time is all that at the speed of a forward
-pass of some rows, which is measured.
+Work: a frozen layer costs 2 operations per weight and token, a trained layer 6 (forward, and backward for the input and
+for the weight). The head computes only positions with a label. A step therefore costs
+`2 N_below + 6 (N_stage + N_head x share)` per token, plus Muon's matrix products; the head's gradient is as large as
+the head for every kind of head delta. A validation costs `2 (N_below + N_stage + N_head x share)` per token. The time
+is this work at the measured speed of a forward pass.
 
-Memory, beyond what the process holds when it is asked (libraries, model): per trained number its gradient, its copy in
-the best weights, its optimizer state (Muon one fp32 number, AdamW two, one more for a half-precision weight); per
+Memory, added to what the process already holds (libraries, model): per trained number its gradient, its copy in the
+best weights, and its optimizer state (Muon one fp32 number, AdamW two, one more for a half-precision weight); per
 number of the head its folded weight and two fp32 copies (the fold, the gradient); per token of a batch the inputs and
-outputs of every matrix that is trained, and of one frozen layer; a chunk of logits three times in fp32.
+outputs of every trained matrix and of one frozen layer; a chunk of logits three times in fp32.
 """
 
 import resource
@@ -29,12 +29,13 @@ from transformers import PreTrainedModel
 from poe.data.packing import Batch, Rows
 from poe.errors import OutputError
 from poe.stages.recipe import Plan
-from poe.training.checkpoints.files import checkpoints
-from poe.training.checkpoints.identity import sampled
+from poe.training.checkpoints.files import list_checkpoints
+from poe.training.checkpoints.identity import sample_rows
 from poe.training.loss import chunk_rows
 from poe.training.optim import POLAR_EXPRESS, MuonAdamW
+from poe.training.run import RunRows, RunSettings, TrainedModel
 
-CALIBRATION_TOKENS = 2048  # enough for a network to reach its speed
+CALIBRATION_TOKENS = 2048  # enough to measure the full speed of a network
 LABELS = {
     "parameters": "parameters trained",
     "tokens": "tokens",
@@ -47,24 +48,24 @@ LABELS = {
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes, seconds and numbers of a whole run. `flops_per_token` is that of a training step, without Muon's."""
+    """What a whole run will take. `flops_per_token` counts a training step without Muon."""
 
-    parameters: int  # numbers that are trained
-    tokens: int  # slots that go through the network in training, padding included
+    parameters: int  # trained numbers
+    tokens: int  # positions that go through the network in training, padding included
     flops_per_token: float
     seconds: float  # of all steps and validations
     memory_bytes: int  # peak of the process (CPU), or allocated on the GPU
-    result_bytes: int  # delta.safetensors to the byte; of a base its weights
-    disk_bytes: int  # most that lies in the run's folder at a time
+    result_bytes: int  # exact size of delta.safetensors; for a base the size of its weights
+    disk_bytes: int  # peak size of the run's folder
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON values: whole numbers, and seconds to three digits."""
+        """Return the fields as JSON values: integers, and seconds with three digits."""
         return {name: float(f"{v:.3g}") if name == "seconds" else round(v) for name, v in asdict(self).items()}
 
 
 @dataclass(frozen=True)
 class Weights:
-    """How many weights of a model multiply every token: frozen ones, trained ones, and those of the head."""
+    """The numbers of weights that multiply every token: frozen ones, trained ones, and those of the head."""
 
     below: int
     stage: int
@@ -72,17 +73,17 @@ class Weights:
 
 
 def count_weights(model: PreTrainedModel, parameters: Iterable[tuple[str, nn.Parameter]]) -> Weights:
-    """Count the matrices of a model by what becomes of them. Embeddings are looked up, not multiplied.
+    """Count the weights of a model's matrices. Embeddings do not count, because they are looked up.
 
-    A recurrent base runs its layers several times, and a mixture of experts some of them: both are counted once.
+    Every layer is counted once, although a recurrent base runs it several times and a mixture of experts only in part.
     """
     trained = {id(p) for _, p in parameters}
     head: Any = model.get_output_embeddings()
-    apart = {id(p) for p in head.parameters()}
-    apart |= {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    skipped = {id(p) for p in head.parameters()}
+    skipped |= {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     below = stage = 0
     for parameter in model.parameters():
-        if id(parameter) in apart or parameter.ndim < 2:
+        if id(parameter) in skipped or parameter.ndim < 2:
             continue
         if id(parameter) in trained:
             stage += parameter.numel()
@@ -92,65 +93,61 @@ def count_weights(model: PreTrainedModel, parameters: Iterable[tuple[str, nn.Par
 
 
 def trained_share(rows: Rows) -> float:
-    """Return the share of the slots that have a label, from at most 64 rows spread evenly."""
-    labels = [batch.labels for batch in sampled(rows)]
+    """Return the share of positions with a label, measured on at most 64 rows spread evenly."""
+    labels = [batch.labels for batch in sample_rows(rows)]
     return sum(int((part != -100).sum()) for part in labels) / sum(part.numel() for part in labels)
 
 
 def estimate_run(
-    model: PreTrainedModel,
-    parameters: list[tuple[str, nn.Parameter]],
-    optimizer: MuonAdamW,
     plan: Plan,
-    train: Rows,
-    val: Rows | None,
-    num_steps: int,
-    hidden: Callable[[Batch], torch.Tensor],
-    result_bytes: int | None = None,
-    cached: bool = False,
-    processes: int = 1,
+    trained: TrainedModel,
+    rows: RunRows,
+    settings: RunSettings,
+    optimizer: MuonAdamW,
+    num_processes: int = 1,
 ) -> Estimate:
-    """Return what training `parameters` of `model` by `plan` will take (see the module for how).
+    """Return what a run will take; the module's docstring has the formulas.
 
-    `hidden` is the forward pass of a run's step, (B, T) tokens -> (B, T, D); some rows go through it to be timed.
-    `result_bytes` is the size of the file that will be written, if the caller knows it; else two bytes a weight.
-    `cached`: hidden states come from a cache, so that the layers below cost nothing. `processes` share the rows and the
-    optimizer's state; what goes between them is not counted.
+    Some training rows go through `trained.sources.train` to measure its speed. If these states come from a cache, the
+    layers below the stage cost nothing. The size of a result of unknown size is two bytes per weight. `num_processes`
+    share the rows and the optimizer's state; the traffic between them is not counted.
     """
+    model, parameters, source = trained.model, trained.parameters, trained.sources.train
     numbers = sum(p.numel() for _, p in parameters)
-    some = train.batch(0, max(1, min(CALIBRATION_TOKENS, plan.tokens_per_step) // plan.seq_len))
-    model.eval()  # no dropout: nothing is drawn from the generators, which a run that is continued has just restored
-    some = Batch(*(part.to(parameters[0][1].device) for part in some))
+    timed_rows = rows.train.batch(0, max(1, min(CALIBRATION_TOKENS, plan.tokens_per_step) // plan.seq_len))
+    timed_rows = Batch(*(part.to(parameters[0][1].device) for part in timed_rows))
+    model.eval()  # without dropout the measurement draws no random numbers, so a resumed run continues exactly
     weights = count_weights(model, parameters)
-    if cached:
+    if source.cached:
         weights = replace(weights, below=0)
-    head = weights.head * trained_share(train)
-    per_token = 2 * weights.below + 6 * (weights.stage + head)
-    tokens = num_steps * plan.tokens_per_step
-    flops = tokens * per_token + num_steps * _muon_flops(optimizer)
-    if val is not None:
-        measures = 1 + -(-num_steps // plan.validation_every)
-        val_head = weights.head * trained_share(val)
-        flops += measures * val.num_rows * plan.seq_len * 2 * (weights.below + weights.stage + val_head)
+    head = weights.head * trained_share(rows.train)
+    flops_per_token = 2 * weights.below + 6 * (weights.stage + head)
+    tokens = settings.num_steps * plan.tokens_per_step
+    flops = tokens * flops_per_token + settings.num_steps * _muon_flops(optimizer)
+    if rows.val is not None:
+        num_validations = 1 + -(-settings.num_steps // plan.validation_every)
+        val_head = weights.head * trained_share(rows.val)
+        val_tokens = num_validations * rows.val.num_rows * plan.seq_len
+        flops += val_tokens * 2 * (weights.below + weights.stage + val_head)
     state = _state_bytes(optimizer)
-    own = sum(p.numel() * p.element_size() for _, p in parameters)
-    result = 2 * numbers if result_bytes is None else result_bytes
+    weight_bytes = sum(p.numel() * p.element_size() for _, p in parameters)
+    result_bytes = 2 * numbers if settings.result_bytes is None else settings.result_bytes
     return Estimate(
         parameters=numbers,
         tokens=tokens,
-        flops_per_token=per_token,
-        seconds=flops / processes / network_speed(hidden, some, weights),
-        memory_bytes=_memory(model, parameters, plan, own, state // processes),
-        result_bytes=result,
-        # one checkpoint more than are kept lies there while it is written; it holds current and best weights
-        disk_bytes=(plan.keep_checkpoints + 1) * (2 * own + state) + result,
+        flops_per_token=flops_per_token,
+        seconds=flops / num_processes / network_speed(source, timed_rows, weights),
+        memory_bytes=_memory_bytes(model, parameters, plan, weight_bytes, state // num_processes),
+        result_bytes=result_bytes,
+        # While a checkpoint is written there is one more than are kept. It holds the current and the best weights.
+        disk_bytes=(plan.keep_checkpoints + 1) * (2 * weight_bytes + state) + result_bytes,
     )
 
 
-def refuse_full_disk(run: Path, needed: int) -> None:
-    """Raise `OutputError` where `needed` bytes do not fit; the run's own checkpoints are among them."""
-    held = sum(path.stat().st_size for folder in checkpoints(run) for path in folder.iterdir())
-    free = shutil.disk_usage(run).free + held
+def check_disk_space(run: Path, needed: int) -> None:
+    """Raise `OutputError` unless `needed` bytes fit on the disk. The run's own checkpoints count as free space."""
+    checkpoint_bytes = sum(path.stat().st_size for folder in list_checkpoints(run) for path in folder.iterdir())
+    free = shutil.disk_usage(run).free + checkpoint_bytes
     if free < needed:
         raise OutputError(
             f"Not enough disk for {run}: this run writes up to {needed / 2**20:,.0f} MiB, {free / 2**20:,.0f} MiB are "
@@ -161,23 +158,23 @@ def refuse_full_disk(run: Path, needed: int) -> None:
 def network_speed(hidden: Callable[[Batch], torch.Tensor], rows: Batch, weights: Weights) -> float:
     """Return the operations per second of a forward pass of `rows` through the network, without its head.
 
-    Measured on the network itself: what a single matrix product reaches says little about a small model, whose norms
-    and attention take as long as its matrices, and nothing about a recurrent one.
+    The network itself is measured. The speed of a single matrix product does not predict that of a small model, where
+    norms and attention take as long as the matrices, or that of a recurrent one.
     """
     device = rows.input_ids.device
     fastest = float("inf")
     with torch.no_grad():
-        for _ in range(3):  # the first one also prepares
-            _wait(device)
+        for _ in range(3):  # the first pass includes preparations
+            _synchronize(device)
             started = time.perf_counter()
             hidden(rows)
-            _wait(device)
+            _synchronize(device)
             fastest = min(fastest, time.perf_counter() - started)
     return 2 * rows.input_ids.numel() * (weights.below + weights.stage) / fastest
 
 
 def memory_now(device: torch.device) -> int:
-    """Bytes that this process holds: resident on the CPU, allocated by tensors on a GPU."""
+    """Return the bytes that this process holds now: resident on the CPU, allocated by tensors on a GPU."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     try:
@@ -187,28 +184,28 @@ def memory_now(device: torch.device) -> int:
 
 
 def memory_peak(device: torch.device) -> int:
-    """The most bytes that this process has held so far: resident on the CPU, allocated by tensors on a GPU."""
+    """Return the most bytes that this process has held: resident on the CPU, allocated by tensors on a GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def comparison(estimate: dict[str, Any], actual: dict[str, Any]) -> dict[str, float]:
-    """Return what happened over what was estimated, for every quantity of which both are known."""
+def compare_with_estimate(estimate: dict[str, Any], actual: dict[str, Any]) -> dict[str, float]:
+    """Return the ratio of the actual to the estimated value, for every quantity that has both."""
     return {name: round(actual[name] / estimate[name], 3) for name in actual if estimate.get(name)}
 
 
 def estimate_table(estimate: dict[str, Any], actual: dict[str, Any] | None = None) -> Table:
-    """A small table of an estimate; with `actual`, what happened stands beside it."""
+    """Return a table of an estimate, with columns for the actual values if they are given."""
     table = Table(title="estimate" if actual is None else "estimate and outcome", title_justify="left")
     for column in ("", "estimate", *(() if actual is None else ("actual", "ratio"))):
         table.add_column(column, justify="right" if column else "left")
-    ratios = {} if actual is None else comparison(estimate, actual)
+    ratios = {} if actual is None else compare_with_estimate(estimate, actual)
     for name, label in LABELS.items():
-        row = [label, readable(name, estimate[name])]
+        row = [label, format_quantity(name, estimate[name])]
         if actual is not None:
             row += [
-                readable(name, actual[name]) if name in actual else "",
+                format_quantity(name, actual[name]) if name in actual else "",
                 f"{ratios[name]:.2f}" if name in ratios else "",
             ]
         table.add_row(*row)
@@ -216,12 +213,14 @@ def estimate_table(estimate: dict[str, Any], actual: dict[str, Any] | None = Non
 
 
 def estimate_line(estimate: dict[str, Any]) -> str:
-    """The same in one line, for a log."""
-    return "estimate: " + ", ".join(f"{label} {readable(name, estimate[name])}" for name, label in LABELS.items())
+    """Return an estimate as one line for a log."""
+    return "estimate: " + ", ".join(
+        f"{label} {format_quantity(name, estimate[name])}" for name, label in LABELS.items()
+    )
 
 
-def readable(name: str, value: float) -> str:
-    """Return a quantity of an estimate with its unit."""
+def format_quantity(name: str, value: float) -> str:
+    """Format a quantity of an estimate with its unit."""
     if name.endswith("_bytes"):
         return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.2f} MB"
     if name == "seconds":
@@ -230,14 +229,17 @@ def readable(name: str, value: float) -> str:
 
 
 def _muon_flops(optimizer: MuonAdamW) -> float:
-    """Operations of one step's orthogonalizing: per iteration two products of a matrix, one of its Gram matrix."""
+    """Return the operations of one step's orthogonalization.
+
+    An iteration takes two products with the matrix and one with its Gram matrix.
+    """
     flops = 0.0
     for group in optimizer.param_groups:
         if group["kind"] == "muon":
             for parameter in group["params"]:
                 rows, cols = parameter.shape
-                least = min(rows, cols)
-                flops += len(POLAR_EXPRESS) * (4 * rows * cols * least + 2 * least**3)
+                smaller_side = min(rows, cols)
+                flops += len(POLAR_EXPRESS) * (4 * rows * cols * smaller_side + 2 * smaller_side**3)
     return flops
 
 
@@ -250,29 +252,29 @@ def _state_bytes(optimizer: MuonAdamW) -> int:
     return 4 * numbers
 
 
-def _memory(
-    model: PreTrainedModel, parameters: list[tuple[str, nn.Parameter]], plan: Plan, own: int, state: int
+def _memory_bytes(
+    model: PreTrainedModel, parameters: list[tuple[str, nn.Parameter]], plan: Plan, weight_bytes: int, state_bytes: int
 ) -> int:
     device = parameters[0][1].device
     trained = {id(p) for _, p in parameters}
     head: Any = model.get_output_embeddings()
     size = parameters[0][1].element_size()
-    kept, passing = 0, [0]  # elements per token: of trained matrices, of the frozen layers'
+    kept, frozen = 0, [0]  # elements per token: of all trained layers, of each frozen layer
     for layer in (m for name, m in model.named_modules() if name.rpartition(".")[2].isdigit()):
         matrices = [m for m in layer.modules() if isinstance(m, nn.Linear)]
-        wide = sum(m.in_features + m.out_features for m in matrices)
+        elements = sum(m.in_features + m.out_features for m in matrices)
         if any(id(p) in trained for p in layer.parameters()):
-            kept += wide
+            kept += elements
         else:
-            passing.append(wide)
+            frozen.append(elements)
     rows = min(plan.max_tokens_per_batch, plan.tokens_per_step) // plan.seq_len
     tokens = max(rows, 1) * plan.seq_len
     logits = min(chunk_rows(head.weight), tokens) * head.weight.shape[0]
-    activations = tokens * (kept + max(passing)) * size + 3 * 4 * logits
+    activations = tokens * (kept + max(frozen)) * size + 3 * 4 * logits
     folded = head.weight.numel() * (8 + (0 if id(head.weight) in trained else head.weight.element_size()))
-    return max(memory_peak(device), memory_now(device) + 2 * own + state + folded + activations)
+    return max(memory_peak(device), memory_now(device) + 2 * weight_bytes + state_bytes + folded + activations)
 
 
-def _wait(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

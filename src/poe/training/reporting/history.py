@@ -1,4 +1,4 @@
-"""What happened in a run so far."""
+"""The history of a run."""
 
 import math
 from dataclasses import dataclass, field
@@ -7,23 +7,23 @@ from typing import Any
 
 @dataclass
 class History:
-    """It is saved with every checkpoint and ends in training.json."""
+    """The measurements of a run so far. They are saved with every checkpoint and end up in training.json."""
 
-    # step, epoch, loss (nats per trained token), grad_norm, lr_factor, tokens_per_s; of a base with several stages also
-    # stage_losses, the last of which is the loss
+    # step, epoch, loss (nats per label), grad_norm, lr_factor, tokens_per_s; for a base with several stages also
+    # stage_losses, of which the last is the loss
     steps: list[dict[str, Any]] = field(default_factory=list)
-    # step, val_bpb, val_loss (nats per trained token); of a base with several stages also stage_bpb
+    # step, val_bpb, val_loss (nats per label); for a base with several stages also stage_bpb
     evals: list[dict[str, Any]] = field(default_factory=list)
     best_step: int = -1
     best_bpb: float = math.inf
-    seconds: float = 0.0
-    tokens: int = 0  # slots that went through the network, padding included
+    seconds: float = 0.0  # of the steps
+    tokens: int = 0  # positions that went through the network, padding included
     eval_seconds: float = 0.0
-    peak_bytes: int = 0  # of memory, over all processes that took part one after the other
-    estimate: dict[str, Any] = field(default_factory=dict)  # what was said before the first step
-    name: str = ""  # what trackers know the run by
+    peak_bytes: int = 0  # peak memory over all processes that continued the run
+    estimate: dict[str, Any] = field(default_factory=dict)  # made before the first step
+    name: str = ""  # the name of the run in the trackers
 
     @property
     def actual(self) -> dict[str, Any]:
-        """What happened, under the names of the estimate."""
+        """The actual values of the quantities that were estimated."""
         return {"tokens": self.tokens, "seconds": self.seconds + self.eval_seconds, "memory_bytes": self.peak_bytes}

@@ -1,4 +1,4 @@
-"""metrics.jsonl: a line a step and a line a validation, from which reports are drawn and trackers are fed."""
+"""metrics.jsonl: one line for every step and every validation. The report is drawn from it."""
 
 import json
 import os
@@ -13,10 +13,11 @@ Record = dict[str, Any]
 
 
 class Metrics:
-    """The open file. It begins with `records`, what a checkpoint knows of a run; what came after that is redone.
+    """The open file of a run.
 
-    So there is one line for every step and every validation, in order, however often the run was stopped. `listener` is
-    told of every new record. Without a folder nothing is written. Raises `OutputError` when the disk refuses.
+    The file starts with `records`, the history in the checkpoint of a resumed run, so that it has one line for every
+    step and every validation, in order. `listener` receives every new record. Without a folder nothing is written.
+    Raises `OutputError` when a write fails.
     """
 
     def __init__(
@@ -24,7 +25,7 @@ class Metrics:
     ):
         self.path = Path(os.devnull) if run is None else run / METRICS
         self._listener = listener
-        # a validation comes after the step it follows
+        # the validation after a step follows the line of that step
         ordered = sorted(records, key=lambda record: (record["step"], "val_bpb" in record))
         try:
             if run is not None:
@@ -33,14 +34,14 @@ class Metrics:
                 new.replace(self.path)
             self._file = self.path.open("a", encoding="utf-8")
         except OSError as error:
-            raise self._refused(error) from error
+            raise self._output_error(error) from error
 
     def write(self, record: Record) -> None:
         try:
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
         except OSError as error:
-            raise self._refused(error) from error
+            raise self._output_error(error) from error
         if self._listener is not None:
             self._listener(record)
 
@@ -50,14 +51,14 @@ class Metrics:
     def __exit__(self, *exception: object) -> None:
         self._file.close()
 
-    def _refused(self, error: OSError) -> OutputError:
+    def _output_error(self, error: OSError) -> OutputError:
         return OutputError(f"{self.path} could not be written: {error.strerror}. Free some space, then use --resume.")
 
 
 def read_metrics(run: Path) -> tuple[list[Record], list[Record]]:
     """Return the records of the steps and those of the validations in a run's metrics.jsonl.
 
-    A last line that a killed run left unfinished is passed over. Raises `OutputError` when there is no such file.
+    An unfinished last line of a killed run is skipped. Raises `OutputError` when there is no such file.
     """
     try:
         lines = (run / METRICS).read_text(encoding="utf-8").splitlines(keepends=True)

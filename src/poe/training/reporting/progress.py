@@ -1,4 +1,4 @@
-"""Live bars on a terminal - steps, the epoch they are in, validation - and plain lines in a log."""
+"""Progress of a run: live bars on a terminal (steps, epoch, validation), plain lines in a log."""
 
 import time
 
@@ -7,18 +7,18 @@ from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
-PLAIN_EVERY_S = 10.0
+LINE_INTERVAL_S = 10.0
 
 
 def console() -> Console:
-    """The console that runs report to: standard error, so that results can be piped."""
+    """Return the console for reports: standard error, so that results on standard output can be piped."""
     return Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 class Progress:
     """Shows step, epoch, loss, tokens/s and time left, and a line for every validation.
 
-    Bars where standard error is a terminal; plain lines where it is a file, a pipe, or `TERM=dumb`.
+    It shows bars if standard error is a terminal, and plain lines if it is a file, a pipe, or `TERM=dumb`.
     """
 
     def __init__(self, title: str, quiet: bool = False) -> None:
@@ -29,48 +29,50 @@ class Progress:
         self._last_line = 0.0
         self._smooth_loss: float | None = None
         self._steps = 0
-        self._epoch = 0.0  # in steps; not a whole number where a step straddles two
+        self._steps_per_epoch = 0.0
         self._started = time.monotonic()
         self._first = 0
 
     def start(self, step: int, num_steps: int, steps_per_epoch: float) -> None:
-        self._steps, self._epoch = num_steps, steps_per_epoch
+        self._steps, self._steps_per_epoch = num_steps, steps_per_epoch
         self._first, self._started = step, time.monotonic()
         if self.quiet or not self.console.is_interactive:
             return
         self._live = RichProgress(
             TextColumn("{task.description}"),
             BarColumn(),
-            TextColumn("{task.fields[said]}"),
+            TextColumn("{task.fields[text]}"),
             TimeRemainingColumn(),
             console=self.console,
         )
-        self._step_bar = self._live.add_task(self.title, total=num_steps, completed=step, said="")
-        self._epoch_bar = self._live.add_task("", total=steps_per_epoch, visible=num_steps > steps_per_epoch, said="")
-        self._eval_bar = self._live.add_task("validation", total=None, visible=False, said="")
+        self._step_bar = self._live.add_task(self.title, total=num_steps, completed=step, text="")
+        self._epoch_bar = self._live.add_task("", total=steps_per_epoch, visible=num_steps > steps_per_epoch, text="")
+        self._eval_bar = self._live.add_task("validation", total=None, visible=False, text="")
         self._live.start()
 
     def step(self, step: int, loss: float, tokens_per_s: float) -> None:
         smooth = self._smooth_loss
         self._smooth_loss = loss if smooth is None else 0.9 * smooth + 0.1 * loss
-        said = f"step {step}/{self._steps}  loss {self._smooth_loss:.3f}  {tokens_per_s:,.0f} tok/s"
+        text = f"step {step}/{self._steps}  loss {self._smooth_loss:.3f}  {tokens_per_s:,.0f} tok/s"
         if self._live is not None:
-            epoch = min(int((step - 1) / self._epoch), self._epochs - 1)  # 0, 1, ...: the one this step began in
-            self._live.update(self._step_bar, completed=step, said=said)
+            epoch = min(
+                int((step - 1) / self._steps_per_epoch), self._epochs - 1
+            )  # 0, 1, ...: the epoch in which this step began
+            self._live.update(self._step_bar, completed=step, text=text)
             self._live.update(
                 self._epoch_bar,
                 description=f"epoch {epoch + 1}/{self._epochs}",
-                completed=step - epoch * self._epoch,
+                completed=step - epoch * self._steps_per_epoch,
             )
-        elif not self.quiet and (time.monotonic() - self._last_line > PLAIN_EVERY_S or step == self._steps):
+        elif not self.quiet and (time.monotonic() - self._last_line > LINE_INTERVAL_S or step == self._steps):
             self._last_line = time.monotonic()
             left = (time.monotonic() - self._started) / max(step - self._first, 1) * (self._steps - step)
-            epoch_said = f"  epoch {step / self._epoch:.2f}/{self._steps / self._epoch:.2f}"
-            self.console.print(f"{self.title}: {said}{epoch_said}  {left / 60:.1f} min left")
+            epoch_text = f"  epoch {step / self._steps_per_epoch:.2f}/{self._steps / self._steps_per_epoch:.2f}"
+            self.console.print(f"{self.title}: {text}{epoch_text}  {left / 60:.1f} min left")
 
     @property
     def _epochs(self) -> int:
-        return max(1, -int(-self._steps // self._epoch))
+        return max(1, -int(-self._steps // self._steps_per_epoch))
 
     def evaluating(self, row: int, num_rows: int) -> None:
         if self._live is not None:
@@ -80,7 +82,7 @@ class Progress:
         self.note(f"step {step}: val bpb {bpb:.4f}")
 
     def table(self, table: Table, line: str) -> None:
-        """Show a table on a terminal, `line` in a log."""
+        """Show `table` on a terminal, or `line` in a log."""
         if self.quiet:
             return
         if self.console.is_interactive:

@@ -1,4 +1,4 @@
-"""What a run leaves behind besides weights: training.json, report.png, and a folder that was checked beforehand."""
+"""The output folder of a run, and the records in it: training.json and report.png."""
 
 import importlib.metadata
 import json
@@ -13,20 +13,26 @@ import torch
 
 from poe.errors import OutputError, TrainingError
 from poe.training.checkpoints.files import UNFINISHED, has_checkpoint
-from poe.training.reporting.estimate import comparison
+from poe.training.reporting.estimate import compare_with_estimate
+from poe.training.reporting.history import History
 from poe.training.reporting.metrics import METRICS, read_metrics
+from poe.training.reporting.progress import Progress
 from poe.training.reporting.tracking import TENSORBOARD, WANDB
 
 REPORT = "report.png"
-CHUNKS = "chunks.jsonl"  # what a stream of text was packed into so far
-# What a run that failed early may leave; it does not make a folder taken.
+CHUNKS = "chunks.jsonl"  # the state of streamed packing
+# Files of a run that failed early. A folder with nothing else counts as empty.
 LEFTOVERS = ("dropped.jsonl", CHUNKS, METRICS, METRICS + ".new", UNFINISHED, TENSORBOARD, WANDB)
 RESULTS = ("delta.safetensors", "model.safetensors")
 VERSIONED = ("torch", "transformers", "safetensors", "tokenizers", "poe-cascade")
 
 
 def prepare_output(folder: Path, resume: bool) -> Path:
-    """Return `folder`, made if it is missing. Refuses one that holds something, unless `resume` finds a run there."""
+    """Make the output folder of a run and return it.
+
+    Raises `OutputError` for a folder that is not empty or cannot be written, `TrainingError` if `resume` finds no
+    checkpoint.
+    """
     folder = folder.expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -47,21 +53,21 @@ def prepare_output(folder: Path, resume: bool) -> Path:
     return folder
 
 
-def remove_if_unused(run: Path) -> None:
-    """Remove what a failed run left, if it left neither a checkpoint nor a result: the next try finds a free folder."""
+def remove_leftovers(run: Path) -> None:
+    """Empty the folder of a run that failed before a checkpoint or a result, so that it can be used again."""
     if any((run / name).exists() for name in RESULTS) or has_checkpoint(run):
         return
     for path in [path for pattern in LEFTOVERS for path in run.glob(pattern)]:
         if path.match(UNFINISHED):
             shutil.rmtree(path, ignore_errors=True)
         elif path.is_file() and (path.name != "dropped.jsonl" or path.stat().st_size == 0):
-            path.unlink()  # dropped rows may be why it failed: they stay, and so does what a tracker wrote
+            path.unlink()  # the list of dropped rows and the trackers' folders may explain the failure: they stay
     if run.exists() and not any(run.iterdir()):
         run.rmdir()
 
 
 def environment() -> dict[str, Any]:
-    """Versions and hardware, as training.json records them."""
+    """Return versions and hardware, for training.json."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     versions = {}
     for name in VERSIONED:
@@ -78,22 +84,33 @@ def environment() -> dict[str, Any]:
     }
 
 
+def note_data(summary: Mapping[str, Any], seconds: float, progress: Progress) -> None:
+    """Report the prepared data: rows read, kept and dropped by source, and how full the packed rows are."""
+    for source, counts in summary["rows"].items():
+        dropped = ", ".join(f"{reason} {n}" for reason, n in counts["dropped"].items()) or "none"
+        progress.note(f"{source}: {counts['read']} rows read, {counts['kept']} kept; dropped: {dropped}")
+    progress.note(
+        f"{summary['packed_rows']} rows of {summary['seq_len']} tokens, {summary['fill']:.1%} full, "
+        f"{summary['trained_tokens']:,} of {summary['tokens']:,} tokens trained, in {seconds:.0f} s"
+    )
+
+
 def write_training_json(folder: Path, record: Mapping[str, Any]) -> None:
     (folder / "training.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def outcome(history: Any) -> dict[str, Any]:
-    """Return, for training.json, what was estimated, what happened, and the ratio of the two."""
+def outcome_record(history: History) -> dict[str, Any]:
+    """Return the estimate, the actual values and their ratios, for training.json."""
     actual = {name: round(value, 2) for name, value in history.actual.items()}
-    return {"estimate": history.estimate, "actual": actual, "ratio": comparison(history.estimate, actual)}
+    return {"estimate": history.estimate, "actual": actual, "ratio": compare_with_estimate(history.estimate, actual)}
 
 
 def draw_report(run: Path) -> bool:
-    """Draw `run`/report.png from `run`/metrics.jsonl alone; returns False where matplotlib is not installed.
+    """Draw `run`/report.png from `run`/metrics.jsonl; return False if matplotlib is not installed.
 
-    Loss in nats per trained token, validation in bits per byte (thin lines: the stages of a PoE base below the last),
-    what the learning rates were multiplied by, the norm of the gradient before clipping, tokens per second. Raises
-    `OutputError` when there is no metrics.jsonl.
+    The panels are: loss in nats per label; validation in bits per byte (thin lines: the lower stages of a PoE base);
+    the factor of the learning rates; the norm of the gradient before clipping; tokens per second. Raises `OutputError`
+    when there is no metrics.jsonl.
     """
     try:
         from matplotlib.figure import Figure
@@ -135,7 +152,7 @@ def _columns(points: list[tuple[float, float]]) -> tuple[list[float], list[float
 
 
 def _smoothed(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The mean of each point and those around it, a twentieth of all at most."""
-    reach = max(1, len(points) // 40)
-    windows = [points[max(0, i - reach) : i + reach + 1] for i in range(len(points))]
+    """Return a moving average over at most a twentieth of the points."""
+    radius = max(1, len(points) // 40)
+    windows = [points[max(0, i - radius) : i + radius + 1] for i in range(len(points))]
     return [(x, sum(y for _, y in window) / len(window)) for (x, _), window in zip(points, windows, strict=True)]

@@ -1,134 +1,143 @@
-"""Trackers by name: they are told what metrics.jsonl holds, and whatever becomes of them, the run goes on."""
+"""Trackers: the classes of accelerate, chosen by name. A tracker that fails is dropped, and the run continues."""
 
 import contextlib
 import importlib.util
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from poe.errors import MissingExtraError, RecipeError, suggest
 
 PROJECT = "poe"
-TENSORBOARD, WANDB = "tensorboard", "wandb"  # their folders in the run's folder
+TENSORBOARD, WANDB = "tensorboard", "wandb"  # the folders of these trackers in the folder of the run
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """A run as a tracker sees it. A resumed run has the name of the first run, and the step of its checkpoint."""
+
+    name: str
+    config: Mapping[str, Any]
+    folder: Path
+    step: int  # 0 for a new run
 
 
 class Tracker(Protocol):
-    """What a tracker can do. Each call may fail in any way: `Trackers` keeps that from the run."""
+    """The methods of accelerate's trackers that a run calls. Any of them may fail."""
 
-    def start(self, name: str, config: Mapping[str, Any], run: Path, step: int) -> None:
-        """Begin the run `name` in folder `run`, or continue it after `step` (0: it is new)."""
+    def start(self) -> None: ...
 
-    def log(self, record: Mapping[str, Any]) -> None:
-        """Take a line of metrics.jsonl: numbers by name, `step` among them."""
+    def log(self, values: dict[str, float], step: int | None = None) -> None: ...
 
-    def finish(self) -> None:
-        """Say that no more will come."""
+    def finish(self) -> None: ...
 
 
-class Trackio:
-    """trackio: kept on this machine (`trackio show --project poe`), or on a Space if it is told to by its variables."""
+def make_trackio(run: TrackedRun) -> Tracker:
+    """Return a tracker of trackio, which stores runs on this machine (`trackio show --project poe`) or on a Space."""
+    from accelerate.tracking import TrackioTracker
 
-    def start(self, name: str, config: Mapping[str, Any], run: Path, step: int) -> None:
-        import trackio
-
-        self._run = trackio.init(project=PROJECT, name=name, config=dict(config), resume="allow", embed=False)
-
-    def log(self, record: Mapping[str, Any]) -> None:
-        values, step = _split(record)
-        self._run.log(values, step=step)
-
-    def finish(self) -> None:
-        self._run.finish()
+    return TrackioTracker(PROJECT, name=run.name, config=dict(run.config), resume="allow", embed=False)
 
 
-class WandB:
-    """Weights & Biases; without an account `WANDB_MODE=offline` keeps the run in its folder."""
+def make_wandb(run: TrackedRun) -> Tracker:
+    """Return a tracker of Weights & Biases. Without an account, `WANDB_MODE=offline` writes into the run's folder."""
+    from accelerate.tracking import WandBTracker
 
-    def start(self, name: str, config: Mapping[str, Any], run: Path, step: int) -> None:
-        import wandb
-
-        self._run = wandb.init(
-            project=PROJECT, name=name, id=name, config=dict(config), dir=run, resume="allow", reinit="create_new"
-        )
-
-    def log(self, record: Mapping[str, Any]) -> None:
-        values, step = _split(record)
-        self._run.log(values, step=step)
-
-    def finish(self) -> None:
-        self._run.finish()
+    options = {"id": run.name, "dir": run.folder, "resume": "allow", "reinit": "create_new"}
+    return WandBTracker(PROJECT, name=run.name, config=dict(run.config), **options)
 
 
-class TensorBoard:
-    """TensorBoard's event files, in `tensorboard/` of the run's folder."""
+def make_tensorboard(run: TrackedRun) -> Tracker:
+    """Return a tracker that writes event files of TensorBoard into `tensorboard/` in the run's folder.
 
-    def start(self, name: str, config: Mapping[str, Any], run: Path, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+    A resumed run repeats the steps after its checkpoint. `purge_step` makes TensorBoard show the repeated ones.
+    """
+    from accelerate.tracking import TensorBoardTracker
 
-        # What was written after the checkpoint is redone: TensorBoard then shows the newer.
-        self._writer = SummaryWriter(str(run / TENSORBOARD), purge_step=step + 1 if step else None)
-
-    def log(self, record: Mapping[str, Any]) -> None:
-        values, step = _split(record)
-        for key, value in values.items():
-            self._writer.add_scalar(key, value, step)
-
-    def finish(self) -> None:
-        self._writer.close()
+    return TensorBoardTracker(TENSORBOARD, run.folder, purge_step=run.step + 1 if run.step else None)
 
 
-TRACKERS: dict[str, type[Tracker]] = {"trackio": Trackio, WANDB: WandB, TENSORBOARD: TensorBoard}
+MakeTracker = Callable[[TrackedRun], Tracker]
+TRACKERS: dict[str, MakeTracker] = {"trackio": make_trackio, WANDB: make_wandb, TENSORBOARD: make_tensorboard}
 
 
 class Trackers:
-    """Any number of trackers by name; one that fails is reported by one `note` and left out from then on."""
+    """Any number of trackers by name. When one fails, `note` reports it once and it is dropped."""
 
-    def __init__(self, trackers: Mapping[str, Tracker], note: Callable[[str], None]) -> None:
-        self._working = dict(trackers)
+    def __init__(self, makers: Mapping[str, MakeTracker], note: Callable[[str], None]) -> None:
+        self._makers = dict(makers)
+        self._trackers: dict[str, Tracker] = {}
         self._note = note
 
-    def start(self, name: str, config: Mapping[str, Any], run: Path, step: int) -> None:
-        self._tell(lambda tracker: tracker.start(name, config, run, step))
+    @property
+    def names(self) -> list[str]:
+        """The names of the trackers, in order."""
+        return list(self._makers)
+
+    def start(self, name: str, config: Mapping[str, Any], folder: Path, step: int) -> None:
+        """Start the run `name` in its folder, or continue it after `step`."""
+        run = TrackedRun(name, config, folder, step)
+        if self._makers:
+            from accelerate.state import PartialState
+
+            PartialState()  # accelerate's trackers log through it
+        for tracker_name, make in self._makers.items():
+            with self._drop_if_failing(tracker_name):
+                tracker = make(run)
+                tracker.start()
+                self._trackers[tracker_name] = tracker
 
     def log(self, record: Mapping[str, Any]) -> None:
-        self._tell(lambda tracker: tracker.log(record))
+        """Log a line of metrics.jsonl: numbers by name, and `step`."""
+        values = split_lists(record)
+        step = int(values.pop("step"))
+        for name, tracker in list(self._trackers.items()):
+            with self._drop_if_failing(name):
+                tracker.log(values, step=step)
 
     def finish(self) -> None:
-        self._tell(lambda tracker: tracker.finish())
+        """Finish the run in every tracker."""
+        for name, tracker in list(self._trackers.items()):
+            with self._drop_if_failing(name):
+                tracker.finish()
 
-    def _tell(self, what: Callable[[Tracker], None]) -> None:
-        for name, tracker in list(self._working.items()):
-            try:
-                with contextlib.redirect_stdout(sys.stderr):  # they talk; standard output is for results
-                    what(tracker)
-            except Exception as error:  # somebody else's program, and nothing of the run's result depends on it
-                del self._working[name]
-                said = str(error).partition("\n")[0]
-                self._note(f"{name} failed and is left out: {type(error).__name__}: {said}. metrics.jsonl has it all.")
+    @contextlib.contextmanager
+    def _drop_if_failing(self, name: str) -> Any:
+        try:
+            with contextlib.redirect_stdout(sys.stderr):  # trackers print; standard output is for results
+                yield
+        except Exception as error:  # any library may fail here, and the result does not depend on it
+            self._trackers.pop(name, None)
+            reason = str(error).partition("\n")[0]
+            self._note(
+                f"the tracker {name} failed and was dropped: {type(error).__name__}: {reason}. metrics.jsonl has all "
+                "records."
+            )
 
 
 def open_trackers(names: str, note: Callable[[str], None]) -> Trackers:
-    """Return the trackers of a comma list such as `trackio,tensorboard`; none for an empty one.
+    """Return the trackers of a comma-separated list such as `trackio,tensorboard`.
 
     Raises `RecipeError` for an unknown name, `MissingExtraError` for a library that is not installed.
     """
-    wanted = [name for name in (part.strip() for part in names.split(",")) if name]
-    for name in wanted:
+    chosen = [name for name in (part.strip() for part in names.split(",")) if name]
+    for name in chosen:
         if name not in TRACKERS:
             raise RecipeError(f"Unknown tracker {name!r} in track.{suggest(name, TRACKERS)}")
         if importlib.util.find_spec(name) is None:
             package = '"poe-cascade[track]"' if name == "trackio" else name
             raise MissingExtraError(f"track: {name} is not installed: pip install {package}")
-    return Trackers({name: TRACKERS[name]() for name in dict.fromkeys(wanted)}, note)
+    return Trackers({name: TRACKERS[name] for name in dict.fromkeys(chosen)}, note)
 
 
-def _split(record: Mapping[str, Any]) -> tuple[dict[str, float], int]:
-    """The numbers of a record by name, those of a list by name and place, and the step that they are of."""
+def split_lists(record: Mapping[str, Any]) -> dict[str, float]:
+    """Return a record with one number for each element of a list, such as `stage_losses/0`."""
     values: dict[str, float] = {}
     for key, value in record.items():
         if isinstance(value, list):
-            values |= {f"{key}/{place}": part for place, part in enumerate(value)}
-        elif key != "step":
+            values |= {f"{key}/{index}": element for index, element in enumerate(value)}
+        else:
             values[key] = value
-    return values, int(record["step"])
+    return values

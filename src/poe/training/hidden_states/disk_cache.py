@@ -1,11 +1,10 @@
-"""Hidden states at a stage's boundary on disk: written once per row, read by every run that stands on the same.
+"""A cache on disk of the hidden states at a stage's boundary, for every run on the same base and rows.
 
-`$POE_CACHE/hidden/BOUNDARY/ROWS.safetensors`. BOUNDARY is a hash of all that decides what a row looks like there: the
-base's weights and config, the parents, the layers, the dtypes. ROWS is a hash of the token ids and positions of the
-rows in a shard, so runs that share rows share shards, whatever else they are. A shard appears under its name when it is
-whole. It is checked byte by byte when a run begins, and made again if anything is wrong with it; two processes that
-fill one cache take the missing shards in an order of their own and find each other's work done. Any file may be deleted
-at any time.
+The files are `$POE_CACHE/hidden/BOUNDARY/ROWS.safetensors`. BOUNDARY is a hash of everything that decides the states of
+a row: the base's weights and config, the parents, the layers, the dtypes. ROWS is a hash of the token ids and positions
+of the rows in a shard, so runs that share rows share shards. A shard gets its name when it is complete. It is checked
+byte by byte when a run begins, and computed again if it is damaged. Two processes that fill one cache compute the
+missing shards in different orders and skip those that the other has finished. Any file may be deleted at any time.
 """
 
 import contextlib
@@ -19,7 +18,7 @@ import time
 import zlib
 from collections import defaultdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers
@@ -27,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from poe.cascade import Cascade
 from poe.data.cache import cache_root
 from poe.data.packing import Batch, PackedRows
 from poe.errors import OutputError
@@ -35,18 +35,15 @@ from poe.modeling.fingerprint import fingerprint_tensors
 from poe.modeling.placement import quantization_of
 from poe.training.reporting.progress import Progress
 
-if TYPE_CHECKING:
-    from poe.cascade import Cascade
-
 SHARD_BYTES = 1 << 26
-NOTE_EVERY_S = 30.0
-ABANDONED_S = 3600.0  # a shard takes seconds to write: what is unfinished for this long was left by a killed process
-_LAYOUT = 1  # of a shard: raise it when what lies in one changes
+PROGRESS_INTERVAL_S = 30.0
+ABANDONED_AFTER_S = 3600.0  # a shard takes seconds to write: an older unfinished file was left by a killed process
+_LAYOUT = 1  # version of the content of a shard; increase it when that changes
 _STATES = "states"
 
 
-def boundary_facts(cascade: "Cascade", name: str, boundary: Boundary) -> dict[str, Any]:
-    """Return, as JSON values, all that decides what a row looks like at the boundary below stage `name`."""
+def boundary_facts(cascade: Cascade, name: str, boundary: Boundary) -> dict[str, Any]:
+    """Return, as JSON values, everything that decides the states of a row at the boundary below stage `name`."""
     base, stage = cascade.base, cascade.stages[name]
     config = {k: v for k, v in base.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
     return {
@@ -63,10 +60,10 @@ def boundary_facts(cascade: "Cascade", name: str, boundary: Boundary) -> dict[st
     }
 
 
-class HiddenCache:
-    """The first `used` of `rows` as `boundary` sees them, stored in `dtype`; call it with rows to read their states.
+class DiskCache:
+    """The states at `boundary` of the first `used_rows` of `rows`, stored in `dtype`. Call it with rows to read them.
 
-    `facts` are those of `boundary_facts`; `rows_at_once` go through the base together.
+    `facts` are the result of `boundary_facts`. The base computes `rows_per_pass` rows in one forward pass.
     """
 
     def __init__(
@@ -75,20 +72,20 @@ class HiddenCache:
         facts: dict[str, Any],
         dtype: torch.dtype,
         rows: PackedRows,
-        used: int,
-        rows_at_once: int,
+        used_rows: int,
+        rows_per_pass: int,
     ) -> None:
         facts = {**facts, "stored_in": str(dtype).removeprefix("torch.")}
         key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
         self.folder = cache_root() / "hidden" / key
         self._facts, self._boundary, self._dtype = facts, boundary, dtype
-        self._rows, self._rows_at_once = rows, rows_at_once
+        self._rows, self._rows_per_pass = rows, rows_per_pass
         self._row_shape = (boundary.states, rows.seq_len, boundary.width)
         self.row_bytes = boundary.states * rows.seq_len * boundary.width * dtype.itemsize
-        # A power of two: batches of a power of two then never straddle shards.
+        # A power of two: batches of a power of two rows then lie in one shard.
         per_shard = 1 << (max(1, SHARD_BYTES // self.row_bytes).bit_length() - 1)
-        numbers = {digest: n for n in reversed(range(used)) for digest in row_digests(rows.batch(n, 1))}
-        self._numbers = sorted(numbers.values())  # of equal rows, the first
+        numbers = {digest: n for n in reversed(range(used_rows)) for digest in row_digests(rows.batch(n, 1))}
+        self._numbers = sorted(numbers.values())  # of equal rows only the first is stored
         digests = {n: digest for digest, n in numbers.items()}
         self._shards: dict[str, list[int]] = {}
         self._places: dict[bytes, tuple[str, int]] = {}
@@ -99,7 +96,7 @@ class HiddenCache:
             self._places |= {digests[n]: (shard, at) for at, n in enumerate(members)}
 
     def path(self, shard: str) -> Path:
-        """Return where a shard lies."""
+        """Return the file of a shard."""
         return self.folder / f"{shard}.safetensors"
 
     @property
@@ -107,53 +104,56 @@ class HiddenCache:
         """The names of the shards, in the order of the rows."""
         return list(self._shards)
 
-    def fill(self, what: str, progress: Progress) -> None:
-        """Say what is needed, then compute and write every shard that is missing or damaged.
+    def fill(self, use: str, progress: Progress) -> None:
+        """Report the sizes, then compute and write every shard that is missing or damaged. `use` names the rows.
 
-        Raises `OutputError` before anything is computed if the disk has too little room, and when it cannot be written.
+        Raises `OutputError` before anything is computed if the disk has too little space, and when a write fails.
         """
         missing = [shard for shard in self._shards if not self._is_whole(shard)]
         sizes = {shard: len(self._shards[shard]) * self.row_bytes for shard in missing}
         count, (states, length, width) = len(self._numbers), self._row_shape
         progress.note(
-            f"hidden states of {count:,} {what} rows: {count:,} x {states * length:,} x {width:,} numbers x "
+            f"hidden states of {count:,} {use} rows: {count:,} x {states * length:,} x {width:,} numbers x "
             f"{self._dtype.itemsize} bytes = {_mib(count * self.row_bytes)} in {self.folder}, "
             f"{_mib(sum(sizes.values()))} of it to be written"
         )
         if not missing:
             return
         self._prepare_folder(sum(sizes.values()))
-        random.Random().shuffle(missing)  # not the generator that a seed was given to; unlike another process's
-        started, said, done = time.monotonic(), time.monotonic(), 0
+        random.Random().shuffle(
+            missing
+        )  # an unseeded generator: every process has its own order, and the run's generator is untouched
+        started = last_note = time.monotonic()
+        done = 0
         for shard in missing:
-            if not self.path(shard).exists() or not self._is_whole(shard):  # another process may have been here
-                self._make(shard)
+            if not self.path(shard).exists() or not self._is_whole(shard):  # another process may have written it
+                self._write_shard(shard)
             done += len(self._shards[shard])
-            if time.monotonic() - said > NOTE_EVERY_S:
-                said = time.monotonic()
-                left = (said - started) / done * (sum(map(len, self._shards.values())) - done)
+            if time.monotonic() - last_note > PROGRESS_INTERVAL_S:
+                last_note = time.monotonic()
+                left = (last_note - started) / done * (sum(map(len, self._shards.values())) - done)
                 progress.note(f"hidden states: {done:,} rows computed, at most {left / 60:.1f} min left")
         seconds = time.monotonic() - started
-        progress.note(f"{done:,} {what} rows computed in {seconds:.0f} s, {done * length / seconds:,.0f} tokens/s")
+        progress.note(f"{done:,} {use} rows computed in {seconds:.0f} s, {done * length / seconds:,.0f} tokens/s")
 
     def __call__(self, batch: Batch) -> Tensor:
-        """Rows of (B, T) tokens -> their states (B, K, T, D), on the batch's device in the dtype they are stored in."""
-        wanted = defaultdict(list)
+        """Return the states (B, K, T, D) of rows of (B, T) tokens, on the batch's device in the stored dtype."""
+        places = defaultdict(list)
         for index, digest in enumerate(row_digests(batch)):
             shard, at = self._places[digest]
-            wanted[shard].append((index, at))
+            places[shard].append((index, at))
         states = torch.empty((len(batch.input_ids), *self._row_shape), dtype=self._dtype)
-        for shard, members in wanted.items():
+        for shard, members in places.items():
             try:
                 self._read(shard, members, states)
-            except (OSError, SafetensorError):  # deleted under our feet, which a cache must bear
+            except (OSError, SafetensorError):  # the file was deleted during the run
                 self._prepare_folder(len(self._shards[shard]) * self.row_bytes)
-                self._make(shard)
+                self._write_shard(shard)
                 self._read(shard, members, states)
         return states.to(batch.input_ids.device)
 
     def _read(self, shard: str, members: list[tuple[int, int]], states: Tensor) -> None:
-        # Mapped for the moment only: pages that were read once do not stay counted as this process's memory.
+        # The file is mapped only while it is read, so its pages do not count as memory of this process.
         with safe_open(self.path(shard), framework="pt") as file:
             stored = file.get_slice(_STATES)
             for index, at in members:
@@ -161,7 +161,7 @@ class HiddenCache:
 
     def _is_whole(self, shard: str) -> bool:
         try:
-            with safe_open(self.path(shard), framework="pt") as file:  # refuses a file of the wrong length
+            with safe_open(self.path(shard), framework="pt") as file:  # raises for a file of the wrong length
                 states = file.get_tensor(_STATES)
                 expected = (len(self._shards[shard]), *self._row_shape)
                 return (
@@ -172,43 +172,43 @@ class HiddenCache:
         except (OSError, SafetensorError):
             return False
 
-    def _make(self, shard: str) -> None:
+    def _write_shard(self, shard: str) -> None:
         parts = []
         members = self._shards[shard]
-        for start in range(0, len(members), self._rows_at_once):
-            rows = [self._rows.batch(n, 1) for n in members[start : start + self._rows_at_once]]
+        for start in range(0, len(members), self._rows_per_pass):
+            rows = [self._rows.batch(n, 1) for n in members[start : start + self._rows_per_pass]]
             part = Batch(*(torch.cat(tensors).to(self._boundary.device) for tensors in zip(*rows, strict=True)))
             parts.append(self._boundary.below(part.input_ids, part.position_ids).to("cpu", self._dtype))
         states = torch.cat(parts)
-        scratch = None
+        temporary = None
         try:
-            handle, scratch = tempfile.mkstemp(prefix=f".{shard[:8]}-", suffix=".part", dir=self.folder)
+            handle, temporary = tempfile.mkstemp(prefix=f".{shard[:8]}-", suffix=".part", dir=self.folder)
             os.close(handle)
-            save_file({_STATES: states}, scratch, metadata={"crc32": _checksum(states)})
-            os.replace(scratch, self.path(shard))
+            save_file({_STATES: states}, temporary, metadata={"crc32": _checksum(states)})
+            os.replace(temporary, self.path(shard))
         except (OSError, SafetensorError) as error:
             raise OutputError(
-                f"Hidden states could not be written to {self.folder}: {error}. What was written stays: free some "
-                "space, or name another folder with the environment variable POE_CACHE, and start again."
+                f"Hidden states could not be written to {self.folder}: {error}. The finished files are kept: free some "
+                "space, or set another folder with the environment variable POE_CACHE, and start again."
             ) from error
         finally:
-            if scratch is not None:
+            if temporary is not None:
                 with contextlib.suppress(OSError):
-                    os.unlink(scratch)
+                    os.unlink(temporary)
 
     def _prepare_folder(self, needed: int) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for path in self.folder.glob(".*.part"):
                 with contextlib.suppress(OSError):
-                    if time.time() - path.stat().st_mtime > ABANDONED_S:
+                    if time.time() - path.stat().st_mtime > ABANDONED_AFTER_S:
                         path.unlink()
             free = shutil.disk_usage(self.folder).free
-            if needed + needed // 10 > free:  # a tenth for the rest of the run
+            if needed + needed // 10 > free:  # a tenth is left for the rest of the run
                 raise OutputError(
-                    f"Not enough disk for hidden states in {self.folder}: {_mib(needed)} and a tenth to spare are "
-                    f"needed, {_mib(free)} are free. Free some space, name another folder with the environment "
-                    "variable POE_CACHE, train on fewer rows, or leave cache_hidden out."
+                    f"Not enough disk for hidden states in {self.folder}: {_mib(needed)} and a tenth more are "
+                    f"needed, {_mib(free)} are free. Free some space, set another folder with the environment "
+                    "variable POE_CACHE, train on fewer rows, or turn cache_hidden off."
                 )
             about = self.folder / "about.json"
             if not about.exists():
@@ -220,7 +220,7 @@ class HiddenCache:
 
 
 def row_digests(batch: Batch) -> list[bytes]:
-    """A name for every row of a batch: a hash of its token ids and positions."""
+    """Return a hash of the token ids and positions of every row."""
     content = torch.stack([batch.input_ids, batch.position_ids], dim=1).cpu().numpy()  # (B, 2, T)
     return [hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in content]
 

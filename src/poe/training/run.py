@@ -1,0 +1,51 @@
+"""The parts of a training run, as the engine and the estimate take them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from poe.data.packing import Rows
+from poe.training.hidden_states.sources import HiddenSources
+from poe.training.parallel.distributed import SINGLE_PROCESS, World
+from poe.training.reporting.progress import Progress
+from poe.training.reporting.tracking import Trackers
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model, and the parameters of it that are trained and saved."""
+
+    model: PreTrainedModel
+    parameters: list[tuple[str, nn.Parameter]]
+    sources: HiddenSources
+    token_bytes: Tensor  # (V,) UTF-8 bytes of every token, 0 for special tokens; bits per byte are divided by them
+
+
+@dataclass(frozen=True)
+class RunRows:
+    """The packed rows of a run, (B, T) tokens each. Without validation rows the newest weights count as the best."""
+
+    train: Rows
+    val: Rows | None
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """The folder and the length of a run."""
+
+    folder: Path  # of the checkpoints and metrics.jsonl
+    num_steps: int
+    facts: Mapping[str, str] = field(default_factory=dict)  # a checkpoint with other facts is not continued
+    result_bytes: int | None = None  # size of the file that the run will write, for the estimate
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """Where a run reports, and the processes that share its rows. Only the main process writes."""
+
+    progress: Progress
+    trackers: Trackers
+    world: World = SINGLE_PROCESS
