@@ -18,8 +18,8 @@ from poe import Cascade, StageConfig
 from poe.data.packing import Batch
 from poe.modeling.boundary import Boundary
 from poe.modeling.families import family_of, logits_of
-from poe.training.hidden_states.cache import row_digests
-from poe.training.hidden_states.sources import FromBoundary
+from poe.training.hidden_states.disk_cache import row_digests
+from poe.training.hidden_states.sources import AboveBoundary
 from poe.training.loss import cross_entropy_sum
 from poe.training.optim import build_optimizer
 
@@ -156,7 +156,7 @@ def stage(make_base: MakeBase, length: int, s: Settings, head: str = "dense", ca
         optimizer = build_optimizer(own.named_parameters(), model.config.hidden_size, **rates)
     backbone = family_of(model).backbone_of(model)
     boundary = Boundary(cascade.base, own)
-    forward = FromBoundary(boundary, RowMemory(boundary)) if cached else hidden_states(backbone, s)
+    forward = AboveBoundary(model, boundary, RowMemory(boundary)) if cached else hidden_states(backbone, s)
     numbers = own.num_parameters()
     flops = cost.stage(own, s.stage_layers, head, cached)
     # bf16 weights have fp32 masters in the optimizer: no autocast

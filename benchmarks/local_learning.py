@@ -23,7 +23,7 @@ from poe.data.packing import Batch
 from poe.modeling.families import logits_of
 from poe.modeling.modeling_poe import PoEConfig, PoEForCausalLM
 from poe.stages import load_base_recipe
-from poe.training.local import Stagewise
+from poe.training.hidden_states.sources import StagePredictions
 from poe.training.loss import cross_entropy_sum
 from poe.training.precision import choose_dtype
 
@@ -65,7 +65,7 @@ def measure(arm: str, args: argparse.Namespace) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for _ in range(2):  # the first one prepares, too
         batch = Batch(ids, ids, torch.arange(recipe.seq_len).expand_as(ids))
-        for hidden, weight, _ in Stagewise(model, arm == "local").predictions(batch, learning=True):
+        for hidden, weight, _ in StagePredictions(model, arm == "local").predictions(batch, learning=True):
             cross_entropy_sum(hidden, weight, batch.labels, logits_of(config)).backward()
     print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 

@@ -25,7 +25,8 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
-from poe.training.optim import MuonAdamW, build_optimizer, default_iteration_dtype
+from poe.training.optim import MuonAdamW, build_optimizer
+from poe.training.precision import choose_dtype
 
 Named = list[tuple[str, nn.Parameter]]
 STEPS = 30
@@ -186,7 +187,7 @@ def main() -> None:
         "shape": {k: v for k, v in vars(args).items() if k != "json"},
         "torch": torch.__version__,
         "cpus": os.cpu_count(),
-        "default_iteration_dtype": str(default_iteration_dtype()),
+        "default_iteration_dtype": str(choose_dtype("auto")),
         "seconds": seconds,
         "two_processes": two_against_one(args),
     }

@@ -97,7 +97,7 @@ def child(name: str, multiplier: float, given: dict[str, Any]) -> None:
     print(json.dumps({"step": 0, "tokens": 0, "seconds": 0.0, "loss": held_out_loss()}), flush=True)
     for step in range(given["steps"]):
         batch = Batch(*data.train.batch(step, rows))
-        factor = lr_factor(step, given["steps"], start=0.0, warmup=0.05, warmdown=0.9, final=0.0)
+        factor = lr_factor(step, given["steps"], initial_lr_factor=0.0, warmup_ratio=0.05, warmdown_ratio=0.9)
         arm.scale_rates(factor)
         started = time.perf_counter()
         arm.step(batch)

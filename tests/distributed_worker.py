@@ -14,10 +14,10 @@ import torch
 from poe import Cascade, train_stage
 from poe.commands.train import main
 from poe.data.packing import Batch
-from poe.training import engine
-from poe.training.parallel.distributed import World, joined_world
+from poe.training.parallel.distributed import World, join_world
 from poe.training.parallel.sharding import resident_bytes
 from poe.training.reporting.progress import Progress
+from poe.training.step import TrainingStep
 
 FIELDS: dict[str, Any] = {
     "seq_len": 512,
@@ -37,13 +37,13 @@ PROMPT = [list(range(40, 60))]
 def rows_seen() -> list[list[int]]:
     """Every row that goes through the network from now on, as a number, one list per call of the step's batches."""
     seen: list[list[int]] = []
-    batches = engine.Engine._batches
+    micro_batches = TrainingStep._micro_batches
 
-    def recorded(self: engine.Engine, batch: Batch):  # type: ignore[no-untyped-def]
+    def recorded(self: TrainingStep, batch: Batch):  # type: ignore[no-untyped-def]
         seen.append([hash(tuple(row)) for row in batch.input_ids.tolist()])
-        return batches(self, batch)
+        return micro_batches(self, batch)
 
-    engine.Engine._batches = recorded  # type: ignore[method-assign]
+    TrainingStep._micro_batches = recorded  # type: ignore[method-assign]
     return seen
 
 
@@ -73,7 +73,7 @@ def train(base: Path, out: Path, world: World, **fields: Any) -> tuple[Cascade, 
 
 
 def check(folder: Path, base: Path) -> None:
-    with joined_world() as world:
+    with join_world() as world:
         said: dict[str, Any] = {}
         seen = rows_seen()
         _, said["plain"] = train(base, folder / "plain", world)

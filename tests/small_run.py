@@ -17,7 +17,10 @@ from poe.data.packing import PackedRows, pack
 from poe.stages import Recipe
 from poe.training.checkpoints import files as checkpoint
 from poe.training.engine import Engine
+from poe.training.hidden_states.sources import whole_model_sources
 from poe.training.reporting.progress import Progress
+from poe.training.reporting.tracking import Trackers
+from poe.training.run import RunContext, RunRows, RunSettings, TrainedModel
 
 VOCABULARY = 61
 PLAN = Recipe(
@@ -43,8 +46,14 @@ def rows(count: int, seed: int) -> PackedRows:
     return pack([(ids, np.ones(len(ids), bool)) for ids in documents], PLAN.seq_len, seed=seed)
 
 
-def small_engine(run: Path, plan: Recipe = PLAN, **options: Any) -> tuple[Engine, Cascade]:
-    """Everything depends on seeds; nothing on the moment or the process."""
+def small_engine(
+    run: Path,
+    plan: Recipe = PLAN,
+    train: PackedRows | None = None,
+    facts: dict[str, str] | None = None,
+    trackers: Trackers | None = None,
+) -> tuple[Engine, Cascade]:
+    """Return an engine that depends on seeds only, not on the time or the process."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     cascade = Cascade(LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **sizes)))
@@ -53,11 +62,12 @@ def small_engine(run: Path, plan: Recipe = PLAN, **options: Any) -> tuple[Engine
     stage.requires_grad_(True)
     run.mkdir(parents=True, exist_ok=True)
     model = cascade.model(plan.name)
-    sizes_of_tokens = torch.ones(VOCABULARY, dtype=torch.int64)
-    quiet = Progress("small", quiet=True)
-    named = stage.named_parameters()
-    data = (options.pop("train", None) or rows(40, 1), rows(4, 2), sizes_of_tokens)
-    return Engine(model, named, plan, *data, run, plan.max_steps or 1, quiet, **options), cascade
+    token_bytes = torch.ones(VOCABULARY, dtype=torch.int64)
+    parameters = list(stage.named_parameters())
+    trained = TrainedModel(model, parameters, whole_model_sources(model, plan.compile), token_bytes)
+    settings = RunSettings(run, plan.max_steps or 1, facts or {})
+    context = RunContext(Progress("small", quiet=True), trackers or Trackers({}, print))
+    return Engine(plan, trained, RunRows(train or rows(40, 1), rows(4, 2)), settings, context), cascade
 
 
 def train(run: Path, ready: Connection | None = None, deadly_operation: int | None = None) -> None:
@@ -74,7 +84,7 @@ def train(run: Path, ready: Connection | None = None, deadly_operation: int | No
         ready.send(None)
     engine.run(resume=checkpoint.has_checkpoint(run))
     cascade.save_stage(PLAN.name, run)
-    engine.clean_up()
+    engine.remove_checkpoints()
 
 
 def die_at(operation: int) -> None:

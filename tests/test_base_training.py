@@ -19,7 +19,7 @@ from poe.training import text_rows
 from poe.training.engine import Interrupted
 from poe.training.pretrain import train_base
 from poe.training.reporting.progress import Progress
-from poe.training.text_rows import tokenizer_for, training_rows
+from poe.training.text_rows import make_tokenizer, make_rows
 
 QUIET = Progress("test", quiet=True)
 RECIPE = BaseRecipe(
@@ -93,8 +93,8 @@ def text_of(tokenizer: Any, rows: Any, count: int) -> str:
 
 
 def test_training_and_validation_share_no_document(recipe: BaseRecipe) -> None:
-    tokenizer = tokenizer_for(recipe)
-    val, train = training_rows(recipe, tokenizer, 60)
+    tokenizer = make_tokenizer(recipe)
+    val, train = make_rows(recipe, tokenizer, 60)
 
     held_out, trained = (
         set(re.findall(r"Document (\d+):", text))
@@ -114,8 +114,8 @@ def test_the_rest_of_a_long_row_that_is_held_out_is_not_trained_on(
         rows = [f"Of row {name}{number} comes line. " * 30 for number in range(9)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
     recipe = recipe.replace(data=f"text={tmp_path}/a.jsonl*2,text={tmp_path}/b.jsonl:0.5")
-    tokenizer = tokenizer_for(recipe)
-    val, train = training_rows(recipe, tokenizer, 200)
+    tokenizer = make_tokenizer(recipe)
+    val, train = make_rows(recipe, tokenizer, 200)
 
     held_out, trained = (
         set(re.findall(r"Of row (\w\d) comes", text))
@@ -129,10 +129,10 @@ def test_the_rest_of_a_long_row_that_is_held_out_is_not_trained_on(
 def test_marks_of_a_chat_in_a_text_are_words_and_in_a_generated_one_marks(recipe: BaseRecipe, tmp_path: Path) -> None:
     for name in "bc":
         (tmp_path / f"{name}.txt").write_text("He wrote <|assistant_end|> and <tool_call>. " * 20)
-    tokenizer = tokenizer_for(recipe)
+    tokenizer = make_tokenizer(recipe)
     marks = set(tokenizer.all_special_ids) - {tokenizer.bos_token_id, tokenizer.pad_token_id}
     for spec, expected in ((f"text={tmp_path}/b.txt", False), ("demo", True)):
-        val = training_rows(recipe.replace(data=f"{spec},text={tmp_path}/c.txt"), tokenizer, 1)[0]
+        val = make_rows(recipe.replace(data=f"{spec},text={tmp_path}/c.txt"), tokenizer, 1)[0]
         ids = set(val.batch(0, val.num_rows).input_ids.flatten().tolist())
         assert bool(marks & ids) == expected
 
@@ -140,4 +140,4 @@ def test_marks_of_a_chat_in_a_text_are_words_and_in_a_generated_one_marks(recipe
 def test_text_that_validation_uses_up_is_refused(recipe: BaseRecipe, tmp_path: Path) -> None:
     (tmp_path / "c.txt").write_text("Too short. " * 3)
     with pytest.raises(DataError, match="No text is left to train on"):
-        training_rows(recipe.replace(data=f"text={tmp_path}/c.txt"), AutoTokenizer.from_pretrained(EMBEDDED_BASE), 1)
+        make_rows(recipe.replace(data=f"text={tmp_path}/c.txt"), AutoTokenizer.from_pretrained(EMBEDDED_BASE), 1)

@@ -14,12 +14,14 @@ import torch
 from poe.errors import OutputError, TrainingError
 from poe.training.checkpoints import files as checkpoint
 from poe.training.checkpoints.files import (
-    checkpoints,
+    begin_checkpoint,
+    finish_checkpoint,
     has_checkpoint,
+    list_checkpoints,
     load_checkpoint,
     remove_checkpoints,
-    save_checkpoint,
     step_of,
+    write_group,
 )
 from poe.training.checkpoints.rng import restore_rng, rng_state
 from poe.training.engine import Engine
@@ -30,7 +32,9 @@ TIMED = ("tokens_per_s",)
 
 
 def written(run: Path, step: int, keep: int = 1) -> Path:
-    return save_checkpoint(run, step, {"weights": {"w": torch.full((64,), float(step))}}, {"step": step}, keep)
+    new = begin_checkpoint(run, step)
+    write_group(new, "weights", {"w": torch.full((64,), float(step))})
+    return finish_checkpoint(new, {"step": step}, keep)
 
 
 def timeless(run: Path) -> list[dict]:
@@ -79,7 +83,7 @@ def test_kills_at_any_moment_leave_the_bytes_of_a_run_that_was_never_stopped(tmp
 def test_the_newest_are_kept_and_nothing_else(tmp_path: Path) -> None:
     for step in (5, 9, 10, 100):  # in the order of numbers, not of names
         written(tmp_path, step, keep=2)
-    assert [step_of(path) for path in checkpoints(tmp_path)] == [100, 10]
+    assert [step_of(path) for path in list_checkpoints(tmp_path)] == [100, 10]
     remove_checkpoints(tmp_path)
     assert not list(tmp_path.iterdir())
     with pytest.raises(TrainingError, match="there is no checkpoint"):
@@ -179,13 +183,13 @@ def test_every_generator_continues_where_it_was() -> None:
 def stopped(run: Path, plan=PLAN, **options) -> Engine:
     """A run that was asked to stop during its third step."""
     engine, _ = small_engine(run, plan, **options)
-    real = engine._step
+    real = engine._take_step
 
     def step(number: int):
-        engine._stop.made = number == 2
+        engine._stop.requested = number == 2
         return real(number)
 
-    engine._step = step
+    engine._take_step = step
     with pytest.raises(KeyboardInterrupt):
         engine.run()
     return engine
@@ -198,8 +202,8 @@ def test_the_best_weights_are_not_written_twice(tmp_path: Path) -> None:
     stopped(tmp_path / "b")  # nothing was measured at step 3: the best are those of step 0
     assert (tmp_path / "b" / "checkpoint-3" / "best.safetensors").exists()
     engine, _ = small_engine(tmp_path / "a", PLAN.replace(validation_every=3))
-    engine._restore()
-    assert set(engine.best) == {name for name, _ in engine.parameters}
+    engine._load_checkpoint()
+    assert set(engine.best_weights) == {name for name, _ in engine.trained.parameters}
 
 
 @pytest.mark.parametrize(
@@ -226,7 +230,7 @@ def test_what_does_not_change_the_result_may_change(tmp_path: Path) -> None:
     stopped(tmp_path)
     plan = PLAN.replace(keep_checkpoints=1, checkpoint_every=60.0, description="now with a word about it")
     engine, _ = small_engine(tmp_path, plan)
-    assert engine._restore() == 3
+    assert engine._load_checkpoint() == 3
 
 
 def test_metrics_begin_with_what_the_checkpoint_knows_and_survive_a_torn_line(tmp_path: Path) -> None:

@@ -27,9 +27,10 @@ from poe.loaders.base import save_base_folder
 from poe.modeling.modeling_poe import PoEConfig, PoEForCausalLM
 from poe.stages import load_recipe
 from poe.training.checkpoints.files import has_checkpoint
-from poe.training.parallel.distributed import ALONE, World, even_rows, joined_world
+from poe.training.parallel.distributed import SINGLE_PROCESS, World, count_rows_per_step, join_world
 from poe.training.parallel.sharding import is_sharded, shard_base
 from poe.training.reporting.progress import Progress
+from poe.training.step import TrainingStep
 
 PROGRAM = str(Path(__file__).with_name("distributed_worker.py"))
 LOST = "Another of the 2 processes stopped"
@@ -52,23 +53,23 @@ def test_validation_rows_are_measured_once_in_as_many_parts_everywhere(size: int
 
 
 def test_one_process_takes_every_row_as_before() -> None:
-    assert list(ALONE.shares(7, 3)) == [range(3), range(3, 6), range(6, 7)]
-    assert ALONE.all_sum(1.5, 2) == [1.5, 2]
-    assert ALONE.any_of(False, True) == [False, True]
+    assert list(SINGLE_PROCESS.shares(7, 3)) == [range(3), range(3, 6), range(6, 7)]
+    assert SINGLE_PROCESS.all_sum(1.5, 2) == [1.5, 2]
+    assert SINGLE_PROCESS.any_of(False, True) == [False, True]
 
 
 @given(st.integers(1, 12), st.integers(1, 40))
 def test_a_step_that_cannot_be_shared_evenly_is_refused_with_what_fits(size: int, rows: int) -> None:
     plan = load_recipe("demo", seq_len=64, tokens_per_step=64 * rows)
     if rows % size == 0:
-        assert even_rows(plan, World(size=size)) == rows
+        assert count_rows_per_step(plan, World(size=size)) == rows
         return
     with pytest.raises(RecipeError, match="cannot share evenly") as refusal:
-        even_rows(plan, World(size=size))
+        count_rows_per_step(plan, World(size=size))
     advised = int(re.search(r"such as (\d+)", str(refusal.value)).group(1))
-    assert even_rows(plan.replace(tokens_per_step=advised), World(size=size)) % size == 0
+    assert count_rows_per_step(plan.replace(tokens_per_step=advised), World(size=size)) % size == 0
     numbers = [int(n) for n in re.search(r"processes: ([\d, ]+)\.", str(refusal.value)).group(1).split(",")]
-    assert all(even_rows(plan, World(size=n)) == rows for n in numbers)
+    assert all(count_rows_per_step(plan, World(size=n)) == rows for n in numbers)
 
 
 def together(size: int, per_node: int, act: Callable[[World], object]) -> list[object]:
@@ -137,14 +138,14 @@ def test_half_an_environment_is_refused(monkeypatch, missing: str) -> None:
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv(missing)
-    with pytest.raises(TrainingError, match=f"{missing} is not set"), joined_world():
+    with pytest.raises(TrainingError, match=f"{missing} is not set"), join_world():
         pass
 
 
 def test_a_launcher_of_one_process_makes_no_group(monkeypatch) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
-    with joined_world() as world:
+    with join_world() as world:
         assert (world.size, world.group) == (1, None)
         assert not dist.is_initialized()
 
@@ -152,11 +153,11 @@ def test_a_launcher_of_one_process_makes_no_group(monkeypatch) -> None:
 def test_a_base_that_cannot_be_divided_is_refused_and_left_whole() -> None:
     recurrent = Cascade(tiny_base("hrm"))
     with pytest.raises(RecipeError, match="recurrent"):
-        shard_base(recurrent, ALONE)
+        shard_base(recurrent, SINGLE_PROCESS)
     spread = Cascade(tiny_base("qwen3"))
     spread.base.hf_device_map = {"model": "cpu", "lm_head": "disk"}
     with pytest.raises(RecipeError, match="device_map"):
-        shard_base(spread, ALONE)
+        shard_base(spread, SINGLE_PROCESS)
     assert not is_sharded(recurrent.base)
     assert not is_sharded(spread.base)
 
@@ -200,7 +201,7 @@ def test_two_processes_learn_what_one_learns_on_a_whole_or_a_divided_base(base: 
     said = process.communicate(timeout=500)[0]
     ranks = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
 
-    monkeypatch.setattr(distributed_worker.engine.Engine, "_batches", distributed_worker.engine.Engine._batches)
+    monkeypatch.setattr(TrainingStep, "_micro_batches", TrainingStep._micro_batches)
     seen = distributed_worker.rows_seen()
     losses, evals, cascade = alone(base, tmp_path / "alone", max_steps=STEPS)
     for run in ("plain", "divided"):

@@ -87,14 +87,14 @@ def test_a_base_is_continued_over_an_early_stage(trained, tmp_path) -> None:
     [
         ({"network": {"smear_chanels": 8}}, "no 'smear_chanels'. Did you mean 'smear_channels'?"),
         ({"network": {"hidden_size": 8}}, "no 'hidden_size'"),
-        ({"network": {"smear_channels": "many"}}, "does not make a network"),
+        ({"network": {"smear_channels": "many"}}, "does not describe a network"),
         ({"network": {"smear_channels": 64}}, "smear_channels"),
         ({"network": {"backout_layer": 9}}, "backout_layer"),
         ({"network": {"value_embedding_layers": [2]}}, "value_embedding_layers"),
         ({"network": {"layer_types": ["round"] * 2}}, "layer_types"),
         ({"init": "trained", "num_layers": 3}, "layer_scalars"),
         ({"init": "trained", "num_layers": 1, "network": {"layer_scalars": True}}, "2 layers, more than 1"),
-        ({"init": "trained", "network": {"smear_channels": 64}}, "does not fit its init: smear_channels"),
+        ({"init": "trained", "network": {"smear_channels": 64}}, "does not match its init: smear_channels"),
         ({"init": "nowhere"}, "not the folder of a PoE base"),
     ],
 )

@@ -1,6 +1,7 @@
 """What a run says it will take: exact where it can be known, stated where it can not."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 
 from poe.training.reporting import estimate as estimating
 from poe.training.reporting.estimate import (
-    comparison,
+    compare_with_estimate,
     count_weights,
     estimate_line,
     estimate_run,
@@ -19,26 +20,26 @@ from poe.training.reporting.estimate import (
     memory_peak,
     trained_share,
 )
-from poe.training.reporting.report import outcome
-from poe.training.trainer import _delta_bytes
+from poe.training.reporting.report import outcome_record
+from poe.training.stage_setup import delta_bytes
 from small_run import PLAN, small_engine
 
 HEADS = [("dense", 2), ("low_rank", 3), ("none", 2)]
 
 
 def estimated(engine, result_bytes: int | None = None):
-    parts = engine.model, engine.parameters, engine.optimizer, engine.plan, engine.train, engine.val
-    return estimate_run(*parts, engine.num_steps, engine._hidden, result_bytes)
+    settings = replace(engine.settings, result_bytes=result_bytes)
+    return estimate_run(engine.plan, engine.trained, engine.rows, settings, engine.optimizer)
 
 
 @pytest.mark.parametrize(("head", "rank"), HEADS)
 def test_the_delta_is_as_long_as_was_said_and_holds_as_many_numbers(head: str, rank: int, tmp_path: Path) -> None:
     engine, cascade = small_engine(tmp_path, PLAN.replace(head=head, head_rank=rank, num_layers=2))
     stage = cascade.stages[PLAN.name]
-    promised = estimated(engine, _delta_bytes(stage))
+    promised = estimated(engine, delta_bytes(stage))
     for dtype in (torch.bfloat16, torch.float32, torch.int8):
         stage.saved_dtype = dtype
-        size = _delta_bytes(stage)
+        size = delta_bytes(stage)
         cascade.save_stage(PLAN.name, tmp_path / str(dtype))
         assert (tmp_path / str(dtype) / "delta.safetensors").stat().st_size == size
         assert (dtype != torch.bfloat16) or size == promised.result_bytes
@@ -51,21 +52,21 @@ def test_operations_are_counted_as_torch_counts_them(tmp_path: Path) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     engine, _ = small_engine(tmp_path)
-    weights = count_weights(engine.model, engine.parameters)
+    weights = count_weights(engine.trained.model, engine.trained.parameters)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        engine.model(torch.zeros(1, 16, dtype=torch.int64))
+        engine.trained.model(torch.zeros(1, 16, dtype=torch.int64))
     counted = sum(flops for op, flops in counter.get_flop_counts()["Global"].items() if op in MATMULS)
     fold = 2 * weights.head * PLAN.head_rank  # a low-rank delta is multiplied out once, whatever the tokens
     assert counted - fold == 16 * 2 * (weights.below + weights.stage + weights.head)
-    share = trained_share(engine.train)
+    share = trained_share(engine.rows.train)
     by_hand = [
-        (row.labels != -100).float().mean() for row in (engine.train.batch(i, 1) for i in range(10**6) if i < 64)
+        (row.labels != -100).float().mean() for row in (engine.rows.train.batch(i, 1) for i in range(10**6) if i < 64)
     ]
     assert 0 < share < 1
     assert estimated(engine).flops_per_token == pytest.approx(
         2 * weights.below + 6 * (weights.stage + weights.head * share)
     )
-    assert share == pytest.approx(sum(map(float, by_hand[: engine.train.num_rows])) / engine.train.num_rows)
+    assert share == pytest.approx(sum(map(float, by_hand[: engine.rows.train.num_rows])) / engine.rows.train.num_rows)
 
 
 MATMULS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)
@@ -90,13 +91,13 @@ def test_the_outcome_stands_beside_the_estimate(tmp_path: Path) -> None:
     engine, _ = small_engine(tmp_path, PLAN.replace(max_steps=5))
     assert estimated(engine).seconds > 0
     history = engine.run()
-    record = outcome(history)
+    record = outcome_record(history)
     assert record["actual"]["tokens"] == record["estimate"]["tokens"] == 5 * PLAN.tokens_per_step
     assert record["ratio"]["tokens"] == 1
     assert set(record["ratio"]) == {"tokens", "seconds", "memory_bytes"}
     assert record["estimate"]["seconds_after_3_steps"] > 0
     assert json.loads(json.dumps(record)) == record
-    assert comparison({"seconds": 2.0}, {"seconds": 3.0, "memory_bytes": 1.0}) == {"seconds": 1.5}
+    assert compare_with_estimate({"seconds": 2.0}, {"seconds": 3.0, "memory_bytes": 1.0}) == {"seconds": 1.5}
     shown = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     shown.print(estimate_table(record["estimate"], record["actual"]))
     text = shown.export_text()
@@ -116,14 +117,14 @@ def test_memory_is_measured_in_bytes() -> None:
 
 def test_a_resumed_run_keeps_the_estimate_that_was_made_when_it_began(tmp_path: Path, monkeypatch) -> None:
     engine, _ = small_engine(tmp_path)
-    real = engine._step
-    engine._step = lambda step: (setattr(engine._stop, "made", step == 2), real(step))[1]
+    real = engine._take_step
+    engine._take_step = lambda step: (setattr(engine._stop, "requested", step == 2), real(step))[1]
     with pytest.raises(KeyboardInterrupt):
         engine.run()
     first = engine.history.estimate
     monkeypatch.setattr(estimating, "network_speed", lambda *args: 1.0)
     again, _ = small_engine(tmp_path)
-    again._restore()
-    again._announce()
+    again._load_checkpoint()
+    again._report_estimate()
     assert again.history.estimate == first
     assert again.history.name == engine.history.name

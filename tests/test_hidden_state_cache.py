@@ -22,10 +22,12 @@ from poe.errors import OutputError, TrainingError
 from poe.modeling.boundary import Boundary
 from poe.stages import load_recipe
 from poe.training.engine import Engine
-from poe.training.hidden_states import cache as hidden_cache
-from poe.training.hidden_states.cache import HiddenCache, boundary_facts
-from poe.training.hidden_states.sources import FromBoundary, Remembered, Whole, hidden_sources
+from poe.training.hidden_states import disk_cache as hidden_cache
+from poe.training.hidden_states.disk_cache import DiskCache, boundary_facts
+from poe.training.hidden_states.sources import AboveBoundary, MemoryCache, WholeModel, stage_sources
 from poe.training.reporting.progress import Progress
+from poe.training.reporting.tracking import Trackers
+from poe.training.run import RunContext, RunRows, RunSettings, TrainedModel
 
 QUIET = Progress("test", quiet=True)
 T = 16
@@ -68,9 +70,9 @@ def grown(base, kind: str = "top") -> Cascade:
     return cascade
 
 
-def cache_of(cascade: Cascade, data: PackedRows, dtype: torch.dtype = torch.bfloat16, at_once: int = 2) -> HiddenCache:
+def cache_of(cascade: Cascade, data: PackedRows, dtype: torch.dtype = torch.bfloat16, at_once: int = 2) -> DiskCache:
     boundary = Boundary(cascade.base, cascade.stages["s"])
-    return HiddenCache(boundary, boundary_facts(cascade, "s", boundary), dtype, data, data.num_rows, at_once)
+    return DiskCache(boundary, boundary_facts(cascade, "s", boundary), dtype, data, data.num_rows, at_once)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -92,7 +94,7 @@ def test_what_follows_from_the_boundary_is_what_the_model_says(name: str, kind: 
     states = boundary.below(batch.input_ids, batch.position_ids)
     assert not states.requires_grad
     gradients = []
-    for hidden in (Whole(cascade.model("s"))(batch), boundary.above(states, batch.input_ids, batch.position_ids)):
+    for hidden in (WholeModel(cascade.model("s"))(batch), boundary.above(states, batch.input_ids, batch.position_ids)):
         stage.zero_grad()
         hidden.float().square().sum().backward()
         gradients.append([hidden, *(p.grad.clone() for p in stage.layers.parameters() if p.grad is not None)])
@@ -128,21 +130,12 @@ def train(cascade: Cascade, data: PackedRows, tmp_path: Path, cache_hidden: bool
     }
     plan = load_recipe("demo", **fields, cache_hidden=cache_hidden, max_steps=STEPS).replace(name="s")
     (tmp_path / name).mkdir()
-    sources = hidden_sources(cascade, plan, data, rows(2, seed=1), STEPS, QUIET)
+    sources = stage_sources(cascade, plan, data, rows(2, seed=1), STEPS, QUIET)
     stage, model = cascade.stages["s"], cascade.model("s")
     byte_counts = torch.ones(VOCABULARY, dtype=torch.long)
-    engine = Engine(
-        model,
-        stage.named_parameters(),
-        plan,
-        data,
-        rows(2, seed=1),
-        byte_counts,
-        tmp_path / name,
-        STEPS,
-        QUIET,
-        hidden=sources,
-    )
+    trained = TrainedModel(model, list(stage.named_parameters()), sources, byte_counts)
+    settings = RunSettings(tmp_path / name, STEPS)
+    engine = Engine(plan, trained, RunRows(data, rows(2, seed=1)), settings, RunContext(QUIET, Trackers({}, print)))
     history = engine.run()
     return [record["loss"] for record in history.steps] + [record["val_loss"] for record in history.evals]
 
@@ -177,12 +170,12 @@ def test_validation_is_remembered_up_to_a_bound(monkeypatch: pytest.MonkeyPatch)
     cascade, data = grown(tiny_base("qwen3")), rows()
     boundary = Boundary(cascade.base, cascade.stages["s"])
     size = boundary.below(*inputs(data.batch(0, 2))).nbytes
-    whole = Whole(cascade.model("s"))
+    whole = WholeModel(cascade.model("s"))
     asked = []
     below = boundary.below
     monkeypatch.setattr(boundary, "below", lambda *batch: asked.append(1) or below(*batch))
     for fitting in (0, 2, 5):
-        source = FromBoundary(boundary, Remembered(boundary, fitting * size))
+        source = AboveBoundary(cascade.model("s"), boundary, MemoryCache(boundary, fitting * size))
         asked.clear()
         for _ in range(3):
             assert all(torch.equal(source(data.batch(i, 2)), whole(data.batch(i, 2))) for i in range(4))
@@ -199,7 +192,7 @@ def test_what_was_written_serves_every_stage_and_run_that_stands_there(own_cache
     written = files(own_cache)
     other = Cascade(base).add_stage(name="s", num_layers=1, head="none", seed=5)  # another depth, head, seed
     cache = cache_of(other, data)
-    cache._make = forbidden
+    cache._write_shard = forbidden
     cache.fill("training", QUIET)
     assert files(own_cache) == written
 
@@ -253,7 +246,7 @@ def test_runs_that_share_rows_share_shards(monkeypatch: pytest.MonkeyPatch) -> N
     cache = cache_of(cascade, data)
     boundary = Boundary(cascade.base, cascade.stages["s"])
     facts = boundary_facts(cascade, "s", boundary)
-    shorter = HiddenCache(boundary, facts, torch.bfloat16, data, 6, 2)
+    shorter = DiskCache(boundary, facts, torch.bfloat16, data, 6, 2)
     assert len(shorter.shards) == 3
     assert shorter.shards == cache.shards[:3]
 
@@ -292,8 +285,8 @@ def test_a_damaged_shard_is_found_and_made_again(own_cache: Path, monkeypatch, d
     damage(next(own_cache.rglob("*.safetensors")))
     assert files(own_cache) != written
     again = cache_of(cascade, data)
-    make, made = again._make, []
-    monkeypatch.setattr(again, "_make", lambda shard: made.append(shard) or make(shard))
+    make, made = again._write_shard, []
+    monkeypatch.setattr(again, "_write_shard", lambda shard: made.append(shard) or make(shard))
     again.fill("training", QUIET)
     assert len(made) == 1
     assert files(own_cache) == written
@@ -354,7 +347,7 @@ def test_a_disk_that_is_too_small_is_said_before_anything_is_computed(own_cache:
     class Usage:
         free = needed
 
-    monkeypatch.setattr(cache, "_make", forbidden)
+    monkeypatch.setattr(cache, "_write_shard", forbidden)
     monkeypatch.setattr(hidden_cache.shutil, "disk_usage", lambda _: Usage)
     with pytest.raises(OutputError, match="Not enough disk for hidden states"):
         cache.fill("training", QUIET)
@@ -410,7 +403,7 @@ import os, sys, time
 sys.path.insert(0, {tests!r})
 import test_hidden_state_cache as t
 os.environ["POE_CACHE"] = {cache!r}
-from poe.training.hidden_states import cache as hidden_cache
+from poe.training.hidden_states import disk_cache as hidden_cache
 hidden_cache.SHARD_BYTES = 2 * t.T * 32 * 2
 real = hidden_cache.save_file
 def slowly(*args, **options):
@@ -461,7 +454,7 @@ def test_two_processes_fill_one_cache_and_a_killed_one_is_continued(own_cache: P
     assert sum(wrote) >= len(cache.shards) - len(kept)
     assert len(files(own_cache)) == len(cache.shards)
     assert kept.items() <= files(own_cache).items()
-    cache._make = forbidden
+    cache._write_shard = forbidden
     cache.fill("training", QUIET)
     facts = json.loads((cache.folder / "about.json").read_text())
     assert facts["base"] == cascade.base_source.fingerprint

@@ -14,15 +14,25 @@ share = st.floats(0, 1)
 ramp = st.floats(0.01, 1)
 
 
+def named(start, warmup, warmdown, final):
+    """Return the options of `lr_factor` by name."""
+    return {
+        "initial_lr_factor": start,
+        "warmup_ratio": warmup,
+        "warmdown_ratio": warmdown,
+        "final_lr_factor": final,
+    }
+
+
 @given(step=st.integers(0, 500), num_steps=st.integers(1, 400), start=share, warmup=share, warmdown=share, final=share)
 def test_bounded(step, num_steps, start, warmup, warmdown, final):
-    factor = lr_factor(step, num_steps, start=start, warmup=warmup, warmdown=warmdown, final=final)
+    factor = lr_factor(step, num_steps, **named(start, warmup, warmdown, final))
     assert min(start, final) - 1e-12 <= factor <= 1
 
 
 @given(num_steps=st.integers(1, 400), start=share, warmup=ramp, warmdown=ramp, final=share)
 def test_ends(num_steps, start, warmup, warmdown, final):
-    options = {"start": start, "warmup": warmup, "warmdown": warmdown, "final": final}
+    options = named(start, warmup, warmdown, final)
     assert lr_factor(0, num_steps, **options) == pytest.approx(start)
     assert lr_factor(num_steps, num_steps, **options) == pytest.approx(final)
     assert lr_factor(num_steps + 7, num_steps, **options) == pytest.approx(final)
@@ -30,7 +40,7 @@ def test_ends(num_steps, start, warmup, warmdown, final):
 
 @given(num_steps=st.integers(100, 400), start=share, warmup=ramp, warmdown=ramp, final=share)
 def test_continuous_and_never_up_again(num_steps, start, warmup, warmdown, final):
-    options = {"start": start, "warmup": warmup, "warmdown": warmdown, "final": final}
+    options = named(start, warmup, warmdown, final)
     factors = [lr_factor(i, num_steps, **options) for i in range(num_steps + 1)]
     steepest = max((1 - start) / warmup, (1 - final) / warmdown) / num_steps
     differences = [b - a for a, b in itertools.pairwise(factors)]
@@ -51,10 +61,13 @@ def test_the_stage_recipe():
 
 
 def test_ramps_can_be_switched_off():
-    assert all(lr_factor(step, 10, warmup=0, warmdown=0) == 1 for step in range(11))
+    assert all(lr_factor(step, 10, warmup_ratio=0, warmdown_ratio=0) == 1 for step in range(11))
 
 
-@pytest.mark.parametrize("wrong", [{"start": -0.1}, {"warmup": 1.1}, {"warmdown": 2}, {"final": float("nan")}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"initial_lr_factor": -0.1}, {"warmup_ratio": 1.1}, {"warmdown_ratio": 2}, {"final_lr_factor": float("nan")}],
+)
 def test_wrong_shares(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         lr_factor(0, 10, **wrong)
@@ -78,7 +91,8 @@ def test_apply_lr_multiplies_the_initial_rates():
 
 @given(st.integers(1, 400), share, st.floats(0, 0.99), st.floats(0, 0.99))
 def test_momentum_goes_from_its_start_to_its_end_and_stays(num_steps, warmup, start, momentum):
-    values = [muon_momentum(s, num_steps, start=start, momentum=momentum, warmup=warmup) for s in range(num_steps + 1)]
+    options = {"initial_momentum": start, "momentum": momentum, "warmup_ratio": warmup}
+    values = [muon_momentum(s, num_steps, **options) for s in range(num_steps + 1)]
     assert all(min(start, momentum) - 1e-12 <= v <= max(start, momentum) + 1e-12 for v in values)
     assert sorted(values, reverse=start > momentum) == pytest.approx(values, abs=1e-12)
     assert values[0] == (start if warmup else momentum)
@@ -88,7 +102,7 @@ def test_momentum_goes_from_its_start_to_its_end_and_stays(num_steps, warmup, st
 
 def test_momentum_defaults_and_refusals():
     assert [muon_momentum(s, 100) for s in (0, 5, 99)] == pytest.approx([0.85, 0.95, 0.95])
-    for wrong in ({"start": 1.0}, {"momentum": -0.1}, {"warmup": 2}):
+    for wrong in ({"initial_momentum": 1.0}, {"momentum": -0.1}, {"warmup_ratio": 2}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             muon_momentum(0, 10, **wrong)
 

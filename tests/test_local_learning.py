@@ -17,7 +17,7 @@ from poe.demo.text import make_text
 from poe.errors import DataError, RecipeError
 from poe.modeling.modeling_poe import PoEConfig, PoEForCausalLM
 from poe.stages import load_base_recipe
-from poe.training.local import Stagewise
+from poe.training.hidden_states.sources import StagePredictions
 from poe.training.loss import cross_entropy_sum
 from poe.training.pretrain import train_base
 from poe.training.reporting.progress import Progress
@@ -42,7 +42,7 @@ def rows(seed: int = 0) -> Batch:
     return Batch(ids, ids.roll(-1, 1), torch.arange(12).expand(2, -1))
 
 
-def learn(source: Stagewise, batch: Batch, labels: list[Tensor] | None = None) -> list[float]:
+def learn(source: StagePredictions, batch: Batch, labels: list[Tensor] | None = None) -> list[float]:
     """Leave the gradients of every stage's loss; `labels` are those of each stage, if they are to differ."""
     losses = []
     for stage, (hidden, weight, _) in enumerate(source.predictions(batch, learning=True)):
@@ -74,7 +74,7 @@ def test_what_a_later_stage_is_taught_does_not_reach_an_earlier_one(more, stage_
     found = []
     for taught in (None, labels):
         model = make(stage_heads=stage_heads, **more)
-        learn(Stagewise(model, local=True), batch, taught)
+        learn(StagePredictions(model, local=True), batch, taught)
         found.append(gradients(model))
     before, after = found
     same = {n for n, g in before.items() if g is not None and torch.equal(g, after[n])}
@@ -89,13 +89,15 @@ def test_what_a_later_stage_is_taught_does_not_reach_an_earlier_one(more, stage_
 def test_the_control_arm_is_ordinary_backpropagation() -> None:
     batch = rows()
     model = make(**FEATURES)
-    (loss,) = learn(Stagewise(model, local=False), batch)
+    (loss,) = learn(StagePredictions(model, local=False), batch)
     expected = make(**FEATURES)
     logits = expected.lm_head(expected.model(batch.input_ids, position_ids=batch.position_ids).last_hidden_state)
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="sum").backward()
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(gradient, expected.get_parameter(name).grad, rtol=1e-4, atol=1e-5)
-    assert len(list(Stagewise(model, local=False).predictions(batch))) == 3  # it is measured at every boundary, too
+    assert (
+        len(list(StagePredictions(model, local=False).predictions(batch))) == 3
+    )  # one for every boundary
     assert loss > 0
 
 
@@ -123,7 +125,7 @@ def test_one_stage_is_in_memory_at_a_time() -> None:
         model = PoEForCausalLM(PoEConfig(**shape, stage_layers=[2, 2, 2, 2]))
         Held.peak = 0
         with torch.autograd.graph.saved_tensors_hooks(Held, lambda kept: kept.tensor):
-            learn(Stagewise(model, local), rows())
+            learn(StagePredictions(model, local), rows())
         peaks[local] = Held.peak
     assert peaks[True] < 0.3 * peaks[False]
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from poe.errors import TrainingError
 from poe.training import optim
-from poe.training.optim import MuonAdamW, build_optimizer, default_iteration_dtype, orthogonalize, width_scale
+from poe.training.optim import MuonAdamW, build_optimizer, orthogonalize, width_scale
+from poe.training.precision import choose_dtype
 
 F64 = torch.float64
 
@@ -342,13 +343,15 @@ def test_other_refusals():
         optimizer.step()
 
 
-def test_default_iteration_dtype_follows_the_hardware(monkeypatch):
+def test_dtype_auto_is_bf16_on_hardware_that_multiplies_bf16(monkeypatch):
     for amx, avx in ((True, False), (False, True), (False, False)):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda avx=avx: avx)
-        assert default_iteration_dtype("cpu") == (torch.bfloat16 if amx or avx else torch.float32)
-    assert default_iteration_dtype("cuda") == torch.bfloat16
-    assert default_iteration_dtype("mps") == torch.float32
+        assert choose_dtype("auto", "cpu") == (torch.bfloat16 if amx or avx else torch.float32)
+    for native in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native)
+        assert choose_dtype("auto", "cuda") == (torch.bfloat16 if native else torch.float32)
+    assert choose_dtype("auto", "mps") == torch.float32
 
 
 STAGE = {

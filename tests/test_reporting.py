@@ -13,80 +13,86 @@ from poe.training.reporting import tracking
 from poe.training.reporting.metrics import read_metrics
 from poe.training.reporting.progress import Progress
 from poe.training.reporting.report import draw_report
-from poe.training.reporting.tracking import Trackers, open_trackers
+from poe.training.reporting.tracking import TrackedRun, Trackers, open_trackers
 from small_run import PLAN, small_engine
 
 
 class Recorder:
-    """A tracker that keeps what it is told, and fails at a call of its own choosing."""
+    """A tracker that records its calls, and fails at the call named `fails_at`."""
 
     def __init__(self, fails_at: str = "") -> None:
-        self.told: list = []
+        self.calls: list = []
         self.fails_at = fails_at
+        self.run: TrackedRun | None = None
 
-    def _hear(self, what: str, *said) -> None:
-        self.told.append((what, *said))
-        if what == self.fails_at:
+    def make(self, run: TrackedRun) -> "Recorder":
+        self.run = run
+        return self
+
+    def _record(self, call: str, *arguments) -> None:
+        self.calls.append((call, *arguments))
+        if call == self.fails_at:
             raise ConnectionError("the server is gone\nand more")
 
-    def start(self, name, config, run, step) -> None:
-        self._hear("start", name, step)
+    def start(self) -> None:
+        assert self.run is not None
+        self._record("start", self.run.name, self.run.step)
 
-    def log(self, record) -> None:
-        self._hear("log", dict(record))
+    def log(self, values, step) -> None:
+        self._record("log", {**values, "step": step})
 
     def finish(self) -> None:
-        self._hear("finish")
+        self._record("finish")
 
 
 def test_trackers_are_told_what_metrics_jsonl_is_told(tmp_path: Path) -> None:
     tracker = Recorder()
-    engine, _ = small_engine(tmp_path, PLAN.replace(max_steps=9), trackers=Trackers({"t": tracker}, print))
+    engine, _ = small_engine(tmp_path, PLAN.replace(max_steps=9), trackers=Trackers({"t": tracker.make}, print))
     engine.run()
     steps, evals = read_metrics(tmp_path)
     assert [record["step"] for record in steps] == list(range(1, 10))
     assert [record["step"] for record in evals] == [0, 7, 9]
     assert all({"loss", "epoch", "lr_factor", "grad_norm", "tokens_per_s"} <= set(record) for record in steps)
     assert all(record["grad_norm"] > 0 for record in steps)
-    assert tracker.told[0] == ("start", engine.history.name, 0)
-    assert tracker.told[-1] == ("finish",)
-    heard = [said for what, said in tracker.told[1:-1]]
-    assert heard == [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert tracker.calls[0] == ("start", engine.history.name, 0)
+    assert tracker.calls[-1] == ("finish",)
+    logged = [record for _, record in tracker.calls[1:-1]]
+    assert logged == [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_a_resumed_run_goes_on_under_its_name(tmp_path: Path) -> None:
     first, second = Recorder(), Recorder()
-    engine, _ = small_engine(tmp_path, trackers=Trackers({"t": first}, print))
-    engine._stop.made = True  # stop after one step
+    engine, _ = small_engine(tmp_path, trackers=Trackers({"t": first.make}, print))
+    engine._stop.requested = True  # stop after one step
     with pytest.raises(KeyboardInterrupt):
         engine.run()
-    assert first.told[-1] == ("finish",)
+    assert first.calls[-1] == ("finish",)
     engine.history.name = "another"  # nothing of it is read from this process
-    resumed, _ = small_engine(tmp_path, trackers=Trackers({"t": second}, print))
-    resumed._stop.made = True
+    resumed, _ = small_engine(tmp_path, trackers=Trackers({"t": second.make}, print))
+    resumed._stop.requested = True
     with pytest.raises(KeyboardInterrupt):
         resumed.run(resume=True)
-    assert second.told[0] == ("start", first.told[0][1], 1)
-    assert [said["step"] for what, *rest in second.told if what == "log" for said in rest] == [2]
+    assert second.calls[0] == ("start", first.calls[0][1], 1)
+    assert [record["step"] for call, *rest in second.calls if call == "log" for record in rest] == [2]
 
 
 @pytest.mark.parametrize("fails_at", ["start", "log", "finish"])
 def test_a_tracker_that_fails_is_named_once_and_the_run_goes_on(fails_at: str, tmp_path: Path) -> None:
     notes: list[str] = []
     broken, sound = Recorder(fails_at), Recorder()
-    trackers = Trackers({"broken": broken, "sound": sound}, notes.append)
+    trackers = Trackers({"broken": broken.make, "sound": sound.make}, notes.append)
     engine, _ = small_engine(tmp_path, PLAN.replace(max_steps=3), trackers=trackers)
     history = engine.run()
     assert len(history.steps) == 3
     assert len(notes) == 1
-    assert "broken failed and is left out: ConnectionError: the server is gone." in notes[0]
-    assert sum(what == fails_at for what, *_ in broken.told) == 1
-    assert len(sound.told) == 1 + 3 + 2 + 1
+    assert "the tracker broken failed and was dropped: ConnectionError: the server is gone." in notes[0]
+    assert sum(call == fails_at for call, *_ in broken.calls) == 1
+    assert len(sound.calls) == 1 + 3 + 2 + 1
 
 
 def test_trackers_by_name(monkeypatch) -> None:
     monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None)
-    assert not open_trackers("", print)._working
+    assert not open_trackers("", print).names
     with pytest.raises(RecipeError, match="Did you mean 'trackio'"):
         open_trackers("trackoi", print)
     with pytest.raises(MissingExtraError, match=r'pip install "poe-cascade\[track\]"'):
@@ -94,7 +100,7 @@ def test_trackers_by_name(monkeypatch) -> None:
     with pytest.raises(MissingExtraError, match="pip install wandb"):
         open_trackers(" wandb ,trackio", print)
     monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: types.ModuleType(name))
-    assert list(open_trackers("tensorboard, trackio,trackio", print)._working) == ["tensorboard", "trackio"]
+    assert open_trackers("tensorboard, trackio,trackio", print).names == ["tensorboard", "trackio"]
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from poe.modeling.boundary import Boundary
 from poe.stages import load_recipe
 from poe.training import sweep as sweep_module
 from poe.training.reporting.progress import Progress
-from poe.training.sweep import RECORD, grid, sweep
+from poe.training.sweep import RECORD, candidate_recipes, sweep
 
 QUIET = Progress("test", quiet=True)
 SMALL = {
@@ -40,10 +40,10 @@ def base(demo_base: Path) -> Path:
 @pytest.mark.parametrize(
     ("tries", "message"),
     [
-        ({}, "something to try"),
+        ({}, "at least one field"),
         ({"seq_len": [256, 512]}, "seq_len cannot be tried in a sweep: it changes the rows"),
         ({"seed": [0, 1]}, "seed cannot be tried"),
-        ({"dtype": ["float32"]}, "dtype cannot be tried in a sweep: it changes what the base computes"),
+        ({"dtype": ["float32"]}, "dtype cannot be tried in a sweep: it changes the hidden states of the base"),
         ({"layers": [1]}, "Did you mean 'num_layers'"),
         ({"num_layers": [1, 1]}, "different values"),
         ({"num_layers": [1, "two"]}, "num_layers should be a whole number .1 or more., got 'two'"),
@@ -51,11 +51,11 @@ def base(demo_base: Path) -> Path:
 )
 def test_candidates_that_cannot_be_compared_are_refused(tries: dict, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
-        grid(load_recipe("demo"), tries)
+        candidate_recipes(load_recipe("demo"), tries)
 
 
 def test_all_combinations_are_candidates() -> None:
-    plans = grid(load_recipe("demo"), TRIES)
+    plans = candidate_recipes(load_recipe("demo"), TRIES)
     assert len(plans) == 4
     assert {(plan.head, plan.matrix_lr) for plan in plans.values()} == {
         (head, rate) for head in TRIES["head"] for rate in TRIES["matrix_lr"]
@@ -83,7 +83,7 @@ def test_a_sweep_reads_the_base_once_and_continues_where_it_stopped(base: Path, 
     assert len(first["candidates"]) == 2
     after_two = [shape for shape in passes if shape[1] == 512]
     written = sorted(path.name for path in (cache_root() / "hidden").rglob("*.safetensors"))
-    with pytest.raises(OutputError, match="go on with --resume"):
+    with pytest.raises(OutputError, match="continue it with --resume"):
         sweep(Cascade.from_pretrained(base), "demo", TRIES, DATA, out, **options)
     monkeypatch.setattr(sweep_module, "train_stage", train_stage)
     with pytest.raises(TrainingError, match="max_steps: 3 -> 4"):

@@ -21,8 +21,8 @@ from poe.errors import DataError, OutputError, RecipeError, TemplateError, Train
 from poe.modeling.modeling_poe import PoEForCausalLM
 from poe.stages import load_recipe
 from poe.stages.recipe import load_base_recipe
-from poe.training import engine as engine_module
-from poe.training.checkpoints.files import checkpoints, has_checkpoint
+from poe.training import step as step_module
+from poe.training.checkpoints.files import has_checkpoint, list_checkpoints
 from poe.training.pretrain import train_base
 from poe.training.reporting.progress import Progress
 
@@ -106,7 +106,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(base: Path, tmp_path: Path, kill
     assert (out / "delta.safetensors").read_bytes() == (tmp_path / "whole" / "delta.safetensors").read_bytes()
     trajectories = [json.loads((tmp_path / f / "training.json").read_text())["trajectory"] for f in ("whole", "killed")]
     assert trajectories[0] == trajectories[1]
-    assert not checkpoints(out)
+    assert not list_checkpoints(out)
 
 
 def test_ctrl_c_saves_says_how_to_go_on_and_loses_nothing(base: Path, tmp_path: Path) -> None:
@@ -259,8 +259,8 @@ def test_a_full_disk_is_said_before_training_and_while_writing(base: Path, tmp_p
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run(base: Path, tmp_path: Path, monkeypatch) -> None:
-    real = engine_module.cross_entropy_sum
-    monkeypatch.setattr(engine_module, "cross_entropy_sum", lambda *a, **k: real(*a, **k) * float("nan"))
+    real = step_module.cross_entropy_sum
+    monkeypatch.setattr(step_module, "cross_entropy_sum", lambda *a, **k: real(*a, **k) * float("nan"))
     with pytest.raises(TrainingError, match="loss of step 1 is nan"):
         train_stage(
             Cascade.from_pretrained(base), "demo", "demo=60", tmp_path / "o", progress=QUIET, **SMALL, max_steps=2

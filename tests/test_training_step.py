@@ -17,13 +17,16 @@ from poe.data.packing import PackedRows, pack
 from poe.errors import TrainingError
 from poe.modeling.families import logits_of
 from poe.stages import Recipe
-from poe.training.checkpoints.files import checkpoints
+from poe.training.checkpoints.files import list_checkpoints
+from poe.training.checks import check_frozen_below
 from poe.training.engine import Engine
-from poe.training.frozen import assert_frozen_below
+from poe.training.forward import recompute_activations
+from poe.training.hidden_states.sources import whole_model_sources
 from poe.training.loss import cross_entropy_sum
-from poe.training.precision import refuse_fp16, stage_dtype
-from poe.training.recompute import recomputed
+from poe.training.precision import check_not_fp16, stage_dtype
 from poe.training.reporting.progress import Progress
+from poe.training.reporting.tracking import Trackers
+from poe.training.run import RunContext, RunRows, RunSettings, TrainedModel
 
 FAMILIES = ("poe", "llama", "qwen3", "gemma3", "hrm")
 SEQ_LEN = 16
@@ -56,15 +59,18 @@ def rows_of(count: int, seed: int = 0) -> PackedRows:
 
 
 def trained_labels(engine, rows):
-    return int((engine.train.batch(0, rows).labels != -100).sum())
+    return int((engine.rows.train.batch(0, rows).labels != -100).sum())
 
 
 def engine_for(model, stage, folder: Path, rows: int = 8, **fields) -> Engine:
-    plan = {"name": "s", "seq_len": SEQ_LEN, "tokens_per_step": SEQ_LEN * rows, "dtype": "float32", **fields}
-    data, silent = rows_of(rows), Progress("test", quiet=True)
+    plan = Recipe(**{"name": "s", "seq_len": SEQ_LEN, "tokens_per_step": SEQ_LEN * rows, "dtype": "float32", **fields})
+    data = rows_of(rows)
     folder.mkdir(exist_ok=True)
-    arguments = (Recipe(**plan), data, data, torch.ones(VOCABULARY, dtype=torch.long), folder, 2, silent)
-    return Engine(model, stage.named_parameters(), *arguments)
+    token_bytes = torch.ones(VOCABULARY, dtype=torch.long)
+    sources = whole_model_sources(model, plan.compile)
+    trained = TrainedModel(model, list(stage.named_parameters()), sources, token_bytes)
+    context = RunContext(Progress("test", quiet=True), Trackers({}, print))
+    return Engine(plan, trained, RunRows(data, data), RunSettings(folder, 2), context)
 
 
 # --- the boundary
@@ -113,26 +119,26 @@ def test_memory_does_not_grow_with_the_depth_of_the_base() -> None:
 def test_a_base_at_rest_is_accepted_and_left_as_it_was(name: str) -> None:
     cascade, model, stage = grown(tiny_base(name))
     model.eval()
-    assert_frozen_below(model, stage)
+    check_frozen_below(model, stage)
     assert not model.training
     model.enable_input_require_grads()  # of the grown model: that means the stage's input
-    assert_frozen_below(model, stage)
+    check_frozen_below(model, stage)
     model.disable_input_require_grads()
     cascade.add_stage(StageConfig("child", parent="s"))
     child = cascade.stages["child"].requires_grad_(True)
-    assert_frozen_below(cascade.model("child"), child)
+    check_frozen_below(cascade.model("child"), child)
 
 
 def test_a_base_that_keeps_a_graph_is_refused() -> None:
     cascade, model, stage = grown(tiny_base("qwen3"))
     cascade.base.enable_input_require_grads()
     with pytest.raises(TrainingError, match=r"requires a gradient.*enable_input_require_grads"):
-        assert_frozen_below(model, stage)
+        check_frozen_below(model, stage)
     cascade.base.disable_input_require_grads()
-    assert_frozen_below(model, stage)
+    check_frozen_below(model, stage)
     cascade.base.model.layers[0].mlp.up_proj.weight.requires_grad_(True)
     with pytest.raises(TrainingError, match=r"model.layers.0.mlp.up_proj.weight: freeze"):
-        assert_frozen_below(model, stage)
+        check_frozen_below(model, stage)
 
 
 def test_a_graph_in_the_base_is_found_where_the_parent_cuts_it_off() -> None:
@@ -141,7 +147,7 @@ def test_a_graph_in_the_base_is_found_where_the_parent_cuts_it_off() -> None:
     child = cascade.stages["child"].requires_grad_(True)
     cascade.base.enable_input_require_grads()
     with pytest.raises(TrainingError, match="autograd kept"):
-        assert_frozen_below(cascade.model("child"), child)
+        check_frozen_below(cascade.model("child"), child)
 
 
 # --- activation checkpointing
@@ -152,7 +158,7 @@ def test_recomputed_layers_keep_less_and_give_the_same_loss_and_gradients(name: 
     _, model, stage = grown(tiny_base(name))
     ids, found = token_ids(3, 12), []
     for layers in ((), stage.layers):
-        with recomputed(layers):
+        with recompute_activations(layers):
             kept = kept_for_backward(model, stage, ids)["all"]
             stage.zero_grad()
             loss = loss_of(model, ids)
@@ -182,7 +188,7 @@ def test_micro_batches_give_the_gradients_of_one_batch(llama, tmp_path_factory, 
         _, model, stage = grown(llama)
         folder = tmp_path_factory.mktemp("run")
         engine = engine_for(model, stage, folder, rows, max_tokens_per_batch=size * SEQ_LEN, z_loss=z_loss)
-        loss = engine._accumulate(engine.train.batch(0, rows), trained_labels(engine, rows))
+        loss = engine.training_step.accumulate_gradients(engine.rows.train.batch(0, rows), trained_labels(engine, rows))
         found.append((loss, gradients(stage)))
     (whole, expected), (split, summed) = found
     assert split == pytest.approx(whole, rel=1e-6)
@@ -200,7 +206,7 @@ def test_the_norm_is_recorded_whether_or_not_it_is_clipped(llama, tmp_path: Path
         engine = engine_for(model, stage, tmp_path / str(limit), max_grad_norm=limit)
         history = engine.run()
         norms.append([record["grad_norm"] for record in history.steps])
-        lines = [json.loads(line) for line in (engine.run_folder / "metrics.jsonl").read_text().splitlines()]
+        lines = [json.loads(line) for line in (engine.settings.folder / "metrics.jsonl").read_text().splitlines()]
         assert [line["grad_norm"] for line in lines if "loss" in line] == norms[-1]
     assert norms[0][0] == pytest.approx(norms[1][0])  # as it was before clipping
     assert norms[0][0] > 0.01
@@ -235,16 +241,16 @@ def poison_gradient(model, stage, value):
 def test_the_first_number_that_is_not_finite_is_named_before_a_step(tmp_path, poison, culprit: str, value) -> None:
     _, model, stage = grown(copy.deepcopy(tiny_base("llama")))
     engine = engine_for(model, stage, tmp_path, max_grad_norm=1.0)
-    engine._step(0)
-    engine._save(1)
-    checkpoint = {path.name: path.read_bytes() for path in (engine.run_folder / "checkpoint-1").iterdir()}
+    engine._take_step(0)
+    engine._save_checkpoint(1)
+    checkpoint = {path.name: path.read_bytes() for path in (engine.settings.folder / "checkpoint-1").iterdir()}
     poison(model, stage, value)
     before = {name: p.detach().clone() for name, p in stage.named_parameters()}
     with pytest.raises(TrainingError, match=f"loss of step 2 is .*{culprit}"):
-        engine._step(1)
+        engine._take_step(1)
     for name, p in stage.named_parameters():
         assert torch.equal(p.nan_to_num(7.0), before[name].nan_to_num(7.0)), name
-    assert {path.name: path.read_bytes() for path in (engine.run_folder / "checkpoint-1").iterdir()} == checkpoint
+    assert {path.name: path.read_bytes() for path in (engine.settings.folder / "checkpoint-1").iterdir()} == checkpoint
 
 
 def test_a_loss_that_is_not_finite_is_named_when_all_hidden_states_are(tmp_path: Path, llama) -> None:
@@ -252,7 +258,7 @@ def test_a_loss_that_is_not_finite_is_named_when_all_hidden_states_are(tmp_path:
     engine = engine_for(model, stage, tmp_path)
     stage.head.weight.data[5] = 3e38  # finite, but no logit of it is
     with pytest.raises(TrainingError, match=r"first tensor that is not finite is the loss \("):
-        engine._step(0)
+        engine._take_step(0)
 
 
 def test_a_checkpoint_is_not_written_over_by_weights_that_are_not_finite(tmp_path: Path, llama) -> None:
@@ -260,7 +266,7 @@ def test_a_checkpoint_is_not_written_over_by_weights_that_are_not_finite(tmp_pat
     engine = engine_for(model, stage, tmp_path, matrix_lr=1e38, head_lr=1e38, checkpoint_every=0.0)
     with pytest.raises(TrainingError, match=r"After step 1 .* the weight head.weight \(0 nan and 1,952 inf"):
         engine.run()
-    assert not checkpoints(engine.run_folder)
+    assert not list_checkpoints(engine.settings.folder)
 
 
 # --- precision
@@ -276,7 +282,7 @@ def test_a_stage_in_fp32_learns_on_a_base_in_bf16(name: str, tmp_path: Path) -> 
         stage = cascade.stages["s"].requires_grad_(True)
         engine = engine_for(cascade.model("s"), stage, tmp_path / str(dtype))
         assert {p.dtype for p in stage.parameters()} == {torch.float32}
-        loss = engine._accumulate(engine.train.batch(0, 8), trained_labels(engine, 8))
+        loss = engine.training_step.accumulate_gradients(engine.rows.train.batch(0, 8), trained_labels(engine, 8))
         found[dtype] = loss, torch.cat([g.flatten() for g in gradients(stage).values()])
         engine.optimizer.zero_grad()
         first = {n: p.detach().clone() for n, p in stage.named_parameters()}
@@ -298,10 +304,10 @@ def test_a_recipe_says_the_dtype_of_a_new_stage_and_auto_is_the_base_s() -> None
 def test_fp16_is_refused() -> None:
     half = tiny_base("llama", torch.float16)
     with pytest.raises(TrainingError, match=r"float16: .*bfloat16"):
-        refuse_fp16(half)
+        check_not_fp16(half)
     with pytest.raises(TrainingError, match="float16"):
-        refuse_fp16(tiny_base("llama"), half.lm_head)
-    refuse_fp16(tiny_base("llama", torch.bfloat16), tiny_base("llama"))
+        check_not_fp16(tiny_base("llama"), half.lm_head)
+    check_not_fp16(tiny_base("llama", torch.bfloat16), tiny_base("llama"))
 
 
 # --- torch.compile
@@ -316,7 +322,7 @@ def test_compiled_training_is_eager_training(tmp_path: Path, monkeypatch) -> Non
         _, model, stage = grown(tiny_model("qwen3", {"head_dim": 8, "num_hidden_layers": 1}), num_layers=1)
         names = list(model.state_dict())
         engine = engine_for(model, stage, tmp_path / str(fast), compile=fast, max_tokens_per_batch=4 * SEQ_LEN)
-        with recomputed(stage.layers if fast else ()):
+        with recompute_activations(stage.layers if fast else ()):
             history = engine.run()
         assert list(model.state_dict()) == names
         said = model.eval().generate(token_ids(1, 5), max_new_tokens=4, do_sample=False, eos_token_id=None)
@@ -339,4 +345,4 @@ def test_what_cannot_be_compiled_is_said_in_one_message(tmp_path: Path, llama, m
     _, model, stage = grown(llama)
     engine = engine_for(model, stage, tmp_path, compile=True)
     with pytest.raises(TrainingError, match=r"cannot compile the LlamaModel: no working C\+\+ compiler found On a CPU"):
-        engine._step(0)
+        engine._take_step(0)

@@ -20,9 +20,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import zero_optimizer_worker as problem
 from poe.errors import TrainingError
-from poe.training.checkpoints.files import join_shards, optimizer_tensors, restore_optimizer
+from poe.training.checkpoints.optimizer_state import join_shards, optimizer_tensors, restore_optimizer
 from poe.training.optim import MuonAdamW
-from poe.training.parallel.zero import divide
+from poe.training.parallel.zero import divide_parameters
 
 Weights = dict[str, torch.Tensor]
 
@@ -30,7 +30,7 @@ Weights = dict[str, torch.Tensor]
 @given(params=st.lists(st.tuples(st.integers(0, 60), st.booleans()), min_size=1, max_size=9), world=st.integers(1, 6))
 def test_every_element_has_one_owner_and_the_load_is_level(params: list[tuple[int, bool]], world: int) -> None:
     sizes, whole = [n for n, _ in params], [keep for _, keep in params]
-    ranks = divide(sizes, whole, world)
+    ranks = divide_parameters(sizes, whole, world)
     owned = [(p.parameter, i) for pieces in ranks for p in pieces for i in range(p.start, p.stop)]
     assert sorted(owned) == [(index, i) for index, size in enumerate(sizes) for i in range(size)]
     for pieces in ranks:
@@ -103,7 +103,7 @@ def test_shards_that_do_not_belong_together_are_refused() -> None:
         with pytest.raises(TrainingError, match="every shard of one run once"):
             join_shards(parts)
     moved = json.loads(json.dumps(b[1]).replace('"head.weight": [', '"head.weight": [1'))
-    with pytest.raises(TrainingError, match="does not add up"):
+    with pytest.raises(TrainingError, match="do not cover it exactly"):
         join_shards([a, (b[0], moved)])
     optimizer = problem.make(named)
     with pytest.raises(TrainingError, match="shard 0 of 2, expected 0 of 1"):
@@ -112,14 +112,14 @@ def test_shards_that_do_not_belong_together_are_refused() -> None:
         optimizer = problem.make(named, group)
         with pytest.raises(TrainingError, match="shard 0 of 2, expected 1 of 2"):
             restore_optimizer(optimizer, problem.names_of(optimizer), *a)
-        with pytest.raises(TrainingError, match="another shard's"):
+        with pytest.raises(TrainingError, match="belongs to another shard"):
             optimizer.load_state_dict(trained_optimizer(named).state_dict())
 
 
 def test_a_sharded_optimizer_refuses_what_it_cannot_divide() -> None:
     with member(0, 2) as group:
         optimizer = problem.make(problem.parameters(), group)
-        with pytest.raises(ValueError, match="give it every parameter group"):
+        with pytest.raises(ValueError, match="pass every parameter group"):
             optimizer.add_param_group({"kind": "adamw", "lr": 0.1, "params": [torch.nn.Parameter(torch.zeros(2))]})
         strided = torch.nn.Parameter(torch.zeros(4, 3).T)
         with pytest.raises(ValueError, match="contiguous"):
@@ -171,7 +171,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def outcome(folder: Path, scenario: str) -> tuple[Weights, dict[str, Any], list[tuple[Weights, dict[str, Any]]]]:
+def outcome_record(folder: Path, scenario: str) -> tuple[Weights, dict[str, Any], list[tuple[Weights, dict[str, Any]]]]:
     """The weights on which both ranks agree to the bit, rank 0's record, and what both saved."""
     ours, theirs = (load_file(folder / f"{scenario}-{rank}.weights") for rank in range(2))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -190,7 +190,7 @@ def test_two_processes_do_what_one_does(two: Path, scenario: str, max_norm: floa
     named = problem.parameters()
     start = {name: p.detach().clone() for name, p in named}
     norms = problem.train(problem.make(named), named, range(problem.STEPS), [0, 1], max_norm)
-    weights, record, _ = outcome(two, scenario)
+    weights, record, _ = outcome_record(two, scenario)
     assert record["norms"] == pytest.approx(norms, rel=1e-6)
     assert furthest(weights, named) <= 1e-5
     still = {name for name, p in named if torch.equal(p, start[name])}
@@ -202,7 +202,7 @@ def test_half_precision_keeps_its_masters_in_shards(two: Path) -> None:
     optimizer = problem.make(named)
     problem.train(optimizer, named, range(problem.STEPS), [0, 1], None)
     expected, _ = optimizer_tensors(optimizer, problem.names_of(optimizer))
-    weights, _, parts = outcome(two, "bf16")
+    weights, _, parts = outcome_record(two, "bf16")
     state, _ = join_shards(parts)
     assert state.keys() == expected.keys()
     for key in (k for k in state if k.endswith("::master")):
@@ -220,12 +220,12 @@ def test_each_holds_half_of_the_state(two: Path, scenario: str, shapes: dict) ->
 
 
 def test_the_size_of_a_bucket_changes_no_bit(two: Path) -> None:
-    usual, small = outcome(two, "plain"), outcome(two, "buckets")
+    usual, small = outcome_record(two, "plain"), outcome_record(two, "buckets")
     assert all(torch.equal(usual[0][name], small[0][name]) for name in usual[0])
 
 
 def test_going_on_with_as_many_processes_changes_no_bit(two: Path) -> None:
-    (straight, record, states), (resumed, later, again) = outcome(two, "plain"), outcome(two, "resumed")
+    (straight, record, states), (resumed, later, again) = outcome_record(two, "plain"), outcome_record(two, "resumed")
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
     assert record["norms"][problem.HALF :] == later["norms"]
     for (a, _), (b, _) in zip(states, again, strict=True):
@@ -236,9 +236,9 @@ def test_going_on_with_as_many_processes_changes_no_bit(two: Path) -> None:
 def test_going_on_with_fewer_or_more(two: Path) -> None:
     expected = problem.parameters()
     problem.train(problem.make(expected), expected, range(problem.STEPS), [0, 1], None)
-    assert furthest(outcome(two, "from_one")[0], expected) <= 1e-5
+    assert furthest(outcome_record(two, "from_one")[0], expected) <= 1e-5
 
-    weights, _, parts = outcome(two, "half")
+    weights, _, parts = outcome_record(two, "half")
     named = problem.parameters()
     with torch.no_grad():
         for name, param in named:

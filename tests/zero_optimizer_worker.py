@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import distributed as dist
 
-from poe.training.checkpoints.files import optimizer_tensors, restore_optimizer
+from poe.training.checkpoints.optimizer_state import optimizer_tensors, restore_optimizer
 from poe.training.optim import MuonAdamW, build_optimizer
 from poe.training.parallel import zero
 

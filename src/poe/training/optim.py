@@ -79,8 +79,8 @@ class MuonAdamW(torch.optim.Optimizer):
     - `kind="adamw"`: `betas` (0.8, 0.95), `eps` 1e-10, `weight_decay` 0 (decoupled, on every entry), bias-corrected.
 
     `initial_lr` defaults to the group's `lr`; schedules multiply it. Muon orthogonalizes in `iteration_dtype`
-    (bfloat16, float32 or float64). The default, None, is bfloat16 if the hardware is fast at it, otherwise float32. It is not part
-    of the state, so a run may continue on other hardware.
+    (bfloat16, float32 or float64). The default, None, is bfloat16 if the hardware is fast at it, otherwise float32. It
+    is not part of the state, so a run may continue on other hardware.
 
     A half-precision parameter gets an fp32 master copy in the state at its first step. Every update changes the master,
     which is then copied into the parameter. Parameters without a gradient are skipped. A run that is saved, loaded and
