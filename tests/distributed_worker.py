@@ -1,4 +1,4 @@
-"""What two processes do together, for test_distributed.py: `torchrun distributed_worker.py FOLDER BASE`.
+"""The program of two processes in test_distributed.py: `torchrun distributed_worker.py FOLDER BASE`.
 
 `... distributed_worker.py train stage ...` is `poe-train stage ...` with the optimizer's iteration in fp32:
 in bf16 a difference of one bit grows.
@@ -35,7 +35,7 @@ PROMPT = [list(range(40, 60))]
 
 
 def rows_seen() -> list[list[int]]:
-    """Every row that goes through the network from now on, as a number, one list per call of the step's batches."""
+    """Return a list that collects the rows of every step from now on, each row as a hash."""
     seen: list[list[int]] = []
     micro_batches = TrainingStep._micro_batches
 
@@ -48,17 +48,17 @@ def rows_seen() -> list[list[int]]:
 
 
 def answer(cascade: Cascade, name: str, held_out: dict[str, Any]) -> dict[str, Any]:
-    """The first tokens that the stage and the base say; not a process must be alone in it if the base is divided."""
+    """Return the first tokens of the stage and of the base. With a sharded base every process must call this."""
     ids = torch.tensor(PROMPT)
-    said = {}
+    answers = {}
     for label, stage in (("base", None), ("stage", name)):
         tokens = cascade.generate(ids, stage=stage, max_new_tokens=3, min_new_tokens=3, do_sample=False)
-        said[label] = {"tokens": tokens[0, ids.shape[1] :].tolist()}
-    return {"first words": said}
+        answers[label] = {"tokens": tokens[0, ids.shape[1] :].tolist()}
+    return {"first words": answers}
 
 
 def train(base: Path, out: Path, world: World, **fields: Any) -> tuple[Cascade, dict[str, Any]]:
-    """One run, and what the test compares."""
+    """Train once, and return the cascade and the numbers that the test compares."""
     cascade = Cascade.from_pretrained(base, dtype=torch.float32)
     whole = resident_bytes(cascade.base)
     quiet = Progress("test", quiet=True)
@@ -74,17 +74,17 @@ def train(base: Path, out: Path, world: World, **fields: Any) -> tuple[Cascade, 
 
 def check(folder: Path, base: Path) -> None:
     with join_world() as world:
-        said: dict[str, Any] = {}
+        results: dict[str, Any] = {}
         seen = rows_seen()
-        _, said["plain"] = train(base, folder / "plain", world)
-        said["rows"] = list(seen)
-        cascade, said["divided"] = train(base, folder / "divided", world, shard_base=True)
-        # one process asks for fewer tokens: it must not leave the other alone
+        _, results["plain"] = train(base, folder / "plain", world)
+        results["rows"] = list(seen)
+        cascade, results["divided"] = train(base, folder / "divided", world, shard_base=True)
+        # generate must run in both processes until the longer one has finished
         cascade.generate(torch.tensor(PROMPT), max_new_tokens=1 + 2 * world.rank, do_sample=False)
-        (folder / f"rank-{world.rank}.json").write_text(json.dumps(said))
+        (folder / f"rank-{world.rank}.json").write_text(json.dumps(results))
         world.barrier()
         if world.rank == 1:
-            raise MemoryError("the second process has had enough")
+            raise MemoryError("the second process failed")
         world.barrier()
 
 

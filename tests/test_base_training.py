@@ -19,7 +19,7 @@ from poe.training import text_rows
 from poe.training.engine import Interrupted
 from poe.training.pretrain import train_base
 from poe.training.reporting.progress import Progress
-from poe.training.text_rows import make_tokenizer, make_rows
+from poe.training.text_rows import make_rows, make_tokenizer
 
 QUIET = Progress("test", quiet=True)
 RECIPE = BaseRecipe(

@@ -1,4 +1,4 @@
-"""Several processes as one run: the same numbers as one process, no row twice, and an end that all of them share."""
+"""Several processes as one run: the numbers of a single process, each row once, and errors that end all of them."""
 
 import json
 import os
@@ -45,35 +45,35 @@ def test_the_rows_of_a_step_go_to_one_process_each(size: int, each: int) -> None
 
 
 @given(st.integers(1, 9), st.integers(0, 200), st.integers(1, 20))
-def test_validation_rows_are_measured_once_in_as_many_parts_everywhere(size: int, rows: int, at_once: int) -> None:
-    parts = [list(World(rank, size).shares(rows, at_once)) for rank in range(size)]
-    assert sorted(row for part in parts for share in part for row in share) == list(range(rows))
-    assert len({len(part) for part in parts}) == 1  # a layer that is divided computes in all of them or in none
-    assert all(len(share) <= at_once for part in parts for share in part)
+def test_validation_rows_are_split_into_equally_many_parts_per_process(size: int, rows: int, at_once: int) -> None:
+    parts = [list(World(rank, size).split_rows(rows, at_once)) for rank in range(size)]
+    assert sorted(row for process in parts for part in process for row in part) == list(range(rows))
+    assert len({len(part) for part in parts}) == 1  # all processes must run a sharded layer together
+    assert all(len(part) <= at_once for process in parts for part in process)
 
 
-def test_one_process_takes_every_row_as_before() -> None:
-    assert list(SINGLE_PROCESS.shares(7, 3)) == [range(3), range(3, 6), range(6, 7)]
-    assert SINGLE_PROCESS.all_sum(1.5, 2) == [1.5, 2]
-    assert SINGLE_PROCESS.any_of(False, True) == [False, True]
+def test_a_single_process_takes_every_row() -> None:
+    assert list(SINGLE_PROCESS.split_rows(7, 3)) == [range(3), range(3, 6), range(6, 7)]
+    assert SINGLE_PROCESS.all_reduce(1.5, 2) == [1.5, 2]
+    assert SINGLE_PROCESS.any_process(False, True) == [False, True]
 
 
 @given(st.integers(1, 12), st.integers(1, 40))
-def test_a_step_that_cannot_be_shared_evenly_is_refused_with_what_fits(size: int, rows: int) -> None:
+def test_uneven_step_is_refused_with_sizes_that_fit(size: int, rows: int) -> None:
     plan = load_recipe("demo", seq_len=64, tokens_per_step=64 * rows)
     if rows % size == 0:
         assert count_rows_per_step(plan, World(size=size)) == rows
         return
     with pytest.raises(RecipeError, match="cannot share evenly") as refusal:
         count_rows_per_step(plan, World(size=size))
-    advised = int(re.search(r"such as (\d+)", str(refusal.value)).group(1))
-    assert count_rows_per_step(plan.replace(tokens_per_step=advised), World(size=size)) % size == 0
+    suggested = int(re.search(r"such as (\d+)", str(refusal.value)).group(1))
+    assert count_rows_per_step(plan.replace(tokens_per_step=suggested), World(size=size)) % size == 0
     numbers = [int(n) for n in re.search(r"processes: ([\d, ]+)\.", str(refusal.value)).group(1).split(",")]
     assert all(count_rows_per_step(plan, World(size=n)) == rows for n in numbers)
 
 
-def together(size: int, per_node: int, act: Callable[[World], object]) -> list[object]:
-    """What `act` returns or raises in each of `size` processes, here threads that share a store."""
+def run_in_threads(size: int, per_node: int, act: Callable[[World], object]) -> list[object]:
+    """Return the result or the error of `act` in each of `size` threads, which share a store as processes do."""
     store = dist.HashStore()
     results: list[object] = [None] * size
 
@@ -91,42 +91,42 @@ def together(size: int, per_node: int, act: Callable[[World], object]) -> list[o
     return results
 
 
-def test_what_is_cached_is_made_once_per_node_the_main_process_first() -> None:
+def test_main_process_runs_first_and_then_one_process_per_node() -> None:
     order: list[int] = []
 
     def prepare(world: World) -> None:
-        with world.in_order():
+        with world.main_process_first():
             time.sleep(0.02)
             order.append(world.rank)
 
-    together(6, 2, prepare)
+    run_in_threads(6, 2, prepare)
     assert order[0] == 0
     assert sorted(order) == list(range(6))
     for rank in (1, 3, 5):  # after the first of its node
         assert order.index(rank) > order.index(rank - 1)
 
 
-def test_when_the_first_fails_the_others_end_with_its_message_which_is_said_once() -> None:
-    said: list[str] = []
+def test_failure_of_the_main_process_ends_all_and_is_reported_once() -> None:
+    reports: list[str] = []
 
     def prepare(world: World) -> None:
         try:
-            with world.in_order():
-                assert world.is_main, "only the first may try"
+            with world.main_process_first():
+                assert world.is_main, "only the main process may enter the block"
                 raise RecipeError("there is no such thing")
         except (RecipeError, TrainingError) as error:
-            with world.one_speaks(str(error)) as mine:
-                if mine:
-                    said.append(f"{world.rank}: {error}")
+            with world.report_once(str(error)) as is_reporter:
+                if is_reporter:
+                    reports.append(f"{world.rank}: {error}")
             raise
 
-    results = together(4, 2, prepare)
+    results = run_in_threads(4, 2, prepare)
     assert [str(error) for error in results] == ["there is no such thing"] * 4
-    assert said == ["0: there is no such thing"]
+    assert reports == ["0: there is no such thing"]
 
 
-def test_processes_that_were_started_differently_are_told_what_differs() -> None:
-    results = together(2, 2, lambda world: world.same({"seed": world.rank, "rows": 7}))
+def test_different_options_of_processes_are_refused_with_the_differences() -> None:
+    results = run_in_threads(2, 2, lambda world: world.check_equal({"seed": world.rank, "rows": 7}))
     assert results[0] is None
     assert isinstance(results[1], TrainingError)
     assert "seed: 0 -> 1" in str(results[1])
@@ -134,7 +134,7 @@ def test_processes_that_were_started_differently_are_told_what_differs() -> None
 
 
 @pytest.mark.parametrize("missing", ["MASTER_ADDR", "MASTER_PORT"])
-def test_half_an_environment_is_refused(monkeypatch, missing: str) -> None:
+def test_incomplete_launcher_environment_is_refused(monkeypatch, missing: str) -> None:
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv(missing)
@@ -142,7 +142,7 @@ def test_half_an_environment_is_refused(monkeypatch, missing: str) -> None:
         pass
 
 
-def test_a_launcher_of_one_process_makes_no_group(monkeypatch) -> None:
+def test_launcher_of_one_process_creates_no_group(monkeypatch) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
     with join_world() as world:
@@ -150,7 +150,7 @@ def test_a_launcher_of_one_process_makes_no_group(monkeypatch) -> None:
         assert not dist.is_initialized()
 
 
-def test_a_base_that_cannot_be_divided_is_refused_and_left_whole() -> None:
+def test_base_that_cannot_be_sharded_is_refused_and_stays_whole() -> None:
     recurrent = Cascade(tiny_base("hrm"))
     with pytest.raises(RecipeError, match="recurrent"):
         shard_base(recurrent, SINGLE_PROCESS)
@@ -164,7 +164,7 @@ def test_a_base_that_cannot_be_divided_is_refused_and_left_whole() -> None:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random base, with the demo's tokenizer and template."""
+    """Return the folder of a random base with the demo's tokenizer and template."""
     torch.manual_seed(0)
     tokenizer = demo_tokenizer()
     config = PoEConfig(vocab_size=600, hidden_size=64, num_hidden_layers=3, num_attention_heads=2, eos_token_id=1)
@@ -183,22 +183,22 @@ def launch(launcher: list[str], *args: str) -> subprocess.Popen[str]:
 
 
 TORCHRUN = ["torch.distributed.run", "--nproc-per-node", "2"]
-# --multi_gpu is its word for several processes on one machine; without GPUs they are CPU processes
+# --multi_gpu starts several processes on one machine, CPU processes if there is no GPU
 ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--mixed_precision", "no"]
 ACCELERATE += ["--num_machines", "1", "--dynamo_backend", "no"]
 
 
 def alone(base: Path, out: Path, **fields) -> tuple[list[float], list[float], Cascade]:
-    """Losses and validation losses of one process, and its cascade."""
+    """Return losses and validation losses of a single process, and its cascade."""
     cascade = Cascade.from_pretrained(base, dtype=torch.float32)
     plan = {**FIELDS, **fields}
     run = train_stage(cascade, "demo", DATA, out, progress=Progress("test", quiet=True), **plan)
     return [r["loss"] for r in run.history.steps], [r["val_loss"] for r in run.history.evals], cascade
 
 
-def test_two_processes_learn_what_one_learns_on_a_whole_or_a_divided_base(base: Path, tmp_path: Path, monkeypatch):
+def test_two_processes_train_like_one_with_whole_and_sharded_base(base: Path, tmp_path: Path, monkeypatch):
     process = launch(TORCHRUN, str(tmp_path), str(base))
-    said = process.communicate(timeout=500)[0]
+    output = process.communicate(timeout=500)[0]
     ranks = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
 
     monkeypatch.setattr(TrainingStep, "_micro_batches", TrainingStep._micro_batches)
@@ -232,12 +232,12 @@ def test_two_processes_learn_what_one_learns_on_a_whole_or_a_divided_base(base: 
     assert json.loads((tmp_path / "plain" / "training.json").read_text())["processes"] == 2
 
     assert process.returncode == 1
-    assert "the second process has had enough" in said  # an error of any process is shown
-    assert said.count(LOST) >= 1
+    assert "the second process failed" in output  # an error of any process is shown
+    assert output.count(LOST) >= 1
 
 
 @pytest.mark.slow
-def test_a_run_whose_processes_die_or_are_stopped_goes_on_with_any_number(base: Path, tmp_path: Path) -> None:
+def test_run_resumes_with_another_number_of_processes(base: Path, tmp_path: Path) -> None:
     out, steps = tmp_path / "out", 90
     fields = {**FIELDS, "max_steps": steps, "checkpoint_every": 0.2, "validation_every": 45}
     options = [part for k, v in fields.items() for part in (f"--{k.replace('_', '-')}", str(v))]
@@ -246,19 +246,19 @@ def test_a_run_whose_processes_die_or_are_stopped_goes_on_with_any_number(base: 
     killed = launch(TORCHRUN, *command)
     wait_for_steps(out, 20, killed)
     os.kill(worker(killed, rank=1), signal.SIGKILL)
-    said = killed.communicate(timeout=120)[0]  # hanging is failing
+    output = killed.communicate(timeout=120)[0]  # the timeout fails the test if the run hangs
     assert killed.returncode != 0
-    assert said.count(LOST) == said.count("--resume") == 1
+    assert output.count(LOST) == output.count("--resume") == 1
     assert has_checkpoint(out)
     assert not (out / "delta.safetensors").exists()
 
     stopped = launch(ACCELERATE, *command, "--resume")
     wait_for_steps(out, 50, stopped)
     stopped.send_signal(signal.SIGTERM)
-    said = stopped.communicate(timeout=120)[0]
+    output = stopped.communicate(timeout=120)[0]
     assert stopped.returncode != 0
-    assert said.count("Stopped; saved at step") == 1
-    assert "2 processes" in said
+    assert output.count("Stopped; saved at step") == 1
+    assert "2 processes" in output
 
     run = [alone(base, tmp_path / "whole", **fields), alone(base, out, **fields, resume=True)]
     assert run[1][0] == pytest.approx(run[0][0], abs=1e-5)
@@ -277,7 +277,7 @@ def wait_for_steps(out: Path, steps: int, process: subprocess.Popen[str]) -> Non
 
 
 def worker(launcher: subprocess.Popen[str], rank: int) -> int:
-    """The process id of a rank."""
+    """Return the process id of a rank."""
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             parent = int(folder.joinpath("stat").read_text().rpartition(")")[2].split()[1])

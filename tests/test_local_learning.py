@@ -95,9 +95,7 @@ def test_the_control_arm_is_ordinary_backpropagation() -> None:
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="sum").backward()
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(gradient, expected.get_parameter(name).grad, rtol=1e-4, atol=1e-5)
-    assert (
-        len(list(StagePredictions(model, local=False).predictions(batch))) == 3
-    )  # one for every boundary
+    assert len(list(StagePredictions(model, local=False).predictions(batch))) == 3  # one for every boundary
     assert loss > 0
 
 
