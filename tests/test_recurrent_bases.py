@@ -17,8 +17,8 @@ from poe.data.packing import IGNORED, Batch
 from poe.errors import FamilyError, StageError, TrainingError
 from poe.evaluation.calls import generate_replies
 from poe.loaders.base import save_base_folder
-from poe.training.hidden_states.sources import Whole
-from poe.training.prefix import prompt_positions
+from poe.training.forward import prompt_positions
+from poe.training.hidden_states.sources import WholeModel
 from poe.training.reporting.progress import Progress
 
 RECURRENT_BASE = pytest.mark.parametrize("name", RECURRENT)
@@ -255,7 +255,7 @@ def test_packed_documents_read_their_own_prompts_both_ways() -> None:
     batch = Batch(ids, labels, positions)
     expected = [k < p for n, p in zip(lengths, prompts, strict=True) for k in range(n)]
     assert prompt_positions(batch)[0].tolist() == expected
-    packed = Whole(model)(batch)
+    packed = WholeModel(model)(batch)
     start = 0
     for length, prompt in zip(lengths, prompts, strict=True):
         own = ids[:, start : start + length]
