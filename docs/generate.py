@@ -52,7 +52,7 @@ def rooms() -> str:
     """Return the table of the rooms, from the highest floor down: the first sentence of each, and what it imports."""
     graph, floor = imported_rooms(), floors(imported_rooms())
     lines = ["", "| room | job | imports |", "|---|---|---|"]
-    for room in sorted(graph, key=lambda room: (-floor[room], room)):
+    for room in sorted(graph, key=lambda room: (floor[room], room)):
         package = SOURCE / room / "__init__.py"
         job = _first_sentence(package if package.is_file() else SOURCE / f"{room}.py")
         lines.append(f"| `{_label(room)}` | {job} | {', '.join(sorted(graph[room])) or 'nothing of ours'} |")
@@ -121,10 +121,11 @@ def imported_rooms() -> dict[str, set[str]]:
 
 
 def floors(graph: dict[str, set[str]]) -> dict[str, int]:
-    """Return the floor of each room: one above the highest room that it imports."""
-    floor: dict[str, int] = {}
-    for room in TopologicalSorter(graph).static_order():  # a circle is a CycleError that names it
-        floor[room] = 1 + max((floor[other] for other in graph[room]), default=-1)
+    """Return the floor of each room, counted from the top: one below the lowest room that imports it."""
+    floor = dict.fromkeys(graph, 0)
+    for room in reversed([*TopologicalSorter(graph).static_order()]):  # a circle is a CycleError that names it
+        for other in graph[room]:
+            floor[other] = max(floor[other], floor[room] + 1)
     return floor
 
 
@@ -152,13 +153,19 @@ def imports_picture() -> str:
         if not any(other in reach[between] for between in graph[room] - {other})
     ]
     width, height, gap = 120, 34, 70
-    top = max(floor.values())
     place: dict[str, tuple[float, float]] = {}
-    for level in range(top + 1):
-        names = sorted(room for room in graph if floor[room] == level)
+    for level in range(max(floor.values()) + 1):
+        # A room is placed under the rooms that import it; neighbors keep a distance.
+        middle = {
+            room: sum(xs) / len(xs) if (xs := [place[above][0] for above, below in edges if below == room]) else 330
+            for room in graph
+            if floor[room] == level
+        }
+        names = sorted(middle, key=lambda room: (middle[room], room))
+        center = sum(middle.values()) / len(middle)
         for i, room in enumerate(names):
-            place[room] = (330 + (i - (len(names) - 1) / 2) * 200, 40 + (top - level) * gap)
-    total = 80 + top * gap
+            place[room] = (center + (i - (len(names) - 1) / 2) * 160, 40 + level * gap)
+    total = 80 + max(floor.values()) * gap
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 660 {total}" font-family="Arial, Helvetica, sans-serif" '
         'font-size="14" role="img" aria-label="The rooms of the package on their floors; arrows point to what a room '
@@ -171,7 +178,7 @@ def imports_picture() -> str:
         (x1, y1), (x2, y2) = place[room], place[other]
         below, above = y1 + height / 2, y2 - height / 2
         # A line over several floors bends outwards, so that it does not cross the rooms between.
-        crossed = floor[room] - floor[other]
+        crossed = floor[other] - floor[room]
         bend = 0 if crossed == 1 else (1 if x1 + x2 >= 660 else -1) * (60 + 40 * crossed)
         middle = (below + above) / 2
         parts.append(
