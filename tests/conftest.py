@@ -6,8 +6,9 @@ import functools
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # several workers, each with a thread of its own
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -162,6 +163,12 @@ def demo_tokenizer() -> transformers.PreTrainedTokenizerFast:
 def token_ids(rows: int = 2, length: int = 9, seed: int = 0) -> torch.Tensor:
     """Return random token ids (rows, length) without special tokens."""
     return torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def mostly_slow(values: Iterable[Any], quick: Iterable[Any]) -> list[Any]:
+    """Return `values` as parameters of a test, those that are not in `quick` marked slow."""
+    quick = list(quick)
+    return [value if value in quick else pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 @pytest.fixture(params=EXEMPLARS)

@@ -215,7 +215,6 @@ def test_a_row_that_would_fill_the_memory_is_dropped(
     assert read(tmp_path / name) == ([{"a": 1}, {"a": 2}], {sources.TOO_LONG: 1})
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("begin", ["", "["])
 def test_a_hundred_megabytes_in_one_row_take_little_memory(tmp_path: Path, begin: str) -> None:
     path = tmp_path / ("x.json.gz" if begin else "x.jsonl.gz")

@@ -103,7 +103,6 @@ def test_trackers_by_name(monkeypatch) -> None:
     assert open_trackers("tensorboard, trackio,trackio", print).names == ["tensorboard", "trackio"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", list(tracking.TRACKERS))
 def test_the_real_ones_take_a_run_and_its_continuation_offline(name: str, tmp_path: Path, monkeypatch) -> None:
     for variable, value in {

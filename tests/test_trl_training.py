@@ -167,7 +167,6 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Conve
     return path, conversations
 
 
-@pytest.mark.slow
 def test_exported_rows_mean_to_trl_what_they_mean_here(exported, tmp_path: Path) -> None:
     path, conversations = exported
     cascade = Cascade.from_pretrained("demo", dtype="float32").add_stage(StageConfig("tool", num_layers=1, head="none"))
