@@ -1,4 +1,4 @@
-"""A tiny cascade with every way in which stages can stand to each other."""
+"""A tiny cascade with siblings, a chain, and a stage below the top of the base."""
 
 import torch
 
@@ -10,7 +10,7 @@ STAGES = ("tool", "math", "low", "child", "grandchild")
 
 
 def branched_cascade(name: str, dtype: torch.dtype = torch.float32) -> Cascade:
-    """Two siblings on top of four layers, one above three of them, and a chain of three; all weights are random."""
+    """Return a base of four layers with random stages: two siblings on top, one after layer three, a chain of three."""
     cascade = decoding_cascade(name, dtype=dtype)
     cascade.add_stage(name="tool", num_layers=2)
     cascade.add_stage(name="math", num_layers=1, head="low_rank", head_rank=4)

@@ -1,4 +1,4 @@
-"""Tiny bases of every family, with random weights on which an error cannot hide; no user's cache, no real Hub."""
+"""Tiny bases of every family with random weights, shared fixtures, and a Hub on loopback with a cache of its own."""
 
 import atexit
 import copy
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # several workers, each with a thread of its own
+if "PYTEST_XDIST_WORKER" in os.environ:  # several workers, one thread each
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 _CACHE = tempfile.mkdtemp(prefix="poe-tests-")
 atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
@@ -22,7 +22,7 @@ for _name in ("POE_BASE", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE"
 
 from fake_hub import FakeHub  # noqa: E402
 
-# The client reads the Hub's address when it is imported; no test asks the real one.
+# The client reads the address of the Hub when it is imported. No test connects to the real Hub.
 HUB = FakeHub()
 os.environ.update(HF_ENDPOINT=HUB.url, HF_HUB_DISABLE_XET="1", NO_PROXY="127.0.0.1", no_proxy="127.0.0.1")
 
@@ -73,23 +73,23 @@ BASES: dict[str, tuple[str, dict]] = {
     "nanochat-tied": ("nanochat", TIED),
     "hrm": ("hrm_text", {**HRM, "L_bp_cycles": [1]}),
     "hrm-tied": ("hrm_text", {**HRM, "H_cycles": 3, "L_cycles": 1, "prefix_lm": False, **TIED}),
-    # not declared: found by structure and tried
+    # not declared: recognized by their structure
     "cohere-tied": ("cohere", {"logit_scale": 0.3, **TIED}),
     "glm4": ("glm4", {"head_dim": 8}),
     "phi": ("phi", {"num_key_value_heads": 4}),
     "stablelm": ("stablelm", {}),
 }
-# a PoE base whose stages have heads of their own: its head is a sum, so what is said of "the base's head" needs care
+# A PoE base with a head for each of its stages: its own head is a sum.
 STAGED: dict[str, tuple[str, dict]] = {
     "poe-stages": ("poe", {"stage_layers": [1, 1], "stage_heads": True, "backout_layer": 0})
 }
-RECURRENT = ("hrm", "hrm-tied")  # no ordinary checkpoint can hold a stage on them, and none attaches below the top
-# One base of every kind: tests of what does not depend on the family need no more.
+RECURRENT = ("hrm", "hrm-tied")  # a stage attaches on top only, and cannot be exported as an ordinary checkpoint
+# One base of every kind, for tests of what does not depend on the family.
 EXEMPLARS = ("poe", "qwen2-tied", "qwen3", "qwen3-tied", "gemma3-tied", "cohere-tied", "hrm")
 
 
 def scramble(module: nn.Module, seed: int = 0, scale: float = 0.2) -> None:
-    """Add noise to every parameter, zero ones included, so that no path computes nothing."""
+    """Add noise to every parameter, also to those that are zero, so that every path changes the result."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -128,7 +128,7 @@ def tiny_model(
     model = transformers.AutoModelForCausalLM.from_config(config).to(dtype).eval()
     scramble(model, seed)
     embedding = model.get_input_embeddings()
-    with torch.no_grad():  # a family that scales its embedding up would, tied, only repeat its last token
+    with torch.no_grad():  # a tied model with a scaled embedding would only repeat its last token
         embedding.weight.div_(float(getattr(embedding, "embed_scale", 1.0)))
     return model
 
@@ -173,19 +173,19 @@ def mostly_slow(values: Iterable[Any], quick: Iterable[Any]) -> list[Any]:
 
 @pytest.fixture(params=EXEMPLARS)
 def base_name(request: pytest.FixtureRequest) -> str:
-    """One base of every kind, tied and untied."""
+    """The name of one base of every kind, tied and untied."""
     return str(request.param)
 
 
 @pytest.fixture(params=[name for name in EXEMPLARS if name not in RECURRENT])
 def flat_name(request: pytest.FixtureRequest) -> str:
-    """One base of every kind whose layers run once each."""
+    """The name of one base of every kind whose layers run once each."""
     return str(request.param)
 
 
 @pytest.fixture
 def hub() -> FakeHub:
-    """An empty Hub on loopback; HF_ENDPOINT names it."""
+    """An empty Hub on loopback. HF_ENDPOINT holds its address."""
     HUB.reset()
     return HUB
 
@@ -203,7 +203,7 @@ def demo_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def saved_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Return `saved_base(name, dtype, seed)`: the folder of a tiny base, written once per session."""
+    """Return `saved_base(name, dtype, seed)`, which gives the folder of a tiny base. Do not write into it."""
     from poe.loaders.base import save_base_folder
 
     root, known = tmp_path_factory.mktemp("bases"), {}

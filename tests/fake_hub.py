@@ -1,8 +1,8 @@
-"""A Hub on loopback that the real client talks to: repositories with commits, in memory, and trouble on demand.
+"""A Hub on loopback for the real client: repositories with commits, in memory, and failures on demand.
 
-It speaks what `huggingface_hub` asks for: create, branch, validate-yaml, preupload, the LFS batch and its PUT, commit,
-revision, tree, and resolve with HEAD and ranges. Any token can write; `private` repositories answer those alone who
-bring one.
+It has the routes that `huggingface_hub` uses: create, branch, validate-yaml, preupload, the LFS batch and its PUT,
+commit, revision, tree, and resolve with HEAD and ranges. Any token can write. A private repository is visible to
+clients with a token only.
 """
 
 import base64
@@ -23,7 +23,7 @@ LFS = (".safetensors", ".png", ".bin", ".pkl")
 
 @dataclass
 class Repo:
-    """Branches are names of commits, a commit is a whole set of files; nothing that was committed ever changes."""
+    """A repository. A branch is the name of a commit, a commit is a whole set of files, and commits never change."""
 
     private: bool = False
     gated: bool = False
@@ -31,14 +31,14 @@ class Repo:
     branches: dict[str, str] = field(default_factory=dict)
 
     def commit(self, branch: str, files: Files) -> str:
-        """Make `files` what a branch holds; return the commit's id."""
+        """Commit `files` as the whole content of a branch; return the id of the commit."""
         content = repr((sorted(files.items()), self.branches.get(branch), len(self.commits)))
         oid = hashlib.sha1(content.encode()).hexdigest()
         self.commits[oid], self.branches[branch] = dict(files), oid
         return oid
 
     def at(self, revision: str) -> tuple[str, Files] | None:
-        """Return a commit's id and files, None if there is no such revision."""
+        """Return the id and the files of a commit, or None if there is no such revision."""
         oid = self.branches.get(revision, revision)
         return (oid, self.commits[oid]) if oid in self.commits else None
 
@@ -47,13 +47,13 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that hangs up is what some tests are about; anything else is a mistake of this file."""
+        """Ignore clients that close the connection, as some tests do; report other errors."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
 
 
 class FakeHub:
-    """The server. `url` is what HF_ENDPOINT should be; `sent` counts the bytes of each file that was sent."""
+    """The server. `url` is the value for HF_ENDPOINT; `sent` counts the bytes of each file that was sent."""
 
     def __init__(self) -> None:
         self.server = _Server(("127.0.0.1", 0), _Handler)
@@ -64,25 +64,25 @@ class FakeHub:
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
     def reset(self) -> None:
-        """Forget every repository and every trouble."""
+        """Remove all repositories and all failures."""
         self.lock = threading.RLock()
         self.repos: dict[str, Repo] = {}
-        self.blobs: dict[str, bytes] = {}  # LFS objects: uploaded, and in no repository before a commit names them
+        self.blobs: dict[str, bytes] = {}  # LFS objects; a commit puts them into a repository
         self.sent: dict[str, int] = {}
         self.requests: list[str] = []
-        self.answer_all: int | None = None  # answer everything with this status
-        self.drop_uploads = 0  # cut the connection in the middle of this many uploads
-        self.hold_uploads = False  # read a little of an upload, then wait for the client to give up
+        self.answer_all: int | None = None  # answer every request with this status
+        self.drop_uploads = 0  # close the connection in the middle of this many uploads
+        self.hold_uploads = False  # read the beginning of an upload, then wait until the client closes
         self.uploading.clear()
 
     def put(self, repo: str, branch: str = "main", **files: bytes) -> str:
-        """Change files of a repository behind everybody's back; return the new commit."""
+        """Change files of a repository without the client; return the new commit."""
         with self.lock:
             found = self.repos[repo]
             return found.commit(branch, {**found.commits[found.branches[branch]], **files})
 
     def files(self, repo: str, revision: str = "main") -> Files:
-        """What a repository holds, without the file that the Hub itself puts there."""
+        """Return the files of a repository, without the one that the Hub adds."""
         found = self.repos[repo].at(revision)
         assert found is not None
         return {name: content for name, content in found[1].items() if name != ".gitattributes"}
@@ -90,6 +90,8 @@ class FakeHub:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # headers and body in one packet: two of them wait 40 ms for an acknowledgement
+    disable_nagle_algorithm = True
     hub: FakeHub
 
     def log_message(self, *_: Any) -> None:
@@ -120,7 +122,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._body()
         return self._answer({"error": "not found"}, 404)
 
-    # What clients ask for
+    # Routes
 
     def _whoami(self) -> None:
         self._answer({"name": "me", "type": "user"}, 200 if self._token() else 401)
@@ -180,7 +182,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.rfile.read(min(length // 2, 4096))
             self.hub.uploading.set()
             if self.hub.hold_uploads:
-                while self.rfile.read1(1 << 16):  # until the client is gone
+                while self.rfile.read1(1 << 16):  # until the client closes
                     time.sleep(0.01)
             else:
                 self.hub.drop_uploads -= 1
@@ -242,16 +244,16 @@ class _Handler(BaseHTTPRequestHandler):
             self.hub.sent[f"{name}/{path}"] = self.hub.sent.get(f"{name}/{path}", 0) + len(part)
         return self._answer(part, status, headers)
 
-    # Who may do what, and answers
+    # Permissions and answers
 
     def _token(self) -> bool:
         return self.headers.get("Authorization", "").startswith("Bearer hf_")
 
     def _repo(self, name: str, write: bool = False) -> Repo | None:
-        """Return a repository if the client may see it, else answer that it may not."""
+        """Return a repository if the client may see it; otherwise answer with the error."""
         repo = self.hub.repos.get(name)
         if repo is None or (repo.private and not self._token()):
-            status = 404 if self._token() else 401  # the Hub does not tell strangers what exists
+            status = 404 if self._token() else 401  # the Hub does not reveal which private repositories exist
             return self._answer({"error": "Repository not found"}, status, {"X-Error-Code": "RepoNotFound"})
         if write and not self._token():
             return self._answer({"error": "log in"}, 401)
@@ -298,5 +300,5 @@ def _git_oid(content: bytes) -> str:
 
 
 def _oid(path: str, content: bytes) -> str:
-    """What the client compares with: git's hash of a small file, SHA-256 of a large one."""
+    """Return the hash that the client compares: git's hash of a small file, SHA-256 of a large one."""
     return hashlib.sha256(content).hexdigest() if path.endswith(LFS) else _git_oid(content)
