@@ -24,6 +24,9 @@ FAILED, INTERRUPTED = 1, 130
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
+Repo = Annotated[str, typer.Argument(help="a base or a stage: folder, Hub id, or 'demo'", show_default=False)]
+Base = Annotated[str | None, typer.Option(help="the stage's base, if it is not where the stage's config says")]
+
 
 class Command(TyperCommand):
     """A command that silences the libraries before it runs. Help and completion do not import them."""

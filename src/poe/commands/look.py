@@ -1,19 +1,20 @@
-"""Commands that list what the package has: recipes and data readers."""
+"""Commands that print facts: about a folder or repository, the recipes, the data readers."""
 
 from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 from rich.table import Table
+from typer.core import TyperCommand
 
-from poe.commands.app import out
+from poe.commands.app import Base, Program, Repo, out
 from poe.commands.recipe_options import complete_base, complete_stage
 from poe.errors import RecipeError, suggest
 from poe.stages import Augmentation, BaseRecipe, Recipe, list_recipes
 from poe.stages.fields import FieldInfo, describe_fields, format_value
 from poe.stages.recipe import Plan, group_fields, load_plan
 
-app = typer.Typer()
+app = Program()
 COMMANDS: dict[str, type[Plan]] = {"stage": Recipe, "base": BaseRecipe}
 
 
@@ -23,6 +24,17 @@ def complete_any(incomplete: str) -> list[tuple[str, str]]:
 
 
 @app.command()
+def inspect(repo: Repo, base: Base = None) -> None:
+    """Print what a base or stage is and what it stands on, from its configs and headers, without its weights."""
+    from poe.loaders.describe import describe
+
+    table = Table(show_header=False, box=None)
+    for key, value in describe(repo, base=base):
+        table.add_row(f"[bold]{escape(key)}[/bold]", escape(value))
+    out.print(table)
+
+
+@app.command(cls=TyperCommand)
 def recipes(
     name: Annotated[
         str | None,
@@ -51,7 +63,7 @@ def recipes(
             out.print(table)
 
 
-@app.command()
+@app.command(cls=TyperCommand)
 def readers() -> None:
     """List the data readers: the names in a `--data` SPEC, with license and Hub data set."""
     from poe.data.readers import READERS

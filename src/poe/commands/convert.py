@@ -1,0 +1,125 @@
+"""Commands that write a model in another form: import, export, fold, compress."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from poe.commands.app import Base, Program, Repo, out
+from poe.errors import StageError
+
+app = Program()
+imports = Program(help="Convert a model of another project into a PoE base, or into a stage.")
+app.add_typer(imports, name="import")
+
+
+@imports.command()
+def cognica(
+    folder: Annotated[Path, typer.Argument(help="folder of a release, or of a nanochat stage checkpoint")],
+    output: Annotated[Path, typer.Argument(help="folder for the stage")],
+    base: Annotated[str, typer.Option(help="the PoE base or stage below the stage: folder, Hub id, or 'demo'")],
+    name: Annotated[str, typer.Option(help="name of the stage")] = "tool",
+) -> None:
+    """Convert a stage from the layout of Cognica's releases. Unknown tensors are listed and refused."""
+    from poe.cascade import Cascade
+
+    cascade = Cascade.from_pretrained(base).import_stage(folder, name)
+    cascade.save_stage(name, output)
+    size = (output / "delta.safetensors").stat().st_size
+    out.print(f"{output}: stage {name!r}, {cascade.stages[name].num_parameters():,} parameters, {size:,} bytes")
+
+
+@imports.command()
+def nanochat(
+    checkpoint: Annotated[Path, typer.Argument(help="folder with model_*.pt and meta_*.json; the last step is used")],
+    output: Annotated[Path, typer.Argument(help="folder for the PoE base")],
+) -> None:
+    """Convert a nanochat checkpoint and its tokenizer into a PoE base. Unknown tensors are listed and refused."""
+    from poe.loaders.nanochat_base import import_nanochat
+
+    result = import_nanochat(checkpoint, output)
+    out.print(
+        f"{output}: step {result.step:,}, {result.parameters:,} parameters, in the layout of nanochat since "
+        f"{result.layout.since}"
+    )
+    if result.layout.doubt:
+        out.print(f"note: {result.layout.doubt}")
+
+
+@app.command()
+def export(
+    repo: Repo,
+    native: Annotated[Path, typer.Option(help="new folder for an ordinary checkpoint of the base's family")],
+    base: Base = None,
+    max_shard_size: Annotated[str, typer.Option(help="largest weight file: a number and a unit")] = "5GB",
+) -> None:
+    """Write a stage and all that it stands on as an ordinary checkpoint of the base's family.
+
+    It has the layers of the base, the layers of the stages on top, and the folded head. Transformers loads it without
+    this package, with the same logits.
+    """
+    cascade = _open_stage(repo, base)
+    folder = cascade.export_native(cascade.active, native, max_shard_size=max_shard_size)
+    out.print(f"{folder}: {cascade.config.model_type}, {_format_size(folder)}", markup=False)
+
+
+@app.command()
+def fold(
+    repo: Repo,
+    to: Annotated[Path, typer.Option("--out", help="folder for the folded stage")],
+    base: Base = None,
+    name: Annotated[str | None, typer.Option(help="name of the new stage; default: the old name and -folded")] = None,
+) -> None:
+    """Fold a chain of stages into one stage that computes the same and needs no parent."""
+    from poe.loaders.stage_folder import merge_training_records
+
+    cascade = _open_stage(repo, base)
+    chain = cascade.stages[cascade.active].chain
+    cascade.fold(cascade.active, name)
+    folder = cascade.save_stage(cascade.active, to, merge_training_records(chain))
+    out.print(f"{folder}: {len(chain)} stages in one, {_format_size(folder)}", markup=False)
+
+
+@app.command()
+def compress(
+    repo: Repo,
+    to: Annotated[Path, typer.Option("--out", help="folder for the smaller stage")],
+    rank: Annotated[int | None, typer.Option(help="replace the head delta by the nearest one of this rank")] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="store the matrices in 8 bits per weight")] = False,
+    base: Base = None,
+) -> None:
+    """Make the files of a stage smaller, and print the error that this causes."""
+    import torch
+
+    from poe.loaders.stage_folder import read_training_record
+
+    if rank is None and not int8:
+        raise typer.BadParameter("expected --rank, --int8 or both")
+    cascade = _open_stage(repo, base)
+    name = cascade.active
+    stage, training = cascade.stages[name], read_training_record(cascade.stages[name])
+    if rank is not None:
+        report = cascade.compress_head(name, rank)
+        out.print(
+            f"head: {report.parameters_before:,} -> {report.parameters_after:,} parameters, "
+            f"relative error {report.relative_error:.2e}, {report.energy:.2%} of its energy kept"
+        )
+    dtype = torch.int8 if int8 else None
+    if int8:
+        out.print(f"int8: relative error {stage.storage_error(torch.int8):.2e}")
+    folder = cascade.save_stage(name, to, training, dtype=dtype)
+    out.print(f"{folder}: {_format_size(folder)}", markup=False)
+
+
+def _open_stage(repo: str, base: str | None) -> Any:
+    """Open a stage to write it: in main memory, in the dtype in which its base is stored."""
+    from poe.cascade import Cascade
+
+    cascade = Cascade.from_pretrained(repo, base=base)
+    if cascade.active is None:
+        raise StageError(f"{repo} is a base: expected a stage's folder or repository.")
+    return cascade
+
+
+def _format_size(folder: Path) -> str:
+    return f"{sum(path.stat().st_size for path in folder.glob('*.safetensors')):,} bytes of weights"

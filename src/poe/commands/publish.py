@@ -1,0 +1,68 @@
+"""Commands that check a folder and upload it."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from poe.commands.app import FAILED, Base, Program, Repo, out
+
+app = Program()
+
+
+@app.command()
+def verify(
+    repo: Repo,
+    base: Base = None,
+    revision: Annotated[str | None, typer.Option(help="branch, tag or commit of a repository")] = None,
+) -> None:
+    """Check every byte of a base or stage: one line per check, exit code 1 if a check fails.
+
+    All weights are read; those of a repository are downloaded. Files that may hold a pickle are refused by name and
+    never downloaded.
+    """
+    from poe.loaders.verify import verify as run_checks
+
+    failed = 0
+    for check in run_checks(repo, base=base, revision=revision):
+        failed += not check.ok
+        mark = "[green]ok  [/green]" if check.ok else "[red]FAIL[/red]"
+        out.print(f"{mark} {escape(check.name)}: {escape(check.detail)}")
+    if failed:
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="folder of a stage or base", show_default=False)],
+    repo: Annotated[str, typer.Argument(help="Hub repository, me/name; created if it is new", show_default=False)],
+    base: Annotated[str | None, typer.Option(help="Hub id of the stage's base, if the stage names a folder")] = None,
+    parent: Annotated[str | None, typer.Option(help="Hub id of the stage's parent, if it names a folder")] = None,
+    private: Annotated[bool, typer.Option("--private", help="make the repository private")] = False,
+    revision: Annotated[str | None, typer.Option(help="branch to push to; created if it is new")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check, print files and sizes, upload nothing")] = False,
+) -> None:
+    """Check the folder of a stage or base, and upload it in one commit.
+
+    Files that do not belong to a stage are refused by name. The checkpoints and rows of a training run are not
+    uploaded.
+    """
+    from poe.loaders.hub import plan_upload, upload
+
+    plan = plan_upload(folder, repo, base=base, parent=parent)
+    table = Table(box=None, show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    for name, size in plan.sizes().items():
+        note = " (changed to name the base on the Hub)" if isinstance(plan.files[name], bytes) else ""
+        table.add_row(escape(name) + note, f"{size:,}")
+    table.add_row(f"{len(plan.files)} files to {repo}", f"{sum(plan.sizes().values()):,} bytes")
+    out.print(table)
+    if plan.left_out:
+        out.print(f"not uploaded: {escape(', '.join(plan.left_out))}")
+    if dry_run:
+        out.print("dry run: nothing was uploaded")
+        return
+    out.print(f"pushed: {upload(plan, private=private or None, revision=revision).commit_url}")

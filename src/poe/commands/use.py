@@ -1,0 +1,193 @@
+"""Commands that run a model: generate text, calibrate adaptive depth, answer with calls."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from poe.commands.app import FAILED, Base, Program, Repo, err, out
+from poe.errors import DataError, DecodingError, PoEError
+
+app = Program()
+
+CALIBRATION_TOKENS = 512  # of each document
+
+NewTokens = Annotated[int, typer.Option(help="largest number of new tokens")]
+Off = Annotated[bool, typer.Option("--off", help="use the base without the stage")]
+
+
+@app.command()
+def generate(
+    repo: Repo,
+    prompt: Annotated[str, typer.Argument(help="text to continue; '-' reads standard input")],
+    base: Base = None,
+    max_new_tokens: NewTokens = 128,
+    temperature: Annotated[float, typer.Option(help="sampling temperature; 0 is greedy")] = 0.0,
+    seed: Annotated[int, typer.Option(help="seed of the sampling")] = 0,
+    off: Off = False,
+    strategy: Annotated[
+        str | None,
+        typer.Option(
+            help="exit=DEPTH: use the first layers of the base; adaptive=FILE: thresholds of `poe calibrate`; "
+            "draft=DEPTH: draft with the exit at this depth, verify with full depth"
+        ),
+    ] = None,
+    sibling: Annotated[
+        list[str] | None,
+        typer.Option("--with", help="REPO=WEIGHT: combine with another stage by this weight, 0 to 1 (repeatable)"),
+    ] = None,
+) -> None:
+    """Continue a text, without a chat template."""
+    import torch
+
+    from poe.decoding import Exit, parse_strategy
+    from poe.modeling.families import is_prefix_lm
+
+    try:
+        chosen = None if strategy is None else parse_strategy(strategy)
+    except DecodingError as error:
+        raise DecodingError(f"--strategy: {error}") from None
+    cascade = _open_cascade(repo, base)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    inputs = cascade.tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(cascade.base.device)
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
+    if is_prefix_lm(cascade.config):
+        inputs["token_type_ids"] = inputs["attention_mask"]
+    if temperature > 0:
+        options["temperature"] = temperature
+    stage = None if off or isinstance(chosen, Exit) else cascade.active
+    torch.manual_seed(seed)
+    if sibling:
+        if chosen is not None or off:
+            raise DecodingError("--with combines several stages at full depth: leave out --strategy and --off.")
+        output = cascade.compose(_load_siblings(cascade, sibling)).generate(**inputs, **options)
+    else:
+        output = cascade.generate(**inputs, stage=stage, strategy=chosen, **options)
+    print(cascade.tokenizer.decode(output[0][inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+
+
+@app.command()
+def calibrate(
+    repo: Repo,
+    output: Annotated[Path, typer.Option("--out", help="JSON file for `poe generate --strategy adaptive=FILE`")],
+    data: Annotated[str, typer.Option(help="texts like those to generate: demo, or text=FILES")] = "demo",
+    agreement: Annotated[float, typer.Option(help="share of tokens that must equal those of full depth")] = 0.99,
+    confidence: Annotated[str, typer.Option(help="margin, probability or agreement")] = "margin",
+    rows: Annotated[int, typer.Option(help="documents: half to choose thresholds, half to measure them")] = 200,
+    base: Base = None,
+    off: Off = False,
+) -> None:
+    """Choose the thresholds of adaptive depth on texts, and write them to a file."""
+    from itertools import islice
+
+    from poe.data.text import documents
+
+    cascade = _open_cascade(repo, base)
+    texts = [text.text for text in islice(documents(data), rows)]
+    ids = cascade.tokenizer(texts, verbose=False)["input_ids"]
+    stage = None if off else cascade.active
+    depth = cascade.calibrate_depth(
+        [row[:CALIBRATION_TOKENS] for row in ids], agreement=agreement, confidence=confidence, stage=stage
+    )
+    depth.save(output)
+    table = Table(
+        title=f"agreement with full depth: {depth.agreement:.2%} (target: {agreement:.2%})", title_justify="left"
+    )
+    for column in ("layers", f"{confidence} at least", "tokens that leave"):
+        table.add_column(column, justify="right")
+    thresholds = [*(f"{threshold:.3f}" for threshold in depth.thresholds), ""]
+    for layers, threshold, share in zip([*depth.depths, depth.full], thresholds, depth.shares, strict=True):
+        table.add_row(str(layers), threshold, f"{share:.1%}")
+    out.print(table)
+    out.print(f"{output}: for poe generate {repo} TEXT --strategy adaptive={output}", markup=False)
+
+
+@app.command()
+def call(
+    repo: Repo,
+    question: Annotated[str, typer.Argument(help="the user's question")],
+    tools: Annotated[Path, typer.Option(help="JSON file with a list of OpenAI-style tools")],
+    base: Base = None,
+    system: Annotated[str | None, typer.Option(help="system message")] = None,
+    max_new_tokens: NewTokens = 256,
+    off: Off = False,
+) -> None:
+    """Answer a question with calls, printed as JSON: `content` and `tool_calls`.
+
+    The exit code is 1, and the problems are printed, if a call cannot be read or does not fit its schema.
+    """
+    from poe.calls.forms.call_forms import parse_reply
+    from poe.calls.schema import check_calls
+    from poe.data.render import Renderer
+    from poe.data.templates import reply_form
+    from poe.evaluation.calls import generate_replies
+
+    declared = _read_tools(tools)
+    cascade = _open_cascade(repo, base)
+    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": question})
+    renderer = Renderer(cascade.tokenizer)
+    prompt = renderer.prompt_ids(messages, declared)
+    stage = None if off else cascade.active
+    text = generate_replies(cascade, stage, [prompt], renderer.stop_token_ids, max_new_tokens=max_new_tokens)[0]
+    reply = parse_reply(text, reply_form(cascade.tokenizer))
+    problems = check_calls(reply.calls, declared) + [f"this call cannot be read: {text}" for text in reply.malformed]
+    calls = [c.as_openai(i) for i, c in enumerate(reply.calls)]
+    print(json.dumps({"content": reply.content or None, "tool_calls": calls}, ensure_ascii=False, indent=2))
+    if problems:
+        err.print("error: the calls were not accepted: " + "; ".join(problems), markup=False, style="red")
+        raise typer.Exit(FAILED)
+
+
+def _open_cascade(repo: str, base: str | None) -> Any:
+    """Open a base or a stage to run it: on the default device, in the dtype that is fast there."""
+    from poe.cascade import Cascade
+    from poe.training.precision import choose_dtype, default_device
+
+    device = default_device()
+    return Cascade.from_pretrained(
+        repo,
+        dtype=choose_dtype("auto", device),
+        device_map=None if device.type == "cpu" else {"": device},
+        base=base,
+    )
+
+
+def _load_siblings(cascade: Any, siblings: list[str]) -> dict[str | None, float]:
+    """Load the stages of `--with`, and return the weights of all stages. The open stage has the rest of 1."""
+    own, weights = cascade.active, {}
+    for spec in siblings:
+        repo, _, number = spec.rpartition("=")
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = -1.0
+        if not repo or not 0 <= weight <= 1:
+            raise DecodingError(f"--with {spec!r}: expected REPO=WEIGHT with a weight from 0 to 1.")
+        weights[cascade.load_stage(repo).active] = weight
+    return {own: 1 - sum(weights.values()), **weights}
+
+
+def _read_tools(path: Path) -> list[dict[str, Any]]:
+    """Return the tools of a JSON file in their OpenAI form. Raises `DataError`."""
+    from poe.calls.schema import as_tool
+
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"The tools file {path} cannot be read: {error.strerror or error}.") from None
+    except ValueError as error:
+        raise DataError(f"The tools file {path} is not JSON: {error}") from None
+    if not isinstance(content, list) or not all(isinstance(tool, dict) for tool in content):
+        raise DataError(f"{path}: expected a list of tools, each an object, got {type(content).__name__}.")
+    tools = []
+    for number, tool in enumerate(content):
+        function = tool.get("function", tool)
+        try:
+            tools.append(as_tool(function.get("name"), function.get("description"), function.get("parameters")))
+        except (PoEError, AttributeError) as error:
+            raise DataError(f"{path}: tool {number + 1} cannot be used: {error}") from None
+    return tools
