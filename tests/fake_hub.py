@@ -90,7 +90,7 @@ class FakeHub:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    wbufsize = -1  # headers and body in one packet: two of them wait 40 ms for an acknowledgement
+    wbufsize = -1  # headers and body in one packet: two of them wait 40 ms for an acknowledgment
     disable_nagle_algorithm = True
     hub: FakeHub
 
