@@ -59,13 +59,13 @@ def exits_table(cascade: Cascade, rows: list[list[int]]) -> list[dict[str, Any]]
     """Bits per byte and top-1 agreement with full depth of every prediction that the model makes."""
     expert = cascade.expert(cascade.active)
     path = segment_model(expert, list_exits(expert))
-    nats, same = [0.0] * len(path.parts), [0] * len(path.parts)
+    nats, same = [0.0] * len(path.segments), [0] * len(path.segments)
     count = size = 0
     for row in rows:
         ids = torch.tensor([row])
         states: States = ()
         said = []
-        for index, part in enumerate(path.parts):
+        for index, part in enumerate(path.segments):
             states, hidden = part(states, ids, torch.arange(len(row))[None])
             logits = path.logits(index, hidden[0, :-1]).float()
             nats[index] += float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))

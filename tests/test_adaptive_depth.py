@@ -12,8 +12,8 @@ from conftest import token_ids
 from decoding_models import MODELS, decoding_cascade, model_of, prompts
 from poe import Cascade
 from poe.decoding import Exit
-from poe.decoding.adaptive import CONFIDENCES, Confidences, leaves_early
-from poe.decoding.depth import AdaptiveDepth, _leaving, _Said, _thresholds
+from poe.decoding.adaptive import CONFIDENCES, ConfidenceMeter, with_adaptive_depth
+from poe.decoding.depth import AdaptiveDepth, ExitPredictions, find_thresholds, measure_exits
 from poe.decoding.segments import list_exits, segment_model
 from poe.errors import DecodingError
 
@@ -23,13 +23,13 @@ QUIET = {"max_new_tokens": LENGTH, "do_sample": False}
 
 def early(cascade: Cascade, cuts: list[int], thresholds: list[float], confidence: str = "margin"):
     expert = cascade.expert(cascade.active)
-    return leaves_early(expert.model, segment_model(expert, cuts), thresholds, confidence)
+    return with_adaptive_depth(expert.model, segment_model(expert, cuts), thresholds, confidence)
 
 
 def median_margin(cascade: Cascade, exit: int) -> float:
     """A threshold that about half of the tokens pass."""
     logits = cascade(token_ids(4, 12), stage=None, strategy=Exit(exit)).logits
-    return float(Confidences("margin")(logits).median())
+    return float(ConfidenceMeter("margin")(logits).median())
 
 
 @pytest.mark.parametrize("rows", [1, 4])
@@ -75,7 +75,7 @@ def test_each_token_has_the_logits_of_its_own_exit_in_the_plain_model(name: str,
     where = (mask.cumsum(-1) - 1).clamp(min=0)
     exits = [cascade.model(None, Exit(exit)) for exit in (1, 2)] + [model_of(cascade)]
     said = [model(ids, attention_mask=mask, position_ids=where).logits[:, -LENGTH - 1 : -1] for model in exits]
-    sure = [Confidences("margin")(logits) >= threshold for logits, threshold in zip(said, thresholds, strict=False)]
+    sure = [ConfidenceMeter("margin")(logits) >= threshold for logits, threshold in zip(said, thresholds, strict=False)]
     expected = torch.where(sure[0][..., None], said[0], torch.where(sure[1][..., None], said[1], said[2]))
     got = torch.stack(out.logits, 1)
     assert (got - expected).abs().max() < 1e-4
@@ -157,9 +157,9 @@ def test_thresholds_reach_the_target_on_the_tokens_they_were_found_on(
     noise = torch.rand(exits, count, generator=generator)
     likeliest = torch.where(noise < 0.7, top, torch.randint(0, 5, (exits, count), generator=generator))
     sure = (torch.rand(exits, count, generator=generator) * 20).round() / 20  # with ties
-    said = _Said(torch.cat([likeliest, top]), None if in_a_row else sure)
-    found = _thresholds(said, range(exits), agreement)
-    share, shares = _leaving(said, range(exits), found)
+    said = ExitPredictions(torch.cat([likeliest, top]), None if in_a_row else sure)
+    found = find_thresholds(said, range(exits), agreement)
+    share, shares = measure_exits(said, range(exits), found)
     assert share >= agreement
     assert sum(shares) == pytest.approx(1)
 

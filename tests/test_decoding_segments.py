@@ -8,7 +8,7 @@ from transformers import DynamicCache
 from conftest import tiny_base
 from decoding_models import MODELS, decoding_cascade, model_of, positions, prompts
 from poe import Cascade
-from poe.decoding.segments import Part, PartsCache, SegmentedModel
+from poe.decoding.segments import Segment, SegmentedCache, SegmentedModel
 from poe.errors import DecodingError, FamilyError
 
 ROUNDING = 2e-5  # the same sums over a batch of another shape; logits are of size 5
@@ -20,14 +20,14 @@ def segmented(cascade: Cascade, cuts: list[int]) -> SegmentedModel:
 
 
 def run(
-    path: SegmentedModel, ids: Tensor, mask: Tensor | None, where: Tensor, cache: PartsCache
+    path: SegmentedModel, ids: Tensor, mask: Tensor | None, where: Tensor, cache: SegmentedCache
 ) -> tuple[Tensor, list[Tensor]]:
     """Logits and the states between parts for one call of every part."""
     states, between = (), []
-    for part, own in zip(path.parts, cache.of, strict=True):
+    for part, own in zip(path.segments, cache.of, strict=True):
         states, hidden = part(states, ids, where, mask, own)
         between.append(states[-1])
-    return path.logits(len(path.parts) - 1, hidden), between
+    return path.logits(len(path.segments) - 1, hidden), between
 
 
 class Inputs:
@@ -93,11 +93,11 @@ def test_a_lower_part_may_be_ahead_of_an_upper_one(name: str, stage: str | None)
         kept, end = [], start
         for step in steps:
             ids, mask, where = inputs(end, end + step)
-            kept.append(path.parts[0]((), ids, where, mask, cache.of[0])[0])
+            kept.append(path.segments[0]((), ids, where, mask, cache.of[0])[0])
             end += step
         states = tuple(torch.cat(tensors, dim=1) for tensors in zip(*kept, strict=True))
         ids, mask, where = inputs(start, end)
-        for part, own in zip(path.parts[1:], cache.of[1:], strict=True):
+        for part, own in zip(path.segments[1:], cache.of[1:], strict=True):
             states, hidden = part(states, ids, where, mask, own)
         real = inputs.mask[:, start:end].bool()
         logits = path.logits(2, hidden)
@@ -140,13 +140,16 @@ def test_siblings_stand_on_one_trunk() -> None:
     inputs = Inputs(2)
     trunk = SegmentedModel(cascade.expert(None), [3])
     cache = trunk.new_cache()
-    above = {"s": Part(cascade.base, cascade.stages["s"], 3, 5), "t": Part(cascade.base, cascade.stages["t"], 4, 5)}
+    above = {
+        "s": Segment(cascade.base, cascade.stages["s"], 3, 5),
+        "t": Segment(cascade.base, cascade.stages["t"], 4, 5),
+    }
     caches = {name: part.new_cache() for name, part in above.items()}
     natives = {name: whole(cascade.model(name), inputs, [])[0] for name in above}
     for start, end in ((0, 7), (7, 8), (8, 9)):
         ids, mask, where = inputs(start, end)
-        low, _ = trunk.parts[0]((), ids, where, mask, cache.of[0])
-        top, _ = trunk.parts[1](low, ids, where, mask, cache.of[1])
+        low, _ = trunk.segments[0]((), ids, where, mask, cache.of[0])
+        top, _ = trunk.segments[1](low, ids, where, mask, cache.of[1])
         real = inputs.mask[:, start:end].bool()
         for name, states in (("s", low), ("t", top)):
             _, hidden = above[name](states, ids, where, mask, caches[name])
@@ -172,7 +175,7 @@ def test_what_cannot_be_cut_is_refused() -> None:
         segmented(cascade, [5])
     with pytest.raises(DecodingError, match="rising"):
         segmented(cascade, [2, 1])
-    with pytest.raises(DecodingError, match="from layer 3 to 9 of 4"):
-        Part(cascade.base, None, 3, 9)
+    with pytest.raises(DecodingError, match="a range of the 4 layers, got layers 3 to 9"):
+        Segment(cascade.base, None, 3, 9)
     with pytest.raises(FamilyError, match="recurrent"):
-        Part(tiny_base("hrm"), None, 0, 1)
+        Segment(tiny_base("hrm"), None, 0, 1)

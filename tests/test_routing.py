@@ -12,7 +12,7 @@ from decoding_models import MODELS, decoding_cascade, positions, prompts
 from poe import Cascade
 from poe.decoding import Exit, SelfSpeculation
 from poe.decoding.branches import build_branched_model
-from poe.decoding.routing import Routed
+from poe.decoding.routing import RoutedModel
 from poe.errors import DecodingError, StageError
 
 ROWS: list[str | None] = ["tool", "math", None, "low", "child", "tool", "grandchild", None]
@@ -29,7 +29,9 @@ def routed(cascade: Cascade, stages: list[str | None]) -> tuple[Any, torch.Tenso
     """A model for these rows, and which tip each of them has."""
     names = list(dict.fromkeys(stages))
     experts = [cascade.expert(name) for name in names]
-    return build_branched_model(cascade.base, experts, Routed), torch.tensor([names.index(name) for name in stages])
+    return build_branched_model(cascade.base, experts, RoutedModel), torch.tensor(
+        [names.index(name) for name in stages]
+    )
 
 
 @pytest.mark.parametrize("eos", [None, list(range(40, 50))], ids=["endless", "eos"])

@@ -12,7 +12,14 @@ from conftest import tiny_model, token_ids
 from decoding_models import MODELS, decoding_cascade, model_of, prompts
 from poe import Cascade
 from poe.decoding import drafts
-from poe.decoding.speculation import Drafting, SelfSpeculation, accept, build_loop, generate_with, looked_up
+from poe.decoding.speculation import (
+    DraftLoop,
+    SelfSpeculation,
+    accept_or_resample,
+    build_loop,
+    generate_with,
+    look_up_tokens,
+)
 from poe.errors import DecodingError
 from poe.loaders.repository import EMBEDDED_BASE
 
@@ -31,7 +38,7 @@ def settled(cascade: Cascade, scale: float = 0.3) -> Cascade:
     return cascade
 
 
-def loop_of(cascade: Cascade, exit: int = 2, tokens: int = 4, least: float = 0.0, lookup: int = 0) -> Drafting:
+def loop_of(cascade: Cascade, exit: int = 2, tokens: int = 4, least: float = 0.0, lookup: int = 0) -> DraftLoop:
     plan = SelfSpeculation(exit, tokens, least, lookup)
     return build_loop(cascade.expert(cascade.active), plan)
 
@@ -170,7 +177,7 @@ def test_text_that_repeats_is_drafted_without_a_layer() -> None:
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.integers(0, 6))
 def test_what_is_looked_up_followed_the_same_tokens_before(row: list[int], most: int) -> None:
-    found = looked_up(torch.tensor([row]), most)[0].tolist()
+    found = look_up_tokens(torch.tensor([row]), most)[0].tolist()
     before = {size: [i for i in range(size, len(row)) if row[i - size : i] == row[-size:]] for size in (3, 2)}
     places = (before[3] if len(row) > 3 else []) or (before[2] if len(row) > 2 else [])
     if not places or not most:
@@ -191,7 +198,7 @@ def test_the_rule_of_acceptance_gives_the_targets_distribution(p: list[float], q
     count = 20_000
     target, draft = (torch.tensor(x) / sum(x) for x in (p, q))
     rows = [x.expand(count, -1) for x in (target, draft)]
-    tokens, kept = accept(*rows, rows[1].multinomial(1))
+    tokens, kept = accept_or_resample(*rows, rows[1].multinomial(1))
     counts = torch.bincount(tokens.squeeze(1), minlength=5).double()
     assert chi_square(counts, target.double()) < 40  # of 4 degrees: by chance once in twenty million
     overlap = float(torch.minimum(target, draft).sum())
@@ -288,7 +295,7 @@ def test_a_poe_base_drafts_at_its_boundaries_only() -> None:
     with pytest.raises(DecodingError, match=r"after 2 layers, but .* after 1 \(layers\)"):
         cascade.generate(**prompts(1), strategy=SelfSpeculation(2))
     voting = Cascade(tiny_model("poe", {"num_hidden_layers": 4, "stage_layers": [1, 3], "combiner": "log_op"}))
-    with pytest.raises(DecodingError, match="vote of all its stages"):
+    with pytest.raises(DecodingError, match="combines the predictions of all its stages"):
         voting.generate(**prompts(1), strategy=SelfSpeculation(1))
 
 
@@ -312,7 +319,7 @@ def test_the_draft_that_saves_most_is_found(monkeypatch: pytest.MonkeyPatch) -> 
     count_layers(cascade, monkeypatch)
     prompts = token_ids(1, 6).tolist()
     found = cascade.calibrate_draft(prompts, max_new_tokens=20)
-    assert found.exit == 2
+    assert found.depth == 2
     assert found.acceptance == 1.0
     assert found.speedup is not None
     assert found.speedup > 1.03
@@ -324,7 +331,9 @@ def test_the_draft_that_saves_most_is_found(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_draft_that_does_not_pay_is_refused_with_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     cascade = decoding_cascade("llama")  # no exit knows what the top will say
     count_layers(cascade, monkeypatch)
-    with pytest.raises(DecodingError, match=r"takes 5e\+03 ms a token, and the best draft \(after \d of 4 layers, .*%"):
+    with pytest.raises(
+        DecodingError, match=r"takes 5e\+03 ms a token, the best draft .* ms \(after \d of 4 layers, .*%"
+    ):
         cascade.calibrate_draft(token_ids(1, 6).tolist(), max_new_tokens=10)
     with pytest.raises(DecodingError, match="at least one row"):
         cascade.calibrate_draft([])

@@ -16,7 +16,7 @@ from poe.decoding.branches import build_branched_model
 from poe.decoding.depth import AdaptiveDepth, calibrate_depth
 from poe.decoding.drafts import calibrate_draft
 from poe.decoding.products import Product, compose
-from poe.decoding.routing import Routed, Routing, generate_routed
+from poe.decoding.routing import RoutedModel, Routing, generate_routed
 from poe.decoding.speculation import SelfSpeculation
 from poe.decoding.strategy import Expert, Strategy
 from poe.errors import DecodingError, DeltaError, FamilyError, StageError, suggest
@@ -354,7 +354,7 @@ class Cascade:
         base wins a tie.
         """
         experts = [self.expert(name) for name in (None, *self.stages)]
-        routing: Routing = build_branched_model(self.base, experts, Routed).route(input_ids, attention_mask)
+        routing: Routing = build_branched_model(self.base, experts, RoutedModel).route(input_ids, attention_mask)
         return routing
 
     def save_stage(

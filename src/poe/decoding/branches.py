@@ -1,9 +1,9 @@
-"""Several paths through one base and its stages as one native model: a single pass through the trunk for all of them.
+"""Several experts on one base as one native model: all of them share one pass through the base's layers.
 
-The model is a shell of the base's class: the trunk's layers, then a place for every layer of every stage. At a stage's
-first place all of its layers run, on the state where it attaches; its other places are passed over. So masks, rotary
-positions and the key-value cache (a slot for each place) are the family's own affair, `generate` is its own, and
-siblings, chains and stages that attach below the top share all that lies beneath them.
+The model is an instance of the base's class. Its layer list holds the trunk (the base's layers), then one slot for each
+layer of each stage. The first slot of a stage runs all of its layers on the hidden states at its attachment; its other
+slots are skipped. The family's own code computes masks, rotary positions and the key-value cache (one slot per layer)
+and has its own `generate`. Siblings, chains and stages that attach below the top share everything below them.
 Shape letters: B batch, T tokens of a call, D width, V vocabulary.
 """
 
@@ -24,17 +24,17 @@ from poe.modeling.stage import Stage
 from poe.modeling.standins import RecordedLayer, SkippedLayer
 
 State = tuple[Tensor, Tensor | None]
-"""A hidden state (rows, T, D) and the indices of its rows in the batch, None for all of them."""
+"""Hidden states (rows, T, D), and the indices of their rows in the batch, None for all rows."""
 
 
-class Branched(nn.Module):
-    """What a model with several experts has beside its family's own class; `build_branched_model` makes one."""
+class BranchedModel(nn.Module):
+    """The part of a model with several experts that its family's class does not have; see `build_branched_model`."""
 
     config: Any
     experts: Sequence[Expert]
     _family: Family
     _branches: "dict[Stage, _Branch]"
-    _taps: dict[int, RecordedLayer]
+    _recorded: dict[int, RecordedLayer]
 
     def expert_states(
         self,
@@ -51,25 +51,25 @@ class Branched(nn.Module):
         """
         rows = rows or [None] * len(self.experts)
         for branch in self._branches.values():
-            branch.rows = _union([rows[index] for index in branch.experts])
+            branch.rows = _union_rows([rows[index] for index in branch.experts])
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         try:
             output = self._backbone(input_ids=input_ids, past_key_values=past_key_values, **inputs)
             states = []
             for expert, own in zip(self.experts, rows, strict=True):
                 if expert.stage is None:
-                    states.append(_take((output.last_hidden_state, None), own)[:, kept])
+                    states.append(_select_rows((output.last_hidden_state, None), own)[:, kept])
                 else:
                     states.append(self._normalized(expert.stage, own, kept))
             return states, output.past_key_values
         finally:
             for branch in self._branches.values():
                 branch.state = None
-            for tap in self._taps.values():
-                tap.state = None
+            for layer in self._recorded.values():
+                layer.state = None
 
-    def read(self, expert: int, states: Tensor) -> Tensor:
-        """Return what the head of that expert says of states (..., D): logits (..., V), scaled and capped."""
+    def expert_logits(self, expert: int, states: Tensor) -> Tensor:
+        """Return the logits (..., V) of one expert's head for states (..., D), scaled and capped."""
         heads: Any = self._family.head_of(self)  # type: ignore[arg-type]
         return logits_of(self.config)(heads[expert](states))
 
@@ -78,17 +78,17 @@ class Branched(nn.Module):
         return self._family.backbone_of(self)  # type: ignore[arg-type]
 
     def _normalized(self, stage: Stage, rows: Tensor | None, kept: Any) -> Tensor:
-        """The states that a stage's head reads: through the family's final norm, and what precedes it in a PoE base."""
-        states = _take(self._branches[stage].out(), rows)[:, kept]
+        """Return the input of a stage's head: the states after the family's final norm (and a PoE base's backout)."""
+        states = _select_rows(self._branches[stage].output(), rows)[:, kept]
         subtracted = getattr(self.config, "backout_layer", None)
         if subtracted is not None and subtracted < stage.chain[0].below:
-            middle = _take((self._taps[subtracted].state, None), rows)[:, kept]  # type: ignore[arg-type]
+            middle = _select_rows((self._recorded[subtracted].state, None), rows)[:, kept]  # type: ignore[arg-type]
             states = states - self._backbone.backout_scale.to(middle.dtype) * middle
         normalized: Tensor = self._backbone.get_submodule(self._family.norm)(states)
         return normalized
 
     def _reorder_cache(self, cache: Cache, beam_idx: Tensor) -> Cache:
-        """Let a beam search go on: `beam_idx` (B) says from which row, of the same prompt, every row does."""
+        """Reorder the cache for a beam search: row i continues row `beam_idx[i]`, of the same prompt."""
         rows = {slot: branch.rows for branch in self._branches.values() for slot in branch.slots}
         for slot, layer in enumerate(cache.layers):
             own = rows.get(slot)
@@ -97,58 +97,59 @@ class Branched(nn.Module):
         return cache
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        """Raise `FamilyError`: no checkpoint of the family holds several paths."""
+        """Raise `FamilyError`: no checkpoint of the family can hold several experts."""
         raise FamilyError(
-            f"A {type(self).__name__} has several paths on one trunk, which no checkpoint can express: save its stages "
-            "(Cascade.save_stage), and put them together again after loading."
+            f"A {type(self).__name__} has several experts on one trunk, which no checkpoint can hold: save its stages "
+            "(Cascade.save_stage), and combine them again after loading."
         )
 
 
-def build_branched_model(base: PreTrainedModel, experts: Sequence[Expert], kind: type[Branched]) -> Any:
-    """Return a model of the base's own class and of `kind` that computes all experts on one trunk.
+def build_branched_model(base: PreTrainedModel, experts: Sequence[Expert], kind: type[BranchedModel]) -> Any:
+    """Return a model of the base's class and of `kind` that computes all experts on one trunk.
 
-    It shares every tensor with the base and the stages. The trunk is no deeper than the experts need.
+    It shares every tensor with the base and the stages. The trunk has only the layers that the experts need.
     """
     family = family_of(base)
     chains = [[] if expert.stage is None else expert.stage.chain for expert in experts]
     depth = max(chain[0].below if chain else base.config.num_hidden_layers for chain in chains)
     branches: dict[Stage, _Branch] = {}
-    places: list[nn.Module] = []
+    slots: list[nn.Module] = []
     for stage in dict.fromkeys(link for chain in chains for link in chain):
         users = [index for index, chain in enumerate(chains) if stage in chain]
-        branches[stage] = _Branch(stage, users, depth + len(places))
-        places += [branches[stage], *(SkippedLayer(layer) for layer in stage.layers[1:])]
+        branches[stage] = _Branch(stage, users, depth + len(slots))
+        slots += [branches[stage], *(SkippedLayer(layer) for layer in stage.layers[1:])]
     if None in [expert.stage for expert in experts] and getattr(base.config, "combiner", "last") != "last":
         raise FamilyError(
-            "This base's prediction is a vote of all its stages (combiner='log_op'), so no state at its top stands for "
-            "it: leave the base (None) out, or open it with combiner='last'."
+            "This base combines the predictions of all its stages (combiner='log_op'), so its last layer alone does "
+            "not predict: leave the base (None) out, or open it with combiner='last'."
         )
     heads = [head_below(base, depth) if expert.stage is None else family.head_of(expert.model) for expert in experts]
-    model = shell(base, places, nn.ModuleList(heads), below=depth)
+    model = shell(base, slots, nn.ModuleList(heads), below=depth)
     sync_attention(base, model)
     layers = family.layers_of(model)
     subtracted = getattr(model.config, "backout_layer", None)
     lower = {chain[0].below - 1 for chain in chains if chain} - {depth - 1}
-    taps: dict[int, RecordedLayer] = {}
+    recorded: dict[int, RecordedLayer] = {}
     for index in sorted(lower if subtracted is None else lower | {subtracted}):
-        taps[index] = RecordedLayer(layers[index])
-        layers[index] = taps[index]
+        recorded[index] = RecordedLayer(layers[index])
+        layers[index] = recorded[index]
     for stage, branch in branches.items():
         if stage.parent is not None:
-            branch.source = branches[stage.parent].out
+            branch.source = branches[stage.parent].output
         elif stage.below < depth:
-            branch.source = partial(_tapped_state, taps[stage.below - 1])
+            branch.source = partial(_recorded_state, recorded[stage.below - 1])
     model.__class__ = type(kind.__name__, (kind, type(model)), {})
     branched: Any = model
-    branched.experts, branched._branches, branched._taps = list(experts), branches, taps
+    branched.experts, branched._branches, branched._recorded = list(experts), branches, recorded
     branched._family = family
     return branched
 
 
 class _Branch(SkippedLayer):
-    """Stands at a stage's first place, runs all of its layers on its own rows and slots, and hands on what came in.
+    """The first slot of a stage: runs all of its layers on its rows, and returns its input unchanged.
 
-    `experts` are the indices of the experts above it. `source` is where its input is, None if it is what comes in.
+    `experts` are the indices of the experts that use the stage. `source` returns the stage's input; None means the
+    input of the slot. `state` is the output.
     """
 
     source: Callable[[], State] | None = None
@@ -158,30 +159,30 @@ class _Branch(SkippedLayer):
     def __init__(self, stage: Stage, experts: list[int], slot: int) -> None:
         super().__init__(stage.layers[0])
         self.experts, self.slots = experts, range(slot, slot + len(stage.layers))
-        self._run = tuple(stage.layers)
-        self._shift = slot - stage.below  # the layers know the slots that they have in a model of this stage alone
+        self._stage_layers = tuple(stage.layers)
+        self._shift = slot - stage.below  # the layers use the slots of a model with this stage alone
 
-    def out(self) -> State:
-        """Return what the last layer made, and of which rows."""
+    def output(self) -> State:
+        """Return the output of the last layer, and its rows."""
         assert self.state is not None
         return self.state, self.rows
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        state = _take((hidden_states, None) if self.source is None else self.source(), self.rows)
+        state = _select_rows((hidden_states, None) if self.source is None else self.source(), self.rows)
         if self.rows is not None:
             batch = len(hidden_states)
-            args, kwargs = _of_rows(args, self.rows, batch), _of_rows(kwargs, self.rows, batch)
+            args, kwargs = _select_arguments(args, self.rows, batch), _select_arguments(kwargs, self.rows, batch)
         cache = kwargs.get("past_key_values")
         if cache is not None and self._shift:
             kwargs["past_key_values"] = _ShiftedCache(cache, self._shift)
-        for layer in self._run:
+        for layer in self._stage_layers:
             state = layer(state, *args, **kwargs)
         self.state = state
         return hidden_states
 
 
 class _ShiftedCache:
-    """A cache to whose slots one adds a number."""
+    """A cache that adds a number to the slots of its layers."""
 
     def __init__(self, cache: Cache, shift: int) -> None:
         self._cache, self._shift = cache, shift
@@ -193,36 +194,38 @@ class _ShiftedCache:
         return getattr(self._cache, name)
 
 
-def _tapped_state(tap: RecordedLayer) -> State:
-    assert tap.state is not None
-    return tap.state, None
+def _recorded_state(layer: RecordedLayer) -> State:
+    assert layer.state is not None
+    return layer.state, None
 
 
-def _union(rows: Sequence[Tensor | None]) -> Tensor | None:
-    """The rising indices that occur in any of these, None (all) if one of them is."""
-    known = [indices for indices in rows if indices is not None]
-    if len(known) < len(rows):
+def _union_rows(rows: Sequence[Tensor | None]) -> Tensor | None:
+    """Return the rising indices that occur in any of these, None (all rows) if one of them is None."""
+    subsets = [indices for indices in rows if indices is not None]
+    if len(subsets) < len(rows):
         return None
-    return known[0] if len(known) == 1 else torch.cat(known).unique()
+    return subsets[0] if len(subsets) == 1 else torch.cat(subsets).unique()
 
 
-def _take(state: State, rows: Tensor | None) -> Tensor:
-    """Those rows of a state, which has them."""
+def _select_rows(state: State, rows: Tensor | None) -> Tensor:
+    """Return some rows of a state that has them."""
     states, present = state
     if rows is None or (present is not None and len(present) == len(rows)):
         return states
     return states[rows if present is None else torch.searchsorted(present, rows)]
 
 
-def _of_rows(value: Any, rows: Tensor, batch: int) -> Any:
-    """The same arguments of a layer for some rows of a batch: every tensor (batch, ...) in them loses the others."""
+def _select_arguments(value: Any, rows: Tensor, batch: int) -> Any:
+    """Return a layer's arguments for some rows of a batch: every tensor (batch, ...) in them keeps those rows."""
     if isinstance(value, Tensor):
         return value[rows] if value.dim() > 1 and len(value) == batch else value
     if isinstance(value, dict):
-        return {name: _of_rows(item, rows, batch) for name, item in value.items()}
-    return type(value)(_of_rows(item, rows, batch) for item in value) if type(value) in (tuple, list) else value
+        return {name: _select_arguments(item, rows, batch) for name, item in value.items()}
+    return (
+        type(value)(_select_arguments(item, rows, batch) for item in value) if type(value) in (tuple, list) else value
+    )
 
 
-def positions(attention_mask: Tensor | None) -> Tensor | None:
-    """Return the positions (B, T) of tokens in rows that may be padded, counted as `generate` does; None without."""
+def count_positions(attention_mask: Tensor | None) -> Tensor | None:
+    """Return the positions (B, T) of tokens in padded rows, as `generate` counts them; None without a mask."""
     return None if attention_mask is None else (attention_mask.long().cumsum(-1) - 1).clamp_min(0)

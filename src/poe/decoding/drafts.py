@@ -1,4 +1,4 @@
-"""Which exit should draft, and whether one should at all: measured on prompts, against plain decoding beside it."""
+"""Calibrate self-speculation: time drafts on prompts beside plain decoding."""
 
 import dataclasses
 import itertools
@@ -10,72 +10,71 @@ from typing import Any
 import torch
 
 from poe.decoding.segments import list_exits
-from poe.decoding.speculation import SelfSpeculation, build_loop, generate_with
+from poe.decoding.speculation import DraftLoop, SelfSpeculation, build_loop, generate_with
 from poe.decoding.strategy import Expert
 from poe.errors import DecodingError
 
 LENGTHS = (3, 8)
-LEAST_PROBABILITIES = (0.2, 0.5)
+MIN_PROBABILITIES = (0.2, 0.5)
 LOOKUP_TOKENS = 8
-MOST_EXITS = 6
-PAYS = 1.03  # below that a draft is within the noise of the measurement
+MAX_EXITS = 6
+MIN_SPEEDUP = 1.03  # smaller gains are within the noise of the measurement
 FINALISTS = 2
 
 
 def calibrate_draft(
     expert: Expert, prompts: Sequence[Sequence[int]], *, max_new_tokens: int = 48, rounds: int = 3
 ) -> SelfSpeculation:
-    """Return the draft with which `model` (it ends in `stage`) decodes the prompts (token ids) fastest.
+    """Return the draft that decodes the prompts (rows of token ids) fastest.
 
-    Every exit (of many, six that are spread evenly), length and least probability decodes each prompt once, greedily;
-    the best take `rounds` turns with plain decoding, with and without looking up what followed before, and medians
-    decide. Raises `DecodingError` with the numbers when none is at least 3 % faster than plain decoding.
+    Each exit (at most six, evenly spread), length and minimum probability decodes each prompt once, greedily. The best
+    ones then take `rounds` turns with plain decoding, with and without prompt lookup; medians decide. Raises
+    `DecodingError`, with the times, if none is at least 3 % faster than plain decoding.
     """
     prompts = [prompt for prompt in prompts if len(prompt)]
     if not prompts:
         raise DecodingError("Drafts are measured on prompts: expected at least one row of token ids, got none.")
     exits = list_exits(expert)
     if not exits:
-        raise DecodingError("This model makes no prediction below its top, so nothing in it can draft: decode plainly.")
+        raise DecodingError("This model has no exit below its top, so it cannot draft: leave out strategy=.")
     rows = [torch.tensor([list(prompt)], device=expert.model.device) for prompt in prompts]
     options: dict[str, Any] = {"do_sample": False, "max_new_tokens": max_new_tokens}
-
     model: Any = expert.model
 
-    def plain() -> int:
-        return _new(rows, [model.generate(ids, **options) for ids in rows])
+    def decode_plainly() -> int:
+        return _count_new_tokens(rows, [model.generate(ids, **options) for ids in rows])
 
-    def drafted(loop: Any) -> Callable[[], int]:
-        return lambda: _new(rows, [generate_with(loop, model, ids, **options) for ids in rows])
+    def decode_with(loop: DraftLoop) -> Callable[[], int]:
+        return lambda: _count_new_tokens(rows, [generate_with(loop, model, ids, **options) for ids in rows])
 
-    spread = sorted({exits[round(i * (len(exits) - 1) / (MOST_EXITS - 1))] for i in range(MOST_EXITS)})
-    plain()  # warm
+    tried_exits = sorted({exits[round(i * (len(exits) - 1) / (MAX_EXITS - 1))] for i in range(MAX_EXITS)})
+    decode_plainly()  # warm up
     trials = []
-    for plan in itertools.starmap(SelfSpeculation, itertools.product(spread, LENGTHS, LEAST_PROBABILITIES)):
-        trials.append((_seconds_per_token(drafted(build_loop(expert, plan))), plan))
+    for plan in itertools.starmap(SelfSpeculation, itertools.product(tried_exits, LENGTHS, MIN_PROBABILITIES)):
+        trials.append((_seconds_per_token(decode_with(build_loop(expert, plan))), plan))
     finalists = [plan for _, plan in sorted(trials, key=lambda trial: trial[0])[:FINALISTS]]
     finalists += [dataclasses.replace(plan, prompt_lookup_num_tokens=LOOKUP_TOKENS) for plan in finalists]
     loops = [build_loop(expert, plan) for plan in finalists]
-    contestants = [plain, *map(drafted, loops)]
-    times: list[list[float]] = [[] for _ in contestants]
+    decoders = [decode_plainly, *map(decode_with, loops)]
+    times: list[list[float]] = [[] for _ in decoders]
     for _ in range(rounds):
-        for taken, contestant in zip(times, contestants, strict=True):
-            taken.append(_seconds_per_token(contestant))
-    plainly, *others = (statistics.median(taken) for taken in times)
-    seconds, loop, best = min(zip(others, loops, finalists, strict=True), key=lambda each: each[0])
+        for decoder_times, decoder in zip(times, decoders, strict=True):
+            decoder_times.append(_seconds_per_token(decoder))
+    plain_seconds, *draft_seconds = (statistics.median(decoder_times) for decoder_times in times)
+    seconds, loop, best = min(zip(draft_seconds, loops, finalists, strict=True), key=lambda result: result[0])
     best = dataclasses.replace(best, acceptance=round(loop.accepted / loop.drafted, 4) if loop.drafted else 0.0)
-    if plainly / seconds < PAYS:
-        looked_up = "or looked up, " if best.prompt_lookup_num_tokens else ""
+    if plain_seconds / seconds < MIN_SPEEDUP:
+        lookup = ", with prompt lookup" if best.prompt_lookup_num_tokens else ""
         raise DecodingError(
-            f"No exit pays as a draft here: plain decoding takes {1e3 * plainly:.3g} ms a token, and the best draft "
-            f"(after {best.depth} of {model.config.num_hidden_layers} layers, up to {best.num_tokens} tokens, "
-            f"{looked_up}of which "
-            f"{100 * (best.acceptance or 0):.0f} % are kept) {1e3 * seconds:.3g} ms. Decode plainly."
+            f"No exit pays as a draft here: plain decoding takes {1e3 * plain_seconds:.3g} ms a token, the best draft "
+            f"{1e3 * seconds:.3g} ms (after {best.depth} of {model.config.num_hidden_layers} layers, up to "
+            f"{best.num_tokens} tokens{lookup}, {100 * (best.acceptance or 0):.0f} % of them kept). "
+            "Leave out strategy=."
         )
-    return dataclasses.replace(best, speedup=round(plainly / seconds, 3))
+    return dataclasses.replace(best, speedup=round(plain_seconds / seconds, 3))
 
 
-def _new(prompts: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> int:
+def _count_new_tokens(prompts: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> int:
     return sum(output.shape[1] - prompt.shape[1] for prompt, output in zip(prompts, outputs, strict=True))
 
 

@@ -1,8 +1,8 @@
-"""Products of experts: several stages on one base, and the base, decide together about every token.
+"""Products of experts: combine the predictions of several stages and their base for each token.
 
-A logarithmic opinion pool (Genest & Zidek 1986; Hinton 2002, products of experts), `log p = sum w_i log p_i - log Z`
-with weights that sum to one; or the sum of what each stage changes, `base + sum w_i (stage_i - base)` on logits, in
-which the base is counted once (as weight deltas are in task arithmetic, arXiv 2212.04089, here on the outputs).
+"log_op" is a logarithmic opinion pool (Genest & Zidek 1986; products of experts, Hinton 2002),
+`log p = sum w_i log p_i - log Z` with weights that sum to one. "delta" adds the changes of the stages on the logits,
+`base + sum w_i (stage_i - base)`, and counts the base once (task arithmetic, arXiv 2212.04089, on outputs).
 """
 
 import copy
@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from poe.decoding.branches import Branched, build_branched_model, positions
+from poe.decoding.branches import BranchedModel, build_branched_model, count_positions
 from poe.decoding.strategy import Expert
 from poe.errors import DataError, DecodingError
 
@@ -25,7 +25,7 @@ MODES = ("log_op", "delta")
 
 @dataclass(frozen=True)
 class Fit:
-    """Weights that were learned, and the loss (nats per labeled token) with those before and with them."""
+    """Learned weights, and the loss (nats per labeled token) before and after learning them, over `tokens` labels."""
 
     weights: dict[str | None, float]
     before: float
@@ -33,11 +33,11 @@ class Fit:
     tokens: int
 
 
-class Product(Branched):
-    """A causal language model whose logits are the renormalized log-probabilities of several stages together.
+class Product(BranchedModel):
+    """A causal language model that combines several stages; its logits are normalized log-probabilities.
 
-    It is of the base's own class, so `generate` has everything: sampling, processors, streamers, stopping, beams. The
-    trunk runs once for all stages, and its layers are cached once. `weights` maps names (None: the base) to numbers.
+    It is of the base's class, so its `generate` supports sampling, processors, streamers, stopping and beams. The trunk
+    runs once and is cached once for all stages. `weights` maps names (None: the base) to numbers.
     """
 
     mode: str
@@ -55,8 +55,8 @@ class Product(Branched):
         token_type_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """As every causal model in transformers; the logits (B, T, V) are in fp32 and `logsumexp` of them is zero."""
-        if token_type_ids is not None:  # few families know them
+        """Run like any causal model of transformers. The logits (B, T, V) are log-probabilities in fp32."""
+        if token_type_ids is not None:  # few families accept them
             kwargs["token_type_ids"] = token_type_ids
         states, cache = self.expert_states(
             input_ids,
@@ -67,8 +67,8 @@ class Product(Branched):
             use_cache=use_cache,
             **kwargs,
         )
-        read = [self.read(expert, own) for expert, own in enumerate(states)]
-        logits = combine(read, self._factors(list(self.weights.values())))
+        expert_logits = [self.expert_logits(expert, own) for expert, own in enumerate(states)]
+        logits = combine(expert_logits, self._factors(list(self.weights.values())))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])  # type: ignore[operator]
@@ -76,40 +76,40 @@ class Product(Branched):
 
     @torch.no_grad()
     def logits(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Token ids and mask (B, T) -> log-probabilities of every next token (B, T, V), fp32; padding on any side."""
+        """Map token ids and mask (B, T), padded on any side, to the next tokens' log-probabilities (B, T, V), fp32."""
         logits = self(
-            input_ids, attention_mask=attention_mask, position_ids=positions(attention_mask), use_cache=False
+            input_ids, attention_mask=attention_mask, position_ids=count_positions(attention_mask), use_cache=False
         ).logits
         assert isinstance(logits, Tensor)
         return logits
 
     def fit(self, rows: Iterable[Mapping[str, Any]]) -> Fit:
-        """Learn the weights from a few hundred rows, by gradient on the weights alone, and use them from now on.
+        """Learn the weights from a few hundred rows, and use them from then on.
 
-        A row, or a batch of them, is a mapping with `input_ids` (T or B x T) and optionally `labels` (as everywhere:
-        not shifted, -100 is ignored; default: all tokens) and `attention_mask`. The stages read every row once,
-        without a graph; their logits at labeled tokens are held while the weights are learned (bytes: tokens x stages
-        x vocabulary x those of a logit). The weights of "log_op" stay positive with sum one, those of "delta" are free;
-        both losses are convex in the weights and found by L-BFGS. Raises `DataError` if no token has a label.
+        A row, or a batch of rows, is a mapping with `input_ids` (T or B x T) and optionally `labels` (not shifted, -100
+        is ignored; default: all tokens) and `attention_mask`. The stages read each row once, without a graph. Their
+        logits at labeled tokens stay in memory (bytes: tokens x stages x vocabulary x bytes of a logit). The weights of
+        "log_op" stay positive with sum one, those of "delta" are free. Both losses are convex in the weights and are
+        minimized by L-BFGS. Raises `DataError` if no token has a label.
         """
-        held = [kept for row in rows if len((kept := self._labeled(row))[1])]
-        count = sum(len(labels) for _, labels in held)
+        examples = [example for row in rows if len((example := self._collect_labeled(row))[1])]
+        count = sum(len(labels) for _, labels in examples)
         if not count:
             raise DataError(
                 "No token of the rows has a label: expected rows of at least two tokens, with `labels` other than -100."
             )
         log_op = self.mode == "log_op"
-        start = torch.tensor(list(self.weights.values()), device=held[0][1].device)
-        # The weights of a pool are a softmax of free numbers; a weight of zero could not be left again.
+        start = torch.tensor(list(self.weights.values()), device=examples[0][1].device)
+        # The weights of "log_op" are a softmax of free numbers. A weight of zero would have no gradient.
         free = (start.clamp_min(1e-3).log() if log_op else start).requires_grad_()
         optimizer = torch.optim.LBFGS([free], max_iter=100, line_search_fn="strong_wolfe")
 
         def loss() -> float:
-            """The mean loss; its gradient is added to that of `free`, row by row, so that one row's graph lives."""
+            """Return the mean loss and add its gradient to `free`, row by row, so that one graph exists at a time."""
             optimizer.zero_grad()
             total = 0.0
             with torch.enable_grad():
-                for logits, labels in held:
+                for logits, labels in examples:
                     weights = free.softmax(0) if log_op else free
                     scores = combine(logits, self._factors(weights.unbind()))
                     part = torch.nn.functional.nll_loss(scores, labels, reduction="sum") / count
@@ -117,26 +117,26 @@ class Product(Branched):
                     total += float(part.detach())
             return total
 
-        before = self._loss(held)
+        before = self._mean_loss(examples)
         optimizer.step(loss)
         learned = (free.softmax(0) if log_op else free).tolist()
-        known, self.weights = self.weights, dict(zip(self.weights, learned, strict=True))
-        after = self._loss(held)
-        if not after <= before:  # a search that left the finite numbers
-            self.weights, after = known, before
+        previous, self.weights = self.weights, dict(zip(self.weights, learned, strict=True))
+        after = self._mean_loss(examples)
+        if not after <= before:  # the search diverged
+            self.weights, after = previous, before
         return Fit(dict(self.weights), before, after, count)
 
-    def _loss(self, held: "Sequence[tuple[list[Tensor], Tensor]]") -> float:
+    def _mean_loss(self, examples: Sequence[tuple[list[Tensor], Tensor]]) -> float:
         factors = self._factors(list(self.weights.values()))
-        losses = [torch.nn.functional.nll_loss(combine(x, factors), y, reduction="sum") for x, y in held]
-        return float(torch.stack(losses).sum()) / sum(len(y) for _, y in held)
+        losses = [torch.nn.functional.nll_loss(combine(x, factors), y, reduction="sum") for x, y in examples]
+        return float(torch.stack(losses).sum()) / sum(len(y) for _, y in examples)
 
     @torch.no_grad()
-    def _labeled(self, row: Mapping[str, Any]) -> tuple[list[Tensor], Tensor]:
-        """A row's (or batch's) logits at its labeled tokens, (n, V) for every expert, and the labels (n)."""
+    def _collect_labeled(self, row: Mapping[str, Any]) -> tuple[list[Tensor], Tensor]:
+        """Return the logits (n, V) of each expert at the labeled tokens of a row or batch, and the labels (n)."""
         if not isinstance(row, Mapping) or "input_ids" not in row:
             raise DataError(
-                f"A row must be a mapping with `input_ids`, and `labels` if not all tokens count: got {row!r:.80}."
+                f"Expected rows that are mappings with `input_ids` and optionally `labels`, got {row!r:.80}."
             )
         fields = ("input_ids", "labels", "attention_mask")
         given = {name: torch.atleast_2d(torch.as_tensor(row[name])) for name in fields if row.get(name) is not None}
@@ -144,15 +144,19 @@ class Product(Branched):
         mask = mask if mask is None else mask.to(ids.device)
         labels = given.get("labels", ids).to(ids.device)
         if labels.shape != ids.shape:
-            raise DataError(f"Labels must be as many as tokens: got {tuple(labels.shape)} and {tuple(ids.shape)}.")
+            raise DataError(
+                f"Expected as many labels as tokens, got shapes {tuple(labels.shape)} and {tuple(ids.shape)}."
+            )
         wanted = labels[:, 1:] != -100
-        if mask is not None:  # what padding says of a row's first token is of no account
+        if mask is not None:  # padding does not predict the first token of a row
             wanted &= (mask[:, 1:] * mask[:, :-1]).bool()
-        states, _ = self.expert_states(ids, attention_mask=mask, position_ids=positions(mask), use_cache=False)
-        return [self.read(expert, own[:, :-1][wanted]) for expert, own in enumerate(states)], labels[:, 1:][wanted]
+        states, _ = self.expert_states(ids, attention_mask=mask, position_ids=count_positions(mask), use_cache=False)
+        return [self.expert_logits(expert, own[:, :-1][wanted]) for expert, own in enumerate(states)], labels[:, 1:][
+            wanted
+        ]
 
     def _factors(self, weights: Sequence[Any]) -> list[Any]:
-        """What every expert's logits are multiplied by; in "delta" the first expert is the base."""
+        """Return the factor of each expert's logits. In "delta" the first expert is the base."""
         return [1.0 - sum(weights), *weights] if self.mode == "delta" else list(weights)
 
 
@@ -162,17 +166,17 @@ def compose(
     find_expert: Callable[[str | None], Expert],
     mode: str = "log_op",
 ) -> Product:
-    """Return the product of stages (None: the base) with these weights, equal ones where only names are given.
+    """Return the product of stages (None: the base) with these weights, equal ones if only names are given.
 
-    Raises `DecodingError` for an unknown mode and for weights that the mode does not allow: those of "log_op" are not
-    negative and sum to one; those of "delta" are finite, and of stages alone.
+    Raises `DecodingError` for an unknown mode or invalid weights: those of "log_op" must not be negative and must sum
+    to one; those of "delta" must be finite and for stages alone.
     """
     if mode not in MODES:
         raise DecodingError(f"The mode of a product must be one of {', '.join(map(repr, MODES))}, got {mode!r}.")
     names = list(stages)
     if not names or len(set(names)) < len(names):
         raise DecodingError(
-            f"A product is of one or more different stages, such as {{'tool': 0.7, 'math': 0.3}}: got {stages!r}."
+            f"Expected one or more different stages, such as {{'tool': 0.7, 'math': 0.3}}, got {stages!r}."
         )
     given = stages if isinstance(stages, Mapping) else dict.fromkeys(names, 1 / len(names))
     weights = {name: float(given[name]) for name in names}
@@ -186,8 +190,8 @@ def compose(
         )
     if mode == "delta" and None in weights:
         raise DecodingError(
-            "Mode 'delta' is base + sum of weight * (stage - base): the base is in it already, once. "
-            "Leave None out, or choose mode='log_op', where the base is one of the experts."
+            "Mode 'delta' is base + sum of weight * (stage - base) and counts the base once already: leave None out, "
+            "or choose mode='log_op', in which the base is one of the experts."
         )
     experts = [find_expert(name) for name in ([None, *names] if mode == "delta" else names)]
     product = build_branched_model(base, experts, Product)
@@ -199,11 +203,11 @@ def compose(
 
 
 def combine(logits: Sequence[Tensor], factors: Sequence[Any]) -> Tensor:
-    """Several logits (..., V), each times its factor -> log-probabilities (..., V) in fp32.
+    """Return the normalized log-probabilities (..., V), fp32, of a weighted sum of logits (..., V).
 
-    It does not matter whether logits or their log-probabilities are summed: they differ by a constant for each token,
-    which the last step takes away.
+    Log-probabilities instead of logits would give the same result: they differ by a constant per token, which the
+    normalization removes.
     """
-    used = [(f, x) for f, x in zip(factors, logits, strict=True) if isinstance(f, Tensor) or f]  # 0 * -inf is no number
+    used = [(f, x) for f, x in zip(factors, logits, strict=True) if isinstance(f, Tensor) or f]  # 0 * -inf would be nan
     parts = [factor * x.float() for factor, x in used]
     return sum(parts[1:], start=parts[0]).log_softmax(-1)

@@ -1,9 +1,9 @@
-"""A model in parts: each runs some of its layers on given states, with a key-value cache at its own position.
+"""A model cut into segments: each runs some of the layers on given states, with a key-value cache of its own.
 
-A part is the base's native class with the layers below it passed over (as the halves of a `Boundary`), so masks, rotary
-positions, layer types, value embeddings and the final norm are the family's own affair. What the parts of one path
-compute one after the other is what the whole model computes; a lower part may be many tokens ahead of an upper one.
-Shape letters: B batch, T tokens of a call, S tokens seen so far, D width, V vocabulary.
+A segment is the base's native class with its lower layers skipped (like the halves of a `Boundary`), so the family's
+own code computes masks, rotary positions, layer types, value embeddings and the final norm. The segments one after the
+other compute what the whole model computes. A lower segment can be many tokens ahead of an upper one.
+Shape letters: B batch, T tokens of a call, S tokens so far, D width, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -18,45 +18,47 @@ from poe.modeling.exits import exit_refusal, exits_of, head_below
 from poe.modeling.families import family_of, logits_of
 from poe.modeling.growth import shell, sync_attention
 from poe.modeling.stage import Stage
-from poe.modeling.standins import FixedOutputLayer, RecordedLayer, SkippedLayer, recorded_layers
+from poe.modeling.standins import FixedOutputLayer, RecordedLayer, SkippedLayer, boundary_layers
 
 States = tuple[torch.Tensor, ...]
-"""What one part hands to the next, each (B, T, D): the residual stream last, before it what is read again above."""
+"""The states that one segment passes to the next, each (B, T, D): the residual stream last.
+
+The states before it are outputs of lower layers that upper layers read again.
+"""
 
 
-class Part:
-    """Layers `start` to `end` of the path that ends in `stage` (None: in the base), counted from the embedding.
+class Segment:
+    """Layers `start` to `end` of the model that ends in `stage` (None: in the base), counted from the embedding.
 
-    The layers are those of the base up to where the stage's chain attaches, then the chain's. A part shares every
-    tensor with the base and its stages, and changes none of their modules. Raises `FamilyError` for a recurrent base,
-    whose layers run again in every cycle, `DecodingError` for depths that the path does not have.
+    The layers are the base's up to the attachment of the stage's chain, then the chain's. A segment shares every tensor
+    with the base and its stages and changes none of their modules. Raises `FamilyError` for a recurrent base, because
+    its layers run several times, and `DecodingError` for depths outside the model.
     """
 
     def __init__(self, base: PreTrainedModel, stage: Stage | None, start: int, end: int) -> None:
         family = family_of(base)
         if family.recurrent:
             raise FamilyError(
-                f"A base of model type {base.config.model_type!r} is recurrent: its layers run again in every cycle, "
-                "so it cannot be run in parts. Expected a base whose layers run once each; decode it plainly."
+                f"A base of model type {base.config.model_type!r} is recurrent: its layers run in every cycle, so it "
+                "cannot be cut into segments. Expected a base that runs each layer once: leave out strategy=."
             )
         attached, above = _list_layers(base, stage)
         depth = attached + len(above)
         if not 0 <= start < end <= depth:
-            raise DecodingError(f"There is no part from layer {start} to {end} of {depth}: expected a range of them.")
+            raise DecodingError(f"Expected a range of the {depth} layers, got layers {start} to {end}.")
         model = shell(base, above[: max(0, end - attached)], family.head_of(base), below=min(end, attached))
         sync_attention(base, model)
         self.start, self.end = start, end
         self._config, self._backbone = model.config, family.backbone_of(model)
         layers = family.layers_of(model)
-        taken = recorded_layers(base.config, end)
-        given = recorded_layers(base.config, start) if start else []
-        self._given = {index: FixedOutputLayer(layers[index]) for index in given}
-        self._tapped = {index: RecordedLayer(layers[index]) for index in taken if index >= start}
-        self._taken = taken
+        self._output_layers = boundary_layers(base.config, end)
+        input_layers = boundary_layers(base.config, start) if start else []
+        self._inputs = {index: FixedOutputLayer(layers[index]) for index in input_layers}
+        self._recorded = {index: RecordedLayer(layers[index]) for index in self._output_layers if index >= start}
         for index in range(start):
-            layers[index] = self._given.get(index) or SkippedLayer(layers[index])
-        for index, tapped in self._tapped.items():
-            layers[index] = tapped
+            layers[index] = self._inputs.get(index) or SkippedLayer(layers[index])
+        for index, recorded in self._recorded.items():
+            layers[index] = recorded
 
     def __call__(
         self,
@@ -66,14 +68,14 @@ class Part:
         attention_mask: torch.Tensor | None = None,
         cache: Cache | None = None,
     ) -> tuple[States, torch.Tensor]:
-        """Run the layers; return the states for the part above and the normalized ones (B, T, D) that a head reads.
+        """Run the layers; return the states for the next segment and the normalized hidden states (B, T, D).
 
-        `states` are what the part below returned, `()` for the first part. `input_ids` (B, T) and `position_ids`
-        (B or 1, T) are of the same tokens; `attention_mask` (B, S) covers all tokens seen with these, None if none is
-        padding. `cache` is this part's own (`new_cache`), to which the tokens are appended.
+        `states` are those of the segment below, `()` for the first one. `input_ids` (B, T) and `position_ids`
+        (B or 1, T) are of the same tokens. `attention_mask` (B, S) covers all tokens so far, including these; None if
+        there is no padding. `cache` is this segment's own (`new_cache`); the tokens are appended to it.
         """
-        for stand_in, state in zip(self._given.values(), states, strict=True):
-            stand_in.state = state
+        for layer, state in zip(self._inputs.values(), states, strict=True):
+            layer.state = state
         normalized: torch.Tensor = self._backbone(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -81,13 +83,15 @@ class Part:
             past_key_values=cache,
             use_cache=cache is not None,
         ).last_hidden_state
-        taken = {**dict(zip(self._given, states, strict=True)), **{i: t.take() for i, t in self._tapped.items()}}
-        return tuple(taken[index] for index in self._taken), normalized
+        outputs = dict(zip(self._inputs, states, strict=True))
+        outputs |= {index: layer.take() for index, layer in self._recorded.items()}
+        return tuple(outputs[index] for index in self._output_layers), normalized
 
     def new_cache(self) -> Cache:
-        """Return an empty cache for this part's layers, in their own slots.
+        """Return an empty cache for this segment's layers, in their usual slots.
 
-        Masks are sized after the first slot of a kind, so in the slots of the layers below stand this part's own.
+        The slots of the skipped layers hold this segment's own cache layers, because transformers takes the size of a
+        mask from the first slot of a kind.
         """
         cache = DynamicCache(config=self._config)
         own = cache.layers[self.start : self.end]
@@ -97,29 +101,29 @@ class Part:
         return cache
 
 
-class PartsCache(Cache):
-    """The caches of several parts as one object: `of[i]` is that of `parts[i]`, and the whole handles like any cache.
+class SegmentedCache(Cache):
+    """The caches of several segments as one cache: `of[i]` belongs to `segments[i]`.
 
-    `get_seq_length()` is that of the lowest layer, which is the furthest ahead.
+    `get_seq_length()` is that of the lowest layer, which has the most tokens.
     """
 
-    def __init__(self, parts: Sequence[Part]) -> None:
-        self.of = [part.new_cache() for part in parts]
-        self._starts = [part.start for part in parts]
+    def __init__(self, segments: Sequence[Segment]) -> None:
+        self.of = [segment.new_cache() for segment in segments]
+        self._starts = [segment.start for segment in segments]
         self.layer_class_to_replicate = None
         self.offloading = False
 
     @property
     def layers(self) -> list[Any]:  # type: ignore[override]
-        """Every slot once (a part may add slots of its own after its layers': what a PoE base's smear remembers)."""
+        """Each slot once, with the extra slots after the layers' (the smear of a PoE base has one)."""
         return [layer for cache, start in zip(self.of, self._starts, strict=True) for layer in cache.layers[start:]]
 
 
 class SegmentedModel:
-    """An expert's model, cut into parts after the layers in `cuts` (rising depths).
+    """An expert's model, cut into segments after the layers in `cuts` (rising depths).
 
-    `depths` are the depths at which the parts end; the last is full depth. Raises `DecodingError` for cuts outside the
-    model, and for a base whose prediction combines all its stages.
+    `depths` are the depths at which the segments end; the last is full depth. Raises `DecodingError` for cuts outside
+    the model, and for a base whose prediction combines all its stages.
     """
 
     def __init__(self, expert: Expert, cuts: Sequence[int]) -> None:
@@ -127,31 +131,33 @@ class SegmentedModel:
         attached, above = _list_layers(base, stage)
         full = attached + len(above)
         if list(cuts) != sorted(set(cuts)) or not all(0 < cut < full for cut in cuts):
-            raise DecodingError(f"A model of {full} layers cannot be cut after {list(cuts)}: expected rising depths.")
+            raise DecodingError(
+                f"A model of {full} layers cannot be cut after {list(cuts)}: expected rising depths below {full}."
+            )
         if stage is None and getattr(base.config, "combiner", "last") != "last":
             raise DecodingError(
-                f"This base predicts by the vote of all its stages (combiner {base.config.combiner!r}), so nothing is "
-                "saved by leaving it early: expected combiner 'last', or a stage of yours on it."
+                f"This base combines the predictions of all its stages (combiner {base.config.combiner!r}), so leaving "
+                "early saves nothing: expected combiner 'last', or an added stage."
             )
         self.depths = [*cuts, full]
-        self.parts = [Part(base, stage, a, b) for a, b in zip([0, *cuts], self.depths, strict=True)]
-        self._read = logits_of(base.config)
+        self.segments = [Segment(base, stage, a, b) for a, b in zip([0, *cuts], self.depths, strict=True)]
+        self._scale_logits = logits_of(base.config)
         top = head_below(base, full) if stage is None else family_of(base).head_of(expert.model)
         readable = [cut <= attached and exit_refusal(base, cut) is None for cut in cuts]
         self._heads = [head_below(base, cut) if can else None for cut, can in zip(cuts, readable, strict=True)] + [top]
 
     def logits(self, index: int, normalized: torch.Tensor) -> torch.Tensor:
-        """Return what is predicted after part `index`, from its normalized states (B, T, D): logits (B, T, V).
+        """Return the logits (B, T, V) after segment `index`, from its normalized hidden states (B, T, D).
 
-        Within the base that is the prediction of its exit there, at the top that of the whole model.
+        After the last segment they are the model's, before it those of the base's exit at that depth.
         """
         head = self._heads[index]
-        assert head is not None, f"no prediction is read after {self.depths[index]} layers"
-        return self._read(head(normalized))
+        assert head is not None, f"there is no exit after {self.depths[index]} layers"
+        return self._scale_logits(head(normalized))
 
-    def new_cache(self) -> PartsCache:
-        """Return an empty cache of all parts."""
-        return PartsCache(self.parts)
+    def new_cache(self) -> SegmentedCache:
+        """Return an empty cache of all segments."""
+        return SegmentedCache(self.segments)
 
 
 def segment_model(expert: Expert, cuts: Sequence[int]) -> SegmentedModel:

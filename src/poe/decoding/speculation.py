@@ -1,10 +1,10 @@
-"""Self-speculation: an early exit drafts, the layers above it verify all drafted tokens in one pass.
+"""Self-speculation: an early exit drafts tokens, and the layers above it verify all of them in one pass.
 
-Where the text repeats itself, what followed the last time may be drafted instead: looked up, for no layer's time.
+Where the text repeats, prompt lookup can copy the draft from earlier tokens instead, without running a layer.
 
-Draft and model share their lower layers, so they share those layers' cache, and verifying starts from the states that
-drafting left behind: nothing is computed twice. Greedy, the tokens are those of full depth; sampled, every token is
-accepted or drawn again so that its distribution is full depth's (Leviathan et al., arXiv 2211.17192).
+Draft and model share their lower layers and the cache of those layers. Verifying starts from the states of drafting, so
+nothing is computed twice. Greedy decoding gives the tokens of full depth. With sampling, each token is accepted or
+drawn again so that its distribution is full depth's (Leviathan et al., arXiv 2211.17192).
 Shape letters: B batch, T tokens, V vocabulary.
 """
 
@@ -18,20 +18,20 @@ from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel, StoppingCriteriaList, StopStringCriteria
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from poe.decoding.segments import PartsCache, SegmentedModel, States, list_exits, segment_model
+from poe.decoding.segments import SegmentedCache, SegmentedModel, States, list_exits, segment_model
 from poe.decoding.strategy import Expert, Strategy
 from poe.errors import DecodingError
 
 
 @dataclass(frozen=True)
 class SelfSpeculation(Strategy):
-    """How to draft: up to `num_tokens` from the exit after `depth` layers, while the draft is sure.
+    """Draft up to `num_tokens` tokens with the exit after `depth` layers, and verify them with full depth.
 
-    A token is drafted only where the likeliest one has at least `min_probability` in the draft's own distribution.
-    With `prompt_lookup_num_tokens`, up to so many tokens are copied from where the last three tokens (or else the last
-    two) occurred before (as transformers' prompt lookup does, Saxena 2023), and the exit drafts only where they did
-    not. `acceptance`, the share of drafted tokens that full depth kept, and `speedup` over plain decoding are what
-    `calibrate_draft` measured; None where nothing was.
+    Drafting stops at a token of less than `min_probability` in the exit's own distribution. With
+    `prompt_lookup_num_tokens`, up to that many tokens are copied from the last place where the newest three (or two)
+    tokens occurred, as in transformers' prompt lookup (Saxena 2023), and the exit drafts only where they did not occur.
+    `calibrate_draft` measures `acceptance`, the share of drafted tokens that full depth keeps, and `speedup` over plain
+    decoding; both are None if they were not measured.
     """
 
     depth: int
@@ -58,10 +58,11 @@ class SelfSpeculation(Strategy):
         return generate_with(build_loop(expert, self), expert.model, *args, **kwargs)
 
 
-def looked_up(ids: Tensor, most: int) -> Tensor:
-    """Return up to `most` tokens (1, n) that followed the last three, or else two, tokens of `ids` (1, T) earlier.
+def look_up_tokens(ids: Tensor, max_tokens: int) -> Tensor:
+    """Return up to `max_tokens` tokens (1, n) that followed an earlier copy of the end of `ids` (1, T).
 
-    Of several places it is the last one that enough tokens follow, or else the first.
+    The end is the last three tokens, or two if three occur nowhere else. The last copy with enough tokens after it
+    counts, or the first copy if none has enough.
     """
     for size in (3, 2):
         if ids.shape[1] <= size:
@@ -69,41 +70,41 @@ def looked_up(ids: Tensor, most: int) -> Tensor:
         earlier = ids[0, :-1].unfold(0, size, 1)
         starts = (earlier == ids[0, -size:]).all(-1).nonzero().squeeze(1) + size
         if len(starts):
-            enough = starts[starts <= ids.shape[1] - most]
-            start = int(enough[-1] if len(enough) else starts[0])
-            return ids[:, start : start + most]
+            long_enough = starts[starts <= ids.shape[1] - max_tokens]
+            start = int(long_enough[-1] if len(long_enough) else starts[0])
+            return ids[:, start : start + max_tokens]
     return ids[:, :0]
 
 
-def accept(target: Tensor, draft: Tensor | None, drafted: Tensor) -> tuple[Tensor, Tensor]:
-    """Leviathan's rule: given tokens drafted from `draft`, return tokens distributed as `target`, and which were kept.
+def accept_or_resample(target: Tensor, draft: Tensor | None, drafted: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn tokens drafted from `draft` into tokens distributed as `target`; return them and whether each was kept.
 
-    `target`, `draft` (B, V) are probabilities, `drafted` (B, 1) token ids. A token x is kept with probability
-    min(1, target(x) / draft(x)); where it is not, another is drawn from max(0, target - draft), normalized. Without
-    `draft` the tokens were not drawn: each had probability one.
+    `target` and `draft` (B, V) are probabilities, `drafted` (B, 1) are token ids. A token x is kept with probability
+    min(1, target(x) / draft(x)); otherwise another is drawn from max(0, target - draft), normalized (Leviathan et al.).
+    `draft` is None for copied tokens, which had probability one.
     """
     if draft is None:
         draft = torch.zeros_like(target).scatter_(1, drafted, 1.0)
-    chance = target.gather(1, drafted) / draft.gather(1, drafted)
-    kept = torch.rand_like(chance) < chance
+    probability = target.gather(1, drafted) / draft.gather(1, drafted)
+    kept = torch.rand_like(probability) < probability
     if kept.all():
         return drafted, kept
-    left = (target - draft).clamp(min=0)
-    # Equal up to rounding, nothing is left: then the token was kept but for that rounding.
-    left = torch.where(left.sum(-1, keepdim=True) > 0, left, target)
-    return torch.where(kept, drafted, left.multinomial(1)), kept
+    residual = (target - draft).clamp(min=0)
+    # If both distributions are equal up to rounding, the residual is zero: draw from the target.
+    residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, target)
+    return torch.where(kept, drafted, residual.multinomial(1)), kept
 
 
-class Drafting:
-    """A decoding loop for `generate(custom_generate=...)` that drafts at the end of the first of a path's two parts.
+class DraftLoop:
+    """A decoding loop for `generate(custom_generate=...)`: the lower of two segments drafts, the upper one verifies.
 
-    All rows advance together, by as many drafted tokens as the row with the fewest accepted ones, and one more: to stop
-    there depends on nothing that comes later, so each row's tokens stay exact. Rows that have ended are not waited for.
-    `drafted`, `accepted` and `passes` count over all calls, in tokens of one row.
+    All rows advance together, by the accepted tokens of the row with the fewest, and one more. That number depends on
+    no later token, so each row stays exact. Finished rows do not count. `drafted`, `accepted` (tokens of one row) and
+    `passes` (of the upper segment) count over all calls.
     """
 
-    def __init__(self, path: SegmentedModel, plan: SelfSpeculation) -> None:
-        self._path, self._plan = path, plan
+    def __init__(self, segmented: SegmentedModel, plan: SelfSpeculation) -> None:
+        self._segmented, self._plan = segmented, plan
         self.drafted = self.accepted = self.passes = 0
 
     def __call__(
@@ -119,28 +120,28 @@ class Drafting:
         past_key_values: Any = None,
         **model_kwargs: Any,
     ) -> Any:
-        """Generate as the native loops do; `generate` prepares and passes all of these."""
-        _refuse(input_ids, generation_config, past_key_values)
+        """Run the loop with the arguments that `generate` of transformers passes to its decoding loops."""
+        _check_options(input_ids, generation_config, past_key_values)
         rows = _Rows(input_ids, logits_processor, stopping_criteria, generation_config, streamer, attention_mask)
-        upper, cache = self._path.parts[1], self._path.new_cache()
+        (lower, upper), cache = self._segmented.segments, self._segmented.new_cache()
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-        states, _ = self._path.parts[0]((), input_ids, position_ids, rows.mask(input_ids.shape[1]), cache.of[0])
-        # What the upper part has not seen yet: (B, T) tokens, the drafted ones last, and what these were drawn from.
-        new, where, guesses = input_ids, position_ids, list[Tensor | None]()
+        states, _ = lower((), input_ids, position_ids, rows.mask(input_ids.shape[1]), cache.of[0])
+        # The input of the upper segment: (B, T) tokens, drafted ones last, and the probabilities each was drawn from.
+        new, positions, drafts = input_ids, position_ids, list[Tensor | None]()
         while True:
-            count = len(guesses)
-            _, hidden = upper(states, new, where, rows.mask(rows.ids.shape[1] + count), cache.of[1])
-            if new is input_ids:  # only now: of a long prompt a window keeps no more than it needs
+            count = len(drafts)
+            _, hidden = upper(states, new, positions, rows.mask(rows.ids.shape[1] + count), cache.of[1])
+            if new is input_ids:  # not earlier: a sliding window keeps only the end of a long prompt
                 cache.activate_past_recording()
-            logits = self._path.logits(1, hidden[:, -1 - count :]).to(torch.float32)
-            accepted = rows.verify(logits, new[:, new.shape[1] - count :], guesses)
+            logits = self._segmented.logits(1, hidden[:, -1 - count :]).to(torch.float32)
+            accepted = rows.verify(logits, new[:, new.shape[1] - count :], drafts)
             self.drafted, self.accepted, self.passes = self.drafted + count, self.accepted + accepted, self.passes + 1
             if rows.ended:
                 break
             cache.crop(accepted - count)
-            following = where[:, where.shape[1] - 1 - count + accepted, None] + 1
-            states, new, where, guesses = self._draft(rows, cache, following)
+            next_position = positions[:, positions.shape[1] - 1 - count + accepted, None] + 1
+            states, new, positions, drafts = self._draft(rows, cache, next_position)
         if streamer is not None:
             streamer.end()
         if not generation_config.return_dict_in_generate:
@@ -152,112 +153,113 @@ class Drafting:
         )
 
     def _draft(
-        self, rows: "_Rows", cache: PartsCache, position: Tensor
+        self, rows: "_Rows", cache: SegmentedCache, position: Tensor
     ) -> tuple[States, Tensor, Tensor, list[Tensor | None]]:
-        """Run the lower part over the last token, at `position` (B or 1, 1), and over those that it drafts after it.
+        """Run the lower segment over the newest token, at `position` (B or 1, 1), and draft tokens after it.
 
-        Returns the states, ids and positions (B, T) of all of them, and for each drafted token the probabilities (B, V)
-        that it was drawn from. Where the draft is not sure, full depth predicts from the states that are there anyway.
+        Returns the states, ids and positions (B, T) of the newest and the drafted tokens, and for each drafted token
+        the probabilities (B, V) that it was drawn from, None for copied tokens.
         """
         states: list[States] = []
-        found = rows.look_up(min(self._plan.prompt_lookup_num_tokens, rows.room - 1))
-        guesses: list[Tensor | None] = [None] * found.shape[1]
-        ids = torch.cat([rows.ids, found], dim=1)
-        tokens = [ids[:, ids.shape[1] - 1 - len(guesses) :]]
-        places = [position + torch.arange(1 + len(guesses), device=position.device)]
-        most = 0 if guesses else min(self._plan.num_tokens, rows.room - 1)
+        copied = rows.look_up(min(self._plan.prompt_lookup_num_tokens, rows.room - 1))
+        drafts: list[Tensor | None] = [None] * copied.shape[1]
+        ids = torch.cat([rows.ids, copied], dim=1)
+        tokens = [ids[:, ids.shape[1] - 1 - len(drafts) :]]
+        positions = [position + torch.arange(1 + len(drafts), device=position.device)]
+        max_drafts = 0 if drafts else min(self._plan.num_tokens, rows.room - 1)
+        lower = self._segmented.segments[0]
         while True:
-            state, hidden = self._path.parts[0]((), tokens[-1], places[-1], rows.mask(ids.shape[1]), cache.of[0])
+            state, hidden = lower((), tokens[-1], positions[-1], rows.mask(ids.shape[1]), cache.of[0])
             states.append(state)
-            if len(guesses) >= most:
+            if len(drafts) >= max_drafts:
                 break
-            guess = rows.processed(ids, self._path.logits(0, hidden)[:, -1].to(torch.float32)).softmax(-1)
-            surest, likeliest = guess.max(-1, keepdim=True)
-            if bool(((surest.squeeze(1) < self._plan.min_probability) & rows.waited_for).any()):
+            draft = rows.processed(ids, self._segmented.logits(0, hidden)[:, -1].to(torch.float32)).softmax(-1)
+            highest, most_likely = draft.max(-1, keepdim=True)
+            if bool(((highest.squeeze(1) < self._plan.min_probability) & rows.unfinished).any()):
                 break
-            tokens.append(guess.multinomial(1) if rows.sampling else likeliest)
-            places.append(places[-1] + 1)
-            guesses.append(guess)
+            tokens.append(draft.multinomial(1) if rows.sampling else most_likely)
+            positions.append(positions[-1] + 1)
+            drafts.append(draft)
             ids = torch.cat([ids, tokens[-1]], dim=1)
-        together = tuple(torch.cat(parts, dim=1) for parts in zip(*states, strict=True))
-        return together, torch.cat(tokens, dim=1), torch.cat(places, dim=1), guesses
+        joined = tuple(torch.cat(parts, dim=1) for parts in zip(*states, strict=True))
+        return joined, torch.cat(tokens, dim=1), torch.cat(positions, dim=1), drafts
 
 
 class _Rows:
-    """The rows of one call: their tokens so far, which go on, and what the native loops do with every new token."""
+    """The rows of one call: their tokens so far, and the steps that the native loops take for each new token."""
 
     def __init__(
         self, ids: Tensor, processors: Any, criteria: Any, config: Any, streamer: Any, mask: Tensor | None
     ) -> None:
         self.ids, self.processed, self._criteria, self._streamer = ids, processors, criteria, streamer
-        self.sampling, self._pad, self._keep = (
+        self.sampling, self._pad, self._keep_scores = (
             config.do_sample,
             config._pad_token_tensor,
             config.return_dict_in_generate,
         )
-        self._length = config.max_length
-        self._mask = None if mask is None else pad(mask, (0, max(0, self._length - ids.shape[1])), value=1)
-        self._unfinished = torch.ones(len(ids), dtype=torch.long, device=ids.device)
-        self._padded = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
-        self.waited_for = self._unfinished == 1
+        self._max_length = config.max_length
+        self._mask = None if mask is None else pad(mask, (0, max(0, self._max_length - ids.shape[1])), value=1)
+        self._running = torch.ones(len(ids), dtype=torch.long, device=ids.device)
+        self._pads_finished_rows = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
+        self.unfinished = self._running == 1  # the rows that the others wait for
         self.scores: list[Tensor] = []
         self.logits: list[Tensor] = []
 
     @property
     def room(self) -> int:
-        """How many tokens may still come."""
-        return int(self._length - self.ids.shape[1])
+        """The number of tokens up to the maximum length."""
+        return int(self._max_length - self.ids.shape[1])
 
     @property
     def ended(self) -> bool:
-        return not bool(self._unfinished.any())
+        return not bool(self._running.any())
 
     def mask(self, length: int) -> Tensor | None:
-        """The attention mask (B, length) of all tokens up to there, None if none is padding."""
+        """Return the attention mask (B, length) of the first tokens, None if there is no padding."""
         return None if self._mask is None else self._mask[:, :length]
 
-    def look_up(self, most: int) -> Tensor:
-        """Up to `most` tokens (B, n) that followed before: as many as every row that is waited for has, else none."""
-        if most < 1:
+    def look_up(self, max_tokens: int) -> Tensor:
+        """Return up to `max_tokens` copied tokens (B, n); n is the smallest number among the unfinished rows."""
+        if max_tokens < 1:
             return self.ids[:, :0]
-        found = [looked_up(row[None], most)[0] for row in self.ids]
-        count = min((len(own) for own, on in zip(found, self.waited_for.tolist(), strict=True) if on), default=0)
-        return torch.stack([pad(own[:count], (0, count - len(own[:count]))) for own in found])
+        copies = [look_up_tokens(row[None], max_tokens)[0] for row in self.ids]
+        count = min((len(copy) for copy, on in zip(copies, self.unfinished.tolist(), strict=True) if on), default=0)
+        return torch.stack([pad(copy[:count], (0, count - len(copy[:count]))) for copy in copies])
 
-    def verify(self, logits: Tensor, drafted: Tensor, guesses: list[Tensor | None]) -> int:
-        """Take over drafted tokens (B, n) as far as full depth's logits (B, n + 1, V) keep them, and one token more.
+    def verify(self, logits: Tensor, drafted: Tensor, drafts: list[Tensor | None]) -> int:
+        """Append the drafted tokens (B, n) that full depth's logits (B, n + 1, V) keep, and one more token.
 
-        Returns how many were kept in every row that is waited for.
+        Returns how many drafted tokens all unfinished rows kept.
         """
         for index in range(logits.shape[1]):
             score = self.processed(self.ids, logits[:, index].clone())
-            draft = drafted[:, index, None] if index < drafted.shape[1] else None
-            if self.sampling and draft is not None:
-                tokens, kept = accept(score.softmax(-1), guesses[index], draft)
+            proposal = drafted[:, index, None] if index < drafted.shape[1] else None
+            if self.sampling and proposal is not None:
+                tokens, kept = accept_or_resample(score.softmax(-1), drafts[index], proposal)
             else:
                 tokens = score.softmax(-1).multinomial(1) if self.sampling else score.argmax(-1, keepdim=True)
-                kept = tokens == draft if draft is not None else torch.zeros_like(tokens, dtype=torch.bool)
-            on = bool((kept.squeeze(1) | ~self.waited_for).all()) and draft is not None
-            self._add(tokens.squeeze(1), score, logits[:, index])
-            if self.ended or not on:
+                kept = tokens == proposal if proposal is not None else torch.zeros_like(tokens, dtype=torch.bool)
+            all_kept = bool((kept.squeeze(1) | ~self.unfinished).all()) and proposal is not None
+            self._append(tokens.squeeze(1), score, logits[:, index])
+            if self.ended or not all_kept:
                 break
         return index
 
-    def _add(self, tokens: Tensor, score: Tensor, logits: Tensor) -> None:
-        if self._keep:
+    def _append(self, tokens: Tensor, score: Tensor, logits: Tensor) -> None:
+        if self._keep_scores:
             self.scores.append(score)
             self.logits.append(logits)
-        if self._padded:
-            tokens = tokens * self._unfinished + self._pad * (1 - self._unfinished)
+        if self._pads_finished_rows:
+            tokens = tokens * self._running + self._pad * (1 - self._running)
         self.ids = torch.cat([self.ids, tokens[:, None]], dim=1)
-        self._unfinished = self._unfinished & ~self._criteria(self.ids, tuple(self.scores) if self.scores else None)
-        if self._padded:  # a row that has ended is only padded from here on
-            self.waited_for = self._unfinished == 1
+        self._running = self._running & ~self._criteria(self.ids, tuple(self.scores) if self.scores else None)
+        if self._pads_finished_rows:  # a finished row gets padding alone, so the others need not wait for it
+            self.unfinished = self._running == 1
         if self._streamer is not None:
             self._streamer.put(tokens.cpu())
 
 
-def build_loop(expert: Expert, plan: SelfSpeculation) -> Drafting:
+def build_loop(expert: Expert, plan: SelfSpeculation) -> DraftLoop:
     """Return the decoding loop of a plan. Raises `DecodingError` for a depth without an exit."""
     exits = list_exits(expert)
     if plan.depth not in exits:
@@ -265,11 +267,11 @@ def build_loop(expert: Expert, plan: SelfSpeculation) -> Drafting:
             f"SelfSpeculation drafts after {plan.depth!r} layers, but this model has exits below its top after "
             f"{', '.join(map(str, exits)) or 'none'} (layers): expected one of these."
         )
-    return Drafting(segment_model(expert, [plan.depth]), plan)
+    return DraftLoop(segment_model(expert, [plan.depth]), plan)
 
 
 def generate_with(
-    loop: Drafting,
+    loop: DraftLoop,
     model: Any,
     *args: Any,
     streamer: Any = None,
@@ -277,10 +279,13 @@ def generate_with(
     stop_strings: str | list[str] | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Call `model.generate` with a loop of ours; transformers does not hand such a loop the streamer and tokenizer."""
+    """Call `model.generate` with a decoding loop of ours.
+
+    transformers does not pass the streamer and the tokenizer of the stop strings to such a loop, so this does.
+    """
     if stop_strings is not None:
         if tokenizer is None:
-            raise DecodingError("stop_strings need the tokenizer that they are read with: pass tokenizer=... as well.")
+            raise DecodingError("stop_strings need a tokenizer: pass tokenizer=... as well.")
         criteria = [*(kwargs.get("stopping_criteria") or []), StopStringCriteria(tokenizer, stop_strings)]
         kwargs["stopping_criteria"] = StoppingCriteriaList(criteria)
 
@@ -290,8 +295,9 @@ def generate_with(
     return model.generate(*args, streamer=streamer, custom_generate=decode, **kwargs)
 
 
-def _refuse(input_ids: Tensor, config: Any, past_key_values: Any) -> None:
-    asked = {
+def _check_options(input_ids: Tensor, config: Any, past_key_values: Any) -> None:
+    """Raise `DecodingError` for options of `generate` that self-speculation does not support."""
+    unsupported = {
         "num_beams": (config.num_beams or 1) > 1,
         "guidance_scale": config.guidance_scale not in (None, 1),
         "output_attentions": bool(config.output_attentions),
@@ -301,9 +307,9 @@ def _refuse(input_ids: Tensor, config: Any, past_key_values: Any) -> None:
         "cache_implementation": past_key_values is not None and not isinstance(past_key_values, DynamicCache),
         "use_cache=False": config.use_cache is False,
     }
-    refused = [name for name, given in asked.items() if given]
-    if refused:
+    given = [name for name, is_given in unsupported.items() if is_given]
+    if given:
         raise DecodingError(
-            f"Self-speculation cannot be used with {', '.join(refused)}: expected greedy decoding or sampling from "
-            "token ids. Leave out strategy=."
+            f"Self-speculation does not support {', '.join(given)}: expected greedy decoding or sampling from token "
+            "ids. Leave out these options or strategy=."
         )

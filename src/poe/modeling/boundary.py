@@ -15,7 +15,7 @@ from .families import family_of
 from .growth import shell, sync_attention
 from .placement import device_of
 from .stage import Stage
-from .standins import FixedOutputLayer, RecordedLayer, SkippedLayer, recorded_layers
+from .standins import FixedOutputLayer, RecordedLayer, SkippedLayer, boundary_layers
 
 
 class Boundary:
@@ -38,7 +38,7 @@ class Boundary:
         self._lower, self._upper = family.backbone_of(lower), family.backbone_of(upper)
         self._stage_layer = stage.layers[0]
         beneath, above = family.layers_of(lower), family.layers_of(upper)
-        taps = recorded_layers(base.config, len(beneath))
+        taps = boundary_layers(base.config, len(beneath))
         self._taken = {index: RecordedLayer(beneath[index]) for index in taps}
         self._given = {index: FixedOutputLayer(beneath[index]) for index in taps}
         for index in range(len(beneath)):

@@ -50,7 +50,7 @@ class RecordedLayer(SkippedLayer):
         return state
 
 
-def recorded_layers(config: PreTrainedConfig, depth: int) -> list[int]:
+def boundary_layers(config: PreTrainedConfig, depth: int) -> list[int]:
     """Return which layers' outputs the layers above `depth` read: the last one's, in rising order with any other.
 
     A PoE base may subtract one layer's output before its final norm, which is above every stage.
