@@ -23,7 +23,7 @@ NAP = "def nap():\n    ''"
 
 def test_a_signature_becomes_a_tool() -> None:
     notes: list[str] = []
-    function = read_definition(BAKE, notes.append, details={"flour": "Which flour"})["function"]
+    function = read_definition(BAKE, notes.append, parameter_descriptions={"flour": "Which flour"})["function"]
     assert (function["name"], function["description"]) == ("bake", "Bake a loaf.")
     assert function["parameters"] == {
         "type": "object",

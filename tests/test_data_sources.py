@@ -182,7 +182,7 @@ def test_sources_with_nothing_left(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"every row was dropped: not JSON \(1\), row without a list of messages \(1\)"):
         load(f"messages={path}")
     path.write_text("")
-    with pytest.raises(DataError, match="holds no rows"):
+    with pytest.raises(DataError, match="has no rows"):
         load(f"messages={path}")
     with pytest.raises(DataError, match="no public data set"):
         load("messages")

@@ -212,7 +212,7 @@ def test_a_folder_holds_more_than_rows(tmp_path: Path) -> None:
     pool = write(tmp_path / "tool.jsonl", *POOL.values())
     report = DropReport()
     assert len(list(get_reader("sealtools").read(str(tmp_path), report))) == report.read["sealtools"] == 1
-    with pytest.raises(DataError, match=r"no rows of Seal-Tools but its pool of tools\. Give the rows"):
+    with pytest.raises(DataError, match=r"no rows of Seal-Tools, only its pool of tools\. Give the rows"):
         from_path(pool)
     with pytest.raises(DataError, match="its list of fields and pool of tools"):
         from_path(tmp_path / "*l*.jsonl")

@@ -121,4 +121,4 @@ spoken = plain.map(str.strip).filter(lambda text: text and "<" not in text)
 
 @given(st.lists(st.tuples(st.sampled_from(["user", "think", "response", "obs"]), spoken), min_size=1, max_size=6))
 def test_blocks_are_read_back(written: list[tuple[str, str]]) -> None:
-    assert toolrl.blocks("\n".join(f"<{tag}> {text} </{tag}>" for tag, text in written)) == written
+    assert toolrl.split_blocks("\n".join(f"<{tag}> {text} </{tag}>" for tag, text in written)) == written

@@ -1,8 +1,7 @@
-"""Reader `demo`: generated conversations about a small world of tools (`poe.demo`). No file, no network.
+"""Generated conversations about the demo world of tools (`poe.demo`), without files or network.
 
-`demo` gives 12,000 rows, `demo=500` that many. Every fifth noun and every eighth value never occur in them: they make
-the two held-out splits that `evaluation_splits` returns, questions with new values about known tools, and questions
-about tools that no training row has.
+`demo` gives 12,000 rows, `demo=500` gives 500. Every fifth noun and every eighth value never occur in them. They make
+the held-out splits of `evaluation_splits`: questions with new values for known tools, and questions about new tools.
 """
 
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ DEFAULT_ROWS = 12_000
 
 
 def read(path: str | None, report: DropReport) -> Iterator[Conversation]:
-    """Yield the training rows; `path`, if given, is their number."""
+    """Yield the training rows. `path` is their number (default 12,000)."""
     if path is not None and not path.isdigit():
         raise DataError(f"The reader 'demo' generates its rows: expected demo or demo=NUMBER, got demo={path}.")
     for index in range(int(path or DEFAULT_ROWS)):
@@ -29,7 +28,7 @@ def read(path: str | None, report: DropReport) -> Iterator[Conversation]:
 
 
 def evaluation_splits(rows: int) -> dict[str, list[Conversation]]:
-    """Return the held-out questions: `rows` of each split, and as many that no tool on offer can serve."""
+    """Return held-out questions: `rows` of each split, and the same number that no offered tool can serve."""
     calls = ("call", "parallel")
     return {
         "unseen values": [make_conversation(i, "unseen_values", kind=calls[i % 5 == 0]) for i in range(rows)],

@@ -1,6 +1,7 @@
-"""Tools with flat parameters in Python's notation, as xLAM and the sets made after it write them.
+"""Read tools with flat parameters and Python types, the format of xLAM and of data sets derived from it.
 
-`parameters` is name to `{description, type, default}`; a type is `int`, `List[int]`, `"str, optional"` and the like.
+`parameters` maps a name to `{description, type, default}`. A type is, for example, `int`, `List[int]` or
+`"str, optional"`.
 """
 
 import json
@@ -33,9 +34,9 @@ _OBJECTS = frozenset({"dict", "mapping", "object"})
 
 
 def read_tool(tool: Any, note: Note) -> Tool:
-    """A `Tool` from one with flat, Python-typed parameters (one with JSON Schema parameters is passed on).
+    """Return the `Tool` of a tool with flat parameters and Python types, or with JSON Schema parameters.
 
-    Where a list `required` stands beside them, as other sets write it, it says which are.
+    A list `required` beside the parameters, which some sets have, names the required ones.
     """
     if isinstance(tool, dict) and isinstance(tool.get("function"), dict):
         tool = tool["function"]
@@ -50,14 +51,14 @@ def read_tool(tool: Any, note: Note) -> Tool:
 
 
 def is_flat(parameters: Any) -> bool:
-    """Whether parameters are a map of names to descriptions with a type, not a JSON Schema."""
+    """Return whether parameters map names to objects with a type, unlike a JSON Schema."""
     if not isinstance(parameters, dict) or not parameters or "properties" in parameters:
         return False
     return all(isinstance(p, dict) and isinstance(p.get("type"), str) for p in parameters.values())
 
 
-def with_json_types(schema: Any, note: Note) -> Any:
-    """An object schema, types in Python's notation ("int, optional", "List[str]") among its properties rewritten."""
+def convert_types(schema: Any, note: Note) -> Any:
+    """Return an object schema with Python types of properties ("int, optional", "List[str]") as JSON Schema."""
     if not isinstance(schema, dict) or not isinstance(schema.get("properties"), dict):
         return schema
     properties = {}
@@ -70,8 +71,8 @@ def with_json_types(schema: Any, note: Note) -> Any:
     return {**schema, "properties": properties}
 
 
-def object_schema(flat: dict[str, Any], stated: Any, note: Note) -> dict[str, Any]:
-    """The JSON Schema of flat parameters; `stated` is a list of the required ones, where the tool has it."""
+def object_schema(flat: dict[str, Any], required_names: Any, note: Note) -> dict[str, Any]:
+    """Return the JSON Schema of flat parameters. `required_names` is the tool's list of required ones, if any."""
     properties: dict[str, Any] = {}
     required = []
     for name, parameter in flat.items():
@@ -84,17 +85,21 @@ def object_schema(flat: dict[str, Any], stated: Any, note: Note) -> dict[str, An
             default = parameter["default"]
         if default is not None:
             optional = True
-            exact = coerce(schema, default)
-            if exact == "" and schema.get("type") != "string":
+            coerced = coerce(schema, default)
+            if coerced == "" and schema.get("type") != "string":
                 pass
-            elif "type" not in schema or fits_type(schema["type"], exact):
-                schema["default"] = exact
+            elif "type" not in schema or fits_type(schema["type"], coerced):
+                schema["default"] = coerced
             else:
                 note("default of another type left out")
         if not optional:
             required.append(name)
         properties[name] = schema
-    return {"type": "object", "properties": properties, "required": stated if isinstance(stated, list) else required}
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": required_names if isinstance(required_names, list) else required,
+    }
 
 
 def _declared_type(kind: Any) -> tuple[dict[str, Any], bool, Any]:
@@ -107,32 +112,32 @@ def _declared_type(kind: Any) -> tuple[dict[str, Any], bool, Any]:
 
 
 def python_type(text: str) -> tuple[dict[str, Any], bool, Any]:
-    """`"List[int], optional, default=[]"` -> (JSON Schema, whether optional, default or None)."""
+    """Parse `"List[int], optional, default=[]"` to (JSON Schema, whether optional, default or None)."""
     if len(text) > _MAX_TYPE:
         raise RowError("type that JSON cannot write")
     found = _DEFAULT.search(text)
     kind, *extras = _top_level_parts(text[: found.start()] if found else text)
-    optional, default = found is not None, _literal(text[found.end() :].strip()) if found else None
+    optional, default = found is not None, _literal_value(text[found.end() :].strip()) if found else None
     for extra in extras:
         if extra.lower() in ("optional", "required", ""):
             optional = optional or extra.lower() == "optional"
         else:
             raise RowError("type that JSON cannot write")
-    schema, nullable = _Type(kind).parse()
+    schema, nullable = _TypeParser(kind).parse()
     return schema, optional or nullable, default
 
 
 def _top_level_parts(text: str) -> list[str]:
     depth, start, parts = 0, 0, []
-    for at, char in enumerate(text):
+    for i, char in enumerate(text):
         depth += (char in "[(") - (char in "])")
         if char == "," and depth == 0:
-            parts.append(text[start:at].strip())
-            start = at + 1
+            parts.append(text[start:i].strip())
+            start = i + 1
     return [*parts, text[start:].strip()]
 
 
-def _literal(text: str) -> Any:
+def _literal_value(text: str) -> Any:
     if len(text) >= 2 and text[0] == text[-1] and text[0] in "'\"":
         return text[1:-1]
     if text in ("None", ""):
@@ -143,46 +148,46 @@ def _literal(text: str) -> Any:
         return text
 
 
-class _Type:
+class _TypeParser:
     """A recursive-descent parser of Python type notation: `name`, `name[type, ...]`, `type | type`."""
 
     def __init__(self, text: str) -> None:
         self.tokens: list[str] = []
-        at, text = 0, text.strip()
-        while at < len(text):
-            found = _TOKEN.match(text, at)
-            if found is None:
+        position, text = 0, text.strip()
+        while position < len(text):
+            match = _TOKEN.match(text, position)
+            if match is None:
                 raise RowError("type that JSON cannot write")
-            self.tokens.append(found[0].strip())
-            at = found.end()
-        self.at = 0
+            self.tokens.append(match[0].strip())
+            position = match.end()
+        self.next_token = 0
 
     def parse(self) -> tuple[dict[str, Any], bool]:
-        """The schema, and whether None is among the types of the top level."""
-        schema = self._union()
-        if self.at < len(self.tokens):
+        """Return the schema, and whether None is one of the top-level types."""
+        schema = self._parse_union()
+        if self.next_token < len(self.tokens):
             raise RowError("type that JSON cannot write")
         return _without_null(schema)
 
     def _peek(self) -> str:
-        return self.tokens[self.at] if self.at < len(self.tokens) else ""
+        return self.tokens[self.next_token] if self.next_token < len(self.tokens) else ""
 
     def _next(self) -> str:
-        self.at += 1
-        return self.tokens[self.at - 1] if self.at <= len(self.tokens) else ""
+        self.next_token += 1
+        return self.tokens[self.next_token - 1] if self.next_token <= len(self.tokens) else ""
 
-    def _union(self) -> dict[str, Any]:
-        kinds = [self._single()]
+    def _parse_union(self) -> dict[str, Any]:
+        kinds = [self._parse_single()]
         while self._peek() == "|":
             self._next()
-            kinds.append(self._single())
+            kinds.append(self._parse_single())
         return _any_of(kinds)
 
-    def _single(self) -> dict[str, Any]:
+    def _parse_single(self) -> dict[str, Any]:
         name = self._next().removeprefix("typing.")
         lower = name.lower()
         if lower == "literal":
-            return self._literals()
+            return self._parse_literals()
         inner: list[Any] = []
         if self._peek() == "[":
             self._next()
@@ -190,14 +195,14 @@ class _Type:
                 if self._peek() == "...":
                     inner.append(self._next())
                 else:
-                    inner.append(self._union())
+                    inner.append(self._parse_union())
                 if self._peek() == ",":
                     self._next()
                 elif self._peek() != "]":
                     raise RowError("type that JSON cannot write")
             self._next()
         if lower == "tuple":
-            return _tuple(inner)
+            return _tuple_schema(inner)
         if "..." in inner:
             raise RowError("type that JSON cannot write")
         if lower == "any" and not inner:
@@ -214,7 +219,7 @@ class _Type:
             return {"type": _SIMPLE[lower]}
         raise RowError("type that JSON cannot write")
 
-    def _literals(self) -> dict[str, Any]:
+    def _parse_literals(self) -> dict[str, Any]:
         values: list[Any] = []
         if self._next() != "[":
             raise RowError("type that JSON cannot write")
@@ -222,13 +227,13 @@ class _Type:
             if not token or token in ("[", "|"):
                 raise RowError("type that JSON cannot write")
             if token != ",":
-                values.append(_literal(token))
+                values.append(_literal_value(token))
         kinds = {type(value) for value in values}
         kind = {str: "string", int: "integer"}.get(*kinds) if len(kinds) == 1 else None
         return {**({"type": kind} if kind else {}), "enum": values}
 
 
-def _tuple(inner: list[Any]) -> dict[str, Any]:
+def _tuple_schema(inner: list[Any]) -> dict[str, Any]:
     if not inner:
         return {"type": "array"}
     if inner[-1] == "..." and len(inner) == 2:

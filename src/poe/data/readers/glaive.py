@@ -4,33 +4,33 @@ Hub: `glaiveai/glaive-function-calling-v2` (112,960 rows, one split). License: A
 
 Three formats are read.
 
-* The original, `{"system", "chat"}`, both flat text. `system` is one sentence and then pretty-printed function objects,
-  separated by blank lines (not a list). `chat` is turns headed `USER: `, `ASSISTANT: `, `FUNCTION RESPONSE: ` after
-  two or three line feeds; assistant turns, and only they, end in `<|endoftext|>`. A call is
-  `<functioncall> {"name": "f", "arguments": '{...}'}`: JSON inside single quotes, so neither JSON nor Python.
-* The ShareGPT form of LLaMA-Factory, `{"conversations": [{"from", "value"}], "tools": "<JSON list>"}` with human, gpt,
-  function_call, observation and, sometimes, system (as a turn or as a field).
-* The original cut into turns, as studies of single answers keep it: `{"system", "input_messages", "ground_truth"}`, the
-  messages with the roles system (the `system` text again), user, assistant and tool, the last answer apart. The same
-  beginning stands in several rows, once for each of its answers: repetitions are left out later, by their questions.
+* The original, `{"system", "chat"}`, both plain text. `system` is one sentence, followed by pretty-printed function
+  objects that are separated by blank lines (not a list). `chat` contains turns with the headings `USER: `,
+  `ASSISTANT: ` and `FUNCTION RESPONSE: ` after two or three line feeds. Only assistant turns end in `<|endoftext|>`. A
+  call is `<functioncall> {"name": "f", "arguments": '{...}'}`: JSON inside single quotes, so neither JSON nor Python.
+* The ShareGPT format of LLaMA-Factory, `{"conversations": [{"from", "value"}], "tools": "<JSON list>"}`, with the
+  speakers human, gpt, function_call, observation and sometimes system (as a turn or as a field).
+* The original cut into turns, as studies of single answers use it: `{"system", "input_messages", "ground_truth"}`. The
+  messages have the roles system (the `system` text again), user, assistant and tool; the last answer is separate.
+  Several rows have the same beginning, one for each of its answers. De-duplication removes them later.
 
-Traps, and what is done about each:
+Traps and how the reader handles them:
 
-* Arguments hold unescaped apostrophes: they are what stands between the first and the last single quote.
-* `\\'`, raw line feeds inside strings, one closing brace too many, `parameters` for `arguments`, null arguments, and
-  arguments written as an object or as a JSON string mean one thing only: read, and counted as repairs.
-* A list as arguments, bare words, NaN and Infinity, and calls that break off mean nothing certain: the row is dropped.
-* A filler turn ("Let me calculate that for you.") followed by the call as a turn of its own, and text before
-  `<functioncall>`: one assistant message with text and call.
-* The upstream authors replaced `AI:` by `<|endoftext|>`-and-`ASSISTANT:` everywhere, in the middle of texts too. Such a
-  row (an end mark or a heading inside a turn, two text turns in a row) is dropped: the text is lost.
-* Names declared twice, undeclared names, responses without a call, empty turns: dropped. A word-for-word repeated
-  declaration is removed.
-* Some rows end on a user turn; it is trimmed.
-* `required` beside `parameters` instead of inside it is moved.
+* Arguments contain unescaped apostrophes: the text between the first and the last single quote is read.
+* `\\'`, raw line feeds inside strings, one extra closing brace, `parameters` in place of `arguments`, null arguments,
+  and arguments written as an object or as a JSON string are unambiguous: they are read and counted as repairs.
+* A list as arguments, bare words, NaN and Infinity, and calls that are cut off are ambiguous: the row is dropped.
+* A filler turn ("Let me calculate that for you.") before a turn with the call, and text before `<functioncall>`, become
+  one assistant message with text and call.
+* The upstream authors replaced `AI:` by `<|endoftext|>` and `ASSISTANT:` everywhere, also inside texts. A row with an
+  end mark or a heading inside a turn, or with two text turns in a row, is dropped, because its text is damaged.
+* Names that are declared twice, undeclared names, responses without a call, and empty turns: dropped. An exact
+  repetition of a declaration is removed.
+* A final user turn is removed.
+* A list `required` beside `parameters` is moved into them.
 
-The two fixed `system` sentences say only whether tools are there, which a chat template says itself: they do not become
-a system message. Any other text does.
+The two fixed `system` sentences only say whether tools are available. A chat template says this itself, so they do not
+become a system message. Any other text does.
 """
 
 import json
@@ -68,59 +68,59 @@ _ESCAPE = re.compile(r"\\(.)", re.DOTALL)
 
 
 def read(rows: Iterable[Row], report: DropReport) -> Iterator[Conversation]:
-    """Conversations of rows in either format; what cannot be read faithfully is dropped and counted."""
+    """Yield the conversations of rows in either format; rows that lose content are dropped and counted."""
     return read_rows(NAME, LICENSE, _FIELDS, rows, report, _convert)
 
 
 def _convert(row: dict[str, Any], note: Note) -> Turns:
     if "conversations" in row:
-        return _sharegpt(row, note)
+        return _convert_sharegpt(row, note)
     system, chat = row.get("system", ""), row.get("chat")
     if not isinstance(system, str):
         raise RowError("row is of no known format")
     if "input_messages" in row:
-        headed = _headed(row, system)
+        spoken = _split_messages(row, system)
     elif isinstance(chat, str):
-        headed = split_chat(chat)
+        spoken = split_chat(chat)
     else:
         raise RowError("row is of no known format")
     text, tools = read_system(system, note)
     turns = Turns(tools, note)
-    turns.system(text)
-    for heading, body in headed:
+    turns.add_system(text)
+    for heading, body in spoken:
         if heading == "USER":
-            turns.user(body)
+            turns.add_user(body)
         elif heading == "FUNCTION RESPONSE":
             if not body:
                 raise RowError("empty turn")
-            turns.response(body)
+            turns.add_response(body)
         elif CALL in body:
-            said, _, call = body.partition(CALL)
+            text, _, call = body.partition(CALL)
             name, arguments = read_call(call, note)
-            turns.calls([(name, arguments, None)], said.strip())
+            turns.add_calls([(name, arguments, None)], text.strip())
         else:
-            turns.assistant(body)
+            turns.add_assistant(body)
     return turns
 
 
 def read_system(system: str, note: Note) -> tuple[str, list[Tool]]:
-    """The tools declared in a `system` text, and what it says besides the two fixed sentences."""
-    at = min((i for i in (system.find("{"), system.find("[")) if i >= 0), default=len(system))
-    said = system[:at].strip().removeprefix("SYSTEM:").strip()
+    """Return the text of a `system` field without the two fixed sentences, and the tools that it declares."""
+    position = min((i for i in (system.find("{"), system.find("[")) if i >= 0), default=len(system))
+    text = system[:position].strip().removeprefix("SYSTEM:").strip()
     declared: list[Any] = []
     decoder = json.JSONDecoder()
-    while at < len(system):
+    while position < len(system):
         try:
-            value, at = decoder.raw_decode(system, at)
+            value, position = decoder.raw_decode(system, position)
         except (ValueError, RecursionError):
             raise RowError("tool declarations not JSON") from None
         declared.extend(value if isinstance(value, list) else [value])
-        while at < len(system) and (system[at].isspace() or system[at] == ","):
-            at += 1
-    return "" if said in FIXED_SENTENCES else said, _tools(declared, note)
+        while position < len(system) and (system[position].isspace() or system[position] == ","):
+            position += 1
+    return "" if text in FIXED_SENTENCES else text, _read_tools(declared, note)
 
 
-def _tools(declared: list[Any], note: Note) -> list[Tool]:
+def _read_tools(declared: list[Any], note: Note) -> list[Tool]:
     tools = []
     for function in declared:
         if isinstance(function, dict) and isinstance(function.get("function"), dict):
@@ -133,7 +133,7 @@ def _tools(declared: list[Any], note: Note) -> list[Tool]:
 
 
 def split_chat(chat: str) -> list[tuple[str, str]]:
-    """The turns of a `chat` text as (heading, text), end marks taken off."""
+    """Return the turns of a `chat` text as (heading, text), without end marks."""
     before, *parts = _HEADING.split(chat)
     if before.strip() or not parts:
         raise RowError("text before the first turn" if before.strip() else "no turns")
@@ -152,8 +152,8 @@ def split_chat(chat: str) -> list[tuple[str, str]]:
     return turns
 
 
-def _headed(row: dict[str, Any], system: str) -> list[tuple[str, str]]:
-    """The turns of a row that was cut into them, as `split_chat` gives them."""
+def _split_messages(row: dict[str, Any], system: str) -> list[tuple[str, str]]:
+    """Return the turns of a row with messages in the format of `split_chat`."""
     messages, last = row["input_messages"], row.get("ground_truth")
     if not isinstance(messages, list):
         raise RowError("row is of no known format")
@@ -176,7 +176,7 @@ def _headed(row: dict[str, Any], system: str) -> list[tuple[str, str]]:
 
 
 def read_call(text: str, note: Note) -> tuple[str, Any]:
-    """The name and the arguments of a call, from the text after `<functioncall>`."""
+    """Return the name and the arguments of a call from the text after `<functioncall>`."""
     text = text.strip()
     if CALL in text:
         raise RowError("two calls in one turn")
@@ -187,18 +187,18 @@ def read_call(text: str, note: Note) -> tuple[str, Any]:
     if call is not None:
         if not isinstance(call, dict):
             raise RowError("call is not an object")
-        return _json_call(call, note)
-    found = _QUOTED_CALL.match(text)
-    if found is None:
+        return _read_json_call(call, note)
+    match = _QUOTED_CALL.match(text)
+    if match is None:
         raise RowError("call breaks off" if not text.endswith("}") else "call not JSON")
-    if found[2] == "parameters":
+    if match[2] == "parameters":
         note("parameters read as arguments")
-    if found[4].count("}") == 2:
+    if match[4].count("}") == 2:
         note("extra closing brace removed")
-    return parse_json(found[1], strict=False), _arguments(found[3], note)
+    return parse_json(match[1], strict=False), _parse_arguments(match[3], note)
 
 
-def _json_call(call: dict[str, Any], note: Note) -> tuple[str, Any]:
+def _read_json_call(call: dict[str, Any], note: Note) -> tuple[str, Any]:
     key = "arguments"
     if key not in call and "parameters" in call:
         key = "parameters"
@@ -207,15 +207,15 @@ def _json_call(call: dict[str, Any], note: Note) -> tuple[str, Any]:
         raise RowError("call without a name or arguments")
     arguments = call[key]
     if isinstance(arguments, str):
-        arguments = _arguments(arguments, note)
+        arguments = _parse_arguments(arguments, note)
     if arguments is None:
         note("null arguments read as none")
         arguments = {}
     return call["name"], arguments
 
 
-def _arguments(text: str, note: Note) -> Any:
-    """JSON that may have been written for a single-quoted literal."""
+def _parse_arguments(text: str, note: Note) -> Any:
+    """Parse arguments that are JSON, or JSON with the escapes of a single-quoted literal."""
     unescaped = _ESCAPE.sub(lambda m: "'" if m[1] == "'" else m[0], text)
     for candidate, strict, rule in (
         (text, True, ""),
@@ -235,14 +235,14 @@ def _arguments(text: str, note: Note) -> Any:
     raise RowError("arguments not JSON")
 
 
-def _sharegpt(row: dict[str, Any], note: Note) -> Turns:
+def _convert_sharegpt(row: dict[str, Any], note: Note) -> Turns:
     declared = parse_field(row.get("tools") or "[]", "tools")
-    turns = Turns(_tools(declared if isinstance(declared, list) else [declared], note), note)
+    turns = Turns(_read_tools(declared if isinstance(declared, list) else [declared], note), note)
     system = row.get("system", "")
     if not isinstance(system, str) or not isinstance(row["conversations"], list):
         raise RowError("row is of no known format")
     system = system.strip().removeprefix("SYSTEM:").strip()
-    turns.system("" if system in FIXED_SENTENCES else system)
+    turns.add_system("" if system in FIXED_SENTENCES else system)
     for turn in row["conversations"]:
         speaker, value = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
         if not isinstance(value, str):
@@ -251,21 +251,21 @@ def _sharegpt(row: dict[str, Any], note: Note) -> Turns:
         if END in value:
             raise RowError("end mark inside a turn")
         if speaker == "system":
-            turns.system(value)
+            turns.add_system(value)
         elif speaker in ("human", "user"):
-            turns.user(value)
+            turns.add_user(value)
         elif speaker in ("gpt", "assistant"):
             if CALL in value:
                 raise RowError("call not in a turn of its own")
-            turns.assistant(value)
+            turns.add_assistant(value)
         elif speaker == "function_call":
             parsed = parse_field(value, "call")
             calls = parsed if isinstance(parsed, list) else [parsed]
             if not all(isinstance(call, dict) for call in calls):
                 raise RowError("call is not an object")
-            turns.calls([(*_json_call(call, note), None) for call in calls])
+            turns.add_calls([(*_read_json_call(call, note), None) for call in calls])
         elif speaker in ("observation", "tool"):
-            turns.response(value)
+            turns.add_response(value)
         else:
             raise RowError(f"turn of an unknown speaker ({str(speaker)[:40]!r})")
     return turns

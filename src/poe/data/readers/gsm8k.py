@@ -1,12 +1,14 @@
 """GSM8K: grade-school mathematics in words, with worked answers.
 
-Hub: `openai/gsm8k`, configuration `main` (7,473 rows to train on, 1,319 to test). License: MIT.
+Hub: `openai/gsm8k`, configuration `main` (7,473 training rows, 1,319 test rows). License: MIT.
 
-A row is `{"question", "answer"}`. Traps, and what is done about each:
+A row is `{"question", "answer"}`.
 
-* Nearly every answer carries notes for a calculator, `<<48/2=24>>`, before the number they give: removed, since the
-  text reads the same without them and nobody will answer them.
-* The last line is `#### 72`. It is kept as it stands, thousands separators too: it is what answers are compared by.
+Traps and how the reader handles them:
+
+* Nearly every answer has calculator annotations, `<<48/2=24>>`, before the number that they compute: removed, because
+  the text is the same without them and no calculator evaluates them.
+* The last line is `#### 72`. It stays unchanged, with thousands separators, because answers are compared by it.
 """
 
 import re
@@ -16,8 +18,7 @@ from typing import Any
 from poe.calls.conversation import Conversation
 from poe.calls.schema import Note
 from poe.data.drops import DropReport
-from poe.data.readers.question import answered
-from poe.data.readers.turns import Turns, read_rows
+from poe.data.readers.turns import Turns, question_turns, read_rows
 from poe.data.sources import Row
 
 NAME = "gsm8k"
@@ -29,7 +30,7 @@ _CALCULATOR = re.compile(r"<<[^<>\n]*=[^<>\n]*>>")
 
 
 def read(rows: Iterable[Row], report: DropReport) -> Iterator[Conversation]:
-    """Conversations of rows with `question` and `answer`."""
+    """Yield the conversations of rows with `question` and `answer`."""
     return read_rows(NAME, LICENSE, ("question", "answer"), rows, report, _convert)
 
 
@@ -38,4 +39,4 @@ def _convert(row: dict[str, Any], note: Note) -> Turns:
     if isinstance(answer, str) and _CALCULATOR.search(answer):
         note("calculator notes removed")
         answer = _CALCULATOR.sub("", answer)
-    return answered(row.get("question"), answer, note)
+    return question_turns(row.get("question"), answer, note)

@@ -2,26 +2,27 @@
 
 Hub: `NousResearch/hermes-function-calling-v1`, its five subsets one after another. License: Apache-2.0.
 
-A row is `{"conversations": [{"from", "value"}], "tools"}`; speakers are system, human, gpt and tool, `tools` is JSON
-text and not in every row. The system turn lists the tools again between `<tools>` and `</tools>`; a call is a
-`<tool_call>` block with a JSON object, a result a `<tool_response>` block; one turn may hold several of either.
+A row is `{"conversations": [{"from", "value"}], "tools"}`. The speakers are system, human, gpt and tool. `tools` is
+JSON text and is not in every row. The system turn lists the tools again between `<tools>` and `</tools>`. A call is a
+`<tool_call>` block with a JSON object, a result a `<tool_response>` block. One turn may have several of either.
 
-Traps, and what is done about each:
+Traps and how the reader handles them:
 
-* Tools, calls and results in Python notation (single quotes, True): parsed as data, never run, and counted.
-* A literal backslash-n around a call: taken off. `name` inside `arguments`, calls that are neither notation, calls that
-  break off, text behind a call: dropped.
-* `tools` that are empty or absent while the prompt lists some: those of the prompt, if they can be read, else dropped.
-  Tools of the row that differ from those of the prompt: dropped.
-* Names declared twice: dropped, unless word for word. `parameters` that are null become an object without properties.
-* Results repeat the name of their call, `{"name", "content"}`: the content is the message.
-* Rows without tools (the two JSON modes, some of Glaive's): plain chats. In JSON mode the system turn holds the schema
-  of the answer; it stays as it is.
-* `func_calling` continues nearly every row of `func_calling_singleturn`, so the longer one is read first: equal
-  questions are dropped later, where rows are de-duplicated.
+* Tools, calls and results in Python notation (single quotes, True): parsed as data, never executed, and counted.
+* A literal backslash-n around a call: removed. `name` inside `arguments`, calls in neither notation, calls that are cut
+  off, and text after a call: dropped.
+* `tools` that are empty or absent although the prompt lists tools: those of the prompt are used if they can be read;
+  otherwise the row is dropped. Tools of the row that differ from those of the prompt: dropped.
+* Names that are declared twice: dropped, except exact repetitions. Null `parameters` become an object without
+  properties.
+* Results repeat the name of their call, `{"name", "content"}`: the content becomes the message.
+* Rows without tools (the two JSON modes, some rows of Glaive) are plain chats. In JSON mode the system turn contains
+  the schema of the answer and stays unchanged.
+* `func_calling` continues nearly every row of `func_calling_singleturn`, so it is read first. De-duplication later
+  drops rows with equal questions.
 
-The system turn of a row with tools says what the tools are, how to call them and that values must not be made up. A
-chat template says so itself, in its own words, so these sentences are taken out; what else it says stays.
+The system turn of a row with tools explains the tools, how to call them, and that values must not be invented. A chat
+template explains this in its own words, so these sentences are removed. The rest of the system turn stays.
 """
 
 import re
@@ -32,7 +33,7 @@ from poe.calls.conversation import Conversation, Tool
 from poe.calls.schema import Note, unique_tools
 from poe.data.drops import DropReport
 from poe.data.readers.messages import read_tool
-from poe.data.readers.turns import Turns, named_call, parse_notation, read_rows, sections
+from poe.data.readers.turns import Turns, parse_call_object, parse_notation, read_rows, split_sections
 from poe.data.sources import Row
 from poe.errors import RowError
 
@@ -71,7 +72,7 @@ _BOILERPLATE = re.compile(
 
 
 def read(rows: Iterable[Row], report: DropReport) -> Iterator[Conversation]:
-    """Conversations of rows of any subset; what cannot be read faithfully is dropped and counted."""
+    """Yield the conversations of rows of any subset; rows that lose content are dropped and counted."""
     return read_rows(NAME, LICENSE, _FIELDS, rows, report, _convert)
 
 
@@ -82,9 +83,9 @@ def _convert(row: dict[str, Any], note: Note) -> Turns:
     if not all(isinstance(turn.get("value"), str) for turn in spoken):
         raise RowError("turn is not text")
     system = next((turn["value"] for turn in spoken[:1] if turn.get("from") == "system"), "")
-    said, listed = read_system(system)
-    turns = Turns(_tools(row.get("tools"), listed, note), note)
-    turns.system(said)
+    text, listed = read_system(system)
+    turns = Turns(_read_tools(row.get("tools"), listed, note), note)
+    turns.add_system(text)
     for turn in spoken[1:] if system else spoken:
         _add(turns, turn.get("from"), turn["value"], note)
     return turns
@@ -92,35 +93,35 @@ def _convert(row: dict[str, Any], note: Note) -> Turns:
 
 def _add(turns: Turns, speaker: Any, value: str, note: Note) -> None:
     if speaker == "system":
-        turns.system(value)
+        turns.add_system(value)
     elif speaker == "human":
-        turns.user(value.strip())
+        turns.add_user(value.strip())
     elif speaker == "gpt":
-        said, calls = read_turn(value, note)
+        text, calls = read_turn(value, note)
         if calls:
-            turns.calls(calls, said)
+            turns.add_calls(calls, text)
         else:
-            turns.assistant(said)
+            turns.add_assistant(text)
     elif speaker == "tool":
-        turns.results(_responses(value, note))
+        turns.add_results(_responses(value, note))
     else:
         raise RowError(f"turn of an unknown speaker ({str(speaker)[:40]!r})")
 
 
 def read_system(text: str) -> tuple[str, str]:
-    """What a system turn says besides the format of tools and calls, and the text of its list of tools."""
-    blocks, said = sections(text, *_TOOLS)
+    """Return a system turn without the explanation of tools and calls, and the text of its list of tools."""
+    blocks, rest = split_sections(text, *_TOOLS)
     if not blocks:
         return text.strip(), ""
     listed = [block.strip() for block in blocks if block.strip()]
     if len(listed) > 1:
         raise RowError("several lists of tools")
-    said = _BOILERPLATE.sub("", said)
-    return re.sub(r"\n{3,}", "\n\n", said).strip(), "".join(listed)
+    rest = _BOILERPLATE.sub("", rest)
+    return re.sub(r"\n{3,}", "\n\n", rest).strip(), "".join(listed)
 
 
-def _tools(own: Any, listed: str, note: Note) -> list[Tool]:
-    """The tools of a row, from its field and from the list in its prompt, which must not contradict each other."""
+def _read_tools(own: Any, listed: str, note: Note) -> list[Tool]:
+    """Return the tools of a row from its field and the list in its prompt. Both must agree."""
     declared = parse_notation(own.strip() or "[]", "tools", note) if isinstance(own, str) else own or []
     if listed and not (isinstance(own, str) and own.strip() == listed and declared):
         try:
@@ -140,43 +141,43 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def read_turn(text: str, note: Note) -> tuple[str, list[tuple[Any, Any, None]]]:
-    """The text and the calls of an assistant turn."""
-    said, *blocks = text.split(_CALL[0])
+    """Return the text and the calls of an assistant turn."""
+    text_before, *blocks = text.split(_CALL[0])
     if not blocks:
         return text.strip(), []
     calls = []
     for block in blocks:
-        inside, end, behind = block.partition(_CALL[1])
+        inside, end, after = block.partition(_CALL[1])
         if not end:
             raise RowError("call breaks off")
-        if _bare(behind, note):
+        if _strip(after, note):
             raise RowError("text after a call")
-        for call in _as_list(parse_notation(_bare(inside, note), "call", note)):
-            if isinstance(call, dict) and "name" not in call and _holds_name(call.get("arguments")):
+        for call in _as_list(parse_notation(_strip(inside, note), "call", note)):
+            if isinstance(call, dict) and "name" not in call and _has_name(call.get("arguments")):
                 raise RowError("name inside the arguments")
-            calls.append(named_call(call))
-    return _bare(said, note), calls
+            calls.append(parse_call_object(call))
+    return _strip(text_before, note), calls
 
 
-def _holds_name(arguments: Any) -> bool:
+def _has_name(arguments: Any) -> bool:
     return isinstance(arguments, dict) and "name" in arguments
 
 
 def _responses(text: str, note: Note) -> list[str]:
-    """The results in a tool turn: one per block, or the whole turn where there is none."""
-    blocks, rest = sections(text, *_RESPONSE)
+    """Return the results in a tool turn: one per block, or the whole turn if it has no block."""
+    blocks, rest = split_sections(text, *_RESPONSE)
     if not blocks:
         return [text.strip()]
-    if _bare(rest.replace("".join(_RESPONSE), ""), note):
+    if _strip(rest.replace("".join(_RESPONSE), ""), note):
         raise RowError("text outside of a response")
-    return [_bare(block, note) for block in blocks]
+    return [_strip(block, note) for block in blocks]
 
 
-def _bare(text: str, note: Note) -> str:
-    """The text without white space around it, real or written as a backslash and an n."""
-    bare = text.strip()
-    while bare.startswith("\\n") or bare.endswith("\\n"):
-        bare = bare.removeprefix("\\n").removesuffix("\\n").strip()
-    if bare != text.strip():
+def _strip(text: str, note: Note) -> str:
+    """Return the text without white space around it, including line feeds written as a backslash and an n."""
+    stripped = text.strip()
+    while stripped.startswith("\\n") or stripped.endswith("\\n"):
+        stripped = stripped.removeprefix("\\n").removesuffix("\\n").strip()
+    if stripped != text.strip():
         note("literal backslash-n around a block taken off")
-    return bare
+    return stripped

@@ -1,11 +1,13 @@
 """MBPP: small Python tasks, each with a solution and tests.
 
-Hub: `google-research-datasets/mbpp`, configuration `full` (374 rows to train on). License: CC-BY-4.0.
+Hub: `google-research-datasets/mbpp`, configuration `full` (374 training rows). License: CC-BY-4.0.
 
-The task is `text` on the Hub, `question` in files of the same rows. Traps, and what is done about each:
+The task is in `text` on the Hub, and in `question` in files of the same rows.
 
-* The task alone does not name the function: the tests follow it, so that the answer can be known.
-* `code` has CRLF line ends: written as line feeds. It is the answer as it stands, without a fence.
+Traps and how the reader handles them:
+
+* The task does not name the function: the tests are added after it, so that the name is known.
+* `code` has CRLF line ends: they become line feeds. The answer is the code without a fence.
 * Some tests need a class that only the solution defines; those rows are kept.
 """
 
@@ -15,8 +17,7 @@ from typing import Any
 from poe.calls.conversation import Conversation
 from poe.calls.schema import Note
 from poe.data.drops import DropReport
-from poe.data.readers.question import answered
-from poe.data.readers.turns import Turns, read_rows
+from poe.data.readers.turns import Turns, question_turns, read_rows
 from poe.data.sources import Row
 from poe.errors import RowError
 
@@ -29,7 +30,7 @@ _FIELDS = ("question", "text", "test_list", "code")
 
 
 def read(rows: Iterable[Row], report: DropReport) -> Iterator[Conversation]:
-    """Conversations of rows with a task, tests and code."""
+    """Yield the conversations of rows with a task, tests and code."""
     return read_rows(NAME, LICENSE, _FIELDS, rows, report, _convert)
 
 
@@ -44,4 +45,4 @@ def _convert(row: dict[str, Any], note: Note) -> Turns:
     task, code, *tests = (text.replace("\r\n", "\n") for text in [task, code, *tests])
     if not task.strip():
         raise RowError("empty turn")
-    return answered("\n".join([task.strip(), "It must pass these tests:", *tests]), code, note)
+    return question_turns("\n".join([task.strip(), "It must pass these tests:", *tests]), code, note)

@@ -1,22 +1,22 @@
-"""OpenAI and TRL style rows: `messages` and, where there are any, `tools`.
+"""Rows in the format of OpenAI and TRL: `messages` and optional `tools`.
 
-Hub: none of its own; a file is given (`messages=rows.jsonl`). License: that of the file, so none is stated here.
+Hub: none; give a file (`messages=rows.jsonl`). License: that of the file, so none is given here.
 
-`tools` is a list or its JSON text; each tool bare or inside `{"type": "function", "function": {...}}`; `input_schema`
-and `inputSchema` are read as `parameters`. `tool_calls` are `{"id", "type", "function": {"name", "arguments"}}` or bare
-`{"name", "arguments"}`; arguments an object or its JSON text. The older `function_call` and the role `function` are
-read as a call and its response; `developer` is read as `system`. Content is text, null, or a list of text parts.
+`tools` is a list or its JSON text. A tool may be inside `{"type": "function", "function": {...}}`. `input_schema` and
+`inputSchema` are read as `parameters`. `tool_calls` are `{"id", "type", "function": {"name", "arguments"}}` or
+`{"name", "arguments"}`; arguments are an object or its JSON text. The older `function_call` and the role `function` are
+read as a call and its response, and `developer` as `system`. Content is text, null, or a list of text parts.
 
-LLaMA-Factory's typed content is read too: a list of `{"type": "text" | "reasoning" | "tool_call", "value"}`, a call as
-JSON text. Its one tool message answers all calls before it, with a list of objects that name them where there are
-several.
+LLaMA-Factory's typed content is also read: a list of `{"type": "text" | "reasoning" | "tool_call", "value"}`, with a
+call as JSON text. Its single tool message answers all previous calls; for several calls, it is a list of objects with
+the names of the calls.
 
-`required` beside `parameters` instead of inside it is moved. Flat parameters and types in Python's notation ("int,
-optional", "List[str]") are read as in xLAM's rows.
+A list `required` beside `parameters` is moved into them. Flat parameters and Python types ("int, optional",
+"List[str]") are read as in xLAM's rows.
 
-Traps: lists of tools stored as parquet structs come back with every key of every other tool set to null. Where tools
-are stored as a list, null members of tools, and null arguments that the schema does not list, are therefore left out.
-Ids are made anew. Weights, names of users, reasoning and other extra keys of a message are not carried over.
+Trap: parquet stores tools as structs, which adds the keys of all other tools to each tool, with the value null. If
+tools are stored as a list, null members of tools are therefore removed, and null arguments that the schema does not
+declare. Call ids are replaced. Weights, user names, reasoning and other extra keys of a message are not used.
 """
 
 from collections.abc import Iterable, Iterator
@@ -25,8 +25,8 @@ from typing import Any
 from poe.calls.conversation import Conversation, Tool
 from poe.calls.schema import Note, as_tool, find_tool, move_required, unique_tools
 from poe.data.drops import DropReport
-from poe.data.readers.flat import is_flat, object_schema, with_json_types
-from poe.data.readers.turns import Turns, as_text, named_call, parse_field, read_rows
+from poe.data.readers.flat import convert_types, is_flat, object_schema
+from poe.data.readers.turns import Turns, as_text, parse_call_object, parse_field, read_rows
 from poe.data.sources import Row
 from poe.errors import RowError
 
@@ -38,7 +38,7 @@ _FIELDS = ("messages", "tools")
 
 
 def read(rows: Iterable[Row], report: DropReport) -> Iterator[Conversation]:
-    """Conversations of rows with `messages` and `tools`."""
+    """Yield the conversations of rows with `messages` and `tools`."""
     return read_rows(NAME, LICENSE, _FIELDS, rows, report, _convert)
 
 
@@ -62,9 +62,9 @@ def _add(turns: Turns, message: dict[str, Any], prune: bool) -> None:
         return
     text = content_text(content)
     if role in ("system", "developer"):
-        turns.system(text)
+        turns.add_system(text)
     elif role == "user":
-        turns.user(text)
+        turns.add_user(text)
     elif role == "assistant":
         calls = parse_field(message.get("tool_calls"), "tool_calls") or []
         if message.get("function_call"):
@@ -72,18 +72,20 @@ def _add(turns: Turns, message: dict[str, Any], prune: bool) -> None:
         if not isinstance(calls, list):
             raise RowError("tool_calls are not a list")
         if calls:
-            turns.calls([read_call(call, turns.tools, prune) for call in calls], text)
+            turns.add_calls([read_call(call, turns.tools, prune) for call in calls], text)
         else:
-            turns.assistant(text)
+            turns.add_assistant(text)
     elif role in ("tool", "function"):
-        own_id, name = message.get("tool_call_id"), message.get("name")
-        turns.response(text, own_id if isinstance(own_id, str) else None, name if isinstance(name, str) else None)
+        source_id, name = message.get("tool_call_id"), message.get("name")
+        turns.add_response(
+            text, source_id if isinstance(source_id, str) else None, name if isinstance(name, str) else None
+        )
     else:
         raise RowError(f"message of an unknown role ({str(role)[:40]!r})")
 
 
 def _add_typed(turns: Turns, role: Any, parts: list[Any]) -> None:
-    """A message whose content is typed parts; its reasoning is not carried over."""
+    """Add a message with typed content parts, without its reasoning."""
     texts: list[str] = []
     calls: list[tuple[Any, Any, None]] = []
     for part in parts:
@@ -95,20 +97,20 @@ def _add_typed(turns: Turns, role: Any, parts: list[Any]) -> None:
         if kind == "text":
             texts.append(value)
         elif kind == "tool_call" and role == "assistant":
-            calls.append(named_call(parse_field(value, "call")))
+            calls.append(parse_call_object(parse_field(value, "call")))
         elif kind != "reasoning" or role != "assistant":
             raise RowError(f"part of an unknown kind ({str(kind)[:40]!r})")
     text = "".join(texts)
     if calls:
-        turns.calls(calls, text)
+        turns.add_calls(calls, text)
     elif role == "tool":
-        turns.results([text])
+        turns.add_results([text])
     else:
         _add(turns, {"role": role, "content": text}, prune=False)
 
 
 def content_text(content: Any) -> str:
-    """The text of a message's content; objects (some write tool results so) become JSON, images are `RowError`."""
+    """Return the text of a message. Objects, such as some tool results, become JSON; images raise `RowError`."""
     if content is None:
         return ""
     if isinstance(content, list) and content and all(isinstance(p, dict) and "type" in p for p in content):
@@ -121,7 +123,7 @@ def content_text(content: Any) -> str:
 
 
 def read_tools(tools: Any, note: Note) -> list[Tool]:
-    """The tools of a row, from a list or its JSON text; none when absent."""
+    """Return the tools of a row, from a list or its JSON text; an empty list if there are none."""
     prune = isinstance(tools, list)
     tools = parse_field(tools, "tools") if tools else []
     if not isinstance(tools, list):
@@ -130,7 +132,7 @@ def read_tools(tools: Any, note: Note) -> list[Tool]:
 
 
 def read_tool(tool: Any, note: Note) -> Tool:
-    """One tool, bare or in its envelope, as an object or its JSON text."""
+    """Read one tool, with or without its envelope, from an object or its JSON text."""
     if isinstance(tool, str):
         tool = parse_field(tool, "tool")
     if not isinstance(tool, dict):
@@ -144,12 +146,12 @@ def read_tool(tool: Any, note: Note) -> Tool:
         note("flat parameters written as an object schema")
         parameters = object_schema(parameters, function.get("required"), note)
     else:
-        parameters = with_json_types(move_required({**function, "parameters": parameters}, note), note)
+        parameters = convert_types(move_required({**function, "parameters": parameters}, note), note)
     return as_tool(function.get("name"), function.get("description"), parameters, note)
 
 
 def read_call(call: Any, tools: list[Tool], prune: bool) -> tuple[Any, Any, str | None]:
-    """Name, arguments and id of one entry of `tool_calls`."""
+    """Return the name, arguments and id of one entry of `tool_calls`."""
     function = call.get("function") or call if isinstance(call, dict) else None
     if not isinstance(function, dict):
         raise RowError("call is not an object")
@@ -163,12 +165,12 @@ def read_call(call: Any, tools: list[Tool], prune: bool) -> tuple[Any, Any, str 
     elif prune and isinstance(arguments, dict) and isinstance(name, str) and (tool := find_tool(tools, name)):
         declared = tool["parameters"].get("properties", {})
         arguments = {k: v for k, v in arguments.items() if v is not None or k in declared}
-    own_id = call.get("id")
-    return name, arguments, own_id if isinstance(own_id, str) else None
+    source_id = call.get("id")
+    return name, arguments, source_id if isinstance(source_id, str) else None
 
 
 def without_nulls(value: Any) -> Any:
-    """The same value without the null members of its objects (members of lists stay)."""
+    """Return the value without the null members of its objects. Null members of lists stay."""
     if isinstance(value, dict):
         return {k: without_nulls(v) for k, v in value.items() if v is not None}
     return [without_nulls(v) for v in value] if isinstance(value, list) else value

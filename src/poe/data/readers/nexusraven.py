@@ -1,25 +1,26 @@
 """NexusRaven evaluation queries: one question, answered by calls in Python notation.
 
-Hub: none in this form; files of the repository (`raven/data/resources/*_queries.json`) are given.
-License: CC-BY-NC-4.0: not for commercial use. A test set, made in part from ToolAlpaca and ToolBench.
+Hub: none in this format; give files of the repository (`raven/data/resources/*_queries.json`). License: CC-BY-NC-4.0
+(no commercial use). A test set, derived in part from ToolAlpaca and ToolBench.
 
-Three forms are in those files.
+The files have three formats.
 
-* `toolllm`: `{"Input", "Output", "context", ...}`; `context` is the Python source of the tools that are offered.
-* `toolalpaca`: `turns_1` to `turns_5`, each `{"instruction", "golden_answer", "docstring", "backup"}` or a slot full of
-  nulls. Each filled slot is a conversation; an empty one is no row. `docstring` is the prompt that declares the tools.
-* `cve_cpe`, `emailrep`, `virustotal`: `{"query", "reference"}`. No tool is declared in the file, so nothing can be
-  offered or checked: dropped.
+* `toolllm`: `{"Input", "Output", "context", ...}`; `context` is the Python source of the offered tools.
+* `toolalpaca`: `turns_1` to `turns_5`, each `{"instruction", "golden_answer", "docstring", "backup"}`, or a slot with
+  only null values. Each filled slot is a conversation; an empty slot is not a row. `docstring` is the prompt that
+  declares the tools.
+* `cve_cpe`, `emailrep`, `virustotal`: `{"query", "reference"}`. The file declares no tools, so nothing can be offered
+  or checked: dropped.
 
-Traps, and what is done about each:
+Traps and how the reader handles them:
 
-* Tools become JSON Schema as in `signatures`; in `toolllm` every parameter has an example as its default, so all are
-  optional there. Bodies of functions are not read.
-* An example may be of another type than its parameter (25.3 for `int`): the default goes; a call that does so is
-  dropped.
+* Tools become JSON Schema as in `signatures`. In `toolllm` every parameter has an example as its default, so all are
+  optional there. Function bodies are not read.
+* An example may have another type than its parameter (25.3 for `int`): the default is removed. A call with such a value
+  is dropped.
 * `golden_answer` is a JSON list of calls: one turn of parallel calls.
-* In `toolalpaca` every parameter is labeled required, and golden calls give `None` for those that are not. What tells
-  is the word `Required.` before a description: the others are optional here, and their nulls are left out.
+* In `toolalpaca` every parameter is labeled required, and golden calls pass `None` for the optional ones. The word
+  `Required.` before a description is reliable: all other parameters are optional here, and their nulls are left out.
 """
 
 import re
@@ -48,12 +49,12 @@ _PARAMETER = re.compile(r"^\s+(\w+) \([^)\n]*\)(?: required)?:[ \t]*(.*)$", re.M
 
 
 def read(rows: Iterable[Row], report: DropReport) -> Iterator[Conversation]:
-    """Conversations of a question and its calls, for the forms that declare their tools."""
-    return read_rows(NAME, LICENSE, _FIELDS, _slots(rows), report, _convert)
+    """Yield the conversations of a question and its calls, for the formats that declare their tools."""
+    return read_rows(NAME, LICENSE, _FIELDS, _split_slots(rows), report, _convert)
 
 
-def _slots(rows: Iterable[Row]) -> Iterator[Row]:
-    """Each filled slot of a `turns_1` ... row as a row of its own; a row without any as it is."""
+def _split_slots(rows: Iterable[Row]) -> Iterator[Row]:
+    """Yield each filled slot (`turns_1`, ...) of a row as a separate row, and a row without slots unchanged."""
     for row_id, row in rows:
         slots = {key: row[key] for key in row if _SLOT.fullmatch(str(key))} if isinstance(row, dict) else {}
         filled = {key: slot for key, slot in slots.items() if not isinstance(slot, dict) or any(slot.values())}
@@ -70,7 +71,7 @@ def _convert(row: dict[str, Any], note: Note) -> Turns:
             raise RowError("row is of no known format")
         tools = [read_definition(source, note) for source in sources]
     elif "docstring" in row:
-        question, answer = row.get("instruction"), _joined(parse_field(row.get("golden_answer"), "golden answer"))
+        question, answer = row.get("instruction"), _join_calls(parse_field(row.get("golden_answer"), "golden answer"))
         tools = read_options(row["docstring"], note)
     elif "reference" in row:
         raise RowError("no declaration of tools")
@@ -79,26 +80,26 @@ def _convert(row: dict[str, Any], note: Note) -> Turns:
     if not isinstance(question, str) or not isinstance(answer, str):
         raise RowError("row is of no known format")
     turns = Turns(unique_tools(tools, note), note)
-    turns.user(question.strip())
-    turns.calls(read_calls(answer, turns.tools))
+    turns.add_user(question.strip())
+    turns.add_calls(read_calls(answer, turns.tools))
     return turns
 
 
-def _joined(calls: Any) -> Any:
+def _join_calls(calls: Any) -> Any:
     return "\n".join(calls) if isinstance(calls, list) and all(isinstance(call, str) for call in calls) else None
 
 
 def read_options(prompt: Any, note: Note) -> list[Tool]:
-    """The tools of a prompt that lists signatures and docstrings."""
-    if not isinstance(prompt, str) or prompt.count("<func_start>") != len(found := list(_OPTION.finditer(prompt))):
+    """Return the tools of a prompt that lists signatures and docstrings."""
+    if not isinstance(prompt, str) or prompt.count("<func_start>") != len(options := list(_OPTION.finditer(prompt))):
         raise RowError("tool declaration is not a signature")
-    return [_option(option["signature"], option["about"], note) for option in found]
+    return [_read_option(option["signature"], option["about"], note) for option in options]
 
 
-def _option(signature: str, text: str, note: Note) -> Tool:
-    about, _, parameters = text.partition("Parameters:\n")
-    details = {name: detail.strip() for name, detail in _PARAMETER.findall(parameters) if detail.strip()}
-    tool = read_definition(f"{signature.strip()}: ...", note, about.strip(), details)
+def _read_option(signature: str, text: str, note: Note) -> Tool:
+    description, _, parameters = text.partition("Parameters:\n")
+    descriptions = {name: detail.strip() for name, detail in _PARAMETER.findall(parameters) if detail.strip()}
+    tool = read_definition(f"{signature.strip()}: ...", note, description.strip(), descriptions)
     schema = tool["function"]["parameters"]
-    schema["required"] = [name for name in schema["required"] if details.get(name, "").startswith("Required.")]
+    schema["required"] = [name for name in schema["required"] if descriptions.get(name, "").startswith("Required.")]
     return tool

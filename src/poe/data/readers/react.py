@@ -1,4 +1,4 @@
-"""The form that ToolBench and RoTBench share: tools inside a system prompt, steps of thought, action and input."""
+"""Read the format of ToolBench and RoTBench: tools in a system prompt; steps of thought, action and input."""
 
 import re
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ _STEP = re.compile(
 
 
 class Step(NamedTuple):
-    """One turn of the assistant."""
+    """One assistant turn."""
 
     thought: str
     name: str
@@ -25,24 +25,26 @@ class Step(NamedTuple):
 
 
 def read_step(text: str) -> Step:
-    """The parts of `Thought: ... Action: ... Action Input: {...}`."""
-    found = _STEP.match(text)
-    if found is None:
+    """Parse `Thought: ... Action: ... Action Input: {...}`."""
+    match = _STEP.match(text)
+    if match is None:
         raise RowError("turn without an action")
-    return Step((found["thought"] or "").strip(), found["name"].strip(), parse_field(found["arguments"], "arguments"))
+    return Step((match["thought"] or "").strip(), match["name"].strip(), parse_field(match["arguments"], "arguments"))
 
 
 def read_question(text: str) -> str:
-    """The user's text without the line `Begin!` that ends it."""
+    """Return the user's text without the final line `Begin!`."""
     return text.strip().removesuffix("Begin!").strip()
 
 
 def read_tools(system: str, heading: str, note: Note) -> list[Tool]:
-    """The tools listed after `heading`, in JSON or in Python's notation. The prompt around them is not carried over:
-    it explains a form of answer that the conversation no longer has."""
-    _, found, listed = system.partition(heading)
+    """Return the tools that are listed after `heading`, as JSON or a Python literal.
+
+    The rest of the prompt is not used. It explains an answer format that the conversation no longer has.
+    """
+    _, separator, listed = system.partition(heading)
     listed = listed.partition("\n\nLet's Begin!")[0].strip()
-    if not found:
+    if not separator:
         raise RowError("no declaration of tools")
     try:
         declared = parse_json(listed)
@@ -61,12 +63,12 @@ def read_tools(system: str, heading: str, note: Note) -> list[Tool]:
 def _tool(tool: dict[str, Any], note: Note) -> Tool:
     parameters = tool.get("parameters")
     if isinstance(parameters, dict) and isinstance(parameters.get("optional"), list):
-        parameters = {key: value for key, value in parameters.items() if key != "optional"}  # no word of JSON Schema
+        parameters = {key: value for key, value in parameters.items() if key != "optional"}  # not a JSON Schema keyword
     return as_tool(tool.get("name"), tool.get("description"), parameters, note)
 
 
-def speeches(row: dict[str, Any]) -> list[tuple[str, Any]]:
-    """The turns of `conversations` as (speaker, value)."""
+def read_turns(row: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Return the turns of `conversations` as (speaker, value)."""
     turns = row.get("conversations")
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise RowError("row is of no known format")

@@ -1,7 +1,7 @@
-"""Tools that are declared as Python signatures, and calls in Python notation matched with them.
+"""Read tools that are declared as Python signatures, and match calls in Python notation with them.
 
-A parameter is required when it has no default. Annotations become JSON Schema as in `xlam`; dates and times are text,
-since JSON has nothing else for them; an annotation that names no type of JSON (`ENUM`) is left out of the schema.
+A parameter without a default is required. Annotations become JSON Schema types as in `xlam`. Dates and times become
+text, because JSON has no type for them. An annotation without a JSON type (`ENUM`) is left out of the schema.
 """
 
 import ast
@@ -15,13 +15,13 @@ from poe.data.readers.flat import python_type
 from poe.errors import RowError
 
 Call = tuple[str, Any, None]
-"""Name, arguments and no id, as `Turns.calls` takes them."""
+"""Name, arguments and no id, as `Turns.add_calls` takes them."""
 
 _TIMES = frozenset({"datetime", "date", "time", "datetime.datetime", "datetime.date", "datetime.time"})
 
 
 def type_schema(text: str, note: Note) -> dict[str, Any]:
-    """The JSON Schema of a type in Python's notation; `{}` for one that JSON has no name for."""
+    """Return the JSON Schema of a Python type; `{}` for a type without a JSON equivalent."""
     if text in _TIMES:
         return {"type": "string"}
     try:
@@ -31,8 +31,10 @@ def type_schema(text: str, note: Note) -> dict[str, Any]:
         return {}
 
 
-def read_definition(source: str, note: Note, about: str | None = None, details: Mapping[str, str] = {}) -> Tool:
-    """The tool that a `def` declares; `about` and `details` (by parameter) describe it where its docstring does not."""
+def read_definition(
+    source: str, note: Note, description: str | None = None, parameter_descriptions: Mapping[str, str] = {}
+) -> Tool:
+    """Return the tool that a `def` declares. Without `description`, its docstring is the description."""
     try:
         definition = parse_definition(source)
     except ValueError:
@@ -46,20 +48,21 @@ def read_definition(source: str, note: Note, about: str | None = None, details: 
     required = []
     for parameter, default in zip([*signature.args, *signature.kwonlyargs], defaults, strict=True):
         schema = type_schema(ast.unparse(parameter.annotation), note) if parameter.annotation else {}
-        if parameter.arg in details:
-            schema["description"] = details[parameter.arg]
+        if parameter.arg in parameter_descriptions:
+            schema["description"] = parameter_descriptions[parameter.arg]
         if default is None:
             required.append(parameter.arg)
         else:
             _add_default(schema, default, note)
         properties[parameter.arg] = schema
-    about = ast.get_docstring(definition) or "" if about is None else about
+    if description is None:
+        description = ast.get_docstring(definition) or ""
     parameters = {"type": "object", "properties": properties, "required": required}
-    return as_tool(definition.name, about, parameters, note)
+    return as_tool(definition.name, description, parameters, note)
 
 
 def _add_default(schema: dict[str, Any], node: ast.expr, note: Note) -> None:
-    """Defaults that JSON Schema can hold; None only says that the parameter is optional."""
+    """Add a default that JSON Schema can hold. The default None only makes a parameter optional."""
     try:
         default = coerce(schema, parse_literal(ast.unparse(node)))
     except ValueError:
@@ -74,17 +77,17 @@ def _add_default(schema: dict[str, Any], node: ast.expr, note: Note) -> None:
 
 
 def read_calls(text: str, tools: list[Tool]) -> list[Call]:
-    """The calls of a text in Python notation, positional arguments given the names of the tool's parameters."""
+    """Return the calls of a text in Python notation. Positional arguments get the names of the parameters."""
     try:
-        return [bind(call, tools) for call in parse_calls(text)]
+        return [bind_call(call, tools) for call in parse_calls(text)]
     except ValueError as error:
         if isinstance(error, RowError):
             raise
         raise RowError("call that is not Python notation") from None
 
 
-def bind(call: PythonCall, tools: list[Tool]) -> Call:
-    """Name and arguments of a parsed call."""
+def bind_call(call: PythonCall, tools: list[Tool]) -> Call:
+    """Return the name and the arguments of a parsed call."""
     tool = find_tool(tools, call.name)
     if tool is None:
         raise RowError("call to a tool that is not offered")
@@ -96,15 +99,15 @@ def bind(call: PythonCall, tools: list[Tool]) -> Call:
         raise RowError("one argument twice")
     arguments |= call.named
     for value in arguments.values():
-        _plain(value)
+        _check_plain(value)
     return call.name, arguments, None
 
 
-def _plain(value: Any) -> None:
+def _check_plain(value: Any) -> None:
     if isinstance(value, Variable):
         raise RowError("argument that is a bare word")
     if isinstance(value, PythonCall):
         raise RowError("argument that is a call")
     if isinstance(value, list | dict):
         for member in value.values() if isinstance(value, dict) else value:
-            _plain(member)
+            _check_plain(member)

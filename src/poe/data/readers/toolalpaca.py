@@ -1,22 +1,22 @@
-"""ToolAlpaca's evaluation files: OpenAPI documents, questions about them, and the calls that answer each.
+"""ToolAlpaca's evaluation files: OpenAPI documents, questions about them, and the calls that answer each question.
 
 Repository: tangqiaoyu/ToolAlpaca, `data/eval_real.json` and `data/eval_simulated.json` (`eval_mix.json` of a fork
-joins both, with some answers rewritten: read one or the other); give a file, `toolalpaca=eval_real.json`. License:
+combines both, with some answers rewritten: read one or the other); give a file, `toolalpaca=eval_real.json`. License:
 Apache-2.0.
 
 An element of a file is one API: `Documentation` (OpenAPI as JSON text), `Function_Projection` (function name to path
-and method), `Instructions` (questions) and, for each, `Golden_Answers`, a list of `{"Action", "Action_Input"}`. Every
-question is a row of its own here. The training file has no golden answers and is not read.
+and method), `Instructions` (questions) and, for each question, `Golden_Answers`, a list of `{"Action",
+"Action_Input"}`. Every question becomes a row. The training file has no golden answers and is not read.
 
-Traps, and what is done about each:
+Traps and how the reader handles them:
 
-* A tool's parameters are the operation's, of the path, the query and the header, and the properties of its request
-  body. References inside the document are resolved; a schema that contains itself is dropped with its row.
+* A tool's parameters are those of the operation (path, query and header) and the properties of its request body.
+  References inside the document are resolved. A row with a schema that contains itself is dropped.
 * `Action_Input` is JSON text that does not always parse: dropped. Placeholders for the result of an earlier call,
-  `${id from search}`: that result is not given, so the row is dropped and counted by a reason of its own.
-* Empty text stands for "not given" where an argument is optional and empty text is not of its type or enum: left out.
-* Actions that are no function of the API (asking the user, searching the web): dropped.
-* Calls of one answer are all known at the outset, since there are no results: one message.
+  `${id from search}`: the result is not given, so the row is dropped and counted with its own reason.
+* Empty text means "not given" for an optional argument if it does not fit the argument's type or enum: left out.
+* Actions that are not functions of the API (asking the user, searching the web): dropped.
+* All calls of one answer are known at the start, because there are no results: they become one message.
 """
 
 import re
@@ -26,7 +26,7 @@ from typing import Any
 from poe.calls.conversation import Conversation, Tool
 from poe.calls.schema import Note, as_tool, find_tool, fits_type, unique_tools
 from poe.data.drops import DropReport
-from poe.data.readers.turns import Turns, named_call, parse_field, read_rows
+from poe.data.readers.turns import Turns, parse_call_object, parse_field, read_rows
 from poe.data.sources import Row
 from poe.errors import RowError
 
@@ -38,16 +38,16 @@ _SHARED = ("Documentation", "Function_Projection")
 _FIELDS = (*_SHARED, "Instruction", "Golden_Answer")
 _PLACEHOLDER = re.compile(r"\$\{[^{}]*\}")
 _MAX_PARTS = 20_000
-"""How many values one function's schema may have once its references are resolved."""
+"""The maximum number of values in one function's schema after its references are resolved."""
 
 
 def read(rows: Iterable[Row], report: DropReport) -> Iterator[Conversation]:
-    """One conversation per question; what cannot be read faithfully is dropped and counted."""
-    return read_rows(NAME, LICENSE, _FIELDS, _questions(rows), report, _convert)
+    """Yield one conversation per question; rows that lose content are dropped and counted."""
+    return read_rows(NAME, LICENSE, _FIELDS, _split_questions(rows), report, _convert)
 
 
-def _questions(rows: Iterable[Row]) -> Iterator[Row]:
-    """The questions of each API as rows; what is no API is passed on as it is, to be dropped."""
+def _split_questions(rows: Iterable[Row]) -> Iterator[Row]:
+    """Yield the questions of each API as rows. A row that is not an API is passed on and dropped later."""
     for row_id, row in rows:
         questions = row.get("Instructions") if isinstance(row, dict) else None
         if not isinstance(questions, list):
@@ -67,21 +67,21 @@ def _convert(row: dict[str, Any], note: Note) -> Turns:
     if not isinstance(answer, list):
         raise RowError("question without a golden answer")
     turns = Turns(read_tools(row, note), note)
-    turns.user(question.strip())
-    turns.calls([_call(step, turns.tools, note) for step in answer])
+    turns.add_user(question.strip())
+    turns.add_calls([_read_call(step, turns.tools, note) for step in answer])
     return turns
 
 
-def _call(step: Any, tools: list[Tool], note: Note) -> tuple[Any, Any, None]:
+def _read_call(step: Any, tools: list[Tool], note: Note) -> tuple[Any, Any, None]:
     if isinstance(step, dict) and _PLACEHOLDER.search(str(step.get("Action_Input"))):
         raise RowError("placeholder for the result of an earlier call")
-    name, arguments, _ = named_call(step, "Action", "Action_Input")
+    name, arguments, _ = parse_call_object(step, "Action", "Action_Input")
     tool = find_tool(tools, name)
     if tool is not None and isinstance(arguments, dict):
-        given = {key: value for key, value in arguments.items() if not _is_blank(tool["parameters"], key, value)}
-        if len(given) < len(arguments):
+        present = {key: value for key, value in arguments.items() if not _is_blank(tool["parameters"], key, value)}
+        if len(present) < len(arguments):
             note("empty text for an optional argument left out")
-        arguments = given
+        arguments = present
     return name, arguments, None
 
 
@@ -94,7 +94,7 @@ def _is_blank(parameters: dict[str, Any], key: str, value: Any) -> bool:
 
 
 def read_tools(row: dict[str, Any], note: Note) -> list[Tool]:
-    """The functions of an API, from its OpenAPI document."""
+    """Return the functions of an API from its OpenAPI document."""
     document = parse_field(row.get("Documentation"), "documentation")
     projection = row.get("Function_Projection")
     if not isinstance(document, dict) or not isinstance(projection, dict):
@@ -104,25 +104,25 @@ def read_tools(row: dict[str, Any], note: Note) -> list[Tool]:
         if not isinstance(place, list) or len(place) != 2:
             raise RowError("function without a path and a method")
         path, method = place
-        item = _member(_member(document, "paths"), path)
-        operation = _member(item, str(method).lower())
-        about = operation.get("summary") or operation.get("description")
-        tools.append(as_tool(name, about, _parameters(item, operation, document), note))
+        item = _get_object(_get_object(document, "paths"), path)
+        operation = _get_object(item, str(method).lower())
+        description = operation.get("summary") or operation.get("description")
+        tools.append(as_tool(name, description, _read_parameters(item, operation, document), note))
     return unique_tools(tools, note)
 
 
-def _member(value: Any, key: Any) -> dict[str, Any]:
-    found = value.get(key) if isinstance(value, dict) and isinstance(key, str) else None
-    if not isinstance(found, dict):
+def _get_object(value: Any, key: Any) -> dict[str, Any]:
+    member = value.get(key) if isinstance(value, dict) and isinstance(key, str) else None
+    if not isinstance(member, dict):
         raise RowError("function that the documentation does not describe")
-    return found
+    return member
 
 
-def _parameters(item: dict[str, Any], operation: dict[str, Any], document: dict[str, Any]) -> dict[str, Any]:
+def _read_parameters(item: dict[str, Any], operation: dict[str, Any], document: dict[str, Any]) -> dict[str, Any]:
     resolve = _Resolver(document)
     properties: dict[str, Any] = {}
     required: list[str] = []
-    for part in [*_listed(item.get("parameters")), *_listed(operation.get("parameters"))]:
+    for part in [*_as_list(item.get("parameters")), *_as_list(operation.get("parameters"))]:
         parameter = resolve(part)
         name = parameter.get("name") if isinstance(parameter, dict) else None
         if not isinstance(name, str) or not isinstance(parameter.get("schema", {}), dict):
@@ -143,16 +143,16 @@ def _parameters(item: dict[str, Any], operation: dict[str, Any], document: dict[
         if set(whole["properties"]) & set(properties):
             raise RowError("one parameter name, two places")
         properties |= whole["properties"]
-        required += _listed(whole.get("required")) if body.get("required") is True else []
+        required += _as_list(whole.get("required")) if body.get("required") is True else []
     return {"type": "object", "properties": properties, "required": required}
 
 
-def _listed(value: Any) -> list[Any]:
+def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
 class _Resolver:
-    """Writes what a document's references point to in their place."""
+    """Replaces the references of a document by their targets."""
 
     def __init__(self, document: dict[str, Any]) -> None:
         self.document = document

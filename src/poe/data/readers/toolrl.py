@@ -1,24 +1,25 @@
-"""ToolRL's rows for supervised training: a prompt with tools and history, and one answer that thinks first.
+"""ToolRL's rows for supervised training: a prompt with tools and history, and one answer that begins with thinking.
 
 Repository: qiancheng0/ToolRL, `dataset/rlla_4k_raw/rlla_sft.json`; give the file, `toolrl=rlla_sft.json`. License:
 Apache-2.0. The rows are taken from ToolACE, Hammer's masked xLAM and xLAM itself.
 
-A row is `{"instruction", "input", "output"}`. `instruction` is one fixed text around numbered tools (name, description,
-flat parameters as JSON); `input` is the dialogue so far in `<user>`, `<think>`, `<tool_call>`, `<obs>` and `<response>`
-blocks; `output` continues it by one turn. A call is one JSON object per line with `name` and `parameters`.
+A row is `{"instruction", "input", "output"}`. `instruction` is a fixed text around numbered tools (name, description,
+flat parameters as JSON). `input` is the dialogue so far in `<user>`, `<think>`, `<tool_call>`, `<obs>` and `<response>`
+blocks. `output` is the next turn. A call is one JSON object per line with `name` and `parameters`.
 
-Traps, and what is done about each:
+Traps and how the reader handles them:
 
-* The thinking mentions tags, calls and responses: a block ends where another begins or the text ends, and all thinking
-  is left out, of the history and of the answer, since a conversation here has no place for it.
-* Lists and objects among the arguments were cut at commas when the set was made (`[{"name": "Ada"`, the rest lost or
-  turned into names of arguments): an argument whose brackets do not close is dropped with its row.
-* Names of tools hold spaces and dots: they stay.
-* Every parameter has a default, mostly the empty one, so none is required; types are Python's or JSON Schema's.
-* One `<obs>` block answers all calls before it: a list of `{"name", "results"}`.
+* The thinking mentions tags, calls and responses: a block ends where another one begins or the text ends. All thinking
+  is left out, in the history and in the answer, because a conversation here has no place for it.
+* Lists and objects in arguments were cut at commas when the set was made (`[{"name": "Ada"`; the rest is lost or turned
+  into argument names): a row with an argument that has unbalanced brackets is dropped.
+* Names of tools contain spaces and dots: they stay.
+* Every parameter has a default, mostly an empty one, so none is required. Types are Python's or JSON Schema's.
+* One `<obs>` block answers all previous calls: a list of `{"name", "results"}`.
 * A call and a response in one turn, without the result between them: dropped.
 
-The fixed text says how to answer in this set's tags, which a chat template says in its own: it is no system message.
+The fixed text explains the tags of this set. A chat template explains its own format, so the text does not become a
+system message.
 """
 
 import re
@@ -29,7 +30,7 @@ from poe.calls.conversation import Conversation, Tool
 from poe.calls.schema import Note, unique_tools
 from poe.data.drops import DropReport
 from poe.data.readers.flat import read_tool
-from poe.data.readers.turns import Turns, named_call, parse_field, parse_values, read_rows, sections
+from poe.data.readers.turns import Turns, parse_call_object, parse_field, parse_values, read_rows, split_sections
 from poe.data.sources import Row
 from poe.errors import RowError
 
@@ -47,7 +48,7 @@ _BLOCK = re.compile(rf"\s*<({_TAGS})>(.*?)</\1>\s*(?=<(?:{_TAGS})>|\Z)", re.DOTA
 
 
 def read(rows: Iterable[Row], report: DropReport) -> Iterator[Conversation]:
-    """Conversations of rows; what cannot be read faithfully is dropped and counted."""
+    """Yield the conversations of rows; rows that lose content are dropped and counted."""
     return read_rows(NAME, LICENSE, _FIELDS, rows, report, _convert)
 
 
@@ -56,45 +57,47 @@ def _convert(row: dict[str, Any], note: Note) -> Turns:
     if not isinstance(instruction, str) or not isinstance(history, str) or not isinstance(output, str):
         raise RowError("row is of no known format")
     turns = Turns(read_tools(instruction, note), note)
-    spoken, answer = blocks(history.strip().removeprefix(_HISTORY)), blocks(output)
+    history_blocks, answer = split_blocks(history.strip().removeprefix(_HISTORY)), split_blocks(output)
     if any(tag in ("user", "obs") for tag, _ in answer):
         raise RowError("answer with more than one turn")
-    for tag, body in [*spoken, *answer]:
+    for tag, body in [*history_blocks, *answer]:
         if tag == "user":
-            turns.user(body)
+            turns.add_user(body)
         elif tag == "tool_call":
-            turns.calls([_call(value) for value in parse_values(body, "call")])
+            turns.add_calls([_read_call(value) for value in parse_values(body, "call")])
         elif tag == "obs":
-            turns.results([body])
+            turns.add_results([body])
         elif tag == "response":
-            turns.assistant(body)
+            turns.add_assistant(body)
     if not any(tag in ("tool_call", "response") for tag, _ in answer):
         raise RowError("no assistant turn")
     return turns
 
 
-def _call(value: Any) -> tuple[Any, Any, None]:
-    call = named_call(value, arguments="parameters")
-    if any(text.count(left) != text.count(right) for text in _texts(call[1]) for left, right in ("[]", "{}", "()")):
+def _read_call(value: Any) -> tuple[Any, Any, None]:
+    call = parse_call_object(value, arguments="parameters")
+    if any(
+        text.count(left) != text.count(right) for text in _iter_texts(call[1]) for left, right in ("[]", "{}", "()")
+    ):
         raise RowError("argument cut off")
     return call
 
 
-def _texts(value: Any) -> Iterator[str]:
-    """Every text in a value, names included."""
+def _iter_texts(value: Any) -> Iterator[str]:
+    """Yield every text in a value, including names."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list):
         for member in [*value, *value.values()] if isinstance(value, dict) else value:
-            yield from _texts(member)
+            yield from _iter_texts(member)
 
 
 def read_tools(instruction: str, note: Note) -> list[Tool]:
-    """The numbered tools of an `instruction`."""
-    listed, _ = sections(instruction, *_TOOLS)
-    if len(listed) != 1:
+    """Return the numbered tools of an `instruction`."""
+    texts, _ = split_sections(instruction, *_TOOLS)
+    if len(texts) != 1:
         raise RowError("row is of no known format")
-    _, *parts = _NUMBER.split(listed[0])
+    _, *parts = _NUMBER.split(texts[0])
     if [int(number) for number in parts[::2]] != list(range(1, len(parts) // 2 + 1)):
         raise RowError("tools are not numbered one by one")
     tools = []
@@ -107,13 +110,13 @@ def read_tools(instruction: str, note: Note) -> list[Tool]:
     return unique_tools(tools, note)
 
 
-def blocks(text: str) -> list[tuple[str, str]]:
-    """The (tag, text) blocks that a text consists of."""
-    found, at = [], 0
-    while at < len(text.rstrip()):
-        block = _BLOCK.match(text, at)
+def split_blocks(text: str) -> list[tuple[str, str]]:
+    """Return the (tag, text) blocks of a text."""
+    blocks, position = [], 0
+    while position < len(text.rstrip()):
+        block = _BLOCK.match(text, position)
         if block is None:
             raise RowError("text outside of a block")
-        found.append((block[1], block[2].strip()))
-        at = block.end()
-    return found
+        blocks.append((block[1], block[2].strip()))
+        position = block.end()
+    return blocks

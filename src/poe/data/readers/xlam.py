@@ -5,25 +5,27 @@ Hub: `Salesforce/xlam-function-calling-60k` (gated: accept its terms, then `hf a
 Two formats are read.
 
 * The original, `{"id", "query", "answers", "tools"}`; `answers` and `tools` are JSON text.
-* The ms-swift form, `{"tools", "messages"}`: `tools` in OpenAI's envelope (parameters as flat as in the original), and
-  one `tool_call` message per call. `tool_response` or `tool` and `assistant` messages may follow.
+* The ms-swift format, `{"tools", "messages"}`: `tools` in OpenAI's envelope (with flat parameters as in the original),
+  and one `tool_call` message per call. `tool_response` or `tool` and `assistant` messages may follow.
 
 All calls of one turn become one assistant message.
 
-Traps, and what is done about each:
+Traps and how the reader handles them:
 
-* `parameters` is flat, name to `{description, type, default}`, with types in Python's notation. `int`, `List[int]`,
+* `parameters` is flat and maps a name to `{description, type, default}`, with Python types. `int`, `List[int]`,
   `Tuple[float, float]`, `Dict[str, int]`, `Optional[str]`, `Union[int, float]`, `Literal["a", "b"]` become JSON Schema.
-  A set becomes an array, a tuple an array of fixed length. `Callable[...]` and anything else that JSON cannot write:
-  the row is dropped.
-* Optionality stands in the type ("str, optional"), defaults beside or inside it ("str, default='x'"). A parameter is
-  *required* when it is neither optional nor has a default: rows leave out parameters that have one, in 6 % of the
-  places where they could. The empty default counts as one, since such parameters are left out as often.
-* `default` is text for other types: coerced when that is exact, else left out of the schema (as `""` for a number is).
-* Arguments of another type than declared: `"5"` for an integer is coerced; `"movie"`, or 139.69 for an integer, is not,
-  and the row is dropped. Null for an optional argument is left out.
-* Two tools under one name with two definitions: dropped.
-* Rows are a fine mix only from the Hub: excerpts are often selected by the number of calls.
+  A set becomes an array, a tuple an array of fixed length. For `Callable[...]` and other types without a JSON
+  equivalent, the row is dropped.
+* The type says whether a parameter is optional ("str, optional"). A default is beside the type or inside it ("str,
+  default='x'"). A parameter is *required* if it is not optional and has no default: rows leave out parameters with a
+  default in 6 % of the possible places. An empty default counts as a default, because such parameters are left out as
+  often.
+* `default` is text for other types: it is coerced if that is exact, and otherwise left out of the schema (such as `""`
+  for a number).
+* Arguments of another type than declared: `"5"` for an integer is coerced; for `"movie"`, or 139.69 for an integer, the
+  row is dropped. A null for an optional argument is left out.
+* Two tools with one name and two definitions: dropped.
+* Only the rows of the Hub are a representative mix: excerpts are often selected by the number of calls.
 """
 
 from collections.abc import Iterable, Iterator
@@ -46,7 +48,7 @@ _FIELDS = ("query", "answers", "tools", "messages")
 
 
 def read(rows: Iterable[Row], report: DropReport) -> Iterator[Conversation]:
-    """Conversations of rows in either format; what cannot be read faithfully is dropped and counted."""
+    """Yield the conversations of rows in either format; rows that lose content are dropped and counted."""
     return read_rows(NAME, LICENSE, _FIELDS, rows, report, _convert)
 
 
@@ -57,46 +59,46 @@ def _convert(row: dict[str, Any], note: Note) -> Turns:
     tools = unique_tools([read_tool(tool, note) for tool in declared], note)
     turns = Turns(tools, note)
     if "messages" in row:
-        _messages(row["messages"], turns)
+        _add_messages(row["messages"], turns)
         return turns
     query = row.get("query")
     answers = parse_field(row.get("answers"), "answers")
     if not isinstance(query, str) or not isinstance(answers, list):
         raise RowError("row is of no known format")
-    turns.user(query.strip())
-    turns.calls([_call(answer) for answer in answers])
+    turns.add_user(query.strip())
+    turns.add_calls([_read_call(answer) for answer in answers])
     return turns
 
 
-def _call(value: Any) -> tuple[Any, Any, None]:
+def _read_call(value: Any) -> tuple[Any, Any, None]:
     if not isinstance(value, dict) or "name" not in value:
         raise RowError("call without a name or arguments")
     return value["name"], parse_field(value.get("arguments", {}), "arguments"), None
 
 
-def _messages(messages: Any, turns: Turns) -> None:
-    """The ms-swift form: adjacent `tool_call` messages are one turn."""
+def _add_messages(messages: Any, turns: Turns) -> None:
+    """Add messages of the ms-swift format. Adjacent `tool_call` messages are one turn."""
     if not isinstance(messages, list):
         raise RowError("row is of no known format")
-    waiting: list[tuple[Any, Any, None]] = []
+    pending: list[tuple[Any, Any, None]] = []
     for message in [*messages, {"role": ""}]:
         if not isinstance(message, dict):
             raise RowError("message is not an object")
         role, text = message.get("role"), content_text(message.get("content"))
         if role == "tool_call":
             parsed = parse_field(text, "call")
-            waiting.extend(_call(call) for call in (parsed if isinstance(parsed, list) else [parsed]))
+            pending.extend(_read_call(call) for call in (parsed if isinstance(parsed, list) else [parsed]))
             continue
-        if waiting:
-            turns.calls(waiting)
-            waiting = []
+        if pending:
+            turns.add_calls(pending)
+            pending = []
         if role == "user":
-            turns.user(text.strip())
+            turns.add_user(text.strip())
         elif role == "assistant":
-            turns.assistant(text.strip())
+            turns.add_assistant(text.strip())
         elif role in ("tool", "tool_response"):
-            turns.response(text)
+            turns.add_response(text)
         elif role == "system":
-            turns.system(text)
+            turns.add_system(text)
         elif role != "":
             raise RowError(f"message of an unknown role ({str(role)[:40]!r})")
