@@ -116,7 +116,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_loses_nothing(base: Path, tmp_path: 
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=300)[1].decode()
     assert process.returncode == 130, said
-    assert re.search(r"Stopped; saved at step \d+\. To go on: poe-train stage demo --out .* --resume", said)
+    assert re.search(r"Stopped; saved at step \d+\. To continue: poe-train stage demo --out .* --resume", said)
     again = run_in_process(command(base, tmp_path / "a", *options))
     assert again.returncode == 1
     assert "continue it with --resume" in again.stderr
@@ -139,7 +139,7 @@ def test_ctrl_c_while_data_is_prepared_says_that_nothing_was_written(base: Path,
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of its processes
     said = process.communicate(timeout=300)[1]
     assert process.returncode == 130, said
-    assert said == "Stopped before there was anything to keep: nothing was written.\n"
+    assert said == "Stopped before the first checkpoint: nothing was saved.\n"
     assert left(tmp_path / "out") == []
 
 

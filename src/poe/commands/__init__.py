@@ -1,1 +1,1 @@
-"""The command line: parse, call, print."""
+"""The programs `poe` and `poe-train`: parse the command line, call the package, print the result."""

@@ -78,24 +78,25 @@ def run(app: typer.Typer, name: str) -> None:
 
 @contextlib.contextmanager
 def interruptible(command: str, folder: Path, world: "World") -> Iterator[None]:
-    """Turn a Ctrl-C, whenever it comes, into one line that says what was kept and how to go on.
+    """Turn Ctrl-C into exit code 130 and one line: what was saved, and the command that continues.
 
-    Of several processes one says it, and the others wait: a launcher ends all when the first of them ends.
+    Of several processes, one prints the line and the others wait for it, because a launcher ends all processes when
+    the first one ends.
     """
     try:
         yield
     except KeyboardInterrupt:
-        go_on = f"To go on: {command} --out {folder} --resume, same options."
+        advice = f"To continue: {command} --out {folder} --resume, with the same options."
         steps = [int(path.parent.name.partition("-")[2]) for path in folder.glob("**/checkpoint-*[0-9]/meta.json")]
         if steps:
-            said = f"Stopped; saved at step {max(steps)}. {go_on}"
+            text = f"Stopped; saved at step {max(steps)}. {advice}"
         elif (folder / "sweep.json").exists():
-            said = f"Stopped; the candidates that were finished are kept. {go_on}"
+            text = f"Stopped; the finished candidates are saved. {advice}"
         else:
-            said = "Stopped before there was anything to keep: nothing was written."
+            text = "Stopped before the first checkpoint: nothing was saved."
         with world.report_once("interrupted") as is_reporter:
             err.quiet = not is_reporter
-            err.print(said, markup=False)
+            err.print(text, markup=False)
         raise typer.Exit(INTERRUPTED) from None
 
 

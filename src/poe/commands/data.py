@@ -1,4 +1,4 @@
-"""`poe data`: look at rows after every step, count them, write them out."""
+"""Print rows after each step of the pipeline, count them, export them."""
 
 import json
 from dataclasses import asdict
@@ -18,15 +18,17 @@ from poe.stages import Augmentation, Recipe, load_recipe
 app = Program(help=__doc__)
 
 Spec = Annotated[str, typer.Argument(help="name[=path][*epochs][:weight], comma-separated", show_default=False)]
-Base = Annotated[str, typer.Option(help="whose tokenizer and chat template: folder, Hub id, or 'demo'")]
-RecipeName = Annotated[str, typer.Option("--recipe", help="whose options: a shipped recipe, or a YAML file")]
+Base = Annotated[str, typer.Option(help="base with the tokenizer and chat template: folder, Hub id, or 'demo'")]
+RecipeName = Annotated[
+    str, typer.Option("--recipe", help="recipe with the options for the data: a shipped recipe, or a YAML file")
+]
 
 
-POOL_ROWS = 200  # more rows of a source that are read to show one, so that there are tools to draw from
+POOL_ROWS = 200  # rows of a source to read beyond those to print, as a pool of tools for the augmentation
 
 
 class Step(StrEnum):
-    """The steps after which rows can be looked at."""
+    """The steps of the pipeline, in order."""
 
     READ = "read"
     AUGMENT = "augment"
@@ -36,13 +38,13 @@ class Step(StrEnum):
 @app.command()
 def show(
     spec: Spec,
-    after: Annotated[Step, typer.Option(help="the last step to be done")] = Step.RENDER,
-    count: Annotated[int, typer.Option("-n", help="how many rows of each source", min=1)] = 3,
+    after: Annotated[Step, typer.Option(help="last step to apply")] = Step.RENDER,
+    count: Annotated[int, typer.Option("-n", help="number of rows of each source", min=1)] = 3,
     base: Base = "demo",
     recipe: RecipeName = "tool",
-    epoch: Annotated[int, typer.Option(help="the pass whose augmentation is shown", min=0)] = 0,
+    epoch: Annotated[int, typer.Option(help="number of the pass, which decides the augmentation", min=0)] = 0,
 ) -> None:
-    """Print the first rows as they are after a step; in rendered rows the trained tokens are green."""
+    """Print the first rows after a step. In rendered rows the trained tokens are green."""
     from poe.data.augment import ToolPool, augment
     from poe.data.drops import DropReport
     from poe.data.readers import READERS, read_source
@@ -50,41 +52,44 @@ def show(
 
     plan = load_recipe(recipe)
     options = Augmentation() if after is Step.READ else plan.augment
-    renderer = _renderer(base) if after is Step.RENDER else None
+    renderer = _load_renderer(base) if after is Step.RENDER else None
     if after is Step.AUGMENT and plan.augment == Augmentation():
-        err.print(f"recipe {plan.name} augments nothing: these are the rows as read (--recipe FILE.yaml)", markup=False)
+        err.print(
+            f"recipe {plan.name} has no augmentation, so these are the rows as read; try --recipe FILE.yaml",
+            markup=False,
+        )
     report = DropReport()
     for source in parse_spec(spec, READERS):
         rows = list(islice(read_source(source, report), count + (POOL_ROWS if options.draws_tools else 0)))
         pool = ToolPool.from_conversations(rows)
         for row in rows[:count]:
-            for shown in augment(row, options, epoch=epoch, seed=plan.seed, pool=pool):
+            for augmented in augment(row, options, epoch=epoch, seed=plan.seed, pool=pool):
                 out.rule(f"{source} · {row.id or row.source}", align="left")
-                _show(shown, renderer)
+                _print_row(augmented, renderer)
 
 
 @app.command()
 def stats(
     spec: Spec,
     base: Base = "demo",
-    page: Annotated[Path | None, typer.Option("--out", help="write a page too: .html, or .md with a .png")] = None,
+    page: Annotated[Path | None, typer.Option("--out", help="also write a page: .html, or .md with a .png")] = None,
     recipe: RecipeName = "tool",
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Count rows, calls, tokens, licenses, repetitions, and what is dropped and why."""
+    """Count rows, calls, tokens, licenses, repetitions, and dropped rows by reason."""
     from poe.data.drops import DropReport
     from poe.data.statistics import statistics, write_page
 
     report = DropReport()
-    found = statistics(_corpus(spec, load_recipe(recipe), report), _renderer(base))
+    counted = statistics(_read_corpus(spec, load_recipe(recipe), report), _load_renderer(base))
     if page is not None:
-        write_page(page, found, report)
+        write_page(page, counted, report)
         err.print(f"wrote {page}", markup=False)
     if as_json:
-        print(json.dumps({"sources": [s.as_dict() for s in found], "rows": report.as_dict()}, ensure_ascii=False))
+        print(json.dumps({"sources": [s.as_dict() for s in counted], "rows": report.as_dict()}, ensure_ascii=False))
         return
-    for s in found:
-        out.print(_table(f"{s.source} · {s.license or 'license not stated'}", s.as_dict()))
+    for s in counted:
+        out.print(_format_counts(f"{s.source} · {s.license or 'license not stated'}", s.as_dict()))
     for source, counts in report.as_dict().items():
         table = Table("reason", "rows", title=f"{source}: {counts['read']:,} read", title_justify="left")
         for reason, number in counts["dropped"].items():
@@ -95,39 +100,39 @@ def stats(
 @app.command()
 def export(
     spec: Spec,
-    file: Annotated[Path, typer.Argument(help="a new .jsonl or .parquet file", show_default=False)],
+    file: Annotated[Path, typer.Argument(help="new .jsonl or .parquet file", show_default=False)],
     recipe: RecipeName = "tool",
 ) -> None:
-    """Write the training rows in the `messages` form that TRL and Axolotl read, repetitions left out."""
+    """Write the training rows without repetitions, in the `messages` format of TRL and Axolotl."""
     from poe.data.corpus import TRAIN
     from poe.data.drops import DropReport
     from poe.data.export import export as write
 
     report = DropReport()
-    corpus = _corpus(spec, load_recipe(recipe), report)
+    corpus = _read_corpus(spec, load_recipe(recipe), report)
     numbers = [i for n in range(len(corpus.sources)) for i in corpus.row_numbers(n, TRAIN).tolist()]
     written = write((corpus.rows[i] for i in numbers), file)
     out.print(f"{file}: {written:,} rows", markup=False)
 
 
-def _show(row: Any, renderer: Any) -> None:
-    """Print a row: as JSON, or as the renderer makes it."""
+def _print_row(row: Any, renderer: Any) -> None:
+    """Print a row as JSON, or as the renderer's tokens if there is a renderer."""
     if renderer is None:
         content = {"messages": row.messages, "tools": row.tools}
         out.print_json(json.dumps(content | ({"form": asdict(row.form)} if row.form else {}), ensure_ascii=False))
         return
     for part in renderer.render_all(row):
-        out.print(_colored(renderer.tokenizer, part.input_ids, part.loss_mask))
+        out.print(_color_tokens(renderer.tokenizer, part.input_ids, part.loss_mask))
         out.print(f"{len(part.input_ids)} tokens, {sum(part.loss_mask)} trained", style="dim")
 
 
-def _corpus(spec: str, recipe: Recipe, report: Any) -> Any:
+def _read_corpus(spec: str, recipe: Recipe, report: Any) -> Any:
     from poe.data.corpus import read_corpus
 
     return read_corpus(recipe.replace(data=spec), report)
 
 
-def _renderer(base: str) -> Any:
+def _load_renderer(base: str) -> Any:
     from poe.data.render import Renderer
     from poe.data.templates import complete_template
     from poe.loaders.base import load_tokenizer
@@ -135,13 +140,13 @@ def _renderer(base: str) -> Any:
 
     tokenizer = load_tokenizer(locate(base))
     if tokenizer is None:
-        raise TemplateError(f"{base} has no tokenizer: name a base that has one.")
-    complete_template(tokenizer)  # as training does
+        raise TemplateError(f"{base} has no tokenizer: choose a base with a tokenizer.")
+    complete_template(tokenizer)  # as in training
     return Renderer(tokenizer)
 
 
-def _colored(tokenizer: Any, ids: list[int], mask: list[bool]) -> Text:
-    """The text of a row; runs of trained tokens green."""
+def _color_tokens(tokenizer: Any, ids: list[int], mask: list[bool]) -> Text:
+    """Return the text of a row with its trained tokens in green."""
     text, start = Text(), 0
     for end in range(1, len(ids) + 1):
         if end == len(ids) or mask[end] != mask[start]:
@@ -150,11 +155,11 @@ def _colored(tokenizer: Any, ids: list[int], mask: list[bool]) -> Text:
     return text
 
 
-def _table(title: str, content: dict[str, Any]) -> Table:
+def _format_counts(title: str, content: dict[str, Any]) -> Table:
     table = Table("what", "value", title=title, title_justify="left")
     for name, value in content.items():
         if name in ("source", "license"):
             continue
-        shown = ", ".join(f"{k}: {v:,}" for k, v in value.items() if v) if isinstance(value, dict) else value
-        table.add_row(name.replace("_", " "), f"{shown:,}" if isinstance(shown, int) else str(shown or "-"))
+        text = ", ".join(f"{k}: {v:,}" for k, v in value.items() if v) if isinstance(value, dict) else value
+        table.add_row(name.replace("_", " "), f"{text:,}" if isinstance(text, int) else str(text or "-"))
     return table

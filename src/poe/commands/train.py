@@ -38,23 +38,25 @@ def stage(
     context: typer.Context,
     recipe: StageRecipe = "tool",
     base: Annotated[str, typer.Option(help="Hub id or folder of the base; 'demo' is the embedded one")] = "demo",
-    data: Annotated[str | None, typer.Option(help="name[=path][*epochs][:weight], comma-separated")] = None,
-    out_folder: Annotated[Path | None, typer.Option("--out", help="the run's folder [runs/RECIPE]")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="training data as a SPEC: name[=path][*epochs][:weight], comma-separated")
+    ] = None,
+    out_folder: Annotated[Path | None, typer.Option("--out", help="folder of the run; default: runs/RECIPE")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue the run in --out")] = False,
-    no_eval: Annotated[bool, typer.Option("--no-eval", help="do not answer held-out questions at the end")] = False,
+    no_eval: Annotated[bool, typer.Option("--no-eval", help="skip the held-out questions after training")] = False,
 ) -> None:
     """Train a stage and write its folder: delta, card, training.json, report.png."""
     plan = load_recipe(recipe, **context.obj)
     folder = out_folder or Path("runs") / plan.name
-    with _launched() as world, interruptible(f"poe-train stage {recipe}", folder, world):
+    with _join_processes() as world, interruptible(f"poe-train stage {recipe}", folder, world):
         from poe.training.trainer import train_stage
 
         cascade = _open_base(plan, base, world)
-        answering = None if no_eval else _evaluate
-        result = train_stage(cascade, plan, data, folder, resume=resume, evaluate=answering, world=world)
-        out.print(_bpb_table(result.record))
+        evaluate = None if no_eval else _evaluate
+        result = train_stage(cascade, plan, data, folder, resume=resume, evaluate=evaluate, world=world)
+        out.print(_format_bpb(result.record))
         if "evaluation" in result.record:
-            out.print(_score_table(result.record["evaluation"]))
+            out.print(_format_scores(result.record["evaluation"]))
         _print_outcome(folder / "delta.safetensors", result.record)
 
 
@@ -63,43 +65,47 @@ def sweep(
     context: typer.Context,
     recipe: StageRecipe = "tool",
     tries: Annotated[
-        list[str] | None, typer.Option("--try", help="FIELD=VALUE,VALUE...; again for another field: all combinations")
+        list[str] | None, typer.Option("--try", help="FIELD=VALUE,VALUE... (repeatable: every combination is trained)")
     ] = None,
     base: Annotated[str, typer.Option(help="Hub id or folder of the base; 'demo' is the embedded one")] = "demo",
-    data: Annotated[str | None, typer.Option(help="name[=path][*epochs][:weight], comma-separated")] = None,
-    out_folder: Annotated[Path | None, typer.Option("--out", help="the sweep's folder [runs/RECIPE-sweep]")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="training data as a SPEC: name[=path][*epochs][:weight], comma-separated")
+    ] = None,
+    out_folder: Annotated[
+        Path | None, typer.Option("--out", help="folder of the sweep; default: runs/RECIPE-sweep")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue the sweep in --out")] = False,
 ) -> None:
-    """Train several candidates for a stage from one pass through the base, and keep the best."""
+    """Train every combination of some field values on the same cached hidden states, and keep the best stage."""
     plan = load_recipe(recipe, **context.obj)
-    wanted = _tries(tries or [])
+    values = _parse_tries(tries or [])
     folder = out_folder or Path("runs") / f"{plan.name}-sweep"
-    with _launched() as world, interruptible(f"poe-train sweep {recipe}", folder, world):
+    with _join_processes() as world, interruptible(f"poe-train sweep {recipe}", folder, world):
         from poe.training import sweep as sweeping
 
-        _alone(world, "sweep")
-        sweeping.candidate_recipes(plan, wanted)  # refuses before the base is read
+        _check_single_process(world, "sweep")
+        sweeping.candidate_recipes(plan, values)  # raises for bad values before the base is loaded
         cascade = _open_base(plan, base, world)
-        result = sweeping.sweep(cascade, plan, wanted, data, folder, resume=resume)
-    table = Table(title="candidates, the best first", title_justify="left")
-    for column in (*wanted, "val bpb", "best step", "parameters", "delta bytes", "seconds"):
+        result = sweeping.sweep(cascade, plan, values, data, folder, resume=resume)
+    table = Table(title="candidates, best first", title_justify="left")
+    for column in (*values, "val bpb", "best step", "parameters", "delta bytes", "seconds"):
         table.add_column(column, justify="right")
     for c in result.candidates:
         numbers = (f"{c.val_bpb:.4f}", str(c.best_step), f"{c.parameters:,}", f"{c.delta_bytes:,}", f"{c.seconds:.1f}")
-        table.add_row(*(str(c.tried[name]) for name in wanted), *numbers)
+        table.add_row(*(str(c.tried[name]) for name in values), *numbers)
     out.print(table)
     out.print(f"best: {result.best}", markup=False)
 
 
-def _tries(given: list[str]) -> dict[str, list[Any]]:
-    """Read `num_layers=2,4` as a field and its values, typed as the field is."""
+def _parse_tries(options: list[str]) -> dict[str, list[Any]]:
+    """Parse options such as `num_layers=2,4` into values by field, in the type of the field."""
     hints = get_type_hints(Recipe)
     tries: dict[str, list[Any]] = {}
-    for text in given:
+    for text in options:
         name, equals, values = text.partition("=")
         name = name.strip().replace("-", "_")
         if not equals or name in tries:
-            raise RecipeError(f"--try {text!r}: expected FIELD=VALUE,VALUE..., once for every field.")
+            raise RecipeError(f"--try {text!r}: expected FIELD=VALUE,VALUE..., and each field once.")
         if name not in hints:
             raise RecipeError(f"--try {text!r}: a recipe has no field {name!r}.{suggest(name, hints)}")
         tries[name] = [parse_field(name, value.strip(), hints[name]) for value in values.split(",")]
@@ -110,26 +116,30 @@ def _tries(given: list[str]) -> dict[str, list[Any]]:
 def base(
     context: typer.Context,
     recipe: BaseRecipeName,
-    data: Annotated[str | None, typer.Option(help="demo, notations, text=FILES or text=USER/DATASET")] = None,
-    out_folder: Annotated[Path | None, typer.Option("--out", help="the run's folder [runs/base-RECIPE]")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="training texts as a SPEC: demo, notations, text=FILES or text=USER/DATASET")
+    ] = None,
+    out_folder: Annotated[
+        Path | None, typer.Option("--out", help="folder of the run; default: runs/base-RECIPE")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue the run in --out")] = False,
 ) -> None:
-    """Train a PoE base from scratch, tokenizer included, and write a folder that transformers loads."""
+    """Train a PoE base and its tokenizer from scratch, and write a folder that transformers loads."""
     plan = load_base_recipe(recipe, **context.obj, **({"data": data} if data else {}))
     folder = out_folder or Path("runs") / f"base-{plan.name}"
-    with _launched() as world, interruptible(f"poe-train base {recipe}", folder, world):
-        _alone(world, "base")
+    with _join_processes() as world, interruptible(f"poe-train base {recipe}", folder, world):
+        _check_single_process(world, "base")
         from poe.training.pretrain import train_base
 
         train_base(plan, folder, resume=resume)
     record = json.loads((folder / "training.json").read_text(encoding="utf-8"))
-    out.print(_bpb_table(record))
+    out.print(_format_bpb(record))
     _print_outcome(folder / "model.safetensors", record)
 
 
 @contextmanager
-def _launched() -> "Iterator[World]":
-    """Join the launcher's processes. The main one reports; an error is said once, by one that met it."""
+def _join_processes() -> "Iterator[World]":
+    """Join the processes of a launcher. The main one prints; an error is printed once, by a process that raised it."""
     from poe.training.parallel.distributed import SINGLE_PROCESS, join_world
 
     world = SINGLE_PROCESS
@@ -140,39 +150,38 @@ def _launched() -> "Iterator[World]":
     except PoEError as error:
         if world.size == 1:
             raise
-        with world.report_once(str(error)) as mine:
-            err.quiet = not mine
-            who = "" if world.is_main else f" (rank {world.rank} of {world.size})"
-            err.print(f"error{who}: {error}", markup=False, style="red")
+        with world.report_once(str(error)) as is_reporter:
+            err.quiet = not is_reporter
+            rank = "" if world.is_main else f" (rank {world.rank} of {world.size})"
+            err.print(f"error{rank}: {error}", markup=False, style="red")
         raise typer.Exit(FAILED) from None
     finally:
         out.quiet = err.quiet = False
 
 
-def _alone(world: "World", command: str) -> None:
+def _check_single_process(world: "World", command: str) -> None:
     if world.size > 1:
-        raise TrainingError(f"poe-train {command} is the work of one process: start it without a launcher.")
+        raise TrainingError(
+            f"poe-train {command} runs in one process, not in {world.size}: start it without a launcher."
+        )
 
 
 def _open_base(plan: Recipe, base: str, world: "World") -> "Cascade":
     from poe.cascade import Cascade
     from poe.training.precision import choose_dtype
 
-    # a base that is to be divided moves to the devices layer by layer
-    place = None if plan.shard_base and world.size > 1 else _placement(world.device)
-    cascade = Cascade.from_pretrained(base, dtype=choose_dtype(plan.dtype, world.device), device_map=place)
+    # the layers of a sharded base move to the devices one by one, later
+    on_cpu = world.device.type == "cpu" or (plan.shard_base and world.size > 1)
+    device_map = None if on_cpu else {"": world.device}
+    cascade = Cascade.from_pretrained(base, dtype=choose_dtype(plan.dtype, world.device), device_map=device_map)
     number = f", {world.size} processes" if world.size > 1 else ""
     dtype = str(cascade.base.dtype).removeprefix("torch.")
     err.print(f"stage {plan.name} on {base}: {world.device.type}, {dtype}{number}", markup=False)
     return cascade
 
 
-def _placement(device: Any) -> Any:
-    return None if device.type == "cpu" else {"": device}
-
-
 def _evaluate(cascade: Any, name: str, held_out: dict[str, Any]) -> dict[str, Any]:
-    """Answer the held-out questions with the base and with the stage."""
+    """Answer the held-out questions with the base and with the stage, and return the scores by split and model."""
     from poe.evaluation.calls import evaluate_calls
 
     results: dict[str, Any] = {}
@@ -188,8 +197,8 @@ def _evaluate(cascade: Any, name: str, held_out: dict[str, Any]) -> dict[str, An
     return results
 
 
-def _bpb_table(record: dict[str, Any]) -> Table:
-    """Bits per byte at every validation; of a base with several stages also what each of them predicts."""
+def _format_bpb(record: dict[str, Any]) -> Table:
+    """Return a table of the bits per byte at every validation, with those of each stage of a PoE base."""
     table = Table(title="validation bits per byte", title_justify="left")
     table.add_column("step", justify="right")
     table.add_column("val bpb", justify="right")
@@ -203,7 +212,7 @@ def _bpb_table(record: dict[str, Any]) -> Table:
 
 
 def _print_outcome(result: Path, record: dict[str, Any]) -> None:
-    """What the run took, beside what had been estimated, and what it gave."""
+    """Print the estimated and the actual cost of a run, and its result."""
     from poe.training.reporting.estimate import estimate_table
 
     size = result.stat().st_size
@@ -217,8 +226,8 @@ def _print_outcome(result: Path, record: dict[str, Any]) -> None:
     out.print(f"{result}: {size:,} bytes, {record['estimate']['parameters']:,} parameters")
 
 
-def _score_table(evaluation: dict[str, Any]) -> Table:
-    table = Table(title="held-out questions (shares of rows)", title_justify="left")
+def _format_scores(evaluation: dict[str, Any]) -> Table:
+    table = Table(title="held-out questions (share of rows, 0 to 1)", title_justify="left")
     for column in ("split", "model", "rows", "exact calls", "right tools", "valid calls", "right abstention"):
         table.add_column(column, justify="left" if column in ("split", "model") else "right")
     for split, models in evaluation.items():
