@@ -105,7 +105,7 @@ def test_notations_are_reproducible_and_know_nothing_that_is_held_out(index: int
 
 @given(st.integers(0, 10**6), st.booleans())
 def test_what_a_prompt_asks_for_is_written_in_the_form_that_it_asks_for(index: int, chat: bool) -> None:
-    text, answers, _ = notations.calls(Random(index), chat)
+    text, answers, _ = notations.make_calls(Random(index), chat)
     wanted = [form for form in CALL_FORMS.values() if any(request in text for request in form.request)]
     assert len(wanted) == 1
     for start, end in answers:

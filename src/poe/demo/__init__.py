@@ -1,1 +1,1 @@
-"""A procedural world of tools: what the embedded base and the demo stage are trained on, all of it generated."""
+"""A generated world of tools. Its rows and texts train the embedded base and the demo stage."""

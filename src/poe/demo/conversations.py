@@ -1,4 +1,4 @@
-"""Rows of the demo world: requests, parallel requests, results and what follows them, wishes that no tool grants."""
+"""Conversations of the demo world: requests, parallel requests, results, and requests that no tool can fulfill."""
 
 import json
 from random import Random
@@ -11,7 +11,7 @@ from poe.demo.world import (
     TRAIN_TOOLS,
     DemoTool,
     Request,
-    invented_tool,
+    invent_tool,
     make_request,
 )
 
@@ -48,17 +48,18 @@ SMALL_TALK = (
 
 
 def capitalize(clause: str) -> str:
+    """Return the clause with a capital first letter."""
     return clause[0].upper() + clause[1:]
 
 
-def frame(rng: Random, first: str, second: str | None = None) -> str:
-    """Put one clause, or two, into a sentence."""
+def frame_request(rng: Random, first: str, second: str | None = None) -> str:
+    """Return a sentence with one clause or two."""
     text = rng.choice(FRAMES if second is None else PAIR_FRAMES)
     return text.format(c=first, C=capitalize(first), d=second)
 
 
 def call_message(requests: list[Request], first_id: int = 1) -> Message:
-    """The assistant message that grants the requests."""
+    """Return the assistant message with the calls that fulfill the requests."""
     calls = [
         {
             "id": f"call_{first_id + i}",
@@ -70,58 +71,58 @@ def call_message(requests: list[Request], first_id: int = 1) -> Message:
     return {"role": "assistant", "content": None, "tool_calls": calls}
 
 
-def _results(requests: list[Request], first_id: int, rng: Random) -> list[Message]:
-    """What the called tools give back, and the assistant message that tells it."""
+def _result_messages(requests: list[Request], first_id: int, rng: Random) -> list[Message]:
+    """Return the results of the called tools, and the assistant message that reports them."""
     messages: list[Message] = []
-    told = []
+    reported = []
     for number, request in enumerate(requests, first_id):
         code = rng.randint(100, 9999)
-        result = rng.choice(({"status": "ok", "id": code}, {"result": w.invented_name(rng)}, {"id": code}))
+        result = rng.choice(({"status": "ok", "id": code}, {"result": w.invent_name(rng)}, {"id": code}))
         content = json.dumps(result)
         messages.append(
             {"role": "tool", "tool_call_id": f"call_{number}", "name": request.tool.name, "content": content}
         )
-        told += [f"{key} {value}" for key, value in result.items()]
-    confirmation = rng.choice(CONFIRMATIONS).format(r=", ".join(told))
+        reported += [f"{key} {value}" for key, value in result.items()]
+    confirmation = rng.choice(CONFIRMATIONS).format(r=", ".join(reported))
     return [*messages, {"role": "assistant", "content": confirmation}]
 
 
 def pick_tools(rng: Random, split: Split, wanted: int, near: float = 0.4, odd: float = 0.0) -> list[DemoTool]:
-    """The tools that a row offers, distinct by name: `wanted` to call first, then near and far distractors.
+    """Return the tools that a row offers, with distinct names: first `wanted` tools to call, then distractors.
 
-    `near` is the share of distractors with the same verb or the same noun as the first tool, `odd` that of odd names
-    among the invented tools (two in five of all, in training rows).
+    `near` is the share of distractors with the verb or the noun of the first tool. `odd` is the share of odd names
+    among invented tools, which are two in five of all tools in training rows.
     """
     pool = HELD_OUT_TOOLS if split == "unseen_tools" else TRAIN_TOOLS
 
-    def one() -> DemoTool:
-        return invented_tool(rng, odd) if split == "train" and rng.random() < 0.4 else rng.choice(pool)
+    def draw_tool() -> DemoTool:
+        return invent_tool(rng, odd) if split == "train" and rng.random() < 0.4 else rng.choice(pool)
 
     tools: dict[str, DemoTool] = {}
     while len(tools) < wanted:
-        tool = one()
+        tool = draw_tool()
         tools[tool.name] = tool
     target = next(iter(tools.values()))
     for _ in range(rng.randint(0 if wanted > 1 else 1, 2)):
-        alike = [t for t in pool if (t.noun == target.noun) != (t.verb == target.verb)]
-        tool = rng.choice(alike) if alike and rng.random() < near else one()
+        similar = [t for t in pool if (t.noun == target.noun) != (t.verb == target.verb)]
+        tool = rng.choice(similar) if similar and rng.random() < near else draw_tool()
         tools.setdefault(tool.name, tool)
     return list(tools.values())
 
 
 def make_conversation(index: int, split: Split = "train", seed: int = 0, kind: str | None = None) -> Conversation:
-    """Row number `index` of a split, the same for ever.
+    """Return row number `index` of a split. It is always the same.
 
-    `kind`: "call", "parallel", "abstain" or "talk", one turn of that kind; by default one to three turns of a mixture
-    of them, calls followed by their results. Only "train" rows use values outside `words.is_held_out`; only
-    "unseen_tools" rows use held-out nouns.
+    `kind` is "call", "parallel", "abstain" or "talk": one turn of that kind. By default, one to three turns of mixed
+    kinds, with results after calls. "train" rows only use values that are not held out (`words.is_held_out`), the other
+    splits only held-out ones. Only "unseen_tools" rows use held-out nouns.
     """
     rng = Random(f"{seed}/{split}/{index}")
     held_out = split != "train"
     turns = [kind] if kind else rng.choices(TURNS, (48, 22, 27, 3), k=rng.choices((1, 2, 3), (45, 35, 20))[0])
     near, odd = (0.6, 0.5) if split == "train" else (0.4, 0.0)
     tools = pick_tools(rng, split, ("parallel" in turns) + ("abstain" in turns) + 1, near, odd)
-    absent = tools.pop(0) if "abstain" in turns else None  # asked for, but not offered
+    absent = tools.pop(0) if "abstain" in turns else None  # requested but not offered
     messages: list[Message] = []
     calls = 0
     for number, turn in enumerate(turns, 1):
@@ -130,16 +131,16 @@ def make_conversation(index: int, split: Split = "train", seed: int = 0, kind: s
             messages += [{"role": "user", "content": hello}, {"role": "assistant", "content": answer}]
         elif turn == "abstain":
             assert absent is not None
-            wish = frame(rng, make_request(absent, rng, held_out).clause)
-            messages += [{"role": "user", "content": wish}, {"role": "assistant", "content": rng.choice(ABSTENTIONS)}]
+            text = frame_request(rng, make_request(absent, rng, held_out).clause)
+            messages += [{"role": "user", "content": text}, {"role": "assistant", "content": rng.choice(ABSTENTIONS)}]
         else:
             count = 2 if turn == "parallel" else 1
             wanted = tools[:count] if number == 1 else rng.sample(tools, count)
             requests = [make_request(tool, rng, held_out) for tool in wanted]
-            wish = frame(rng, *(request.clause for request in requests))
-            messages += [{"role": "user", "content": wish}, call_message(requests, calls + 1)]
+            text = frame_request(rng, *(request.clause for request in requests))
+            messages += [{"role": "user", "content": text}, call_message(requests, calls + 1)]
             if number < len(turns) or (kind is None and rng.random() < 0.1):
-                messages += _results(requests, calls + 1, rng)
+                messages += _result_messages(requests, calls + 1, rng)
             calls += len(requests)
     rng.shuffle(tools)
     return Conversation(

@@ -1,4 +1,4 @@
-"""Byte-level BPE tokenizers, with a chat template that shows tools and marks what is learned."""
+"""Byte-level BPE tokenizers with a chat template that shows tools and marks the assistant's tokens."""
 
 from collections.abc import Iterable
 
@@ -20,19 +20,19 @@ SPECIAL_TOKENS = (
     "</tool_call>",
 )
 
-# Letters, single digits, and everything between are separate pieces: a word is the same tokens after a space, a quote
-# or a bracket, so copying it is copying token ids, and `": {"` is one token.
+# Letters, single digits, and all text between them are separate pieces. A word has the same tokens after a space, a
+# quote or a bracket, so copying a word copies its token ids, and `": {"` is one token.
 COPYING = r"\p{L}+|\p{N}|[^\p{L}\p{N}]+"
 
-# The pieces of GPT-4's tokenizer, save that digits stand alone and marks belong to their letters: a word takes the
-# space before it along. A sixth fewer tokens for the same text.
+# The pieces of GPT-4's tokenizer, except that digits are single and combining marks belong to their letters. A word
+# includes the space before it. This makes a sixth fewer tokens for the same text.
 PROSE = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# Prefix-preserving: rendering more messages never changes what is before them. The stop token is inside the
-# generation marks, because a stop token that is not trained is not emitted.
+# Prefix-preserving: more messages never change the text before them. The stop token is inside the generation marks,
+# because the model does not emit a stop token that was not trained.
 CHAT_TEMPLATE = """\
 {{- bos_token -}}
 {%- if messages and messages[0].role == "system" -%}
@@ -76,9 +76,9 @@ CHAT_TEMPLATE = """\
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, pieces: str = COPYING) -> PreTrainedTokenizerFast:
-    """Train byte-level BPE on `texts`; deterministic. `pieces` is what a text is cut into first, `COPYING` or `PROSE`.
+    """Train byte-level BPE on `texts`, deterministically. `pieces` is the pre-tokenization, `COPYING` or `PROSE`.
 
-    Every text is encoded, none to an unknown token, and decodes to itself, but for a special token spelled out in it.
+    Every text can be encoded without unknown tokens and decodes to itself, unless it contains a special token as text.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

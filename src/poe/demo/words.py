@@ -1,9 +1,9 @@
-"""Word lists and invented words. Nothing here comes from a data set."""
+"""Word lists and invented words. None of them comes from a data set."""
 
 import hashlib
 from random import Random
 
-# Nouns that tools act on. Every fifth is held out: no training row and no base text has a tool of ours about it.
+# Nouns of tools. Every fifth noun is held out: its tools with verbs of `VERBS` are in no training row or base text.
 NOUNS = (
     "flight hotel table taxi train ticket car bike room desk meeting reminder alarm event task note message email "
     "invoice payment order parcel shipment refund subscription account profile password report chart survey document "
@@ -14,7 +14,7 @@ NOUNS = (
 HELD_OUT_NOUNS = tuple(NOUNS[4::5])
 TRAIN_NOUNS = tuple(n for n in NOUNS if n not in HELD_OUT_NOUNS)
 
-# verb -> ways to ask for it; {n} is the noun with its article
+# verb -> phrases that ask for it; {n} is the noun with its article
 VERBS: dict[str, tuple[str, ...]] = {
     "book": ("book {n}", "reserve {n}", "make a booking for {n}"),
     "find": ("find {n}", "look for {n}", "search for {n}"),
@@ -36,8 +36,8 @@ VERBS: dict[str, tuple[str, ...]] = {
     "track": ("track {n}", "follow {n}"),
 }
 
-# Verbs of the base's texts alone. With them held-out nouns stand in forms too, as in any large text; the tools that are
-# held out, a verb of `VERBS` about a held-out noun, do not.
+# Verbs that only the base's texts use. With them, held-out nouns occur in forms, as in any large text. The held-out
+# tools, which combine a verb of `VERBS` with a held-out noun, do not occur.
 BASE_VERBS: dict[str, tuple[str, ...]] = {
     verb: (f"{verb} {{n}}",) for verb in "paint weigh fold lift count polish carry print lend hide sell wrap".split()
 }
@@ -56,33 +56,34 @@ THINGS = (
 ).split()
 
 
-def invented_word(rng: Random, min_syllables: int = 2, max_syllables: int = 3) -> str:
-    """A pronounceable word that need not exist, in lower case."""
+def invent_word(rng: Random, min_syllables: int = 2, max_syllables: int = 3) -> str:
+    """Return a pronounceable word in lower case that may not exist."""
     count = rng.randint(min_syllables, max_syllables)
     return "".join(rng.choice(ONSETS) + rng.choice(VOWELS) for _ in range(count)) + rng.choice(CODAS)
 
 
-def odd_word(rng: Random) -> str:
-    """Letters in any order, half of them behind a syllable: words that look like nothing seen before."""
+def invent_odd_word(rng: Random) -> str:
+    """Return random letters, half of the time after a syllable, unlike any known word."""
     letters = "".join(rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(rng.randint(3, 9)))
     return letters if rng.random() < 0.5 else rng.choice(ONSETS) + rng.choice(VOWELS) + letters[:5]
 
 
-def invented_name(rng: Random) -> str:
-    """An invented proper name, `Velora` or (one in five) `Velora Krast`."""
-    first = invented_word(rng, 1, 3).capitalize()
-    return first if rng.random() < 0.8 else f"{first} {invented_word(rng, 1, 2).capitalize()}"
+def invent_name(rng: Random) -> str:
+    """Return an invented proper name, `Velora` or (one in five) `Velora Krast`."""
+    first = invent_word(rng, 1, 3).capitalize()
+    return first if rng.random() < 0.8 else f"{first} {invent_word(rng, 1, 2).capitalize()}"
 
 
 def is_held_out(value: object) -> bool:
-    """Whether an open-class value belongs to the evaluation rows only: one in eight, by hash."""
+    """Return whether an open-class value is only for evaluation rows: one value in eight, chosen by hash."""
     return hashlib.blake2b(str(value).encode(), digest_size=2).digest()[0] % 8 == 0
 
 
 def with_article(noun: str) -> str:
+    """Return `a noun` or `an noun`."""
     return ("an " if noun[0] in "aeiou" else "a ") + noun
 
 
 def join_words(words: list[str]) -> str:
-    """`a`, `a and b`, `a, b and c`."""
+    """Join words as `a`, `a and b`, or `a, b and c`."""
     return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]

@@ -1,4 +1,4 @@
-"""Tools of the demo world: parameter kinds, the tools built from them, and one request for one tool."""
+"""Tools of the demo world: kinds of parameters, tools built from them, and requests for one tool."""
 
 import hashlib
 from collections.abc import Callable
@@ -12,10 +12,11 @@ from poe.demo import words as w
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of parameter: its possible names, JSON type, how values are drawn and how a request mentions one.
+    """A kind of parameter: its possible names, JSON type, function that draws values, and phrases that mention one.
 
-    `cue` keeps kinds that a reader would confuse ("to X", "to Y") out of one tool. Phrases hold `{v}`; a boolean has
-    phrases for true and for false. `open` kinds draw from a large set, split into training and evaluation values.
+    A tool has at most one kind per `cue`, because requests with two ("to X", "to Y") are ambiguous. Phrases contain
+    `{v}`; a boolean has phrases for true and for false. `open` kinds draw from a large set, which is split into
+    training and evaluation values.
     """
 
     names: tuple[str, ...]
@@ -43,13 +44,13 @@ def _code(rng: Random) -> str:
 
 def _message(rng: Random) -> str:
     return " ".join(
-        [rng.choice(w.TOPICS), rng.choice(("is", "about", "and", "needs")), w.invented_word(rng), rng.choice(w.THINGS)][
+        [rng.choice(w.TOPICS), rng.choice(("is", "about", "and", "needs")), w.invent_word(rng), rng.choice(w.THINGS)][
             : rng.randint(2, 4)
         ]
     )
 
 
-def _some(pool: Callable[[Random], str]) -> Callable[[Random], list[str]]:
+def _draw_list(pool: Callable[[Random], str]) -> Callable[[Random], list[str]]:
     return lambda rng: [pool(rng) for _ in range(rng.randint(1, 3))]
 
 
@@ -75,7 +76,7 @@ KINDS: tuple[Kind, ...] = (
         ("city", "location", "town"),
         "string",
         ("the city to use", "name of the place"),
-        w.invented_name,
+        w.invent_name,
         ("in {v}", "in the city of {v}"),
         cue="in",
     ),
@@ -83,7 +84,7 @@ KINDS: tuple[Kind, ...] = (
         ("origin", "departure"),
         "string",
         ("where it starts", "the starting place"),
-        w.invented_name,
+        w.invent_name,
         ("from {v}", "starting from {v}"),
         cue="from",
     ),
@@ -91,7 +92,7 @@ KINDS: tuple[Kind, ...] = (
         ("destination", "target"),
         "string",
         ("where it goes", "the place to reach"),
-        w.invented_name,
+        w.invent_name,
         ("to {v}", "going to {v}"),
         cue="to",
     ),
@@ -99,7 +100,7 @@ KINDS: tuple[Kind, ...] = (
         ("person", "customer", "user_name"),
         "string",
         ("who it is for", "name of the person"),
-        w.invented_name,
+        w.invent_name,
         ("for {v}", "on behalf of {v}"),
         cue="for",
     ),
@@ -107,7 +108,7 @@ KINDS: tuple[Kind, ...] = (
         ("title", "label"),
         "string",
         ("the title to give it", "what it is called"),
-        w.invented_name,
+        w.invent_name,
         ("called {v}", "named {v}", "with the title {v}"),
         cue="called",
     ),
@@ -133,7 +134,7 @@ KINDS: tuple[Kind, ...] = (
         ("topic", "subject"),
         "string",
         ("what it is about",),
-        lambda r: r.choice((*w.TOPICS, w.invented_word(r))),
+        lambda r: r.choice((*w.TOPICS, w.invent_word(r))),
         ("about {v}", "on the subject of {v}"),
         cue="about",
     ),
@@ -141,7 +142,7 @@ KINDS: tuple[Kind, ...] = (
         ("owner", "host"),
         "string",
         ("who owns it", "the person in charge"),
-        w.invented_name,
+        w.invent_name,
         ("owned by {v}", "that belongs to {v}"),
         cue="by",
     ),
@@ -229,7 +230,7 @@ KINDS: tuple[Kind, ...] = (
         ("items", "products"),
         "array",
         ("the things to include",),
-        _some(lambda r: r.choice(w.THINGS)),
+        _draw_list(lambda r: r.choice(w.THINGS)),
         ("with {v}", "including {v}"),
         cue="with",
         open=False,
@@ -238,7 +239,7 @@ KINDS: tuple[Kind, ...] = (
         ("tags", "keywords"),
         "array",
         ("words to mark it with",),
-        _some(lambda r: r.choice(w.TOPICS)),
+        _draw_list(lambda r: r.choice(w.TOPICS)),
         ("tagged {v}", "marked with {v}"),
         cue="tagged",
         open=False,
@@ -247,7 +248,7 @@ KINDS: tuple[Kind, ...] = (
         ("guests", "members"),
         "array",
         ("who takes part",),
-        _some(lambda r: w.invented_word(r, 1, 2).capitalize()),
+        _draw_list(lambda r: w.invent_word(r, 1, 2).capitalize()),
         ("together with {v}", "inviting {v}"),
         cue="guests",
     ),
@@ -305,12 +306,15 @@ KINDS: tuple[Kind, ...] = (
 
 @dataclass(frozen=True)
 class Parameter:
+    """A parameter of a demo tool."""
+
     name: str
     kind: Kind
     description: str
     required: bool
 
     def schema(self) -> dict[str, Any]:
+        """Return the JSON Schema of the parameter."""
         schema: dict[str, Any] = {"type": self.kind.type, "description": self.description}
         if self.kind.enum:
             schema["enum"] = list(self.kind.enum)
@@ -321,6 +325,8 @@ class Parameter:
 
 @dataclass(frozen=True)
 class DemoTool:
+    """A tool of the demo world: a verb, a noun and parameters."""
+
     verb: str
     noun: str
     parameters: tuple[Parameter, ...] = field(default=())
@@ -334,7 +340,7 @@ class DemoTool:
         return f"{self.verb.capitalize()} {w.with_article(self.noun)}"
 
     def schema(self) -> Tool:
-        """The OpenAI form of this tool."""
+        """Return the tool in OpenAI's format."""
         parameters: dict[str, Any] = {"type": "object", "properties": {p.name: p.schema() for p in self.parameters}}
         required = [p.name for p in self.parameters if p.required]
         if required:
@@ -346,7 +352,7 @@ class DemoTool:
 
 
 def make_tool(verb: str, noun: str) -> DemoTool:
-    """The one tool of that name: parameters follow from a hash of the name, so that it is the same everywhere."""
+    """Return the tool of that name. A hash of the name decides its parameters, so it is always the same."""
     rng = Random(hashlib.blake2b(f"{verb} {noun}".encode(), digest_size=8).digest())
     chosen: dict[str, Kind] = {}
     while len(chosen) < rng.choices((1, 2, 3, 4), (3, 5, 4, 2))[0]:
@@ -360,7 +366,7 @@ def make_tool(verb: str, noun: str) -> DemoTool:
 
 
 def make_tools(nouns: tuple[str, ...], verbs_per_noun: int = 8) -> list[DemoTool]:
-    """`verbs_per_noun` tools for each noun, the verbs chosen by the noun."""
+    """Return `verbs_per_noun` tools for each noun. The noun decides the verbs."""
     tools: list[DemoTool] = []
     for noun in nouns:
         rng = Random(f"verbs of {noun}")
@@ -372,17 +378,17 @@ TRAIN_TOOLS = make_tools(w.TRAIN_NOUNS)
 HELD_OUT_TOOLS = make_tools(w.HELD_OUT_NOUNS)
 
 
-def invented_tool(rng: Random, odd: float = 0.0) -> DemoTool:
-    """A tool about a thing that does not exist: what makes a model read names instead of knowing them.
+def invent_tool(rng: Random, odd: float = 0.0) -> DemoTool:
+    """Return a tool with an invented noun, so that a model must read names instead of memorizing them.
 
-    `odd` is the share of names that are not even pronounceable.
+    `odd` is the share of nouns that are not pronounceable.
     """
     verb = rng.choice(sorted(w.VERBS))
-    return make_tool(verb, w.odd_word(rng) if odd and rng.random() < odd else w.invented_word(rng))
+    return make_tool(verb, w.invent_odd_word(rng) if odd and rng.random() < odd else w.invent_word(rng))
 
 
 def draw_value(kind: Kind, rng: Random, held_out: bool) -> Any:
-    """A value of that kind, from the evaluation half if `held_out` (an array: each of its elements)."""
+    """Draw a value of a kind, from the evaluation values if `held_out`. For an array, this holds for each element."""
     while True:
         value = kind.draw(rng)
         parts = value if isinstance(value, list) else [value]
@@ -390,21 +396,23 @@ def draw_value(kind: Kind, rng: Random, held_out: bool) -> Any:
             return value
 
 
-def mention(parameter: Parameter, value: Any, rng: Random) -> str:
-    """How a request says that `parameter` is `value`."""
+def mention_parameter(parameter: Parameter, value: Any, rng: Random) -> str:
+    """Return a phrase that gives the parameter this value."""
     kind = parameter.kind
     if kind.type == "boolean":
         return rng.choice(kind.phrases if value else kind.when_false)
-    shown = w.join_words(value) if isinstance(value, list) else str(value)
+    value_text = w.join_words(value) if isinstance(value, list) else str(value)
     if rng.random() < 0.25:
         readable = parameter.name.replace("_", " ")
-        return rng.choice((f"with {readable} {shown}", f"{readable} {shown}", f"with {readable} set to {shown}"))
-    return rng.choice(kind.phrases).replace("{v}", shown)
+        return rng.choice(
+            (f"with {readable} {value_text}", f"{readable} {value_text}", f"with {readable} set to {value_text}")
+        )
+    return rng.choice(kind.phrases).replace("{v}", value_text)
 
 
 @dataclass(frozen=True)
 class Request:
-    """One wish: the clause that asks for it, and the call that grants it."""
+    """One request: the clause that asks for it, and the call that fulfills it."""
 
     tool: DemoTool
     clause: str
@@ -412,15 +420,15 @@ class Request:
 
 
 def make_request(tool: DemoTool, rng: Random, held_out: bool) -> Request:
-    """Draw values and words for one use of `tool`; arguments stand in the order of the schema."""
+    """Draw values and words for one call of `tool`. The arguments have the order of the schema."""
     arguments: dict[str, Any] = {}
     mentions: list[str] = []
     for parameter in tool.parameters:
         if parameter.required or rng.random() < 0.6:
             arguments[parameter.name] = draw_value(parameter.kind, rng, held_out)
-            mentions.append(mention(parameter, arguments[parameter.name], rng))
+            mentions.append(mention_parameter(parameter, arguments[parameter.name], rng))
     rng.shuffle(mentions)
     article = rng.choice((w.with_article(tool.noun), f"the {tool.noun}"))
-    asked = rng.choice(w.VERBS.get(tool.verb) or w.BASE_VERBS[tool.verb])
-    asked = asked.replace("a new {n}", f"a new {tool.noun}").replace("{n}", article)
-    return Request(tool, " ".join([asked, *mentions]), arguments)
+    verb_phrase = rng.choice(w.VERBS.get(tool.verb) or w.BASE_VERBS[tool.verb])
+    verb_phrase = verb_phrase.replace("a new {n}", f"a new {tool.noun}").replace("{n}", article)
+    return Request(tool, " ".join([verb_phrase, *mentions]), arguments)
