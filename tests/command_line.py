@@ -17,13 +17,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from unittest import mock
 
+from poe.commands import app
+
 MODULES = {"poe": "poe.commands.poe", "poe-train": "poe.commands.train"}
 
 
 def run_program(
-    program: str, *arguments: str | Path, cwd: Path | None = None, environment: Mapping[str, str] | None = None
+    program: str,
+    *arguments: str | Path,
+    cwd: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    columns: int = 80,
 ) -> subprocess.CompletedProcess[str]:
-    """Call the main function of `program` and return its exit code and what it printed."""
+    """Call the main function of `program` on a terminal of `columns`; return its exit code and what it printed."""
     main = importlib.import_module(MODULES[program]).main
     words = [program, *map(str, arguments)]
     stdout, stderr = io.StringIO(), io.StringIO()
@@ -32,6 +38,8 @@ def run_program(
     with (
         mock.patch.dict(os.environ, environment or {}),
         mock.patch.object(sys, "argv", words),
+        mock.patch.object(app.out, "_width", columns),
+        mock.patch.object(app.err, "_width", columns),
         mock.patch.object(sys, "excepthook", sys.excepthook),
         contextlib.chdir(cwd or Path.cwd()),
         contextlib.redirect_stdout(stdout),

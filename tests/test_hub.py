@@ -416,7 +416,7 @@ def test_inspect_reads_the_header_and_no_weights(chain, hub: FakeHub, tmp_path: 
     base, parent, child, _ = chain
     hub.sent.clear()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "home"))
-    done = run_program("poe", "inspect", child, environment={"COLUMNS": "400"})
+    done = run_program("poe", "inspect", child, columns=400)
     text = done.stdout
     assert done.returncode == 0, done.stderr
     assert "child: 1 layers above 3, head rank 4" in text

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from conftest import BASES, RECURRENT, scramble, tiny_base, tiny_tokenizer, token_ids
+from conftest import BASES, EXEMPLARS, RECURRENT, scramble, tiny_base, tiny_tokenizer, token_ids
 from poe import Cascade, StageConfig
 from poe.errors import FamilyError, OutputError
 from poe.loaders import native
@@ -60,10 +60,10 @@ except ImportError:
 
 @pytest.fixture(scope="module")
 def exports(saved_base, tmp_path_factory) -> dict[str, tuple[Path, Cascade, str]]:
-    """Name -> (folder, cascade, stage): every base in every dtype, a chain of two, sharded and attached low too."""
+    """Name -> (folder, cascade, stage): bases of every kind and dtype, a chain of two, sharded and attached low too."""
     root, made = tmp_path_factory.mktemp("exports"), {}
     prompt = {"name": "p", "version": "1", "stop": ["w7"]}
-    for base in (name for name in BASES if name not in RECURRENT):
+    for base in (name for name in EXEMPLARS if name not in RECURRENT):
         for label, dtype in DTYPES.items():
             cascade = Cascade.from_pretrained(saved_base(base, dtype))
             cascade.add_stage(StageConfig("parent", 2, "dense", attach_at=1 if label == "bf16" else None))
@@ -115,6 +115,21 @@ def test_plain_transformers_computes_the_same_logits(flat_name, label, stage, ex
     assert answer["stops"] == (2 if own is None else own.eos_token_id)
     if flat_name == "qwen3":
         assert answer["stops"] == ([2, 7] if stage == "parent" else 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("label", list(DTYPES))
+@pytest.mark.parametrize("name", [name for name in BASES if name not in (*EXEMPLARS, *RECURRENT)])
+@torch.no_grad()
+def test_a_chain_on_every_other_base_is_exported(name, label, saved_base, tmp_path) -> None:
+    cascade = Cascade.from_pretrained(saved_base(name, DTYPES[label]))
+    cascade.add_stage(StageConfig("parent", 2, "dense", attach_at=1 if label == "bf16" else None))
+    cascade.add_stage(StageConfig("child", 1, "low_rank", 4, parent="parent"))
+    for seed, stage in enumerate(cascade.stages.values()):
+        scramble(stage, seed)
+    for stage in ("parent", "child"):
+        model = AutoModelForCausalLM.from_pretrained(cascade.export_native(stage, tmp_path / stage))
+        assert torch.equal(model(token_ids()).logits, cascade(token_ids(), stage=stage).logits)
 
 
 @pytest.mark.parametrize("label", list(DTYPES))
