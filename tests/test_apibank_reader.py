@@ -1,4 +1,4 @@
-"""API-Bank: requests in Python notation, tools that are found on the way."""
+"""API-Bank: requests in Python notation, and tools that a search declares."""
 
 import json
 from typing import Any
@@ -61,7 +61,7 @@ def test_a_search_declares_the_tool_that_is_called_next() -> None:
     assert repairs == {"time moved from the question into the system text": 1}
 
 
-def test_a_step_that_answers() -> None:
+def test_a_step_with_a_text_answer() -> None:
     row = step("AI: It is in the oven.\n", SEARCH, f"API-Request: [{BAKE}]->success")
     assert shape(kept(apibank, row)[0])[3:] == [
         ("assistant", None, [("BakeBread", {"flour": "rye", "ready": "2030-01-01 08:00:00", "grams": 500})]),
@@ -114,7 +114,7 @@ def test_tests_declare_their_tools_in_the_instruction() -> None:
         ("AI: ", "empty turn"),
     ],
 )
-def test_steps_without_a_faithful_form(output: str, why: str) -> None:
+def test_steps_that_cannot_be_converted_are_dropped(output: str, why: str) -> None:
     assert reason(apibank, step(output, SEARCH)) == why
 
 
@@ -130,11 +130,11 @@ def test_steps_without_a_faithful_form(output: str, why: str) -> None:
         ("Generate API Request:", "row is of no known format"),
     ],
 )  # fmt: skip
-def test_histories_without_a_faithful_form(history: str, why: str) -> None:
+def test_histories_that_cannot_be_converted_are_dropped(history: str, why: str) -> None:
     assert reason(apibank, step("AI: Done.", history)) == why
 
 
-def test_a_request_may_lack_its_brackets() -> None:
+def test_a_request_without_brackets_is_read() -> None:
     row = step("API-Request: ToolSearcher(keywords='bread')")
     assert shape(kept(apibank, row)[0])[-1] == ("assistant", None, [("ToolSearcher", {"keywords": "bread"})])
     assert reason(apibank, {**row, "input": "User: Bread"}) == "row is of no known format"
@@ -175,7 +175,7 @@ def test_dialogues_declare_what_a_search_finds() -> None:
     assert reason(apibank, {"turns": ["x"]}) == "row is of no known format"
 
 
-def test_level_three() -> None:
+def test_rows_of_level_three() -> None:
     arguments = {"flour": "rye", "ready": "2030-01-01", "grams": 500}
     calls = [api("ToolSearcher", {"keywords": "bread"}, BAKER), api("BakeBread", arguments, {"status": "ok"})]
     apis = [{"api_name": c["api_name"], "input": c["param_dict"], "output": c["result"]} for c in calls]
@@ -192,20 +192,20 @@ values = st.text(st.characters(exclude_categories=["Cs", "Cc", "Zl", "Zp"]), min
 
 
 @given(values, values, st.integers(-(10**9), 10**9))
-def test_requests_in_good_notation_are_read_exactly(flour: str, ready: str, grams: int) -> None:
+def test_valid_requests_are_read_exactly(flour: str, ready: str, grams: int) -> None:
     request = f"BakeBread(flour={flour!r}, ready={ready!r}, grams={grams})"
     conversation, _ = kept(apibank, step(f"API-Request: [{request}]", SEARCH))
     assert shape(conversation)[-1][2] == [("BakeBread", {"flour": flour, "ready": ready, "grams": grams})]
 
 
 @given(junk)
-def test_no_row_crashes_apibank(row: Any) -> None:
+def test_random_rows_never_crash_apibank(row: Any) -> None:
     _, counts = run(apibank, row)
     assert counts["kept"] + sum(counts["dropped"].values()) == counts["read"] == 1
 
 
 @given(st.text("[](){}'=->AI: \nUserGenrat,x5", max_size=60), st.text("[](){}'=->API-Request: x", max_size=40))
-def test_no_history_crashes_apibank(history: str, output: str) -> None:
+def test_random_histories_never_crash_apibank(history: str, output: str) -> None:
     _, counts = run(
         apibank, step(output, history), step(output, f"API-Request: {history}"), step(f"API-Request: {output}")
     )

@@ -1,4 +1,4 @@
-"""The other augmentations one by one, and all of them in order: what a row is in an epoch depends on nothing else."""
+"""Each augmentation alone, and all in order. The result depends only on the row, the seed and the epoch."""
 
 import random
 import re
@@ -57,7 +57,7 @@ def names(conversation: Conversation) -> list[str]:
         (("get_report", "A report"), ("get_password", "A password"), False),
     ],
 )
-def test_what_fits(one: tuple[str, str], other: tuple[str, str], alike: bool) -> None:
+def test_which_tools_fit_each_other(one: tuple[str, str], other: tuple[str, str], alike: bool) -> None:
     first, second = (get_traits(tool(*t, **({"place": text("p")} if "rain" in t[0] else {}))) for t in (one, other))
     assert fits(first, second) == fits(second, first) == alike
 
@@ -78,7 +78,7 @@ def test_an_irrelevant_row_has_no_fitting_tool_and_no_call(conversation: Convers
         assert made.messages[-1]["content"]
 
 
-def test_a_row_that_loses_its_only_tool_gets_others_but_for_one_in_eight() -> None:
+def test_a_row_without_its_only_tool_gets_others_except_one_in_eight() -> None:
     conversation = replace(DINNER, tools=[BOOK])
     made = [make_irrelevant(conversation, Random(seed), POOL) for seed in range(400)]
     empty = [one for one in made if one and not one.tools]
@@ -92,12 +92,12 @@ def test_a_row_that_loses_its_only_tool_gets_others_but_for_one_in_eight() -> No
     assert without.tools == []
 
 
-def test_a_system_text_that_names_a_missing_tool_is_not_contradicted() -> None:
+def test_a_row_with_a_system_text_that_names_the_tool_stays_unchanged() -> None:
     system = {"role": "system", "content": "Call book_table when asked."}
     assert make_irrelevant(replace(DINNER, messages=[system, *DINNER.messages]), Random(0), POOL) is None
 
 
-def test_abstentions_are_no_formula() -> None:
+def test_abstentions_vary() -> None:
     said = Counter(make_abstention(Random(seed), [BOOK], [TIDE, POEM]) for seed in range(2000))
     assert len(said) > 800
     assert said.most_common(1)[0][1] < 20
@@ -121,13 +121,13 @@ def test_abstentions_are_no_formula() -> None:
         ("Get one two three four five six seven eight nine", None),
     ],
 )
-def test_what_a_tool_does_in_words(description: str, words: str | None) -> None:
+def test_a_tools_action_in_words(description: str, words: str | None) -> None:
     assert describe_action(tool("t_t", description)) == words
 
 
 @slow
 @given(any_row, seeds, st.integers(1, 5))
-def test_distractors_are_new_and_fit_nothing_that_is_called(conversation: Conversation, seed: int, most: int) -> None:
+def test_distractors_are_new_and_fit_no_called_tool(conversation: Conversation, seed: int, most: int) -> None:
     twins = [as_tool(f"{name}_again", "Does it once more", {}) for name in names(conversation)]
     pool = ToolPool([*twins, *POOL.tools[:30]])
     (made,) = add_distractors([conversation], Random(seed), pool, most)
@@ -139,7 +139,7 @@ def test_distractors_are_new_and_fit_nothing_that_is_called(conversation: Conver
     assert not [one for one in added if any(fits(get_traits(one), other) for other in called)]
 
 
-def test_no_distractor_serves_a_question_that_was_answered_in_words() -> None:
+def test_no_distractor_serves_a_question_answered_without_a_call() -> None:
     conversation = row("Could you reserve me a table?", tools=(TIDE,))
     (made,) = add_distractors([conversation], Random(0), ToolPool([BOOK]), 1)
     assert made.tools == [TIDE]
@@ -159,7 +159,7 @@ def test_a_pool_does_not_depend_on_order_or_on_workers() -> None:
     assert len(ToolPool([tool("long_one", "x" * 5000)])) == len(ToolPool(tools, 0)) == 0
 
 
-def test_a_contrastive_pair_differs_in_the_tool_that_serves() -> None:
+def test_a_contrastive_pair_differs_in_the_called_tool() -> None:
     pair = make_contrast_pair(replace(DINNER, tools=[BOOK]), Random(1), POOL)
     assert pair is not None
     with_tool, without = pair
@@ -197,7 +197,7 @@ def test_a_change_of_case_changes_copied_values_alike(conversation: Conversation
         ("Use tideTimes for Kiel", "Kiel", set()),
     ],
 )
-def test_case(question: str, value: str, values: set[str]) -> None:
+def test_changes_of_case(question: str, value: str, values: set[str]) -> None:
     conversation = row(question, ("tideTimes", {"harbour": value}))
     made = [change_case(conversation, Random(seed)) for seed in range(40)]
     assert {arguments(one)[0]["harbour"] for one in made} == (values or {value})
@@ -205,7 +205,7 @@ def test_case(question: str, value: str, values: set[str]) -> None:
     assert said == ({question.lower(), question.upper(), question.capitalize()} if values else {question})
 
 
-def test_case_leaves_a_value_that_would_be_written_two_ways() -> None:
+def test_case_leaves_a_row_with_an_ambiguous_value() -> None:
     conversation = row("Kiel tides at Kiel", ("tideTimes", {"harbour": "Kiel"}))
     said = {user_texts(change_case(conversation, Random(seed)))[0] for seed in range(40)}
     assert said == {"kiel tides at kiel", "KIEL TIDES AT KIEL", "Kiel tides at Kiel"}  # never "Kiel tides at kiel"
@@ -266,7 +266,7 @@ def test_a_value_at_an_end_keeps_the_end() -> None:
     assert {paraphrase(loose, Random(seed)) is loose for seed in range(50)} == {True}
 
 
-def test_formats_asks_for_a_form() -> None:
+def test_formats_sets_a_form() -> None:
     options = Augmentation(formats=1, tool_formats=("indent2",), call_formats=("glaive", "llama"))
     forms = set()
     for epoch in range(40):
@@ -277,7 +277,7 @@ def test_formats_asks_for_a_form() -> None:
     assert forms == {("indent2", calls, place) for calls in ("glaive", "llama") for place in ("system", "user")}
 
 
-def test_a_row_that_a_form_cannot_hold_gets_another_or_none() -> None:
+def test_a_row_that_a_form_cannot_hold_gets_another_form_or_none() -> None:
     odd = as_tool("no name-for Python", "", {"type": "object", "properties": {}})
     said = row("Do it", ("no name-for Python", {}), tools=(odd,))
     python = Augmentation(formats=1, call_formats=("python",))
@@ -297,7 +297,7 @@ def test_all_zero_is_the_identity(conversation: Conversation, seed: int) -> None
 
 @slow
 @given(any_row, seeds)
-def test_augmented_rows_are_sound(conversation: Conversation, seed: int) -> None:
+def test_augmented_rows_are_valid(conversation: Conversation, seed: int) -> None:
     before = conversation.key()
     options = Augmentation(mask=1, contrast=1, distractors=1, shuffle=1, case=1, paraphrase=1)
     made = augment(conversation, options, epoch=0, seed=seed, pool=POOL)
@@ -317,7 +317,7 @@ def all_of(conversations: list[Conversation], epoch: int = 0, seed: int = 0) -> 
     return {one.id: [m.key() for m in augment(one, ALL, epoch=epoch, seed=seed, pool=pool)] for one in conversations}
 
 
-def test_seed_and_epoch_decide_and_order_does_not() -> None:
+def test_augmentation_depends_on_seed_and_epoch_and_not_on_order() -> None:
     made = all_of(DEMO)
     assert all_of(random.Random(1).sample(DEMO, len(DEMO))) == made
     assert all_of(DEMO) == made
@@ -341,7 +341,7 @@ def count(share: float, step: str, changed: Any) -> float:
 
 
 @pytest.mark.parametrize("step", "mask irrelevance contrast distractors shuffle case paraphrase".split())
-def test_ratios_are_what_was_asked(step: str) -> None:
+def test_shares_of_augmented_rows_match_the_options(step: str) -> None:
     def changed(before: Conversation, after: list[Conversation]) -> bool:
         return after != [before]
 
@@ -349,7 +349,7 @@ def test_ratios_are_what_was_asked(step: str) -> None:
     assert count(0.3, step, changed) == pytest.approx(0.3, abs=0.07)
 
 
-def test_a_share_moves_no_row_of_another() -> None:
+def test_shares_are_independent() -> None:
     masks = Augmentation(mask=0.5)
     both = Augmentation(mask=0.5, shuffle=1.0)
     for conversation in DEMO[:100]:
@@ -382,6 +382,6 @@ def test_options_come_from_a_recipe() -> None:
         ({3: 0.3}, "There is no augmentation 3"),
     ],
 )
-def test_bad_options_are_refused(options: Any, message: str) -> None:
+def test_invalid_options_are_rejected(options: Any, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         Augmentation.from_dict(options)

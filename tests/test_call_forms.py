@@ -1,4 +1,4 @@
-"""Every call form reads back what it wrote, and takes any other text apart without a guess and without a failure."""
+"""Every call form reads back what it writes, and parses any other text without guessing or failing."""
 
 import json
 
@@ -44,7 +44,7 @@ def drawn(data, form):
 @every_form
 @given(data=st.data(), text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<[{"), max_size=30))
 @thorough
-def test_what_is_written_is_read(form, data, text):
+def test_written_calls_are_read_back(form, data, text):
     calls = drawn(data, form)
     assert form.read(form.write(calls)) == Reply("", calls)
     assert form.read(form.write(calls, text)) == Reply(text.strip(), calls)
@@ -69,7 +69,7 @@ def test_text_is_written_unless_it_looks_like_a_call(form, data, text):
 @every_form
 @given(data=st.data(), share=st.floats(0, 1))
 @thorough
-def test_a_reply_that_breaks_off_gives_no_other_calls(form, data, share):
+def test_a_truncated_reply_gives_no_wrong_calls(form, data, share):
     calls = drawn(data, form)
     written = form.write(calls)
     reply = form.read(written[: int(share * (len(written) - 1))])
@@ -78,7 +78,7 @@ def test_a_reply_that_breaks_off_gives_no_other_calls(form, data, share):
 
 
 @every_form
-def test_a_call_cut_off_anywhere_behind_its_name_is_malformed(form):
+def test_a_call_cut_off_after_its_name_is_malformed(form):
     written = form.write([Call("move", {"to": 'it\'s "there"', "by": [1, {"a": None}]})])
     for length in range(written.index("move") + len('move"'), len(written)):
         reply = form.read(written[:length])
@@ -100,7 +100,7 @@ pieces = ("name", "arguments", "parameters", "tool_calls", "function", '"', ":",
 @example(text="<tool_call>[" * 20_000)
 @example(text='<functioncall> {"name": "f", "arguments": \'' * 9_000)
 @example(text='{"tool_calls": [{"function": {"name": "f", "arguments": "' + "[" * 9_000 + '"}}]}')
-def test_any_text_is_taken_apart_and_no_call_is_made_up(form, text):
+def test_any_text_is_parsed_without_inventing_calls(form, text):
     reply = form.read(text)
     for call in reply.calls:
         assert call.name in text
@@ -121,7 +121,7 @@ PROSE = (
 
 @every_form
 @pytest.mark.parametrize("text", PROSE)
-def test_prose_is_prose(form, text):
+def test_prose_is_not_read_as_a_call(form, text):
     assert form.read(text) == Reply(text)
     assert form.write([], text) == text
 
@@ -142,11 +142,11 @@ READ = [
 
 
 @pytest.mark.parametrize(("name", "text", "prose"), READ)
-def test_what_models_write_is_read(name, text, prose):
+def test_replies_of_real_models_are_read(name, text, prose):
     assert call_form(name).read(text) == Reply(prose, [Call("f", {"x": "</tool_call>"})])
 
 
-def test_several_calls_as_each_form_has_them():
+def test_several_calls_in_each_form():
     calls = [Call("f", {"x": "it's"}), Call("g", {})]
     assert {form.name: form.write(calls, "Both." if form in MARKED else "") for form in FORMS} == {
         "hermes": 'Both.\n<tool_call>\n{"name": "f", "arguments": {"x": "it\'s"}}\n</tool_call>\n'
@@ -167,7 +167,7 @@ def test_several_calls_as_each_form_has_them():
     ["NaN", "-Infinity", "1e999", '{"a": 1, "a": 2}', '"\\ud800"', "[" * 70 + "]" * 70, "9" * 5000, "[" * 5000, "nope"],
     ids=lambda value: value[:18],
 )
-def test_values_that_are_no_data_make_a_call_malformed(form, value):
+def test_invalid_values_make_a_call_malformed(form, value):
     if form.name == "python":
         written = f"[f(x={value})]"
     else:
@@ -207,14 +207,14 @@ def test_values_that_are_no_data_make_a_call_malformed(form, value):
         ("python", "[f(x=true)]"),
     ],
 )
-def test_what_is_not_quite_the_form_is_kept_as_malformed(name, text):
+def test_calls_in_a_similar_format_are_malformed(name, text):
     reply = call_form(name).read(f"Well: {text}")
     assert (reply.calls, len(reply.malformed), reply.content) == ([], 1, "Well:")
     assert reply.malformed[0].strip() in text
 
 
 @pytest.mark.parametrize("form", MARKED, ids=lambda form: form.name)
-def test_one_broken_call_does_not_hide_the_next(form):
+def test_a_malformed_call_does_not_hide_the_next_call(form):
     good = form.write([Call("g", {"x": 1})])
     reply = form.read(f"{form.mark} oops\n{good}")
     assert (reply.calls, reply.malformed) == ([Call("g", {"x": 1})], ["oops"])
@@ -226,7 +226,7 @@ def test_one_broken_call_does_not_hide_the_next(form):
 @example(name="ﬁnd", key="x")  # Python respells the ligature
 @example(name="a.b", key="größe")
 @thorough
-def test_python_refuses_names_that_it_cannot_write(name, key):
+def test_the_python_form_rejects_invalid_names(name, key):
     python, calls = call_form("python"), [Call(name, {key: 1})]
     try:
         written = python.write(calls)
@@ -238,7 +238,7 @@ def test_python_refuses_names_that_it_cannot_write(name, key):
 
 
 @every_form
-def test_calls_that_no_text_can_hold_are_refused(form):
+def test_calls_that_cannot_be_written_as_text_are_rejected(form):
     for value in (float("nan"), "\ud800", 10**5000):
         with pytest.raises(RowError):
             form.write([Call("f", {"x": value})])
@@ -247,13 +247,13 @@ def test_calls_that_no_text_can_hold_are_refused(form):
 @every_form
 @given(name=words, text=texts)
 @thorough
-def test_results_tell_all_of_what_a_tool_said(form, name, text):
+def test_results_contain_all_of_a_tools_output(form, name, text):
     written = form.write_result(name, text)
     assert text in written or json.dumps(text, ensure_ascii=False) in written
     assert name in written or form.name in ("hermes", "glaive")
 
 
-def test_each_form_is_asked_for_in_three_ways_that_show_it():
+def test_each_form_has_three_requests_that_show_it():
     for form in FORMS:
         assert len(set(form.request)) == 3
         key = {"llama": "parameters", "python": "=", "openai": "tool_calls"}.get(form.name, "arguments")
@@ -261,7 +261,7 @@ def test_each_form_is_asked_for_in_three_ways_that_show_it():
         assert all(form.mark in sentence for sentence in form.request if form in MARKED)
 
 
-def test_unknown_forms_are_named():
+def test_unknown_forms_raise_an_error_with_a_suggestion():
     with pytest.raises(DataError, match="Did you mean 'hermes'"):
         call_form("herms")
 

@@ -1,4 +1,4 @@
-"""NexusRaven, DroidCall and GPTeacher Toolformer: calls in forms of their own."""
+"""NexusRaven, DroidCall and GPTeacher Toolformer: calls in other formats."""
 
 import json
 from typing import Any
@@ -49,7 +49,7 @@ def test_signatures_that_declare_no_tool(source: str) -> None:
         read_definition(source, no_note)
 
 
-def test_a_definition_is_parsed_and_not_run() -> None:
+def test_a_definition_is_parsed_and_not_executed() -> None:
     assert parse_definition("def f(a=exit()): exit()").name == "f"
     with pytest.raises(ValueError):
         parse_definition("def f(): ...\ndef g(): ...")
@@ -95,7 +95,7 @@ def test_nexusraven_with_python_context() -> None:
         ("bake()", "required argument missing"),
     ],
 )
-def test_nexusraven_calls_without_a_faithful_form(answer: str, why: str) -> None:
+def test_nexusraven_calls_that_cannot_be_converted_are_dropped(answer: str, why: str) -> None:
     assert reason(nexusraven, raven(answer)) == why
 
 
@@ -170,17 +170,17 @@ def test_droidcall_mime(mime: Any, rule: str | None) -> None:
         (droid("ACTION_SEND", [1]), "row is of no known format"),
     ],
 )
-def test_droidcall_rows_without_a_faithful_form(row: dict[str, Any], why: str) -> None:
+def test_droidcall_rows_that_cannot_be_converted_are_dropped(row: dict[str, Any], why: str) -> None:
     assert reason(droidcall, row) == why
 
 
 @pytest.mark.parametrize("intent", [name for group in droidcall.GROUPS.values() for name in group])
-def test_droidcall_intents_can_be_called_without_anything(intent: str) -> None:
+def test_droidcall_intents_can_be_called_without_arguments(intent: str) -> None:
     conversation, _ = kept(droidcall, droid(intent))
     assert shape(conversation)[1][2] == [(intent, {})]
 
 
-def test_droidcall_fields_of_a_contact_are_open_and_rows_share_nothing() -> None:
+def test_droidcall_contact_fields_are_open_and_rows_share_no_objects() -> None:
     row = droid("ACTION_EDIT", {"nickname": "Bo"}, "content://contacts/people/3")
     first, second = kept(droidcall, row)[0], kept(droidcall, row)[0]
     assert shape(first)[1][2] == [("ACTION_EDIT", {"uri": "content://contacts/people/3", "nickname": "Bo"})]
@@ -197,7 +197,7 @@ def former(response: str, request: str = "Tell me.", tools: tuple[str, ...] = ("
     }
 
 
-def test_toolformer_calls_stand_alone() -> None:
+def test_toolformer_conversations_have_only_calls() -> None:
     row = former("It is oracle('bread (rye)') and then atlas(\"Oslo's map\").", "Tell\nme.", ("oracle", "atlas"))
     conversation, repairs = kept(gpteacher_toolformer, {**row, "input": "Oslo"})
     calls = [("oracle", {"query": "bread (rye)"}), ("atlas", {"query": "Oslo's map"})]
@@ -231,7 +231,7 @@ def test_toolformer_calls_stand_alone() -> None:
         ("It is oracle().", "required argument missing"),
     ],
 )
-def test_toolformer_rows_without_a_faithful_form(response: str, why: str) -> None:
+def test_toolformer_rows_that_cannot_be_converted_are_dropped(response: str, why: str) -> None:
     assert reason(gpteacher_toolformer, former(response)) == why
 
 
@@ -245,7 +245,7 @@ def test_toolformer_headers() -> None:
 
 
 @given(st.lists(st.text(max_size=20), min_size=1, max_size=3), st.text("ab .,:'\n", max_size=9))
-def test_toolformer_finds_whatever_is_quoted_well(queries: list[str], prose: str) -> None:
+def test_toolformer_finds_all_correctly_quoted_calls(queries: list[str], prose: str) -> None:
     if any(gpteacher_toolformer._TEMPLATE.search(query) or not query.isprintable() for query in queries):
         return
     text = prose + prose.join(f" oracle({query!r}) " for query in queries) + prose
@@ -255,12 +255,12 @@ def test_toolformer_finds_whatever_is_quoted_well(queries: list[str], prose: str
 
 @pytest.mark.parametrize("reader", [droidcall, gpteacher_toolformer, nexusraven])
 @given(row=junk)
-def test_no_row_crashes_a_reader_of_calls(reader: Any, row: Any) -> None:
+def test_random_rows_never_crash_a_reader_of_calls(reader: Any, row: Any) -> None:
     conversations, counts = run(reader, row)
     assert len(conversations) + sum(counts["dropped"].values()) == counts["read"] == 1
 
 
 @given(st.text("def f(a: int=1, *'\")[]\n.", max_size=60), st.text("f(a=1, 'b')[]{x}\n", max_size=40))
-def test_no_source_crashes_nexusraven(source: str, answer: str) -> None:
+def test_random_sources_never_crash_nexusraven(source: str, answer: str) -> None:
     run(nexusraven, raven(answer, BAKE, source))
     run(nexusraven, raven(answer, "def f(a: int = 1, b: str = ''): ..."))

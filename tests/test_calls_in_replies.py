@@ -1,4 +1,4 @@
-"""Replies taken apart, and their calls held against the tools."""
+"""Parse the calls of replies and check them against the tools."""
 
 import json
 
@@ -24,7 +24,7 @@ arguments = st.dictionaries(st.text(), st.none() | st.booleans() | st.integers()
 
 
 @given(st.lists(st.tuples(st.text(), arguments), max_size=3), st.text())
-def test_what_is_written_is_read(calls, prose) -> None:
+def test_written_calls_are_read_back(calls, prose) -> None:
     if "<tool_call>" in prose or any("tool_call>" in json.dumps(c, ensure_ascii=False) for c in calls):
         return  # the marks are special tokens: text cannot hold them
     text = prose + "".join(
@@ -47,18 +47,18 @@ def test_what_is_written_is_read(calls, prose) -> None:
         "<tool_call>" + "[" * 100_000 + "</tool_call>",
     ],
 )
-def test_what_cannot_be_read_is_kept_and_not_guessed(text: str) -> None:
+def test_unreadable_calls_are_kept_as_malformed(text: str) -> None:
     reply = parse_reply(text)
     assert not reply.calls
     assert len(reply.malformed) == 1
 
 
 @given(st.text())
-def test_no_text_breaks_the_parser(text: str) -> None:
+def test_the_parser_never_raises(text: str) -> None:
     parse_reply("<tool_call>" + text)
 
 
-def test_problems_name_the_call_and_the_reason() -> None:
+def test_problems_give_the_call_and_the_reason() -> None:
     assert check_calls([Call("book_flight", {"city": "Oslo", "seats": 2})], [TOOL]) == []
     for bad in (
         Call("book_hotel", {}),

@@ -1,4 +1,4 @@
-"""Chat templates that know no tools are extended, tokenizers without one get ours: tools, calls, results as text."""
+"""Chat templates without tools are extended, and tokenizers without a template get one."""
 
 import copy
 
@@ -52,7 +52,7 @@ AFTER = {name: Renderer(tokenizer) for name, tokenizer in EXTENDED.items()}
 
 @given(demo_rows)
 @settings(max_examples=40, deadline=None)
-def test_a_row_is_told_as_our_default_form_tells_it(row) -> None:
+def test_the_extended_template_writes_the_default_form(row) -> None:
     for name, (_, place) in PLACES.items():
         told = BEFORE[name].render(Conversation(row.messages, row.tools, form=PromptForm(place=place)))
         assert AFTER[name].render(row).text == told.text
@@ -67,7 +67,7 @@ def test_conversations_without_tools_render_as_before(name) -> None:
     assert AFTER[name].stop_token_ids == BEFORE[name].stop_token_ids
 
 
-def test_what_is_trained_is_what_the_assistant_says() -> None:
+def test_only_the_assistants_text_is_trained() -> None:
     said = trained(AFTER["plain"], AFTER["plain"].render(ROW))
     assert said[0].startswith('<tool_call>\n{"name": "find_news"')
     assert said[0].endswith("</tool_call><|im_end|>")
@@ -90,7 +90,7 @@ def test_a_template_that_shows_tools_stays_unchanged(name) -> None:
     assert tokenizer.chat_template == TOKENIZERS[name].chat_template
 
 
-def test_a_template_that_cannot_be_helped_is_left_alone() -> None:
+def test_a_template_that_always_fails_stays_unchanged() -> None:
     for broken in ("{{ raise_exception('no') }}", "{% if %}", "always the same", None):
         tokenizer = tokenizer_with(broken)
         assert not extend_with_tools(tokenizer)
@@ -110,7 +110,7 @@ def test_one_of_several_templates_is_made_for_tools() -> None:
     assert tokenizer.chat_template["default"] == PLAIN
 
 
-def test_it_survives_saving(tmp_path) -> None:
+def test_an_extended_template_survives_saving(tmp_path) -> None:
     from transformers import AutoTokenizer
 
     EXTENDED["plain"].save_pretrained(tmp_path)
@@ -173,7 +173,7 @@ TALK = [{"role": "system", "content": "Be brief."}, user("hello"), assistant("He
 
 
 @pytest.mark.parametrize("name", WITHOUT)
-def test_a_tokenizer_without_a_template_gets_one_of_ours(name) -> None:
+def test_a_tokenizer_without_a_template_gets_a_template(name) -> None:
     tokenizer, whole, prompt = copy.deepcopy(WITHOUT[name][0]), *WITHOUT[name][1:]
     assert f"the template {name!r} is used" in complete_template(tokenizer)
     assert complete_template(tokenizer) == ""
@@ -189,7 +189,7 @@ def test_a_tokenizer_without_a_template_gets_one_of_ours(name) -> None:
 
 @given(demo_rows)
 @settings(max_examples=20, deadline=None)
-def test_rows_with_tools_are_told_in_templates_of_ours(row) -> None:
+def test_our_templates_render_rows_with_tools(row) -> None:
     for name, (tokenizer, *_) in WITHOUT.items():
         tokenizer = copy.deepcopy(tokenizer)
         complete_template(tokenizer)
@@ -204,7 +204,7 @@ def test_rows_with_tools_are_told_in_templates_of_ours(row) -> None:
         )
 
 
-def test_a_tokenizer_that_cannot_end_a_turn_is_refused() -> None:
+def test_a_tokenizer_without_an_end_of_turn_is_rejected() -> None:
     tokenizer = marked_tokenizer("<a>", eos=None)
     assert complete_template(tokenizer) == ""
     with pytest.raises(TemplateError, match="without one"):

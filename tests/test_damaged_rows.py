@@ -1,4 +1,4 @@
-"""Rows of which a part was replaced or cut: read or dropped with a reason, never a crash."""
+"""Rows with a replaced or cut part are read or dropped with a reason; they never crash a reader."""
 
 import json
 from typing import Any
@@ -58,7 +58,7 @@ def damage(value: Any, data: st.DataObject) -> Any:
 
 @pytest.mark.parametrize(("reader", "row"), WHOLE)
 @given(data=st.data())
-def test_no_damage_crashes_a_reader(reader: Any, row: dict[str, Any], data: st.DataObject) -> None:
+def test_damaged_rows_never_crash_a_reader(reader: Any, row: dict[str, Any], data: st.DataObject) -> None:
     assert len(run(reader, row)[0]) == 1  # whole, it is read
     conversations, counts = run(reader, damage(row, data))
     if counts:  # an API without questions holds no rows

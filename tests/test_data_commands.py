@@ -1,4 +1,4 @@
-"""`poe data`: what it prints is what training sees, and what it writes others can read."""
+"""`poe data` prints the rows that training sees, and other trainers can read its exports."""
 
 import json
 import subprocess
@@ -46,7 +46,7 @@ json_values = st.recursive(
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
 @given(st.dictionaries(texts, json_values, max_size=4))
-def test_any_arguments_survive(tmp_path: Path, arguments: dict) -> None:
+def test_any_arguments_survive_an_export(tmp_path: Path, arguments: dict) -> None:
     tool = as_tool("act", "", {"type": "object", "properties": {}, "additionalProperties": True})
     call = {"id": "call_1", "type": "function", "function": {"name": "act", "arguments": arguments}}
     messages = [{"role": "user", "content": "do"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
@@ -66,7 +66,7 @@ def test_an_existing_file_is_not_overwritten(tmp_path: Path) -> None:
     assert path.read_text() == "mine"
 
 
-def test_an_export_that_fails_leaves_nothing(tmp_path: Path) -> None:
+def test_a_failed_export_leaves_no_file(tmp_path: Path) -> None:
     def rows():
         yield make_conversation(0)
         raise OSError(28, "No space left on device")
@@ -76,7 +76,7 @@ def test_an_export_that_fails_leaves_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_the_commands_show_count_and_write(tmp_path: Path) -> None:
+def test_the_commands_show_rows_print_statistics_and_export(tmp_path: Path) -> None:
     shown = poe("data", "show", "demo=40", "-n", "2", cwd=tmp_path)
     assert shown.returncode == 0, shown.stderr
     assert shown.stdout.count("<|assistant_start|>") >= 2

@@ -1,4 +1,4 @@
-"""From SPEC to packed rows: nothing lost, nothing on both sides, everything accounted for."""
+"""From SPEC to packed rows: every row is counted, and no row is in both training and validation."""
 
 import errno
 import gzip
@@ -55,7 +55,7 @@ def test_two_files_of_one_reader_both_count(tmp_path: Path, renderer: Renderer) 
     assert data.train.stats.documents == trained[0] + 3 * trained[1]
 
 
-def test_epochs_are_the_specs_else_the_recipes_and_weights_multiply(tmp_path: Path, renderer: Renderer) -> None:
+def test_epochs_of_the_spec_override_the_recipe_and_weights_multiply(tmp_path: Path, renderer: Renderer) -> None:
     path = write(tmp_path / "a.jsonl", 0, 100)
     once = load(f"messages={path}", renderer).train.stats.documents
     assert load(f"messages={path}", renderer, epochs={"messages": 4}).train.stats.documents == 4 * once
@@ -74,7 +74,7 @@ def test_repetitions_across_sources_are_dropped_and_counted(tmp_path: Path, rend
     assert data.summary["rows"]["messages"]["dropped"] == {"duplicate row": 30}
 
 
-def test_what_is_too_long_is_dropped_counted_and_kept(tmp_path: Path, renderer: Renderer) -> None:
+def test_long_rows_are_dropped_counted_and_reported(tmp_path: Path, renderer: Renderer) -> None:
     path = write(tmp_path / "a.jsonl", 0, 60)
     long = {"messages": [{"role": "user", "content": "x " * 200}, {"role": "assistant", "content": "no"}]}
     path.write_text(path.read_text() + "\n" + json.dumps(long))
@@ -115,7 +115,7 @@ def test_the_number_of_workers_changes_nothing(tmp_path: Path, renderer: Rendere
     assert one.summary == three.summary
 
 
-def test_what_was_made_once_is_found_again(tmp_path: Path, renderer: Renderer, fresh, monkeypatch) -> None:
+def test_prepared_data_is_reused(tmp_path: Path, renderer: Renderer, fresh, monkeypatch) -> None:
     path = write(tmp_path / "a.jsonl", 0, 80)
     path.write_text(path.read_text() + "\nbroken")
     reports = [DropReport(tmp_path / f"{i}.jsonl") for i in range(2)]
@@ -130,7 +130,7 @@ def test_what_was_made_once_is_found_again(tmp_path: Path, renderer: Renderer, f
     assert (tmp_path / "0.jsonl").read_text() == (tmp_path / "1.jsonl").read_text() != ""
 
 
-def test_other_rows_or_options_are_made_anew(tmp_path: Path, renderer: Renderer, fresh) -> None:
+def test_other_rows_or_options_are_prepared_again(tmp_path: Path, renderer: Renderer, fresh) -> None:
     path = write(tmp_path / "a.jsonl", 0, 80)
     sizes = [load(f"messages={path}", renderer).train.stats.documents]
     write(path, 0, 90)
@@ -139,9 +139,7 @@ def test_other_rows_or_options_are_made_anew(tmp_path: Path, renderer: Renderer,
     assert sizes[0] < sizes[1] < sizes[2]
 
 
-def test_an_interrupted_preparation_leaves_nothing_that_looks_whole(
-    tmp_path: Path, renderer: Renderer, fresh, monkeypatch
-) -> None:
+def test_an_interrupted_preparation_leaves_no_folder(tmp_path: Path, renderer: Renderer, fresh, monkeypatch) -> None:
     spec = f"messages={write(tmp_path / 'a.jsonl', 0, 80)}"
 
     def interrupted(*args, **options):
@@ -155,7 +153,7 @@ def test_an_interrupted_preparation_leaves_nothing_that_looks_whole(
     assert load(spec, renderer).train.num_rows
 
 
-def test_a_full_disk_is_one_clear_error(tmp_path: Path, renderer: Renderer, fresh, monkeypatch) -> None:
+def test_a_full_disk_raises_an_output_error(tmp_path: Path, renderer: Renderer, fresh, monkeypatch) -> None:
     def full(*args, **options):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -164,7 +162,7 @@ def test_a_full_disk_is_one_clear_error(tmp_path: Path, renderer: Renderer, fres
         load(f"messages={write(tmp_path / 'a.jsonl', 0, 80)}", renderer)
 
 
-def test_rows_that_the_evaluation_asks_are_not_trained_on(tmp_path: Path, renderer: Renderer) -> None:
+def test_evaluation_rows_are_not_trained_on(tmp_path: Path, renderer: Renderer) -> None:
     tool = {"name": "pay", "parameters": {"type": "object", "properties": {"n": {"type": "integer"}}}}
 
     def row(question: str, n: int) -> dict:
@@ -216,7 +214,7 @@ def test_augmented_rows_are_the_same_for_any_number_of_workers(renderer: Rendere
     assert plain.summary["augmented_rows_left_plain"] == {}
 
 
-def test_augmented_rows_that_do_not_fit_are_taken_plain(renderer: Renderer) -> None:
+def test_augmented_rows_that_do_not_fit_are_replaced_by_the_original(renderer: Renderer) -> None:
     recipe = make_recipe("demo=100", seq_len=512)
     plain = prepare(recipe, renderer)
     longer = prepare(recipe.replace(augment=Augmentation(formats=1.0, tool_formats=("indent4",))), renderer)
@@ -260,7 +258,7 @@ def test_long_texts_come_in_parts_that_lose_nothing(tmp_path: Path) -> None:
     assert parts[0].answers is None
 
 
-def test_text_that_is_not_there_or_not_text(tmp_path: Path) -> None:
+def test_missing_text_and_other_readers_raise_errors(tmp_path: Path) -> None:
     for spec in (f"text={tmp_path}/no.txt", "text", "novel=x"):
         with pytest.raises(DataError):
             list(documents(spec))

@@ -1,4 +1,4 @@
-"""Raw rows from files: every format, and what happens to files that are broken."""
+"""Raw rows from files: every format, and the handling of broken files."""
 
 import gzip
 import json
@@ -75,7 +75,7 @@ def test_parquet(tmp_path: Path, zipped: bool) -> None:
         read(plain)
 
 
-def test_ids_say_where_a_row_stood(tmp_path: Path) -> None:
+def test_ids_give_the_position_of_a_row(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text('{"a": 1}\n\n{"a": 2}\n')
     (tmp_path / "y.json").write_text('[{"a": 1}, {"a": 2}]')
     assert [i for i, _ in file_rows(str(tmp_path), "s", DropReport())] == [
@@ -101,7 +101,7 @@ def test_folders_and_globs_are_sorted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["x.jsonl", "x.json"])
-def test_a_broken_row_costs_itself_alone(tmp_path: Path, name: str) -> None:
+def test_only_the_broken_row_is_dropped(tmp_path: Path, name: str) -> None:
     bad = ['{"a": NaN}', '{"a": Infinity}', '{"a": ', "{'a': 1}", '{"a": ' + DEEP + "}", '{"a": ' + "9" * 5000 + "}"]
     if name == "x.json":
         bad.remove('{"a": ')
@@ -114,7 +114,7 @@ def test_a_broken_row_costs_itself_alone(tmp_path: Path, name: str) -> None:
     assert dropped == {"not JSON": len(bad)}
 
 
-def test_a_line_that_is_not_utf8_costs_itself_alone(tmp_path: Path) -> None:
+def test_only_the_line_that_is_not_utf8_is_dropped(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_bytes(b'{"a": 1}\n{"a": "\xff\xfe"}\n{"a": 2}')
     assert read(tmp_path / "x.jsonl") == ([{"a": 1}, {"a": 2}], {"not UTF-8": 1})
 
@@ -156,13 +156,13 @@ def test_a_truncated_list_gives_the_rows_before_the_break(tmp_path: Path) -> Non
         ("x", b"text", "unknown format"),
     ],
 )
-def test_files_that_are_refused(tmp_path: Path, name: str, data: bytes, message: str) -> None:
+def test_unusable_files_are_rejected(tmp_path: Path, name: str, data: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(data)
     with pytest.raises(DataError, match=message):
         read(tmp_path / name)
 
 
-def test_paths_that_name_nothing(tmp_path: Path) -> None:
+def test_paths_without_files_raise_errors(tmp_path: Path) -> None:
     for path, message in (
         ("none.json", "No file or folder"),
         ("*.none", "No file matches"),
@@ -176,7 +176,7 @@ def load(spec: str, report: DropReport | None = None) -> list:
     return list(read_source(parse_spec(spec)[0], report or DropReport()))
 
 
-def test_sources_with_nothing_left(tmp_path: Path) -> None:
+def test_sources_without_usable_rows_raise_errors(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_text("no JSON\n{}\n")
     with pytest.raises(DataError, match=r"every row was dropped: not JSON \(1\), row without a list of messages \(1\)"):
@@ -196,7 +196,7 @@ json_rows = st.recursive(
 
 
 @given(st.lists(json_rows, max_size=6), st.integers(1, 9), st.booleans())
-def test_a_list_is_read_alike_in_blocks_of_any_size(rows: list, size: int, ascii_only: bool) -> None:
+def test_a_list_is_read_the_same_in_blocks_of_any_size(rows: list, size: int, ascii_only: bool) -> None:
     text = json.dumps(rows, ensure_ascii=ascii_only, indent=size % 3 or None)[1:]
     whole = [("".join(e.parts).strip(), mark) for e, mark in sources._elements([text])]
     parts = [text[i : i + size] for i in range(0, len(text), size)]
@@ -205,7 +205,7 @@ def test_a_list_is_read_alike_in_blocks_of_any_size(rows: list, size: int, ascii
 
 
 @pytest.mark.parametrize(("name", "begin", "end"), [("x.jsonl", "", "\n"), ("x.json", "[", ",")])
-def test_a_row_that_would_fill_the_memory_is_dropped(
+def test_a_row_that_is_too_long_is_dropped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, begin: str, end: str
 ) -> None:
     monkeypatch.setattr(sources, "MAX_ROW", 1000)
@@ -240,7 +240,7 @@ def test_a_hundred_megabytes_in_one_row_take_little_memory(tmp_path: Path, begin
     assert int(kilobytes) < 150_000
 
 
-def test_dropped_rows_are_kept_in_a_file(tmp_path: Path) -> None:
+def test_dropped_rows_are_written_to_a_file(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_text('{"messages": "\\ud800"}\nbroken {\n[1]\n')
     with DropReport(tmp_path / "out" / "dropped.jsonl") as report, pytest.raises(DataError):
@@ -254,7 +254,7 @@ def test_dropped_rows_are_kept_in_a_file(tmp_path: Path) -> None:
     assert report.as_dict()["messages"]["read"] == 3
 
 
-def test_endless_nesting_does_not_stop_the_drop_report(tmp_path: Path) -> None:
+def test_deep_nesting_does_not_stop_the_drop_report(tmp_path: Path) -> None:
     deep: list[Any] = []
     for _ in range(100_000):
         deep = [deep]
@@ -273,13 +273,13 @@ class FakeHub:
         self.datasets = datasets
 
 
-def test_the_hub_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_read_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     FakeHub(monkeypatch, lambda *a, **k: None, lambda *asked, split: [{"asked": asked, "split": split}])
     assert list(hub_rows("me/rows", "glaive")) == [("me/rows[0]", {"asked": ("me/rows", None), "split": "train"})]
     assert next(hub_rows("me/rows", "gsm8k", config="main"))[1]["asked"] == ("me/rows", "main")
 
 
-def test_the_hub_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_raises_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
     def info(*a: Any, **k: Any) -> None:
@@ -297,7 +297,7 @@ def test_the_hub_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     assert before == hub.datasets.config.HF_HUB_OFFLINE
 
 
-def test_the_hub_extra_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_extra_raises_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(MissingExtraError, match=r"pip install \"poe-cascade\[train\]\".*xlam=path"):
         list(hub_rows("me/rows", "xlam"))

@@ -1,4 +1,4 @@
-"""The `--data` SPEC: what it means, and what is said about one that means nothing."""
+"""Parse the `--data` SPEC, and the errors of a malformed one."""
 
 import pytest
 from hypothesis import given
@@ -28,7 +28,7 @@ from poe.errors import DataError
         ("xlam:1e-3", [DataSource("xlam", None, None, 0.001)]),
     ],
 )
-def test_specs(text: str, expected: list[DataSource]) -> None:
+def test_valid_specs_are_parsed(text: str, expected: list[DataSource]) -> None:
     assert parse_spec(text, READERS) == expected
 
 
@@ -52,13 +52,13 @@ def test_specs(text: str, expected: list[DataSource]) -> None:
         ("glaive*-1", "cannot be the name of a reader"),
     ],
 )
-def test_malformed(text: str, message: str) -> None:
+def test_malformed_specs_raise_errors(text: str, message: str) -> None:
     with pytest.raises(DataError, match=message) as error:
         parse_spec(text, READERS)
     assert repr(text) in str(error.value) or "empty" in message
 
 
-def test_unknown_readers_are_met_with_a_suggestion() -> None:
+def test_unknown_readers_raise_an_error_with_a_suggestion() -> None:
     with pytest.raises(DataError, match="Did you mean 'glaive'"):
         parse_spec("glave", READERS)
     with pytest.raises(DataError, match=r"Known: .*demo, .*glaive, .*messages, .*xlam"):
@@ -72,13 +72,13 @@ def test_unknown_readers_are_met_with_a_suggestion() -> None:
     st.integers(1, MAX_EPOCHS),
     st.floats(1e-6, 1e6),
 )
-def test_a_source_prints_as_the_spec_that_makes_it(name: str, path: str | None, epochs: int, weight: float) -> None:
+def test_a_printed_source_parses_to_itself(name: str, path: str | None, epochs: int, weight: float) -> None:
     source = DataSource(name, path, epochs, weight)
     assert parse_spec(str(source), READERS) == [source]
 
 
 @given(st.text(max_size=60))
-def test_no_text_crashes_the_parser(text: str) -> None:
+def test_random_text_never_crashes_the_parser(text: str) -> None:
     try:
         sources = parse_spec(text, READERS)
     except DataError:

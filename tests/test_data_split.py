@@ -1,4 +1,4 @@
-"""De-duplication and the held-out split depend on what rows say, never on where they stand."""
+"""De-duplication and the held-out split depend on the content of rows, not on their position."""
 
 import random
 
@@ -40,7 +40,7 @@ texts = st.lists(st.text(min_size=1).filter(str.strip), min_size=1, max_size=40)
 
 
 @given(texts, st.integers(0, 3), st.randoms())
-def test_a_query_keeps_its_side(questions: list[str], seed: int, rng: random.Random) -> None:
+def test_all_rows_with_a_query_are_on_one_side(questions: list[str], seed: int, rng: random.Random) -> None:
     rows = [row(q) for q in questions]
     train, held = split(rows, 0.3, seed)
     shuffled = [*rows, *(row(q.upper() + "  ") for q in questions if q.upper().lower() == q.lower())]
@@ -52,12 +52,12 @@ def test_a_query_keeps_its_side(questions: list[str], seed: int, rng: random.Ran
 
 
 @given(st.text(min_size=1), st.floats(0, 1), st.floats(0, 1))
-def test_a_larger_share_holds_out_what_a_smaller_one_does(question: str, a: float, b: float) -> None:
+def test_a_larger_share_holds_out_all_rows_of_a_smaller_one(question: str, a: float, b: float) -> None:
     low, high = sorted((a, b))
     assert is_held_out(row(question), low) <= is_held_out(row(question), high)
 
 
-def test_the_share_is_about_what_was_asked_for_and_seeds_differ() -> None:
+def test_the_share_is_approximate_and_seeds_differ() -> None:
     rows = [row(f"question {i}") for i in range(20_000)]
     held = split(rows, 0.02, seed=1)[1]
     assert 300 < len(held) < 500
@@ -77,7 +77,7 @@ def test_rows_without_a_user_are_split_too() -> None:
     assert sum(map(len, split([Conversation([{"role": "assistant", "content": "x"}])]))) == 1
 
 
-def test_a_row_repeats_another_when_it_is_the_same_or_asks_the_same() -> None:
+def test_repetitions_are_equal_rows_or_equal_questions_with_equal_tools() -> None:
     rows = [
         (row("Is it raining?", tools=(WEATHER, CLOCK)), None),
         (row("Is it raining?", tools=(WEATHER, CLOCK)), "duplicate row"),

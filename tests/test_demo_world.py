@@ -1,4 +1,4 @@
-"""The demo world: reproducible, its splits disjoint, its answers right."""
+"""The demo world is reproducible, its splits are disjoint, and its answers are correct."""
 
 import hashlib
 import itertools
@@ -29,7 +29,7 @@ from poe.loaders.repository import EMBEDDED_BASE
 SPLITS: tuple[Split, ...] = ("train", "unseen_values", "unseen_tools")
 
 
-def test_hundreds_of_tools_and_none_on_both_sides() -> None:
+def test_hundreds_of_tools_and_none_is_both_trained_and_held_out() -> None:
     assert len(TRAIN_TOOLS) > 400
     assert len(HELD_OUT_TOOLS) > 100
     assert not {t.noun for t in TRAIN_TOOLS} & {t.noun for t in HELD_OUT_TOOLS}
@@ -58,7 +58,7 @@ def test_rows_are_reproducible_and_every_call_fits_its_tool(index: int, split: S
 
 
 @given(st.integers(0, 10**6))
-def test_training_rows_and_texts_know_nothing_that_is_held_out(index: int) -> None:
+def test_training_rows_and_texts_contain_nothing_held_out(index: int) -> None:
     row = make_conversation(index)
     assert not {t["function"]["name"].split("_", 1)[1] for t in row.tools} & set(words.HELD_OUT_NOUNS)
     open_names = {name for kind in KINDS if kind.open for name in kind.names}
@@ -73,7 +73,7 @@ def test_training_rows_and_texts_know_nothing_that_is_held_out(index: int) -> No
 
 
 @given(st.integers(0, 10**6))
-def test_a_text_marks_the_answers_that_follow_from_what_stands_before_them(index: int) -> None:
+def test_marked_answers_follow_from_the_text_before_them(index: int) -> None:
     text, answers, _ = make_text(index)
     assert answers
     for start, end in answers:
@@ -84,7 +84,7 @@ def test_a_text_marks_the_answers_that_follow_from_what_stands_before_them(index
             assert word in known or word in text[:start] or answer.startswith('{"do"')
 
 
-def test_the_texts_that_made_the_embedded_base_stay_as_they_are() -> None:
+def test_the_texts_of_the_embedded_base_do_not_change() -> None:
     digest = hashlib.blake2b(digest_size=8)
     for i, easy in itertools.product(range(100), (0.0, 0.8)):
         text, answers, _ = make_text(i, seed=i % 3, easy=easy)
@@ -93,7 +93,7 @@ def test_the_texts_that_made_the_embedded_base_stay_as_they_are() -> None:
 
 
 @given(st.integers(0, 10**6))
-def test_notations_are_reproducible_and_know_nothing_that_is_held_out(index: int) -> None:
+def test_notations_are_reproducible_and_contain_nothing_held_out(index: int) -> None:
     text, answers, _ = written = make_notations(index)
     assert written == make_notations(index)
     assert answers
@@ -104,7 +104,7 @@ def test_notations_are_reproducible_and_know_nothing_that_is_held_out(index: int
 
 
 @given(st.integers(0, 10**6), st.booleans())
-def test_what_a_prompt_asks_for_is_written_in_the_form_that_it_asks_for(index: int, chat: bool) -> None:
+def test_calls_are_written_in_the_form_of_the_prompt(index: int, chat: bool) -> None:
     text, answers, _ = notations.make_calls(Random(index), chat)
     wanted = [form for form in CALL_FORMS.values() if any(request in text for request in form.request)]
     assert len(wanted) == 1
@@ -129,7 +129,7 @@ def test_every_notation_occurs_and_the_documents_fit_in_a_row() -> None:
     assert sum(length > 512 for length in lengths) < 0.02 * len(texts)
 
 
-def test_sources_of_text_are_mixed_by_their_weights() -> None:
+def test_text_sources_are_mixed_by_weight() -> None:
     given = itertools.islice(documents("demo:2,notations", seed=5), 600)
     kinds = {make_text(i, seed=5).text: "demo" for i in range(600)}
     characters = {"demo": 0, "notations": 0}
@@ -174,7 +174,7 @@ def test_the_template_trains_exactly_the_assistant_and_its_stop_token() -> None:
         assert trained == expected
 
 
-def test_a_tool_follows_from_its_name_and_a_word_from_its_letters_alone() -> None:
+def test_a_tool_depends_only_on_its_name_and_a_word_on_its_letters() -> None:
     assert make_tool("book", "flight") == make_tool("book", "flight")
     tokenizer = demo_tokenizer()
     inside = [tokenizer.encode(text, add_special_tokens=False) for text in ("_table", ' "table"', " table,")]

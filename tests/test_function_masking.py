@@ -1,4 +1,4 @@
-"""Function masking: a bijection that can be undone, calls that still fit, and nothing that gives the old names away."""
+"""Function masking is a bijection that can be undone; calls still fit, and old names do not occur."""
 
 import json
 from random import Random
@@ -45,7 +45,7 @@ def test_masking_is_a_bijection_that_can_be_undone(conversation: Conversation, s
 
 @slow
 @given(any_row, st.integers(0, 9))
-def test_a_masked_row_says_the_same_under_other_names(conversation: Conversation, seed: int) -> None:
+def test_a_masked_row_has_the_same_content_with_other_names(conversation: Conversation, seed: int) -> None:
     masked, mapping = mask(conversation, Random(seed))
     assert misfit(conversation) == misfit(masked) == []
     shown: set[str] = set()
@@ -66,7 +66,7 @@ def test_a_mask_depends_on_the_row_and_its_randomness_alone() -> None:
     assert mask(conversation, Random(1)) != mask(conversation, Random(2))
 
 
-def test_words_stay_and_identifiers_go() -> None:
+def test_words_stay_and_identifiers_are_replaced() -> None:
     """A user who names the tool, an argument that repeats a name, keys of a default; an enum text is a value."""
     pick = tool(
         "pick_tool",
@@ -105,13 +105,13 @@ def test_words_stay_and_identifiers_go() -> None:
     ],
     ids=["undescribed", "pattern", "reference"],
 )
-def test_rows_that_would_lose_their_meaning_are_left_alone(parameter: dict[str, Any]) -> None:
+def test_rows_without_descriptions_or_with_references_are_not_masked(parameter: dict[str, Any]) -> None:
     odd = tool("odd_tool", "Does odd things", harbour=text("the harbour"), other=parameter)
     conversation = row("Go", ("tideTimes", {"harbour": "Kiel"}), tools=(odd, TIDE))
     assert mask(conversation, Random(0)) == (conversation, {})
     assert rename_tools(conversation, {}) is conversation
 
 
-def test_a_row_without_tools_has_nothing_to_mask() -> None:
+def test_a_row_without_tools_is_not_masked() -> None:
     conversation = row("Hello", tools=())
     assert mask(conversation, Random(0)) == (conversation, {})

@@ -1,4 +1,4 @@
-"""Hammer: evaluation sets in one form, and xLAM rows with masked names."""
+"""Hammer: evaluation sets in one format, and xLAM rows with masked names."""
 
 import json
 from typing import Any
@@ -42,7 +42,7 @@ def test_both_keys_of_answers() -> None:
     ("beside", "inside", "required"),
     [(None, False, []), (["flour"], False, ["flour"]), (None, True, ["flour"]), ([], True, [])],
 )
-def test_what_is_required_is_what_the_row_says(beside: Any, inside: bool, required: list[str]) -> None:
+def test_required_parameters_are_those_of_the_row(beside: Any, inside: bool, required: list[str]) -> None:
     tool: dict[str, Any] = json.loads(json.dumps(BAKE))
     if beside is not None:
         tool["required"] = beside
@@ -82,7 +82,7 @@ def test_messages_as_a_query() -> None:
     assert reason(hammer, row([{"role": "user", "content": None}])) == "message is not text"
 
 
-def test_documentation_among_the_tools() -> None:
+def test_documentation_among_the_tools_is_removed() -> None:
     documentation = {"name": "components", "description": "#Loaf: Object{crust}", "parameters": {}}
     conversation, repairs = kept(hammer, row(tools=[BAKE, documentation]))
     assert [tool["function"]["name"] for tool in conversation.tools] == ["bake"]
@@ -99,7 +99,7 @@ def test_masked_rows_follow_the_rule_of_xlam() -> None:
     assert reason(hammer, masked([RYE], instruction="Bread, please.")) == "row is of no known format"
 
 
-def test_rows_without_a_faithful_form() -> None:
+def test_rows_that_cannot_be_converted_are_dropped() -> None:
     assert reason(hammer, row(answers=[{**RYE, "name": "fry"}])) == "call to a tool that is not offered"
     assert reason(hammer, row(answers=[{"name": "bake"}])) == "call without a name or arguments"
     assert reason(hammer, row(answers=["bake"])) == "call is not an object"

@@ -72,7 +72,7 @@ def test_several_calls_and_their_results() -> None:
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_what_a_chat_template_says_is_no_system_message(prompt: str) -> None:
+def test_explanations_of_tools_are_removed_from_the_system_message(prompt: str) -> None:
     assert shape(kept(hermes, row("H:Hi", "G:Hello", prompt=prompt))[0])[0][0] == "user"
     more = row("H:Hi", "G:Hello", prompt=prompt)
     more["conversations"][0]["value"] += "\nAnswer in French."
@@ -122,7 +122,7 @@ def test_a_literal_backslash_n_around_a_call() -> None:
         ("", "empty turn"),
     ],
 )
-def test_turns_without_a_faithful_form(said: str, why: str) -> None:
+def test_turns_that_cannot_be_converted_are_dropped(said: str, why: str) -> None:
     assert reason(hermes, row("H:Go", "G:" + said)) == why
 
 
@@ -164,7 +164,7 @@ def test_json_mode_keeps_its_schema_and_its_answer() -> None:
     assert (conversation.tools, repairs) == ([], {})
 
 
-def test_rows_of_another_form() -> None:
+def test_rows_of_another_format_are_dropped() -> None:
     assert reason(hermes, {"conversations": "a"}) == "row is of no known format"
     assert reason(hermes, {"conversations": [{"from": "gpt", "value": 1}]}) == "turn is not text"
     robot = {"conversations": [{"from": "robot", "value": "a"}]}

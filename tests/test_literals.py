@@ -1,4 +1,4 @@
-"""Python notation is read as data: what it can hold comes back, and nothing in it is ever run."""
+"""Python notation is read as data: literals and calls are read back, and nothing is executed."""
 
 import pytest
 from hypothesis import given
@@ -34,7 +34,7 @@ def test_tuples_and_sets_are_lists_and_keys_are_text():
     assert parse_literal("{1: (2, 3), 'a': {4}}") == {"1": [2, 3], "a": [4]}
 
 
-def test_nested_calls_variables_and_assignments_stay_visible():
+def test_nested_calls_and_variables_are_returned_as_objects():
     first, second = parse_calls("x = find(name='a')\nopen_it(x, when=now())")
     assert first == PythonCall("find", [], {"name": "a"})
     assert second == PythonCall("open_it", [Variable("x")], {"when": PythonCall("now", [], {})})
@@ -62,12 +62,12 @@ def test_nested_calls_variables_and_assignments_stay_visible():
         "1 2",
     ],
 )
-def test_what_is_no_literal_is_refused(text):
+def test_other_text_than_a_literal_is_rejected(text):
     with pytest.raises(ValueError):
         parse_literal(text)
 
 
 @pytest.mark.parametrize("text", ["f(**x)", "f(a=1)(b=2)", "1", "", "import os", "f(a=1 + 1)", "[1]", "del x"])
-def test_what_is_no_call_is_refused(text):
+def test_other_text_than_calls_is_rejected(text):
     with pytest.raises(ValueError):
         parse_calls(text)

@@ -1,4 +1,4 @@
-"""The loss mask, proven by decoding what it covers: exactly the assistant's text and stop token, in every template."""
+"""The loss mask covers exactly the assistant's text and stop token, in every template. Decoding proves it."""
 
 import dataclasses
 import json
@@ -176,7 +176,7 @@ def trained(renderer, row):
 @pytest.mark.parametrize(
     "name", ["chatml", "chatml, trimmed offsets", "chatml, nfc", "marked", "widely marked", "llama3"]
 )
-def test_every_assistant_turn_and_nothing_else(name):
+def test_the_mask_covers_every_assistant_turn_and_nothing_else(name):
     renderer = Renderer(TOKENIZERS[name])
     stop = STOP.get(name, "<|im_end|>")
     messages = [{"role": "system", "content": "Be brief."}, user("the fox?"), assistant("jumps  over 🙂"), user("and?"),
@@ -191,7 +191,7 @@ def test_every_assistant_turn_and_nothing_else(name):
         assert row.input_ids[: len(prompt)] == prompt
 
 
-def test_calls_and_tool_results():
+def test_calls_are_trained_and_tool_results_are_not():
     messages = [user("time?"), assistant(None, CALL), {"role": "tool", "content": "12:00", "name": "get_time"},
                 {"role": "tool", "content": "more"}, assistant("noon")]  # fmt: skip
     conversation = Conversation(messages, TOOLS)
@@ -216,7 +216,7 @@ def test_calls_and_tool_results():
 
 
 @pytest.mark.parametrize("name", ["chatml", "marked", "llama3"])
-def test_calls_alone_can_be_learned(name):
+def test_training_can_cover_calls_only(name):
     messages = [user("time?"), assistant(None, CALL), {"role": "tool", "content": "12:00", "name": "get_time"},
                 assistant("noon"), user("again"), assistant("said", CALL)]  # fmt: skip
     everything = Renderer(TOKENIZERS[name])
@@ -232,7 +232,7 @@ def test_calls_alone_can_be_learned(name):
     assert calls.fingerprint() != everything.fingerprint()
 
 
-def test_calls_alone_where_earlier_turns_are_rewritten():
+def test_training_on_calls_only_with_a_template_that_rewrites_turns():
     renderer = Renderer(TOKENIZERS["rewriting"], calls_only=True)
     told = PromptForm(calls="hermes", place="user")
     messages = [user("a"), assistant("no"), user("time?"), assistant(None, CALL), user("b"), assistant("bye")]
@@ -296,7 +296,7 @@ def test_a_template_that_rewrites_takes_a_row_per_history(texts):
             renderer.render(Conversation(messages))
 
 
-def test_turns_that_stay_as_they_were_share_a_row():
+def test_turns_that_are_not_rewritten_share_a_row():
     renderer = Renderer(TOKENIZERS["rewriting"])
     messages = [user("a"), assistant("b"), user("c"), assistant("d"), {"role": "tool", "content": "e"}, assistant("f")]
     think = "<think>\n\n</think>\n\n"
@@ -313,7 +313,7 @@ def test_template_options_reach_prompts_and_rows():
     assert [trained(renderer, r) for r in rows] == [["b<|im_end|>"], ["d<|im_end|>"]]
 
 
-def test_no_assistant_trains_nothing():
+def test_a_row_without_an_assistant_trains_nothing():
     for name in ("chatml", "marked"):
         row = Renderer(TOKENIZERS[name]).render(Conversation([user("hello")]))
         assert row.input_ids
@@ -346,7 +346,7 @@ HIDDEN_ANSWER = CHATML.replace("{{- '<|im_start|>assistant\\n' }}{%- endif %}", 
     ("template", "message"),
     [(STOPLESS, "stop token"), (UNTRAINED_STOP, "generation"), (HIDDEN_ANSWER, "message 1 after its own generation")],
 )
-def test_templates_that_cannot_be_trained_are_refused(template, message):
+def test_templates_that_cannot_be_trained_are_rejected(template, message):
     renderer = Renderer(byte_level(template))
     with pytest.raises(TemplateError, match=message):
         renderer.render(Conversation([user("hello"), assistant("you")]))
@@ -382,7 +382,7 @@ def test_unusable_tokenizers():
         ([assistant("hello")], "begins with the assistant"),
     ],
 )
-def test_odd_rows_are_data_errors(messages, message):
+def test_unusual_rows_raise_data_errors(messages, message):
     with pytest.raises(DataError, match=message):
         Renderer(TOKENIZERS["llama3"]).render(Conversation(messages))
 
@@ -410,7 +410,7 @@ def sentence_piece_like():
     )
 
 
-def test_a_space_at_the_end_of_the_prompt_is_not_the_answers():
+def test_a_space_at_the_end_of_the_prompt_is_not_trained():
     renderer = Renderer(sentence_piece_like())
     row = renderer.render(Conversation([user("fox"), assistant("thefox over")]))
     assert renderer.tokenizer.decode(row.input_ids) == row.text

@@ -1,4 +1,4 @@
-"""The reader of OpenAI and TRL style rows, and the lint and checks of tools and calls behind every reader."""
+"""The reader of OpenAI and TRL rows, and the lint and checks of tools and calls that all readers use."""
 
 import json
 from typing import Any
@@ -76,7 +76,7 @@ def test_messages_without_tools() -> None:
         assert kept(messages, {"messages": [USER, {"role": "assistant", "content": "b"}], **tools})[0].tools == []
 
 
-def test_messages_from_parquet_come_with_nulls_everywhere(tmp_path: Any) -> None:
+def test_messages_from_parquet_lose_their_null_members(tmp_path: Any) -> None:
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet as parquet
 
@@ -119,11 +119,11 @@ def test_messages_from_parquet_come_with_nulls_everywhere(tmp_path: Any) -> None
         ({"messages": [USER, {"role": "assistant", "content": "\udc00"}]}, "text with a lone surrogate"),
     ],
 )  # fmt: skip
-def test_messages_without_a_faithful_form(row: dict[str, Any], why: str) -> None:
+def test_messages_that_cannot_be_converted_are_dropped(row: dict[str, Any], why: str) -> None:
     assert reason(messages, row) == why
 
 
-def test_messages_responses_that_fit_no_call() -> None:
+def test_messages_with_responses_to_no_call_are_dropped() -> None:
     call = assistant(tool_call({"flour": "rye"}, "x"))
     row = {"messages": [USER, call, {"role": "tool", "tool_call_id": "z", "content": "ok"}], "tools": [BAKE]}
     assert reason(messages, row) == "response to another call"
@@ -131,14 +131,14 @@ def test_messages_responses_that_fit_no_call() -> None:
     assert reason(messages, row) == "response to another call"
 
 
-def test_endless_nesting_inside_a_row() -> None:
+def test_deep_nesting_inside_a_row_drops_the_row() -> None:
     deep: Any = "x"
     for _ in range(10_000):
         deep = [deep]
     assert reason(messages, {"messages": [{"role": "user", "content": deep}]}) == "nested too deeply"
 
 
-def test_demo_fits_the_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_demo_reader_is_registered(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
     from types import ModuleType
 
@@ -186,7 +186,7 @@ def test_schemas_that_cannot_be_applied() -> None:
         assert check_call([tool], "f", {"a": "text"}) == why
 
 
-def test_as_tool_repairs_and_refuses() -> None:
+def test_as_tool_repairs_or_rejects_tools() -> None:
     notes: list[str] = []
     properties = {"a": {"type": "any", "required": True}, "b": {"type": "String"}}
     tool = as_tool(" f ", None, {"type": "dict", "properties": properties}, notes.append)
@@ -215,7 +215,7 @@ def test_as_tool_repairs_and_refuses() -> None:
             as_tool(name, description, parameters)
 
 
-def test_lint_keeps_what_is_valid() -> None:
+def test_lint_accepts_valid_schemas() -> None:
     assert lint_schema({"type": "object", "properties": {"a": {"type": ["string", "null"]}, "b": True}}) is None
     assert (
         lint_schema({"type": "object", "properties": {"type": {"type": "string"}, "required": {"type": "boolean"}}})
@@ -227,7 +227,7 @@ numbers = st.integers() | st.floats(allow_nan=False) | st.booleans() | st.none()
 
 
 @given(st.dictionaries(st.sampled_from("abcxyz"), numbers), st.permutations("abc"))
-def test_ordering_changes_the_order_alone(arguments: dict[str, Any], names: list[str]) -> None:
+def test_ordering_changes_only_the_order(arguments: dict[str, Any], names: list[str]) -> None:
     ordered = order_arguments({"properties": {n: {} for n in names}}, arguments)
     assert ordered == arguments
     declared = [n for n in ordered if n in names]
@@ -243,7 +243,7 @@ def test_coercion_is_exact(whole: int, real: float) -> None:
 
 
 @given(st.sampled_from(["string", "integer", "number", "boolean", "array", "object", "null"]), numbers)
-def test_coercion_never_changes_what_fits(kind: str, value: Any) -> None:
+def test_coercion_never_changes_a_fitting_value(kind: str, value: Any) -> None:
     result = coerce({"type": kind}, value)
     if schema.fits_type(kind, value):
         assert result == value

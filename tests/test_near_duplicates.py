@@ -1,4 +1,4 @@
-"""Near-duplicates: the estimate is that of the sets' similarity, and what is kept is never near another kept row."""
+"""Near-duplicates: the estimate matches the sets' similarity, and kept rows are not near-duplicates."""
 
 import random
 
@@ -22,7 +22,7 @@ def similarity(a: Conversation, b: Conversation) -> float:
     return len(x & y) / len(x | y)
 
 
-def test_what_is_dropped_is_similar_and_what_is_kept_is_not() -> None:
+def test_dropped_rows_are_similar_and_kept_rows_are_not() -> None:
     rng = random.Random(0)
     rows = []
     for _ in range(300):
@@ -53,14 +53,14 @@ def test_what_is_dropped_is_similar_and_what_is_kept_is_not() -> None:
 
 
 @pytest.mark.parametrize("texts", [[], ["one"], ["one", "two words here"], ["", ""]])
-def test_few_rows(texts: list[str]) -> None:
+def test_few_rows_are_compared(texts: list[str]) -> None:
     near = NearDuplicates(0.9)
     for text in texts:
         near.add(row(text))
     assert dict(near.find()) == ({1: 0} if texts == ["", ""] else {})
 
 
-def test_calls_and_tools_tell_rows_apart() -> None:
+def test_calls_and_tools_distinguish_rows() -> None:
     def asked(n: int, tools: tuple[str, ...]) -> Conversation:
         call = {"function": {"name": "act", "arguments": {"n": n}}}
         messages = [{"role": "user", "content": "do it"}, {"role": "assistant", "content": None, "tool_calls": [call]}]

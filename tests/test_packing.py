@@ -163,7 +163,7 @@ def test_batches_depend_on_the_step_alone():
     assert torch.equal(both, rows.batch(4, 6).input_ids)
 
 
-def test_every_pass_sees_every_row_once_in_an_order_of_its_own():
+def test_every_epoch_has_every_row_once_in_another_order():
     rows = pack(make_documents([6] * 40), 12, seed=3)
     passes = [rows.batch(epoch, rows.num_rows).input_ids[:, 0].tolist() for epoch in range(3)]
     assert sorted(passes[0]) == sorted(passes[1]) == sorted(passes[2])
@@ -185,7 +185,7 @@ def test_rows_are_full():
     assert pack(documents, 512).fill > 0.99
 
 
-def test_two_documents_fill_what_one_leaves_empty():
+def test_a_pair_of_documents_fills_a_gap_better_than_one():
     """Rows of few documents: best fit alone leaves 1 to 6 % empty."""
     lengths = np.random.default_rng(0).normal(330, 120, 3000).clip(100, 1000).astype(int)
     documents = [(np.zeros(n, np.int32), np.ones(n, bool)) for n in lengths]
@@ -222,7 +222,7 @@ def test_a_row_by_hand():
     assert (labels, positions) == by_first[tuple(ids)]
 
 
-def test_documents_may_see_each_other_if_asked(tmp_path):
+def test_positions_count_through_the_row_without_isolation(tmp_path):
     documents = [([1, 5, 6], [False, True, True])] * 4
     stats = pack_to_folder(tmp_path / "p", iter(documents), 8, pad_id=0)
     apart, together = open_packed_rows(tmp_path / "p"), open_packed_rows(tmp_path / "p", isolated=False)
@@ -234,7 +234,7 @@ def test_documents_may_see_each_other_if_asked(tmp_path):
     assert one.labels.equal(other.labels)
 
 
-def test_files_hold_what_memory_holds(tmp_path):
+def test_files_contain_the_same_documents_as_memory(tmp_path):
     documents = make_documents([3, 9, 4, 12, 5, 7, 2, 8] * 10)
     stats = pack_to_folder(tmp_path / "p", iter(documents), 12, seed=3, pad_id=PAD)
     rows = open_packed_rows(tmp_path / "p", seed=3)
@@ -244,7 +244,7 @@ def test_files_hold_what_memory_holds(tmp_path):
     assert set(rows.target_ids) == set(in_memory.target_ids)
 
 
-def test_refusals():
+def test_invalid_arguments_raise_errors():
     with pytest.raises(DataError, match="Document 1"):
         pack([([1, 2], [True, True]), ([1, 2], [True])], 8)
     with pytest.raises(DataError, match=r"1 documents were empty and 1 longer than a row of 2"):

@@ -1,4 +1,4 @@
-"""A row told in text says the same as before, in every form, and is learned exactly where the assistant speaks."""
+"""A row written as text keeps its content in every form, and only the assistant's text is trained."""
 
 import random
 from dataclasses import replace
@@ -74,7 +74,7 @@ def reply_of(message):
 
 @given(forms)
 @settings(max_examples=80, deadline=None)
-def test_a_flattened_row_says_the_same_in_text_alone(form) -> None:
+def test_a_row_written_as_text_has_the_same_content(form) -> None:
     told = write_as_text(ROW, form)
     roles = [message["role"] for message in told.messages]
     assert roles == ["system", "user", "assistant", "user", "assistant", "user", "assistant"]
@@ -95,7 +95,7 @@ def test_a_flattened_row_says_the_same_in_text_alone(form) -> None:
 
 @given(forms)
 @settings(max_examples=40, deadline=None)
-def test_a_prompt_is_how_the_row_begins_and_the_loss_is_the_assistants_text(renderer, form) -> None:
+def test_a_prompt_is_a_prefix_of_the_row_and_the_loss_covers_the_assistants_text(renderer, form) -> None:
     row = replace(ROW, form=form)
     rendered = renderer.render(row)
     told = write_as_text(ROW, form).messages
@@ -114,20 +114,20 @@ def test_a_prompt_is_how_the_row_begins_and_the_loss_is_the_assistants_text(rend
     assert rendered.text == renderer.render(write_as_text(ROW, form)).text
 
 
-def test_without_a_form_the_template_tells_the_tools(renderer) -> None:
+def test_without_a_form_the_template_writes_the_tools(renderer) -> None:
     text = renderer.render(ROW).text
     assert "<|output_start|>rain<|output_end|>" in text
     assert renderer.prompt(ROW.messages[:2], ROW.tools) == text[: text.index("<tool_call>")]
 
 
 @given(forms)
-def test_a_row_without_tools_stays_as_it_is(form) -> None:
+def test_a_row_without_tools_stays_unchanged(form) -> None:
     row = Conversation([user("hello"), assistant("[TOOL_CALLS] is a mark, <tool_call> too")])
     assert write_as_text(row, form) is row
 
 
 @given(forms)
-def test_a_tool_list_finds_a_place_where_there_is_no_system_text(form) -> None:
+def test_tools_are_listed_in_a_row_without_a_system_message(form) -> None:
     told = write_as_text(Conversation([user("Sing!"), assistant("I cannot.")], [NEWS]), form).messages
     assert [m["role"] for m in told] == ["system"] * (form.place == "system") + ["user", "assistant"]
     assert write_tools([NEWS], form.tools) in told[0]["content"]
@@ -136,13 +136,13 @@ def test_a_tool_list_finds_a_place_where_there_is_no_system_text(form) -> None:
         assert told[1] == user("Sing!")
 
 
-def test_phrasings_differ_and_begin_anew() -> None:
+def test_phrasings_differ_and_repeat_after_the_last() -> None:
     texts = [write_as_text(ROW, PromptForm(phrasing=n)).messages[0]["content"] for n in range(PHRASINGS)]
     assert len(set(texts)) == PHRASINGS
     assert write_as_text(ROW, PromptForm(phrasing=PHRASINGS)).messages[0]["content"] == texts[0]
 
 
-def test_what_a_form_cannot_hold_is_refused_with_its_reason(renderer) -> None:
+def test_rows_that_a_form_cannot_hold_are_rejected_with_a_reason(renderer) -> None:
     row = Conversation([user("how?"), assistant("Write <functioncall> and the call.")], [NEWS], source="tests")
     with pytest.raises(RowError, match="text that looks like a call in the form glaive"):
         write_as_text(row, PromptForm(calls="glaive"))
@@ -153,11 +153,11 @@ def test_what_a_form_cannot_hold_is_refused_with_its_reason(renderer) -> None:
         write_as_text(replace(ROW, messages=[assistant("x")]), PromptForm(place="user"))
 
 
-def test_a_form_is_no_part_of_what_a_row_says() -> None:
+def test_the_key_of_a_row_does_not_depend_on_its_form() -> None:
     assert replace(ROW, form=PromptForm()).key() == ROW.key()
 
 
-def test_random_forms_are_drawn_from_those_named() -> None:
+def test_random_forms_are_drawn_from_the_named_forms() -> None:
     rng = random.Random(1)
     drawn = [random_form(rng, calls=["xlam", "python"]) for _ in range(300)]
     assert {form.calls for form in drawn} == {"xlam", "python"}
@@ -175,12 +175,12 @@ def test_random_forms_are_drawn_from_those_named() -> None:
         ({"place": "end"}, "Known: system, user"),
     ],
 )
-def test_unknown_names_are_refused(wrong, hint) -> None:
+def test_unknown_names_in_a_form_raise_an_error(wrong, hint) -> None:
     with pytest.raises(DataError, match=hint):
         write_as_text(ROW, PromptForm(**wrong))
 
 
-def test_replies_are_scored_in_the_form_that_was_asked_for() -> None:
+def test_replies_are_scored_in_the_form_of_the_prompt() -> None:
     row = Conversation([user("news of Rome?"), assistant(None, (1, "find_news", {"about": "Rome"}))], [NEWS])
     written = {name: form.write([Call("find_news", {"about": "Rome"})]) for name, form in CALL_FORMS.items()}
     for name in CALL_FORMS:

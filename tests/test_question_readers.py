@@ -18,7 +18,7 @@ def turns(reader: Any, row: Any) -> tuple[str, str]:
     return conversation.messages[0]["content"], conversation.messages[1]["content"]
 
 
-def test_gsm8k_leaves_the_calculator_notes_out() -> None:
+def test_gsm8k_calculator_notes_are_removed() -> None:
     row = {"question": "Two hens lay 3 eggs each. How many?", "answer": "They lay 2*3=<<2*3=6>>6 eggs.\n#### 6"}
     assert turns(gsm8k, row) == ("Two hens lay 3 eggs each. How many?", "They lay 2*3=6 eggs.\n#### 6")
     assert kept(gsm8k, row)[1] == {"calculator notes removed": 1}
@@ -28,7 +28,7 @@ def test_gsm8k_leaves_the_calculator_notes_out() -> None:
 
 
 @given(st.lists(st.tuples(st.text("0123456789+-*/=. ", max_size=9), st.text("abc \n$", max_size=9)), max_size=5))
-def test_gsm8k_changes_nothing_but_the_notes(parts: list[tuple[str, str]]) -> None:
+def test_gsm8k_changes_only_the_notes(parts: list[tuple[str, str]]) -> None:
     text = "".join(f"{said}<<{note}=1>>" for note, said in parts) + "end\n#### 7"
     assert turns(gsm8k, {"question": "?", "answer": text})[1] == re.sub("<<.*?>>", "", text).lstrip("\n")
 
@@ -44,7 +44,7 @@ def test_alpaca_with_and_without_an_input() -> None:
     assert reason(alpaca, {**row, "input": ["birch"]}) == "row is of no known format"
 
 
-def test_alpaca_seed_tasks_are_a_conversation_per_instance() -> None:
+def test_alpaca_seed_tasks_give_a_conversation_per_instance() -> None:
     instances = [{"input": "3", "output": "odd"}, {"input": "4", "output": "even"}, "5"]
     conversations, counts = run(alpaca, {"id": "seed_task_0", "instruction": "Odd or even?", "instances": instances})
     assert [c.messages[1]["content"] for c in conversations] == ["odd", "even"]
@@ -61,7 +61,7 @@ def test_codealpaca_reads_both_names_of_the_answer_and_keeps_indentation() -> No
     assert (conversation.source, conversation.license) == ("codealpaca", "CC-BY-4.0")
 
 
-def test_mbpp_states_the_tests_with_the_task() -> None:
+def test_mbpp_adds_the_tests_to_the_task() -> None:
     row = {"item_id": 1, "question": "Write a function that doubles.", "test_list": ["assert double(2) == 4"]}
     row["code"] = "def double(x):\r\n    return 2 * x\r\n"
     expected = "Write a function that doubles.\nIt must pass these tests:\nassert double(2) == 4"
@@ -86,12 +86,12 @@ def test_mathinstruct_and_magicoder() -> None:
 
 @pytest.mark.parametrize("reader", [alpaca, codealpaca, gsm8k, magicoder, mathinstruct, mbpp])
 @given(row=junk)
-def test_no_row_crashes_a_reader_of_questions(reader: Any, row: Any) -> None:
+def test_random_rows_never_crash_a_reader_of_questions(reader: Any, row: Any) -> None:
     conversations, counts = run(reader, row)
     assert len(conversations) + sum(counts["dropped"].values()) == counts["read"] >= 1
 
 
-def test_the_configuration_on_the_hub_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_configuration_of_the_hub_is_requested(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
     monkeypatch.setattr("poe.data.readers.hub_rows", lambda *where, **how: asked.append((*where, how)) or [])
     for name in ("gsm8k", "alpaca"):

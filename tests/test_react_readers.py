@@ -74,7 +74,7 @@ def test_toolbench_trace_that_ends_on_a_call() -> None:
         ([], "no assistant turn"),
     ],
 )  # fmt: skip
-def test_toolbench_rows_without_a_faithful_form(turns: list[tuple[str, Any]], why: str) -> None:
+def test_toolbench_rows_that_cannot_be_converted_are_dropped(turns: list[tuple[str, Any]], why: str) -> None:
     assert reason(toolbench, trace(*turns)) == why
 
 
@@ -89,7 +89,7 @@ def rotten(answers: Any, tools: Any = (BAKE, FINISH)) -> dict[str, Any]:
     return {"id": "Turn 1: Bread?", "scenario": "TG", "conversations": [{"from": w, "value": v} for w, v in turns]}
 
 
-def test_rotbench_takes_the_first_of_the_right_answers() -> None:
+def test_rotbench_uses_the_first_correct_answer() -> None:
     answers = [f"Thought:\nAction: bake_bread\nAction Input: {json.dumps({'flour': f})}" for f in ("rye", "oat")]
     conversation, repairs = kept(rotbench, rotten(answers))
     assert shape(conversation) == [("user", "Bread?", []), ("assistant", None, [("bake_bread", {"flour": "rye"})])]
@@ -97,13 +97,13 @@ def test_rotbench_takes_the_first_of_the_right_answers() -> None:
     assert kept(rotbench, rotten(answers[:1]))[1] == {}
 
 
-def test_rotbench_names_mean_what_their_declarations_say() -> None:
+def test_rotbench_names_have_no_special_meaning() -> None:
     swapped = [{**BAKE, "name": "finish"}, {**FINISH, "name": "bake_bread"}]
     row = rotten(['Thought:\nAction: finish\nAction Input: {"flour": "None"}'], swapped)
     assert shape(kept(rotbench, row)[0])[1] == ("assistant", None, [("finish", {"flour": "None"})])
 
 
-def test_rotbench_rows_without_a_faithful_form() -> None:
+def test_rotbench_rows_that_cannot_be_converted_are_dropped() -> None:
     for answers in ([], "Action: bake_bread", [5], None):
         assert reason(rotbench, rotten(answers)) == "row is of no known format"
     good = ['Action: bake_bread\nAction Input: {"flour": "rye"}']
@@ -123,7 +123,7 @@ def test_a_step_is_read_back(thought: str, name: str, arguments: dict[str, Any])
     assert read_step(step(name, arguments, thought)) == Step(thought.strip(), name, arguments)
 
 
-def test_a_step_needs_an_action_on_a_line_of_its_own() -> None:
+def test_a_step_needs_an_action_on_a_separate_line() -> None:
     with pytest.raises(RowError):
         read_step('Thought: no Action: f\nAction Input: {"a": 1}')
     assert read_question("Begin! he said\nBegin!\n") == "Begin! he said"
@@ -131,6 +131,6 @@ def test_a_step_needs_an_action_on_a_line_of_its_own() -> None:
 
 @pytest.mark.parametrize("reader", [rotbench, toolbench])
 @given(row=junk)
-def test_no_row_crashes_a_reader_of_traces(reader: Any, row: Any) -> None:
+def test_random_rows_never_crash_a_reader_of_traces(reader: Any, row: Any) -> None:
     conversations, counts = run(reader, row)
     assert len(conversations) + sum(counts["dropped"].values()) == counts["read"] == 1

@@ -1,4 +1,4 @@
-"""The readers of public formats, on rows written here in those formats: one test per quirk of the real data."""
+"""The glaive and xlam readers, on rows in the public formats: one test per quirk of the real data."""
 
 import json
 from typing import Any
@@ -219,11 +219,11 @@ RYE = """'{"flour": "rye"}'"""
         (["U:Go", "A:One <|endoftext|> two"], "end mark inside a turn"),
     ],
 )  # fmt: skip
-def test_glaive_rows_without_a_faithful_form(turns: list[str], why: str) -> None:
+def test_glaive_rows_that_cannot_be_converted_are_dropped(turns: list[str], why: str) -> None:
     assert reason(glaive, glaive_row(*turns, tools=(BAKE, NAP))) == why
 
 
-def test_glaive_rows_whose_tools_have_no_faithful_form() -> None:
+def test_glaive_rows_with_invalid_tools_are_dropped() -> None:
     turns = ("U:Hello", "A:Hello")
     other = {**BAKE, "description": "Another bakery"}
     assert reason(glaive, glaive_row(*turns, tools=(BAKE, other))) == "one tool name, two definitions"
@@ -246,7 +246,7 @@ def test_glaive_rows_whose_tools_have_no_faithful_form() -> None:
     kept(glaive, glaive_row(*turns, tools=({"name": "f", "description": "", "parameters": {}, "required": []},)))
 
 
-def test_glaive_in_sharegpt_form() -> None:
+def test_glaive_in_the_sharegpt_format() -> None:
     calls = [{"name": "bake_bread", "arguments": {"flour": "rye"}}, {"name": "take_nap", "arguments": "{}"}]
     row = {
         "conversations": [
@@ -351,7 +351,7 @@ junk = st.recursive(
 
 @pytest.mark.parametrize("reader", [glaive, xlam, messages])
 @given(row=junk)
-def test_no_row_crashes_a_reader(reader: Any, row: Any) -> None:
+def test_random_rows_never_crash_a_reader(reader: Any, row: Any) -> None:
     conversations, counts = run(reader, row)
     assert len(conversations) + sum(counts["dropped"].values()) == counts["read"] == 1
 
@@ -389,7 +389,7 @@ def test_xlam_parallel_calls() -> None:
     assert (conversation.source, conversation.license) == ("xlam", "CC-BY-4.0")
 
 
-def test_xlam_in_the_ms_swift_form() -> None:
+def test_xlam_in_the_ms_swift_format() -> None:
     tool = {"name": "bake", "description": "", "parameters": {"type": {"type": "str", "description": "Which"}}}
     wrapped = json.dumps([{"type": "function", "function": tool}])
     calls = [
@@ -483,7 +483,7 @@ def test_xlam_arguments_that_do_not_fit(kind: str, value: Any, why: str) -> None
     assert reason(xlam, xlam_row([{"name": "bake", "arguments": {"f": value}}], {"f": {"type": kind}})) == why
 
 
-def test_xlam_rows_without_a_faithful_form() -> None:
+def test_xlam_rows_that_cannot_be_converted_are_dropped() -> None:
     good = xlam_row([{"name": "bake", "arguments": {}}], {})
     assert reason(xlam, {**good, "answers": "[]"}) == "empty list of calls"
     assert reason(xlam, {**good, "answers": "[NaN]"}) == "answers not JSON"

@@ -1,4 +1,4 @@
-"""Seal-Tools: a pool of tools beside the rows, and calls that use what earlier ones return."""
+"""Seal-Tools: a pool of tools beside the rows, and calls that use results of earlier calls."""
 
 import gzip
 import json
@@ -95,13 +95,13 @@ def test_a_dependent_call_follows_the_result_it_uses() -> None:
     ]
 
 
-def test_a_step_ends_only_where_it_must() -> None:
+def test_a_step_ends_only_before_a_dependent_call() -> None:
     again = step("bakeLoaf", {"flour": "API_call_1"}, "API_call_3")
     assert [len(calls) for _, _, calls in turns(row(FIND, BAKE, TIMER, again))] == [1, 0, 3]
 
 
 @given(st.lists(st.integers(0, 7), min_size=1, max_size=6))
-def test_no_name_is_used_before_it_was_shown(uses: list[int]) -> None:
+def test_no_result_name_is_used_before_it_is_shown(uses: list[int]) -> None:
     """Call k uses the result of call uses[k], if that is an earlier one, and text otherwise."""
     calling = [
         step("weighLoaf", {"loaf": f"API_call_{use}" if use < k else "rye"}, f"API_call_{k}")
@@ -138,7 +138,7 @@ def test_no_name_is_used_before_it_was_shown(uses: list[int]) -> None:
         ([], "row is of no known format"),
     ],
 )
-def test_rows_without_a_faithful_form(calling: list[Any], why: str) -> None:
+def test_rows_that_cannot_be_converted_are_dropped(calling: list[Any], why: str) -> None:
     assert reason(row(*calling)) == why
 
 
@@ -151,7 +151,7 @@ def offered(conversation: Conversation) -> list[str]:
     return [tool["function"]["name"] for tool in conversation.tools]
 
 
-def test_candidates_depend_on_the_id_and_the_pool_alone() -> None:
+def test_offered_tools_depend_only_on_the_id_and_the_pool() -> None:
     drawn = [offered(read(row(FIND, TIMER, id=f"dev-{i}"))[0][0]) for i in range(40)]
     again = [offered(read(row(FIND, TIMER, id=f"dev-{i}"), dict(reversed(POOL.items())))[0][0]) for i in range(40)]
     assert drawn == again
@@ -163,11 +163,11 @@ def test_candidates_depend_on_the_id_and_the_pool_alone() -> None:
     assert len(offered(read(row(FIND), {"findFlour": POOL["findFlour"]})[0][0])) == 1
 
 
-def test_without_a_pool_nothing_is_guessed() -> None:
-    assert reason(row(FIND), {}) == "tools on offer not at hand (no pool of tools beside the rows)"
+def test_rows_without_a_pool_are_dropped() -> None:
+    assert reason(row(FIND), {}) == "no pool of tools beside the rows"
 
 
-def test_prompts_carry_their_tools() -> None:
+def test_prompts_contain_their_tools() -> None:
     plain = row(FIND, BAKE)
     offer = [POOL[name] for name in ("other1", "bakeLoaf", "findFlour")]
     (conversation,), _ = read(prompted(plain, offer), {})
@@ -197,7 +197,7 @@ def test_the_pool_is_found_beside_the_rows(tmp_path: Path) -> None:
     write(tmp_path / "toolbox.jsonl", {"api": "another list"})
     report = DropReport()
     list(get_reader("sealtools").read(str(rows), report))
-    assert list(report.dropped["sealtools"]) == ["tools on offer not at hand (no pool of tools beside the rows)"]
+    assert list(report.dropped["sealtools"]) == ["no pool of tools beside the rows"]
     write(tmp_path / "tool.jsonl.gz", *POOL.values())
     assert {f.name for f in get_reader("sealtools").files(str(rows))} == {"dev.jsonl", "tool.jsonl.gz"}
     report = DropReport()
@@ -206,7 +206,7 @@ def test_the_pool_is_found_beside_the_rows(tmp_path: Path) -> None:
     assert report.dropped["sealtools"] == {"result that no earlier call gives": 1}
 
 
-def test_a_folder_holds_more_than_rows(tmp_path: Path) -> None:
+def test_a_folder_may_have_other_files_than_rows(tmp_path: Path) -> None:
     write(tmp_path / "dev.jsonl", row(FIND))
     write(tmp_path / "field.jsonl", {"Baking": ["Bread"]}, {"Music": ["Jazz"]})
     pool = write(tmp_path / "tool.jsonl", *POOL.values())

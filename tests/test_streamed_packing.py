@@ -1,4 +1,4 @@
-"""Rows packed while training asks for them: the same step gives the same rows, and memory holds one chunk."""
+"""Rows packed during training: a step always has the same rows, and memory holds one chunk."""
 
 import itertools
 from collections.abc import Iterator
@@ -57,7 +57,7 @@ def same(one: Any, other: Any) -> bool:
     st.lists(st.integers(0, 30), min_size=1, max_size=6),
 )
 @settings(max_examples=50, deadline=None)
-def test_a_step_has_the_same_rows_whenever_it_is_asked(lengths: list[int], per_step: int, asked: list[int]) -> None:
+def test_a_step_has_the_same_rows_in_any_order_of_steps(lengths: list[int], per_step: int, asked: list[int]) -> None:
     rows = Source(lengths).rows(seed=3)
     in_order = [rows.batch(step, per_step) for step in range(31)]
     assert all(batch.input_ids.shape == (per_step, SEQ_LEN) for batch in in_order)
@@ -68,7 +68,7 @@ def test_a_step_has_the_same_rows_whenever_it_is_asked(lengths: list[int], per_s
 
 @given(st.lists(st.integers(2, 40), min_size=1, max_size=40))
 @settings(max_examples=50, deadline=None)
-def test_a_pass_has_every_token_once_and_the_next_begins_anew(lengths: list[int]) -> None:
+def test_every_pass_has_every_token_once(lengths: list[int]) -> None:
     source = Source(lengths)
     rows = source.rows(pad_id=0)
     counted = {1: 0, 2: 0}
@@ -88,7 +88,7 @@ def test_rows_are_shuffled_in_their_chunk_and_differently_in_each_pass() -> None
     assert firsts[:26] != firsts[26:]
 
 
-def test_only_what_is_needed_is_read() -> None:
+def test_only_the_needed_texts_are_read() -> None:
     source = Source([10] * 10_000)
     rows = source.rows()
     rows.batch(3, 2)
@@ -97,7 +97,7 @@ def test_only_what_is_needed_is_read() -> None:
     assert rows.num_first_rows < 10
 
 
-def test_a_resumed_run_packs_nothing_again(tmp_path: Path) -> None:
+def test_a_resumed_run_packs_no_chunk_again(tmp_path: Path) -> None:
     index = tmp_path / "chunks.jsonl"
     lengths = [7, 20, 33, 12, 5, 9] * 20
     source = Source(lengths)

@@ -1,4 +1,4 @@
-"""Text for pretraining: every kind of file and the Hub, read bit by bit, and nothing lost without a word."""
+"""Text for pretraining: every kind of file and the Hub, streamed; dropped text is counted."""
 
 import gzip
 import json
@@ -61,7 +61,7 @@ FILES: dict[str, Callable[[], bytes]] = {
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("compressed", ["", ".gz", ".zst"])
-def test_every_kind_of_file(tmp_path: Path, name: str, compressed: str) -> None:
+def test_every_kind_of_file_is_read(tmp_path: Path, name: str, compressed: str) -> None:
     data = FILES[name]()
     data = {"": bytes, ".gz": gzip.compress, ".zst": zstandard}[compressed](data)
     path = tmp_path / f"{name}{compressed}"
@@ -69,7 +69,7 @@ def test_every_kind_of_file(tmp_path: Path, name: str, compressed: str) -> None:
     assert read(f"text={path}") == (TEXTS, {})
 
 
-def test_folders_and_globs_hold_every_kind(tmp_path: Path) -> None:
+def test_folders_and_globs_may_have_every_kind_of_file(tmp_path: Path) -> None:
     for name, data in FILES.items():
         (tmp_path / "sub").mkdir(exist_ok=True)
         (tmp_path / "sub" / name).write_bytes(data())
@@ -81,7 +81,7 @@ def test_folders_and_globs_hold_every_kind(tmp_path: Path) -> None:
         read(f"text={tmp_path}/*.png")
 
 
-def test_what_is_no_text_is_counted_by_reason(tmp_path: Path) -> None:
+def test_rows_without_text_are_counted_by_reason(tmp_path: Path) -> None:
     rows = [{"text": "kept"}, {"text": None}, {"text": " \n"}, {"words": "x"}, 7, "a bare text", {"text": "\ud800"}]
     (tmp_path / "a.jsonl").write_bytes(as_lines(rows) + b'{"text": "\xff"}\n{"text": \n')
     texts, dropped = read(f"text={tmp_path}/a.jsonl")
@@ -96,13 +96,13 @@ def test_what_is_no_text_is_counted_by_reason(tmp_path: Path) -> None:
     }
 
 
-def test_a_line_of_bad_bytes_costs_itself_alone(tmp_path: Path) -> None:
+def test_only_the_line_of_bad_bytes_is_dropped(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"gut\n" + b"bad \xff\xfe\n" + "naïve\n".encode() + b"cut \xc3")
     assert read(f"text={tmp_path}/a.txt") == (["gut\nnaïve\n"], {"line that is not UTF-8": 2})
 
 
 @pytest.mark.parametrize(("suffix", "compress"), [(".gz", gzip.compress), (".zst", zstandard)])
-def test_a_file_that_breaks_off_gives_what_came_before(
+def test_a_truncated_file_gives_the_text_before_the_break(
     tmp_path: Path, suffix: str, compress: Callable[[bytes], bytes]
 ) -> None:
     import random
@@ -130,7 +130,7 @@ def test_a_file_that_breaks_off_gives_what_came_before(
         (b"", "There is no text"),
     ],
 )
-def test_files_without_text_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
+def test_files_without_text_are_rejected(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "a.jsonl").write_bytes(content)
     with pytest.raises(DataError, match=message):
         read(f"text={tmp_path}/a.jsonl")
@@ -161,7 +161,7 @@ def test_blocks_and_parts_of_any_size_lose_nothing(tmp_path_factory: Any, texts:
     assert "".join(parts) == "".join(texts)
 
 
-def test_files_are_mixed_by_their_sizes(tmp_path: Path) -> None:
+def test_files_are_interleaved_by_size(tmp_path: Path) -> None:
     for name, lines in (("a", 3000), ("b", 1000)):
         (tmp_path / f"{name}.txt").write_text("\n".join([name * 99] * lines))
     first = "".join(text.text for text in islice(documents(f"text={tmp_path}"), 10))
@@ -202,7 +202,7 @@ def test_a_data_set_of_the_hub_is_streamed_at_one_revision(monkeypatch: pytest.M
     assert hub.asked == [(("some/set", None), options), (("some/set", "english"), options)]
 
 
-def test_a_data_set_that_breaks_off_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_data_set_that_fails_while_reading_raises_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def rows() -> Iterator[Any]:
         yield {"text": "one"}
         raise ConnectionError("no route")
@@ -212,7 +212,7 @@ def test_a_data_set_that_breaks_off_is_an_error(monkeypatch: pytest.MonkeyPatch)
         list(documents("text=some/set"))
 
 
-def test_what_exists_here_is_not_asked_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_existing_path_is_not_looked_up_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = Hub(monkeypatch, lambda: iter([{"text": "far"}]))
     (tmp_path / "some").mkdir()
     (tmp_path / "some" / "set").mkdir()
@@ -224,7 +224,7 @@ def test_what_exists_here_is_not_asked_of_the_hub(tmp_path: Path, monkeypatch: p
     assert not hub.asked
 
 
-def test_only_what_is_made_here_counts_as_generated() -> None:
+def test_only_generated_sources_count_as_generated() -> None:
     assert is_generated("demo:2,notations")
     assert not is_generated("demo,text=some/set")
 
@@ -233,7 +233,7 @@ def test_only_what_is_made_here_counts_as_generated() -> None:
 @pytest.mark.parametrize(
     "text", ["e\u0301 नमस्ते ไทย 日本語 👩‍👩‍👧", "a  b\t\r\n\n  c ", "3.14159 ١٢٣ x²", "\x00\u200b'll DON'T"]
 )
-def test_a_tokenizer_gives_back_every_text(pieces: str, text: str) -> None:
+def test_a_tokenizer_decodes_every_text_to_itself(pieces: str, text: str) -> None:
     tokenizer = train_tokenizer(["Some words, some more words. 12 34"] * 3, 300, pieces)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert tokenizer.decode(ids) == text

@@ -1,4 +1,4 @@
-"""Presentations of tools hold all that a caller needs: names, types, values, defaults, and what may be left out."""
+"""Tool forms contain everything that a caller needs: names, types, values, defaults, and optional arguments."""
 
 import ast
 import json
@@ -138,7 +138,7 @@ def json_values(text: str) -> list:
 
 @given(tools())
 @settings(max_examples=60, deadline=None)
-def test_the_json_ones_hold_the_tools_as_they_are(tools) -> None:
+def test_json_forms_contain_the_tools_unchanged(tools) -> None:
     functions = [tool["function"] for tool in tools]
     for form in ("indent0", "indent2", "indent4", "lines"):
         assert json_values(write_tools(tools, form)) == functions
@@ -159,7 +159,7 @@ def leaves_of(schema) -> list[str]:
 
 @given(tools())
 @settings(max_examples=60, deadline=None)
-def test_the_others_say_every_name_value_and_default(tools) -> None:
+def test_other_forms_contain_every_name_value_and_default(tools) -> None:
     python, typescript = write_tools(tools, "python"), write_tools(tools, "typescript")
     for function in (tool["function"] for tool in tools):
         parameters = function["parameters"]
@@ -186,7 +186,7 @@ words = st.from_regex(r"x[a-z]{1,6}", fullmatch=True)
 
 @given(words, st.dictionaries(words, st.tuples(schemas, st.booleans(), st.none() | st.integers()), max_size=5))
 @settings(max_examples=60, deadline=None)
-def test_a_signature_of_plain_names_is_python_and_tells_what_may_be_left_out(name, drawn) -> None:
+def test_a_signature_is_valid_python_and_shows_optional_arguments(name, drawn) -> None:
     properties = {key: {**schema, **({} if d is None else {"default": d})} for key, (schema, _, d) in drawn.items()}
     required = [key for key, (_, needed, _) in drawn.items() if needed]
     tool = as_tool(name, "Does it.", {"type": "object", "properties": properties, "required": required})
@@ -198,7 +198,7 @@ def test_a_signature_of_plain_names_is_python_and_tells_what_may_be_left_out(nam
     assert without == [key for key in properties if key in required]
 
 
-def test_unknown_forms_are_named() -> None:
+def test_unknown_forms_raise_an_error_with_a_suggestion() -> None:
     with pytest.raises(DataError, match="Did you mean 'typescript'"):
         write_tools([PING], "typscript")
     assert all(write_tools([PING], form) for form in TOOL_FORMS)

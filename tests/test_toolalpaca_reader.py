@@ -91,7 +91,7 @@ def test_operations_become_tools() -> None:
     assert bake == {"name": "bakeLoaf", "description": "Bake a loaf", "parameters": LOAF}
 
 
-def test_empty_text_for_what_is_not_given() -> None:
+def test_empty_text_for_optional_arguments_is_left_out() -> None:
     conversation, repairs = kept(toolalpaca, api([("lookIntoOven", {"oven": 3, "side": "", "page": ""})]))
     assert shape(conversation)[1][2] == [("lookIntoOven", {"oven": 3})]
     assert repairs == {"empty text for an optional argument left out": 1}
@@ -110,7 +110,7 @@ def test_empty_text_for_what_is_not_given() -> None:
         ([], "empty list of calls"),
     ],
 )
-def test_answers_without_a_faithful_form(answer: Any, why: str) -> None:
+def test_answers_that_cannot_be_converted_are_dropped(answer: Any, why: str) -> None:
     assert reason(toolalpaca, api(answer)) == why
 
 
@@ -132,18 +132,18 @@ def changed(**places: Any) -> dict[str, Any]:
         ([], "row is of no known format"),
     ],
 )
-def test_documents_without_a_faithful_form(document: Any, why: str) -> None:
+def test_documents_that_cannot_be_converted_are_dropped(document: Any, why: str) -> None:
     assert reason(toolalpaca, api(LOOK, document=document)) == why
 
 
-def test_references_that_multiply_at_every_step_are_refused() -> None:
+def test_references_that_grow_exponentially_are_rejected() -> None:
     nexts = [{"$ref": f"#/components/schemas/S{i + 1}"} for i in range(8)]
     steps = {f"S{i}": {"properties": dict.fromkeys("abcdef", after)} for i, after in enumerate(nexts)}
     document = changed(Loaf={"$ref": "#/components/schemas/S0"}, **steps, S8={"type": "object", "properties": {}})
     assert reason(toolalpaca, api(LOOK, document=document)) == "schema that contains itself"
 
 
-def test_rows_of_another_form() -> None:
+def test_rows_of_another_format_are_dropped() -> None:
     row = api(LOOK)
     assert reason(toolalpaca, {**row, "Golden_Answers": []}) == "question without a golden answer"
     assert reason(toolalpaca, {**row, "Function_Projection": {"f": "x"}}) == "function without a path and a method"

@@ -1,4 +1,4 @@
-"""ToolRL: one prompt with tools and history, an answer that thinks first."""
+"""ToolRL: one prompt with tools and history, and an answer that begins with thinking."""
 
 import json
 from typing import Any
@@ -33,7 +33,7 @@ def calls(*made: tuple[str, Any]) -> str:
 RYE = ("Bake Bread", {"flour": "rye"})
 
 
-def test_thinking_is_cut_before_anything_else() -> None:
+def test_thinking_is_removed_first() -> None:
     thinking = "<think> I could write <tool_call> or a <response>. Not {now}. </think>\n"
     conversation, repairs = kept(toolrl, row(thinking + calls(RYE, ("nap.v2", {"minutes": "5"}))))
     assert shape(conversation) == [
@@ -93,11 +93,11 @@ def test_one_result_may_be_any_text() -> None:
         ('<tool_call>\n{"name": "nap.v2", "arguments": {}}\n</tool_call>', "call without a name or arguments"),
     ],
 )
-def test_answers_without_a_faithful_form(answer: str, why: str) -> None:
+def test_answers_that_cannot_be_converted_are_dropped(answer: str, why: str) -> None:
     assert reason(toolrl, row(answer)) == why
 
 
-def test_tools_without_a_faithful_form() -> None:
+def test_tools_that_cannot_be_converted_are_dropped() -> None:
     answer = "<response> Hello </response>"
     assert reason(toolrl, {**row(answer), "instruction": "Use tools."}) == "row is of no known format"
     broken = row(answer)

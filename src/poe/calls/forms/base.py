@@ -71,6 +71,7 @@ class CallForm(ABC):
 
 
 def as_json(value: Any) -> str:
+    """Return a value as JSON text with non-ASCII characters unchanged."""
     return json.dumps(value, ensure_ascii=False)
 
 

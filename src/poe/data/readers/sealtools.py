@@ -166,7 +166,7 @@ def _read_prompt(conversation: Any) -> tuple[list[dict[str, Any]], str, Any]:
 def choose_tools(seed: str, called: list[str], pool: Pool) -> list[dict[str, Any]]:
     """Return the called tools and other tools of the pool. The seed decides the choice and the order."""
     if not pool:
-        raise RowError("tools on offer not at hand (no pool of tools beside the rows)")
+        raise RowError("no pool of tools beside the rows")
     names = list(dict.fromkeys(called))
     if any(name not in pool for name in names):
         raise RowError("call to a tool that the pool does not have")
