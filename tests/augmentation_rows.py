@@ -1,4 +1,4 @@
-"""Rows for the tests of augmentation: one written by hand, and a hypothesis strategy for rows of any shape."""
+"""Rows for the tests of augmentation: rows written by hand, and a hypothesis strategy for rows of any shape."""
 
 import json
 from typing import Any
@@ -33,7 +33,7 @@ POEM = tool("write_poem", "Compose some verses", topic=text("what it is about"))
 def row(
     question: str, *answer: tuple[str, dict[str, Any]], tools: tuple[Tool, ...] = (BOOK, TIDE), said: str = "No."
 ) -> Conversation:
-    """One question, answered by calls, or in words where there are none."""
+    """Return a row with one question, answered by calls, or by `said` if there are none."""
     made = [
         {"id": f"call_{i}", "type": "function", "function": {"name": name, "arguments": arguments}}
         for i, (name, arguments) in enumerate(answer, 1)
@@ -49,7 +49,7 @@ def arguments(conversation: Conversation) -> list[dict[str, Any]]:
 
 
 def misfit(conversation: Conversation) -> list[str]:
-    """Why calls of the row do not fit its tools."""
+    """Return the reasons why calls of the row do not fit its tools."""
     reasons = (check_call(conversation.tools, call["name"], call["arguments"]) for call in iter_calls(conversation))
     return [reason for reason in reasons if reason]
 
@@ -57,7 +57,7 @@ def misfit(conversation: Conversation) -> list[str]:
 DEMO = [make_conversation(i) for i in range(400)]
 demo_rows = st.integers(0, 5000).map(make_conversation)
 
-# Ordinary words, identifiers, and words that are keywords of a schema.
+# Plain words, identifiers, and keywords of JSON Schema.
 NAMES = (
     "city query day get_weather maxPrice maps.search user_id q properties items required default x-y straße A".split()
 )
@@ -68,7 +68,7 @@ sentences = st.lists(words, min_size=1, max_size=6).map(" ".join)
 
 @st.composite
 def schemas(draw: st.DrawFn, depth: int = 2) -> tuple[dict[str, Any], st.SearchStrategy[Any]]:
-    """A described schema, and the values that fit it."""
+    """Draw a schema with a description, and a strategy for values that fit it."""
     kind = draw(st.sampled_from(("text", "enum", "number", "array", "object", "any", "free")[: 7 if depth else 3]))
     described = {"description": draw(sentences)}
     if kind == "text":

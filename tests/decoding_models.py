@@ -1,4 +1,4 @@
-"""Tiny models of the kinds that decoding in parts has to get right, and their inputs."""
+"""Tiny models of every kind that decoding must handle (windows, features of PoE, soft caps), and their inputs."""
 
 import torch
 from transformers import PreTrainedModel
@@ -7,7 +7,7 @@ from conftest import GEMMA, scramble, tiny_model, token_ids
 from poe import Cascade
 
 WINDOWS = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
-# name -> (model type, fields of its config); all have four layers
+# Name -> (model type, fields of its config). All have four layers.
 MODELS: dict[str, tuple[str, dict]] = {
     "poe": ("poe", {}),
     "poe with stages": ("poe", {"stage_layers": [1, 1, 1, 1], "stage_heads": True}),
@@ -34,7 +34,7 @@ MODELS: dict[str, tuple[str, dict]] = {
 
 
 def decoding_cascade(name: str, stage: str | None = None, dtype: torch.dtype = torch.float32) -> Cascade:
-    """A cascade on a base of four layers; `stage` is "top" (two layers above all), "low" (above three) or None."""
+    """Return a cascade on a base of four layers. `stage`: "top" (after all), "low" (after three), or None."""
     model_type, fields = MODELS[name]
     cascade = Cascade(tiny_model(model_type, {"num_hidden_layers": 4, **fields}, dtype))
     if stage is not None:
@@ -44,12 +44,12 @@ def decoding_cascade(name: str, stage: str | None = None, dtype: torch.dtype = t
 
 
 def model_of(cascade: Cascade) -> PreTrainedModel:
-    """The native model that the cascade's active stage makes."""
+    """Return the native model of the active stage."""
     return cascade.model(cascade.active)
 
 
 def prompts(rows: int, length: int = 7, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Token ids and attention mask (rows, length); every row but the first is padded on the left, each differently."""
+    """Return token ids and mask (rows, length). Row r is padded on the left with r tokens."""
     ids = token_ids(rows, length, seed)
     mask = torch.ones_like(ids)
     for row in range(1, rows):
@@ -58,5 +58,5 @@ def prompts(rows: int, length: int = 7, seed: int = 0) -> dict[str, torch.Tensor
 
 
 def positions(mask: torch.Tensor) -> torch.Tensor:
-    """Positions (B, T) of tokens under an attention mask, as `generate` counts them."""
+    """Return the positions (B, T) of tokens under an attention mask, as `generate` counts them."""
     return (mask.cumsum(-1) - 1).clamp(min=0)

@@ -1,4 +1,4 @@
-"""Which families can be grown, tried on tiny models, and the page that says so.
+"""Try which families can be grown, with tiny models, and write the page about them.
 
 `python tests/families_page.py` writes docs/reference/families.md; a test fails when that page is out of date.
 """
@@ -16,7 +16,7 @@ from poe.modeling.recognition import recognize_family
 
 PAGE = Path(__file__).parents[1] / "docs" / "reference" / "families.md"
 DEEPER = {"num_hidden_layers": 3}
-# model type -> fields of the config of a tiny one. Not declared; the trial accepts them.
+# Model type -> fields of a tiny config. These families are not declared, but the trial accepts them.
 ACCEPTED: dict[str, dict] = {
     "apertus": {},
     "arcee": {},
@@ -41,7 +41,7 @@ ACCEPTED: dict[str, dict] = {
     "starcoder2": {},
 }
 HYBRID = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
-# Refused, with a part of the reason.
+# Model type -> fields of a tiny config, and a part of the reason why the trial refuses it.
 REFUSED: dict[str, tuple[dict, str]] = {
     "bloom": ({}, "do not take the hidden states first and return them alone"),
     "falcon": ({}, "do not take the hidden states first and return them alone"),
@@ -76,7 +76,7 @@ def exists(model_type: str) -> bool:
 
 @functools.cache
 def outcome(model_type: str) -> tuple[Family, Logits] | str:
-    """Try a tiny model of an undeclared family: what was found, or why it was refused."""
+    """Try a tiny model of an undeclared family; return its structure, or the reason why it is refused."""
     if model_type == "t5":
         config = T5Config(vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
         model = T5ForConditionalGeneration(config)
@@ -153,7 +153,7 @@ def _logits(logits: Logits) -> str:
 
 
 def declared_and_found(name: str) -> tuple[Family, Family]:
-    """Return a declaration, and what the trial finds in a base of that family when it is not declared."""
+    """Return the declaration of a family, and what the trial finds when the family is not declared."""
     declared = FAMILIES.pop(BASES[name][0])
     try:
         return declared, recognize_family(tiny_base(name))

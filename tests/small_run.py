@@ -1,4 +1,4 @@
-"""A small training run that a test can start in a process of its own, kill at any moment, and start again."""
+"""A small training run that a test can start in another process, kill at any moment, and continue."""
 
 import os
 import shutil
@@ -71,12 +71,12 @@ def small_engine(
 
 
 def train(run: Path, ready: Connection | None = None, deadly_operation: int | None = None) -> None:
-    """Start the run, or continue it; with `deadly_operation`, die at that operation of writing checkpoints (1, 2, ...).
+    """Start or continue the run; with `deadly_operation` = n, kill this process at its n-th checkpoint operation.
 
-    `ready` is told when training begins.
+    Send a message to `ready` when training begins.
     """
     torch.set_num_threads(1)
-    os.fsync = lambda handle: None  # slow, and a kill, unlike a power cut, loses nothing that was written
+    os.fsync = lambda handle: None  # slow, and a killed process loses no written data
     if deadly_operation is not None:
         die_at(deadly_operation)
     engine, cascade = small_engine(run)
@@ -88,10 +88,10 @@ def train(run: Path, ready: Connection | None = None, deadly_operation: int | No
 
 
 def die_at(operation: int) -> None:
-    """SIGKILL this process at the n-th operation on the disk that writes, names or removes a checkpoint."""
+    """Kill this process at the n-th operation that writes, renames or removes a checkpoint."""
     left = operation
 
-    def deadly(real: Callable[..., Any], halfway: Callable[..., None] = lambda *args: None) -> Callable[..., Any]:
+    def killing(real: Callable[..., Any], halfway: Callable[..., None] = lambda *args: None) -> Callable[..., Any]:
         def call(*args: Any, **options: Any) -> Any:
             nonlocal left
             left -= 1
@@ -102,16 +102,16 @@ def die_at(operation: int) -> None:
 
         return call
 
-    def half_a_file(tensors: Any, path: Path) -> None:
+    def write_half_a_file(tensors: Any, path: Path) -> None:
         save_file(tensors, path)
         os.truncate(path, path.stat().st_size // 2)
 
-    def half_a_folder(path: Path, *rest: Any) -> None:
+    def remove_half_a_folder(path: Path, *rest: Any) -> None:
         for file in sorted(path.iterdir())[::2] if path.is_dir() else []:
             file.unlink()
 
     save_file = checkpoint.save_file
-    checkpoint.save_file = deadly(save_file, half_a_file)
-    shutil.rmtree = deadly(shutil.rmtree, half_a_folder)
-    os.fsync = deadly(os.fsync)
-    os.rename = deadly(os.rename)
+    checkpoint.save_file = killing(save_file, write_half_a_file)
+    shutil.rmtree = killing(shutil.rmtree, remove_half_a_folder)
+    os.fsync = killing(os.fsync)
+    os.rename = killing(os.rename)

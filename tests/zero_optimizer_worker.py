@@ -1,4 +1,4 @@
-"""One of the processes of tests/test_zero_optimizer.py, and the problem that they and the single process share.
+"""The program of the processes of test_zero_optimizer.py, and the problem that they and one process solve.
 
 python zero_optimizer_worker.py RANK PORT FOLDER     # needs FOLDER/whole.safetensors, writes FOLDER/<scenario>-<rank>.*
 """
@@ -18,14 +18,14 @@ from poe.training.optim import MuonAdamW, build_optimizer
 from poe.training.parallel import zero
 
 STEPS, HALF = 10, 5
-# Counts and sizes that two processes cannot share evenly.
+# Numbers and sizes that two processes cannot divide evenly.
 SHAPES = {
     "layers.0.up.weight": (24, 16),
     "layers.1.up.weight": (24, 16),
     "layers.2.up.weight": (24, 16),
     "layers.0.down.weight": (16, 24),
     "layers.0.gate.weight": (9, 7),
-    "layers.3.never.weight": (5, 5),  # no process ever has a gradient
+    "layers.3.never.weight": (5, 5),  # has no gradient in any process
     "layers.0.norm.weight": (17,),
     "layers.0.scale": (),
     "head.weight": (101, 16),
@@ -42,7 +42,7 @@ def parameters(shapes: dict[str, tuple[int, ...]] = SHAPES, dtype: torch.dtype =
 
 
 def gradient(name: str, param: torch.Tensor, index: int, step: int, rank: int) -> torch.Tensor | None:
-    """What a process finds: never for one parameter, on one process only for others, in some steps for none."""
+    """Return the gradient of a process: None for one parameter, on one rank only for some, and not in every step."""
     if "never" in name or ("scale" in name and step == 2):
         return None
     if name in ("layers.1.up.weight", "head.a") and rank != step % 2:
@@ -127,13 +127,13 @@ def main(rank: int, port: int, folder: Path) -> None:
     run("clipped", parameters(), 0.5)
     run("bf16", parameters(dtype=torch.bfloat16))
     run("head_only", parameters(HEAD_ONLY))
-    zero.BUCKET_ELEMENTS, usual = 2 * 37, zero.BUCKET_ELEMENTS  # a parameter travels in many buckets
+    zero.BUCKET_ELEMENTS, usual = 2 * 37, zero.BUCKET_ELEMENTS  # a parameter needs many buckets
     run("buckets", parameters())
     zero.BUCKET_ELEMENTS = usual
 
     named = parameters()
     first = run("half", named, steps=HALF)
-    second = make(named, group)  # as after a restart: the weights, and a state that was saved
+    second = make(named, group)  # as after a restart: current weights and a saved state
     restore_optimizer(second, names_of(second), *optimizer_tensors(first, names_of(first)))
     keep("resumed", second, named, train(second, named, range(HALF, STEPS), [rank], None))
 
@@ -158,4 +158,4 @@ def main(rank: int, port: int, folder: Path) -> None:
 
 if __name__ == "__main__":
     main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
-    gc.collect()  # gloo ends its threads when nobody holds the group any more: before the interpreter ends
+    gc.collect()  # the threads of gloo end with the group, which must happen before the interpreter ends
