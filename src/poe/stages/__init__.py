@@ -1,4 +1,4 @@
-"""Recipes: one YAML per specialist, one dataclass that is at once the file, the Python API and the command line."""
+"""Recipes of stages and bases; folding a chain of stages; compressing a head."""
 
 from poe.stages.augmentation import Augmentation
 from poe.stages.recipe import BaseRecipe, Recipe, list_recipes, load_base_recipe, load_recipe

@@ -1,4 +1,4 @@
-"""A trained head becomes a smaller one: the best approximation of a given rank."""
+"""Replace a trained head delta by its best approximation of a given rank."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -12,10 +12,15 @@ from poe.modeling.stage import Stage
 
 @dataclass(frozen=True)
 class HeadReport:
-    """What replacing a head delta W by one of low rank cost.
+    """The size and the error of a head delta after compression.
 
-    `relative_error` is the Frobenius norm of the change over that of W, `energy` the share of the squared norm that is
-    kept. The errors of logits are absolute, over all the token ids that were given; None if none were.
+    rank               rank of the new delta
+    parameters_before  numbers in the old delta
+    parameters_after   numbers in the new delta
+    relative_error     Frobenius norm of the change, divided by that of the old delta
+    energy             share of the squared Frobenius norm that the new delta keeps, 0 to 1
+    max_logit_error    largest absolute error of a logit on the given token ids; None without token ids
+    mean_logit_error   mean absolute error of the logits on the given token ids; None without token ids
     """
 
     rank: int
@@ -29,21 +34,22 @@ class HeadReport:
 
 @torch.no_grad()
 def compress_head(stage: Stage, rank: int) -> HeadReport:
-    """Replace a stage's head delta by the nearest one of `rank` (truncated SVD: Eckart and Young, 1936).
+    """Replace the head delta of a stage by the nearest one of `rank`, with a truncated SVD (Eckart and Young, 1936).
 
-    The factors share the singular values evenly: `a = sqrt(S) V^T` (rank, width), `b = U sqrt(S)` (vocabulary, rank),
-    in the head's dtype. Raises `StageError` if there is no head delta or the new one would not be smaller.
+    Both factors get the square roots of the singular values: `a = sqrt(S) V^T` (rank, width) and `b = U sqrt(S)`
+    (vocabulary, rank), in the dtype of the head. Raises `StageError` if there is no head delta, or if the new one would
+    not be smaller.
     """
     head = stage.head
     assert isinstance(head, HeadDelta)
     delta = head.delta()
     if delta is None:
-        raise StageError(f"Stage {stage.name!r} has no head delta: there is nothing to compress.")
+        raise StageError(f"Stage {stage.name!r} has no head delta to compress.")
     before = sum(p.numel() for p in head.parameters())
     if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank * sum(delta.shape) < before:
         raise StageError(
-            f"Stage {stage.name!r}: rank should be a whole number from 1 to {(before - 1) // sum(delta.shape)}, so "
-            f"that the head gets smaller than its {before:,} parameters, got {rank!r}."
+            f"Stage {stage.name!r}: rank should be a whole number from 1 to {(before - 1) // sum(delta.shape)}, to "
+            f"make the head smaller than its {before:,} parameters, got {rank!r}."
         )
     u, s, vt = torch.linalg.svd(delta, full_matrices=False)
     small = LowRankHead(delta.shape[0], delta.shape[1], rank).to(next(head.parameters()))
@@ -54,6 +60,6 @@ def compress_head(stage: Stage, rank: int) -> HeadReport:
     error = float((delta - small.delta()).norm()) / norm if norm else 0.0
     stage.head = small
     stage.config = dataclasses.replace(stage.config, head="low_rank", head_rank=rank)
-    stage.source = None  # what its files hold is another head
+    stage.source = None  # its files hold the old head
     energy = float(s[:rank].square().sum() / s.square().sum()) if norm else 1.0
     return HeadReport(rank, before, rank * sum(delta.shape), error, energy)

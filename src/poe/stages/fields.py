@@ -1,4 +1,4 @@
-"""Fields that explain themselves: a type with a range, and a sentence under the field in its class.
+"""Documented fields of a dataclass: a type with a range, and a sentence under the field.
 
     warmup_ratio: Ratio = 0.05
     \"\"\"Share of the steps over which the learning rates rise to their full values.\"\"\"
@@ -24,7 +24,7 @@ from poe.errors import RecipeError
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers that a field accepts: `text` for people, `accepts` for the check."""
+    """The numbers that a field accepts, as text and as a check."""
 
     text: str
     accepts: Callable[[float], bool]
@@ -40,7 +40,7 @@ NonNegativeInt = Annotated[int, Range("0 or more", lambda x: x >= 0)]
 
 @dataclass(frozen=True)
 class FieldInfo:
-    """A field as it is printed. `hint` is its type without ranges, `default` is YAML text."""
+    """A field for printing. `hint` is its type without ranges, `type` the name of the type, `default` YAML text."""
 
     name: str
     hint: Any
@@ -52,7 +52,7 @@ class FieldInfo:
 def check_fields(instance: Any, title: str) -> None:
     """Raise `RecipeError` unless every field of a dataclass has a value of its type and in its range.
 
-    `title` is the start of the message, up to the field's name: `Recipe 'tool': ` or `augment.`.
+    `title` comes before the name of the field in the message: `Recipe 'tool': ` or `augment.`.
     """
     for name, hint in typing.get_type_hints(type(instance), include_extras=True).items():
         value = getattr(instance, name)
@@ -77,14 +77,14 @@ def describe_fields(kind: type) -> dict[str, FieldInfo]:
 
 
 def format_value(value: Any) -> str:
-    """Return a field's value as one line of YAML, as it is written in a recipe or on the command line."""
+    """Return the value of a field as one line of YAML, the text for a recipe file or an option."""
     if dataclasses.is_dataclass(value):
         value = value.as_dict()  # type: ignore[union-attr]
     return yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("...\n").strip()
 
 
 def _sentences(kind: type) -> dict[str, str]:
-    """Return the sentence under each field, of the class or else of the class that it extends."""
+    """Return the sentence under each field. A class overrides the sentences of the class that it extends."""
     sentences: dict[str, str] = {}
     for owner in reversed([each for each in kind.__mro__ if dataclasses.is_dataclass(each)]):
         (definition,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
@@ -141,7 +141,7 @@ _NAMES = {float: "a number", int: "a whole number", str: "text", bool: "true or 
 
 
 def _expected(hint: Any) -> str:
-    """Return what a field accepts, in words for an error message."""
+    """Return the values that a field accepts, in words for an error message."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         return f"{_expected(arguments[0])} ({', '.join(part.text for part in _ranges(hint))})"
@@ -157,7 +157,7 @@ def _expected(hint: Any) -> str:
 
 
 def _type_name(hint: Any) -> str:
-    """Return a type as `--help` prints it: `int`, `float|null`, `dense|low_rank|none`, `mapping`."""
+    """Return the name of a type in `--help`: `int`, `float|null`, `dense|low_rank|none`, `mapping`."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return "|".join(map(str, arguments))

@@ -1,4 +1,4 @@
-"""A chain of stages becomes one stage: one delta to publish, that needs no parent."""
+"""Fold a chain of stages into one stage, so that its delta needs no parent."""
 
 from collections.abc import Sequence
 from functools import reduce
@@ -14,8 +14,8 @@ from poe.modeling.stage_config import StageConfig
 def fold_chain(base: PreTrainedModel, stage: Stage, name: str) -> Stage:
     """Return a new stage `name` on the base itself that computes what the chain ending in `stage` computes.
 
-    It has copies of every layer of the chain and the sum of its head deltas, in the widest dtype of the chain, and
-    attaches where the chain does. `fold_heads` says how exact the head is; the layers are copied as they are.
+    The new stage has exact copies of all layers of the chain, and one head delta (see `fold_heads` for its error). It
+    attaches at the boundary of the first stage. Its dtype is the widest of the chain.
     """
     chain = stage.chain
     head, rank, tensors = fold_heads([link.head for link in chain])  # type: ignore[misc]
@@ -36,14 +36,16 @@ def fold_chain(base: PreTrainedModel, stage: Stage, name: str) -> Stage:
 
 @torch.no_grad()
 def fold_heads(heads: Sequence[HeadDelta]) -> tuple[str, int, dict[str, torch.Tensor]]:
-    """Return kind, rank (1 if it has none) and tensors (`head.*`) of one head delta that is the sum of several.
+    """Return the sum of head deltas as one: its kind, rank (1 for a kind without rank) and tensors (`head.*`).
 
-    None is added as nothing; low-rank deltas are joined by their ranks, `[b_1 b_2] @ [a_1; a_2]`, as long as that
-    holds fewer numbers than a dense one; else the result is the dense sum in fp32, in chain order. One delta among
-    nothing stays as it is, bit for bit. With more, the folded head W + (d_1 + ... + d_k) differs from the chain's
-    (W + d_1) + ... + d_k by the rounding of sums in another order, in each element at most
-    2 n 2^-24 (|W| + |d_1| + ... + |d_k|), n the number of sums and ranks; a dense sum also by its rounding to
-    the stage's dtype, and both by theirs to the base's.
+    - Heads of kind "none" add nothing. A single other delta is returned unchanged, bit for bit.
+    - Low-rank deltas are concatenated along the rank, `[b_1 b_2] @ [a_1; a_2]`, if that has fewer numbers than a
+      dense delta.
+    - Any other sum is dense, in fp32, in the order of the chain.
+
+    The folded head W + (d_1 + ... + d_k) differs from that of the chain, (W + d_1) + ... + d_k, because the sums are
+    rounded in another order: in each element by at most 2 n 2^-24 (|W| + |d_1| + ... + |d_k|), where n is the number
+    of sums and ranks. A dense sum is also rounded to the dtype of the stage, and both heads to that of the base.
     """
     parts = [head for head in heads if not isinstance(head, NoHead)]
     if not parts:

@@ -1,4 +1,7 @@
-"""A recipe is data: the same fields are the YAML file, the dataclass, the command-line options and the model card."""
+"""Recipes: the same fields are a YAML file, a dataclass, the options of `poe-train`, and a part of training.json.
+
+The sentence under a field is its documentation everywhere. `fields.py` checks the types and ranges.
+"""
 
 import dataclasses
 import os
@@ -29,7 +32,7 @@ RECIPES = Path(__file__).parent
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The fields that every training run has: its data, its length, its learning rates.
+    """The fields of every training run: data, length, learning rates, and how it runs.
 
     Learning rates are given for width 768. AdamW rates are multiplied by `(width / 768) ** -0.5`. The schedule
     multiplies every rate by a factor that starts at `initial_lr_factor`, rises to 1, and falls to `final_lr_factor`.
@@ -99,7 +102,7 @@ class Plan:
             )
 
     def replace(self, **fields: Any) -> Self:
-        """Return a copy with some fields changed; an unknown field is a `RecipeError` with a suggestion."""
+        """Return a copy with some fields changed. Raises `RecipeError` for an unknown field or a bad value."""
         known = {f.name for f in dataclasses.fields(self)}
         for name in fields:
             if name not in known:
@@ -108,22 +111,24 @@ class Plan:
 
     @property
     def learning_rates(self) -> dict[str, Any]:
-        """The learning rates by the names of `build_optimizer`."""
+        """The learning rates, by the parameters of `build_optimizer`."""
         return {"matrix_lr": self.matrix_lr, "head_lr": self.head_lr}
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
         return dataclasses.asdict(self)
 
     def to_yaml(self) -> str:
+        """Return the fields as YAML that `load_recipe` reads."""
         return yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(Plan):
-    """How a stage is shaped and trained. The defaults are those published for the 1.3B stages of Cognica PoE."""
+    """The shape and the training of a stage. The defaults are those of the published 1.3B stages of Cognica PoE."""
 
     train_on: Literal["assistant", "calls"] = "assistant"
-    """Turns that are learned: all of the assistant's, or only those with calls."""
+    """Turns to learn: all turns of the assistant, or only those with calls."""
     isolate_documents: bool = True
     """Mask attention between the documents that are packed into one row."""
     augment: Augmentation = field(default_factory=Augmentation)
@@ -131,17 +136,17 @@ class Recipe(Plan):
     num_layers: PositiveInt = 4
     """Number of new decoder layers."""
     head: Literal["dense", "low_rank", "none"] = "dense"
-    """Kind of head delta that is added to the head of the base."""
+    """Kind of head delta, which is added to the head of the base."""
     head_rank: PositiveInt | Literal["auto"] = 64
     """Rank of a low_rank head. Auto: the largest power of two with which it is no larger than the layers."""
     attach_at: PositiveInt | None = None
     """Number of layers of the base below the stage. Null: all."""
     epochs: dict[str, PositiveInt] = field(default_factory=dict)
-    """Passes over each data reader, as in {glaive: 4}, where the SPEC gives none."""
+    """Passes over the rows of each reader, as in {glaive: 4}, unless the SPEC gives them."""
     validation_ratio: Ratio = 0.02
-    """Share of the queries that is kept for validation."""
+    """Share of the queries to keep for validation."""
     eval_data: str = ""
-    """SPEC of the questions to answer after training; training rows that share a query or a call are left out."""
+    """Questions to answer after training, as a SPEC; training rows with the same query or call are dropped."""
     near_duplicates: Ratio | None = 0.9
     """Similarity from which a row counts as a repetition of another. Null: only equal rows do."""
     eval_rows: NonNegativeInt = 200
@@ -158,23 +163,23 @@ class Recipe(Plan):
         for other in ("compile", "shard_base"):
             if self.cache_hidden and getattr(self, other):
                 raise RecipeError(
-                    f"Recipe {self.name!r}: cache_hidden and {other} do not go together: with the cache there is "
-                    f"{'no forward pass of the whole model to compile' if other == 'compile' else 'no base to divide'} "
-                    "while training. Choose one of them."
+                    f"Recipe {self.name!r}: cache_hidden and {other} cannot be combined: training from the cache has "
+                    f"{'no forward pass of the whole model to compile' if other == 'compile' else 'no base to shard'}. "
+                    "Choose one of them."
                 )
 
     def as_dict(self) -> dict[str, Any]:
         return {**super().as_dict(), "augment": self.augment.as_dict()}
 
     def stage_config(self, **fields: Any) -> StageConfig:
-        """Return the shape of the stage; `fields` override."""
+        """Return the shape of the stage, with some fields changed."""
         own = {name: getattr(self, name) for name in ("name", "num_layers", "head", "head_rank", "attach_at")}
         return StageConfig(**{**own, **fields})
 
 
 @dataclass(frozen=True, kw_only=True)
 class BaseRecipe(Plan):
-    """How a PoE base is shaped and trained from scratch."""
+    """The shape and the training of a PoE base from scratch."""
 
     vocab_size: PositiveInt = 32768
     """Number of tokens in the vocabulary."""
@@ -191,13 +196,13 @@ class BaseRecipe(Plan):
     stage_layers: list[PositiveInt] | None = None
     """Number of layers of each stage, as in [12, 5, 4, 3], with the sum num_layers. Null: one stage."""
     stage_heads: bool = False
-    """Give every stage a head of its own, added to the shared one."""
+    """Give every stage its own head, which is added to the shared one."""
     combiner: Literal["last", "log_op"] = "last"
-    """Prediction of the base: its last stage's, or the normalized mean of all stages' log-probabilities."""
+    """Prediction of the base: that of its last stage, or the normalized mean of all stages' log-probabilities."""
     network: dict[str, Any] = field(default_factory=dict)
     """Further fields of PoEConfig, as in {layer_scalars: true}."""
     learning: Literal["local", "backprop"] = "local"
-    """Loss of a stage: its own prediction's, or that of the last stage by backpropagation."""
+    """Loss of each stage: that of its own prediction (local), or of the last stage's (backprop)."""
     head_lr: NonNegative = 0.004
     """AdamW learning rate of the head at width 768."""
     embed_lr: NonNegative = 0.2
@@ -205,7 +210,7 @@ class BaseRecipe(Plan):
     warmdown_ratio: Ratio = 0.5
     initial_lr_factor: Ratio = 0.0
     init: str | None = None
-    """Folder of a base to continue from, with its tokenizer and shape; added layers go below it. Null: none."""
+    """Folder of a base to continue, with its tokenizer and shape; additional layers go below it. Null: none."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -217,13 +222,13 @@ class BaseRecipe(Plan):
             )
         if self.compile and self.learning == "local" and len(stages) > 1:
             raise RecipeError(
-                f"Recipe {self.name!r}: compile and local learning do not go together, because the backward pass of a "
-                "stage comes before the forward pass of the next. Choose learning: backprop, or leave compile out."
+                f"Recipe {self.name!r}: compile and local learning cannot be combined, because the backward pass of a "
+                "stage runs before the forward pass of the next one. Choose learning: backprop, or leave compile out."
             )
 
     @property
     def learning_rates(self) -> dict[str, Any]:
-        """The learning rates by the names of `build_optimizer`. The head of a base is its unembedding."""
+        """The learning rates, by the parameters of `build_optimizer`. The head of a base is its unembedding."""
         return {"matrix_lr": self.matrix_lr, "unembed_lr": self.head_lr, "embed_lr": self.embed_lr}
 
 
@@ -248,30 +253,30 @@ GROUPS = {
 
 
 def group_fields(kind: type[Plan]) -> dict[str, list[FieldInfo]]:
-    """Return the fields of a recipe class, grouped as `--help` and the reference print them."""
+    """Return the fields of a recipe class by group, in the order of `GROUPS`."""
     fields = describe_fields(kind)
     return {group: [fields[name] for name in names.split() if name in fields] for group, names in GROUPS.items()}
 
 
 def list_recipes(kind: type[Plan] = Recipe) -> list[str]:
-    """Return the names of the shipped recipes."""
+    """Return the names of the shipped recipes of a class."""
     return sorted(path.stem for path in _folder(kind).glob("*.yaml"))
 
 
 def load_recipe(name: str | os.PathLike[str], **fields: Any) -> Recipe:
-    """Return a stage recipe by name, or from a YAML file; `fields` override. Raises `RecipeError`."""
+    """Return a stage recipe by its name or YAML file, with some fields changed. Raises `RecipeError`."""
     return load_plan(Recipe, name, **fields)
 
 
 def load_base_recipe(name: str | os.PathLike[str], **fields: Any) -> BaseRecipe:
-    """Return a base recipe by name, or from a YAML file; `fields` override. Raises `RecipeError`."""
+    """Return a base recipe by its name or YAML file, with some fields changed. Raises `RecipeError`."""
     return load_plan(BaseRecipe, name, **fields)
 
 
 def load_plan(kind: type[P], name: str | os.PathLike[str], **fields: Any) -> P:
-    """Return a recipe of a class by name, or from a YAML file; `fields` override. Raises `RecipeError`."""
-    given = Path(name)
-    path = given if given.suffix in (".yaml", ".yml") else _folder(kind) / f"{name}.yaml"
+    """Return a recipe of a class by its name or YAML file, with some fields changed. Raises `RecipeError`."""
+    path = Path(name)
+    path = path if path.suffix in (".yaml", ".yml") else _folder(kind) / f"{name}.yaml"
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -279,7 +284,7 @@ def load_plan(kind: type[P], name: str | os.PathLike[str], **fields: Any) -> P:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not YAML: {error}") from None
     if not isinstance(content, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping of fields, got {type(content).__name__}.")
+        raise RecipeError(f"{path}: expected a mapping of recipe fields, got {type(content).__name__}.")
     known = {f.name for f in dataclasses.fields(kind)}
     merged = {"name": path.stem, **content, **fields}
     for field_name in merged:
