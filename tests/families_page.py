@@ -15,6 +15,46 @@ from poe.modeling.families import FAMILIES, Family, Logits, logits_of
 from poe.modeling.recognition import recognize_family
 
 PAGE = Path(__file__).parents[1] / "docs" / "reference" / "families.md"
+INTRODUCTION = """\
+# Families
+
+Written by `python tests/families_page.py` with transformers {version}; do not edit.
+
+A model can be a base if its decoder layers run one after the other. The tests check for each family:
+
+- a new stage computes exactly what the model below it computes, and its first step is a small one;
+- with the stage off, the base is unchanged; the logits are one matrix product with the folded head;
+- greedy tokens do not depend on the cache or on left padding; documents packed into a row do not see each other;
+- the loss of training is that of the model's own logits;
+- saved files have the same bytes when they are loaded and saved again, alone and in a chain.
+
+## Declared
+
+If a family has several types of layers, a new layer is of the full-attention type. If some of its layers have no
+rotary positions, a new layer has them. *Silent* are the modules that write nothing in a new layer: projections
+that start at zero or, if a norm follows the projection, that norm.
+
+hrm_text is recurrent: its layers run again in every cycle, and a stage's layers run once, after the last cycle.
+A stage attaches on top only, and no ordinary checkpoint can hold it (`export_native` and `save_pretrained`
+refuse). If its config has `prefix_lm`, training and `poe` let it read a prompt in both directions: the prompt
+is what comes before the first learned token of each document. In your own call of `generate`, mark the prompt
+with `token_type_ids` (1: prompt).
+
+| model type | silent in a new layer | tested as |
+|---|---|---|
+"""
+FOUND_BY_STRUCTURE = """
+## Found by structure
+
+A base of another family is taken apart and tested when it is opened: nine forward passes over two rows of six
+tokens. It is accepted if a silent new layer leaves its logits equal to the last bit, a layer that is not silent
+changes them, the key-value cache agrees, packed documents do not see each other, and the logits are the head's
+output, scaled and capped as its config says. It is first built without values, before its weights are read; its
+structure alone can be a reason to refuse it. These families were tested as tiny models. Others may pass too.
+
+| model type | silent in a new layer | logits |
+|---|---|---|
+"""
 DEEPER = {"num_hidden_layers": 3}
 # Model type -> fields of a tiny config. These families are not declared, but the trial accepts them.
 ACCEPTED: dict[str, dict] = {
@@ -91,47 +131,11 @@ def outcome(model_type: str) -> tuple[Family, Logits] | str:
 
 def page() -> str:
     """Return docs/reference/families.md as it should be."""
-    lines = [
-        "# Families",
-        "",
-        f"Written by `python tests/families_page.py` with transformers {transformers.__version__}; do not edit.",
-        "",
-        "A base can be grown if its decoder layers run one after the other. What holds for each: a new stage is",
-        "exactly the model below it, and its first step is a small one; off, it is gone; the logits are one matmul of",
-        "the folded head; greedy tokens do not depend on cache or left padding; documents packed into a row do not see",
-        "each other; training's loss is that of the model's own logits; files come back as the same bytes, alone and",
-        "in a chain.",
-        "",
-        "## Declared",
-        "",
-        "New layers are of the full-attention type where a family has several, with rotary positions where some of",
-        "its layers have none. *Silent* are the modules that write nothing in a new layer: projections at zero, or,",
-        "where a norm follows the projection, that norm.",
-        "",
-        "hrm_text is recurrent: its layers run again in every cycle, a stage's once, after the last. There a stage",
-        "attaches on top only, and no ordinary checkpoint can hold it (`export_native` and `save_pretrained` refuse).",
-        "Where its config says `prefix_lm`, training and `poe` let it read a prompt in both directions: what comes",
-        "before the first learned token of each document. Your own `generate` asks with `token_type_ids` (1: prompt).",
-        "",
-        "| model type | silent in a new layer | tested as |",
-        "|---|---|---|",
-    ]
+    lines = INTRODUCTION.format(version=transformers.__version__).splitlines()
     for name, family in sorted(FAMILIES.items()):
         tested = ", ".join(base for base, (model_type, _) in BASES.items() if model_type == name)
         lines.append(f"| {name} | {_names(family)} | {tested} |")
-    lines += [
-        "",
-        "## Found by structure",
-        "",
-        "A base of another family is taken apart and tried when it is opened (nine forward passes over two rows of",
-        "six tokens), and accepted only if a silent new layer leaves its logits equal to the last bit, a loud one",
-        "changes them, the key-value cache agrees, packed documents stay apart, and the logits are the head's output,",
-        "scaled and capped as its config says. Before its weights are read it is built without values, where its",
-        "structure alone may be reason to refuse it. These were tried as tiny models; others may well pass.",
-        "",
-        "| model type | silent in a new layer | logits |",
-        "|---|---|---|",
-    ]
+    lines += FOUND_BY_STRUCTURE.splitlines()
     for name in ACCEPTED:
         found = outcome(name)
         assert not isinstance(found, str), found
