@@ -144,10 +144,10 @@ class Renderer:
         rows = []
         whole = text = texts[turns[-1]] if turns[-1] == len(messages) - 1 else self._text(messages, tools)
         while turns:
-            shown = [i for i in turns if text.startswith(texts[i])]
-            if spans := [(len(prompts[i]), len(texts[i])) for i in shown if i not in skipped]:
+            covered = [i for i in turns if text.startswith(texts[i])]
+            if spans := [(len(prompts[i]), len(texts[i])) for i in covered if i not in skipped]:
                 rows.append(self._row(text, spans))
-            turns = [i for i in turns if i not in shown]
+            turns = [i for i in turns if i not in covered]
             text = texts[turns[-1]] if turns else ""  # this text contains at least the last remaining turn
         return rows[::-1] or [self._row(whole, [])]
 
@@ -204,11 +204,11 @@ class Renderer:
         except DataError:
             return None  # rendering a real row reports the error
         self._generation_prompt = prompt[len(before) :] if prompt.startswith(before) else ""
-        at = text.rfind(_PROBE)
-        if at < 0:
+        position = text.rfind(_PROBE)
+        if position < 0:
             return None
         ids, offsets = self._tokens(text)
-        after = (i for i, (a, b) in zip(ids, offsets, strict=True) if a >= at + len(_PROBE) and text[a:b].strip())
+        after = (i for i, (a, b) in zip(ids, offsets, strict=True) if a >= position + len(_PROBE) and text[a:b].strip())
         first = next(after, None)
         return first if first in self.tokenizer.added_tokens_decoder else None
 
@@ -222,10 +222,10 @@ class Renderer:
         starts = [a for a, _ in offsets]
         mask = [False] * len(ids)
         for start, end in spans:
-            first, past = bisect_left(starts, start), bisect_left(starts, end)
-            if first < past and self._starts_before(start, ids[first], offsets[first], text):
+            first, end_index = bisect_left(starts, start), bisect_left(starts, end)
+            if first < end_index and self._starts_before(start, ids[first], offsets[first], text):
                 first += 1
-            last = next((i for i in range(past - 1, first - 1, -1) if ids[i] in self._stop_token_ids), None)
+            last = next((i for i in range(end_index - 1, first - 1, -1) if ids[i] in self._stop_token_ids), None)
             if last is None or text[offsets[last][1] : end].strip():
                 stops = self.tokenizer.convert_ids_to_tokens(list(self._stop_token_ids))
                 raise TemplateError(

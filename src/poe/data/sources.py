@@ -116,11 +116,11 @@ def _open(file: Path) -> IO[bytes]:
     return gzip.open(file, "rb") if file.suffix.lower() == ".gz" else file.open("rb")  # type: ignore[return-value]
 
 
-def _pyarrow(what: str) -> Any:
+def _pyarrow(purpose: str) -> Any:
     try:
         import pyarrow
     except ImportError:
-        raise MissingExtraError(f"Reading {what} needs pyarrow: {TRAIN_EXTRA}") from None
+        raise MissingExtraError(f"Reading {purpose} needs pyarrow: {TRAIN_EXTRA}") from None
     return pyarrow
 
 
@@ -394,12 +394,12 @@ def _hub_dataset(dataset_id: str, name: str, split: str, config: str | None, str
         raise failed("the Hub cannot be reached and no copy is cached" if offline else first_line) from error
 
 
-def _load(datasets: Any, hub: Any, what: tuple[str, str | None], options: dict[str, Any], offline: bool) -> Any:
+def _load(datasets: Any, hub: Any, name: tuple[str, str | None], options: dict[str, Any], offline: bool) -> Any:
     """Call `load_dataset`; when offline, use only the cache."""
     before = datasets.config.HF_HUB_OFFLINE, hub.constants.HF_HUB_OFFLINE
     if offline:
         datasets.config.HF_HUB_OFFLINE = hub.constants.HF_HUB_OFFLINE = True
     try:
-        return datasets.load_dataset(*what, **options)
+        return datasets.load_dataset(*name, **options)
     finally:
         datasets.config.HF_HUB_OFFLINE, hub.constants.HF_HUB_OFFLINE = before

@@ -61,16 +61,16 @@ def _parse_item(item: str, text: str, known: list[str] | None) -> DataSource:
     if not item:
         raise invalid("Empty item (two commas in a row, or one at an end)")
     rest, weight, epochs = item, 1.0, None
-    if found := _WEIGHT.search(rest):
-        rest, weight = rest[: found.start()], float(found[1])
+    if match := _WEIGHT.search(rest):
+        rest, weight = rest[: match.start()], float(match[1])
         if not (weight > 0 and math.isfinite(weight)):
-            raise invalid(f"Weight {found[1]} of {item!r} is not a positive number")
+            raise invalid(f"Weight {match[1]} of {item!r} is not a positive number")
     has_weight = rest != item
-    if found := _EPOCHS.search(rest):
-        rest = rest[: found.start()]
-        if len(found[1]) > 6 or not 1 <= int(found[1]) <= MAX_EPOCHS:
-            raise invalid(f"Epochs {found[1]} of {item!r} are not a whole number from 1 to {MAX_EPOCHS}")
-        epochs = int(found[1])
+    if match := _EPOCHS.search(rest):
+        rest = rest[: match.start()]
+        if len(match[1]) > 6 or not 1 <= int(match[1]) <= MAX_EPOCHS:
+            raise invalid(f"Epochs {match[1]} of {item!r} are not a whole number from 1 to {MAX_EPOCHS}")
+        epochs = int(match[1])
         if not has_weight and _WEIGHT.search(rest):
             raise invalid(f"The weight of {item!r} comes before its epochs")
     name, equals, path = rest.partition("=")

@@ -72,8 +72,8 @@ def _template_for(tokenizer: Any) -> str | None:
 def shows_tools(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Return whether the chat template shows tools, calls with their arguments, and results."""
     text = _rendered(tokenizer, [*_QUESTION, _CALL, *_RESULT], [_TOOL])
-    shown = ("Look at the probed sky", "probed_city", "Probeville", "probably sunny")
-    return all(part in text for part in shown) and text.count("probe_weather") >= 2  # the tool and its call
+    expected = ("Look at the probed sky", "probed_city", "Probeville", "probably sunny")
+    return all(part in text for part in expected) and text.count("probe_weather") >= 2  # the tool and its call
 
 
 def extend_with_tools(tokenizer: Any) -> bool:

@@ -65,13 +65,13 @@ def _interleave(streams: Iterable[tuple[float, Iterator[Text]]], at_once: int) -
     waiting = enumerate(streams)
     heap = [(0.0, number, weight, texts) for number, (weight, texts) in islice(waiting, at_once)]
     while heap:
-        given, number, weight, texts = heappop(heap)
+        characters, number, weight, texts = heappop(heap)
         if (document := next(texts, None)) is not None:
             yield document
-            heappush(heap, (given + len(document.text) / weight, number, weight, texts))
+            heappush(heap, (characters + len(document.text) / weight, number, weight, texts))
         elif (following := next(waiting, None)) is not None:
             number, (weight, texts) = following
-            heappush(heap, (given, number, weight, texts))
+            heappush(heap, (characters, number, weight, texts))
 
 
 def _texts(source: DataSource, seed: int, easy: float, report: DropReport) -> Iterator[Text]:
@@ -146,8 +146,8 @@ def _plain_texts(file: Path, report: DropReport) -> Iterator[Text]:
             lines = part.splitlines(keepends=True)
             for line in filter(_NOT_UTF8.search, lines):
                 report.read[NAME] += 1
-                shown = line.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-                report.drop(NAME, "line that is not UTF-8", shown, f"{file.name}, part {number}")
+                readable = line.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+                report.drop(NAME, "line that is not UTF-8", readable, f"{file.name}, part {number}")
             text = "".join(line for line in lines if not _NOT_UTF8.search(line))
         if text.strip():
             report.read[NAME] += 1

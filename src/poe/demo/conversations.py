@@ -87,8 +87,8 @@ def _result_messages(requests: list[Request], first_id: int, rng: Random) -> lis
     return [*messages, {"role": "assistant", "content": confirmation}]
 
 
-def pick_tools(rng: Random, split: Split, wanted: int, near: float = 0.4, odd: float = 0.0) -> list[DemoTool]:
-    """Return the tools that a row offers, with distinct names: first `wanted` tools to call, then distractors.
+def pick_tools(rng: Random, split: Split, num_called: int, near: float = 0.4, odd: float = 0.0) -> list[DemoTool]:
+    """Return the tools that a row offers, with distinct names: first `num_called` tools to call, then distractors.
 
     `near` is the share of distractors with the verb or the noun of the first tool. `odd` is the share of odd names
     among invented tools, which are two in five of all tools in training rows.
@@ -99,11 +99,11 @@ def pick_tools(rng: Random, split: Split, wanted: int, near: float = 0.4, odd: f
         return invent_tool(rng, odd) if split == "train" and rng.random() < 0.4 else rng.choice(pool)
 
     tools: dict[str, DemoTool] = {}
-    while len(tools) < wanted:
+    while len(tools) < num_called:
         tool = draw_tool()
         tools[tool.name] = tool
     target = next(iter(tools.values()))
-    for _ in range(rng.randint(0 if wanted > 1 else 1, 2)):
+    for _ in range(rng.randint(0 if num_called > 1 else 1, 2)):
         similar = [t for t in pool if (t.noun == target.noun) != (t.verb == target.verb)]
         tool = rng.choice(similar) if similar and rng.random() < near else draw_tool()
         tools.setdefault(tool.name, tool)
@@ -135,8 +135,8 @@ def make_conversation(index: int, split: Split = "train", seed: int = 0, kind: s
             messages += [{"role": "user", "content": text}, {"role": "assistant", "content": rng.choice(ABSTENTIONS)}]
         else:
             count = 2 if turn == "parallel" else 1
-            wanted = tools[:count] if number == 1 else rng.sample(tools, count)
-            requests = [make_request(tool, rng, held_out) for tool in wanted]
+            called = tools[:count] if number == 1 else rng.sample(tools, count)
+            requests = [make_request(tool, rng, held_out) for tool in called]
             text = frame_request(rng, *(request.clause for request in requests))
             messages += [{"role": "user", "content": text}, call_message(requests, calls + 1)]
             if number < len(turns) or (kind is None and rng.random() < 0.1):

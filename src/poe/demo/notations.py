@@ -87,8 +87,8 @@ def make_names(rng: Random, chat: bool) -> Text:
     }
     if rng.random() < 0.5:  # a question about the value, answered with its name
         table = {value: key for key, value in table.items()}
-    shown = rng.choice(("{k}: {v}", '"{k}": "{v}"', "{k}={v}", "{v} <- {k}", "// {k}\n{v}", "{k}(*, {v}: str)"))
-    document.add_context("\n".join(shown.format(k=key, v=value) for key, value in table.items()))
+    template = rng.choice(("{k}: {v}", '"{k}": "{v}"', "{k}={v}", "{v} <- {k}", "// {k}\n{v}", "{k}(*, {v}: str)"))
+    document.add_context("\n".join(template.format(k=key, v=value) for key, value in table.items()))
     for _ in range(rng.randint(3, 8)):
         key = rng.choice(sorted(table))
         question, answer = rng.choice((("{k}", "{v}"), ("What is {k}?", '"{v}"'), ("And {k}?", '{{"{k}": "{v}"}}')))
@@ -102,7 +102,7 @@ class _Offer:
     """Tools, the same tools as they are shown, and the map from their names to the shown names."""
 
     tools: list[DemoTool]
-    shown: list[Tool]
+    shown_tools: list[Tool]
     names: dict[str, str]
 
     def shown_name(self, name: str) -> str:
@@ -121,10 +121,10 @@ def _make_offer(rng: Random, form: str, max_tokens: float) -> _Offer:
         tools = [make_tool(verb, noun) for noun in nouns] + tools[:1]
     rng.shuffle(tools)
     names = _draw_names(rng, tools) if rng.random() < MASKED_SHARE else {}
-    shown = rename_tools(Conversation([], [tool.schema() for tool in tools]), names).tools
-    while len(shown) > 1 and estimate_tokens(write_tools(shown, form)) > max_tokens:
-        shown = shown[:-1]
-    return _Offer(tools[: len(shown)], shown, names)
+    shown_tools = rename_tools(Conversation([], [tool.schema() for tool in tools]), names).tools
+    while len(shown_tools) > 1 and estimate_tokens(write_tools(shown_tools, form)) > max_tokens:
+        shown_tools = shown_tools[:-1]
+    return _Offer(tools[: len(shown_tools)], shown_tools, names)
 
 
 def _draw_names(rng: Random, tools: list[DemoTool]) -> dict[str, str]:
@@ -143,7 +143,7 @@ def make_listing(rng: Random, chat: bool) -> Text:
     document = DocumentBuilder(chat)
     form = rng.choice(list(TOOL_FORMS))
     offer = _make_offer(rng, form, MAX_TOKENS - RESERVED_TOKENS)
-    document.add_context(write_tools(offer.shown, form))
+    document.add_context(write_tools(offer.shown_tools, form))
     questions: set[str] = set()
     for _ in range(rng.randint(3, 8)):
         tool = rng.choice(offer.tools)
@@ -199,7 +199,7 @@ def make_filled_forms(rng: Random, chat: bool) -> Text:
     form = rng.choice(("lines", *TOOL_FORMS))
     offer = _make_offer(rng, form, MAX_TOKENS - RESERVED_TOKENS)
     document = DocumentBuilder(chat)
-    document.add_context(write_tools(offer.shown, form))
+    document.add_context(write_tools(offer.shown_tools, form))
     return _add_turns(
         document, rng, offer, lambda calls: "\n".join(fill_form(c.name, c.arguments, style) for c in calls)
     )
@@ -209,7 +209,7 @@ def make_calls(rng: Random, chat: bool) -> Text:
     """Write a prompt that lists tools and asks for a call form, then notes with calls in that form."""
     form = random_form(rng)
     offer = _make_offer(rng, form.tools, MAX_TOKENS - RESERVED_TOKENS - estimate_tokens(write_request(form, [])))
-    request = write_request(form, offer.shown)
+    request = write_request(form, offer.shown_tools)
     document = DocumentBuilder(chat)
     write = call_form(form.calls).write
     if form.place == "user":

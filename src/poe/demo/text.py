@@ -173,8 +173,8 @@ def make_absent_tool(tools: list[DemoTool], rng: Random) -> DemoTool:
     """Return a tool that is not in `tools`, two in three times with one of their verbs or nouns; never held out."""
     names = {tool.name for tool in tools}
     while True:
-        other, one = pick_tools(rng, "train", 1, odd=0.5)[0], rng.choice(tools)
-        other = rng.choice((other, make_tool(other.verb, one.noun), make_tool(one.verb, other.noun)))
+        other, neighbor = pick_tools(rng, "train", 1, odd=0.5)[0], rng.choice(tools)
+        other = rng.choice((other, make_tool(other.verb, neighbor.noun), make_tool(neighbor.verb, other.noun)))
         held_out = other.verb in w.VERBS and other.noun in w.HELD_OUT_NOUNS
         if other.name not in names and not held_out:
             return other

@@ -173,11 +173,11 @@ class OpenAI(_JsonForm):
     def _parse(self, value: Any) -> Reply | None:
         if not isinstance(value, dict) or not value.get("tool_calls"):
             return None
-        listed, content = value["tool_calls"], value.get("content")
-        if not isinstance(listed, list) or not isinstance(content, str | None) or check_value(content):
+        members, content = value["tool_calls"], value.get("content")
+        if not isinstance(members, list) or not isinstance(content, str | None) or check_value(content):
             raise ValueError("not a message with calls")
         calls = []
-        for member in listed:
+        for member in members:
             function = member.get("function") if isinstance(member, dict) else None
             if isinstance(function, dict) and isinstance(function.get("arguments"), str):
                 function = {**function, "arguments": parse_whole_json(function["arguments"])}

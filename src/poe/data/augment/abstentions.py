@@ -105,9 +105,9 @@ def describe_action(tool: Tool) -> str | None:
 
 
 def _list_alternatives(rng: Random, offered: list[Tool]) -> str:
-    listed = rng.sample(offered, min(MAX_LISTED_TOOLS, len(offered)))
-    names = [tool["function"]["name"] for tool in listed]
-    actions = [describe_action(tool) for tool in listed]
+    sample = rng.sample(offered, min(MAX_LISTED_TOOLS, len(offered)))
+    names = [tool["function"]["name"] for tool in sample]
+    actions = [describe_action(tool) for tool in sample]
     options = []
     if all(map(is_identifier, names)) and len(offered) <= MAX_LISTED_TOOLS:
         options.append((_LISTS + (_LISTS_OF_MORE if len(names) > 1 else _LISTS_OF_ONE), names, "and"))

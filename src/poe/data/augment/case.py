@@ -40,8 +40,8 @@ def _upper(text: str) -> str:
 
 def _sentence_case(text: str) -> str:
     letters = list(re.sub(r"\bi\b", "I", _lower(text)))
-    for found in _SENTENCE.finditer(text):
-        letters[found.start(1)] = _upper(letters[found.start(1)])
+    for match in _SENTENCE.finditer(text):
+        letters[match.start(1)] = _upper(letters[match.start(1)])
     return "".join(letters)
 
 
@@ -65,9 +65,9 @@ def change_case(conversation: Conversation, rng: Random) -> Conversation:
             return conversation
         values[value] = spellings.pop() if spellings else value
 
-    def change_arguments(function: dict[str, Any] | None, given: Any) -> Any:
-        listed = set(_listed_texts(function["parameters"])) if function else set()
-        return _replace(given, {value: new for value, new in values.items() if value not in listed})
+    def change_arguments(function: dict[str, Any] | None, arguments: Any) -> Any:
+        fixed_texts = set(_listed_texts(function["parameters"])) if function else set()
+        return _replace(arguments, {value: new for value, new in values.items() if value not in fixed_texts})
 
     messages = []
     for message in conversation.messages:

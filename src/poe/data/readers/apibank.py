@@ -95,18 +95,18 @@ def _convert_step(row: dict[str, Any], note: Note) -> Turns:
         case _:
             raise RowError("row is of no known format")
     before, *parts = _HEADING.split(history)
-    spoken = [(head, body.strip()) for head, body in zip(parts[::2], parts[1::2], strict=True)]
-    if not spoken or not spoken[-1][0].startswith("Generate"):
+    raw_turns = [(head, body.strip()) for head, body in zip(parts[::2], parts[1::2], strict=True)]
+    if not raw_turns or not raw_turns[-1][0].startswith("Generate"):
         raise RowError("row is of no known format")
-    requests = [_parse_request(body) if head == "API-Request" else None for head, body in spoken]
+    requests = [_parse_request(body) if head == "API-Request" else None for head, body in raw_turns]
     declared = [*_parse_lines(instruction.partition("API descriptions:")[2]), *_parse_lines(before)]
     tools = _find_tools(
         declared, [result for request, result in filter(None, requests) if "ToolSearcher" in request], note
     )
 
     turns = Turns(tools, note)
-    turns.add_system(_find_time(instruction, spoken, note))
-    for (head, body), request in zip(spoken[:-1], requests[:-1], strict=True):
+    turns.add_system(_find_time(instruction, raw_turns, note))
+    for (head, body), request in zip(raw_turns[:-1], requests[:-1], strict=True):
         if request:
             _add_answered_call(turns, read_calls(request[0], tools), request[1])
         elif head == "User":
@@ -122,12 +122,12 @@ def _convert_step(row: dict[str, Any], note: Note) -> Turns:
     return turns
 
 
-def _find_time(instruction: str, spoken: list[tuple[str, str]], note: Note) -> str:
+def _find_time(instruction: str, raw_turns: list[tuple[str, str]], note: Note) -> str:
     """Return the sentence on the current time. A time at the end of the first question is removed there."""
-    for i, (head, body) in enumerate(spoken):
+    for i, (head, body) in enumerate(raw_turns):
         if head == "User" and (match := _TIME.search(body)):
             note("time moved from the question into the system text")
-            spoken[i] = head, body[: match.start()].strip()
+            raw_turns[i] = head, body[: match.start()].strip()
             return f"The current time is {match[1].strip()}."
     sentence = _NOW.search(instruction)
     return sentence[0].strip() if sentence else ""
@@ -178,14 +178,14 @@ def _read_tool(declared: Any, note: Note) -> Tool:
     return as_tool(declared.get("name", declared.get("apiCode")), declared.get("description"), parameters, note)
 
 
-def _convert_dialogue(spoken: Any, note: Note) -> Turns:
+def _convert_dialogue(raw_turns: Any, note: Note) -> Turns:
     """Convert turns of User and AI (`text`) and API (`api_name`, `param_dict`, `result`)."""
-    if not isinstance(spoken, list) or not all(isinstance(turn, dict) for turn in spoken):
+    if not isinstance(raw_turns, list) or not all(isinstance(turn, dict) for turn in raw_turns):
         raise RowError("row is of no known format")
-    searches = [_get_result(turn) for turn in spoken if turn.get("api_name") == "ToolSearcher"]
+    searches = [_get_result(turn) for turn in raw_turns if turn.get("api_name") == "ToolSearcher"]
     tools = _find_tools([_SEARCHER] if searches else [], searches, note)
     turns = Turns(tools, note)
-    for turn in spoken:
+    for turn in raw_turns:
         role, text = turn.get("role"), turn.get("text")
         if role == "API":
             name = turn.get("api_name")

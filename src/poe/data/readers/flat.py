@@ -115,9 +115,9 @@ def python_type(text: str) -> tuple[dict[str, Any], bool, Any]:
     """Parse `"List[int], optional, default=[]"` to (JSON Schema, whether optional, default or None)."""
     if len(text) > _MAX_TYPE:
         raise RowError("type that JSON cannot write")
-    found = _DEFAULT.search(text)
-    kind, *extras = _top_level_parts(text[: found.start()] if found else text)
-    optional, default = found is not None, _literal_value(text[found.end() :].strip()) if found else None
+    match = _DEFAULT.search(text)
+    kind, *extras = _top_level_parts(text[: match.start()] if match else text)
+    optional, default = match is not None, _literal_value(text[match.end() :].strip()) if match else None
     for extra in extras:
         if extra.lower() in ("optional", "required", ""):
             optional = optional or extra.lower() == "optional"

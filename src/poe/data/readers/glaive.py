@@ -79,15 +79,15 @@ def _convert(row: dict[str, Any], note: Note) -> Turns:
     if not isinstance(system, str):
         raise RowError("row is of no known format")
     if "input_messages" in row:
-        spoken = _split_messages(row, system)
+        raw_turns = _split_messages(row, system)
     elif isinstance(chat, str):
-        spoken = split_chat(chat)
+        raw_turns = split_chat(chat)
     else:
         raise RowError("row is of no known format")
     text, tools = read_system(system, note)
     turns = Turns(tools, note)
     turns.add_system(text)
-    for heading, body in spoken:
+    for heading, body in raw_turns:
         if heading == "USER":
             turns.add_user(body)
         elif heading == "FUNCTION RESPONSE":
@@ -107,22 +107,22 @@ def read_system(system: str, note: Note) -> tuple[str, list[Tool]]:
     """Return the text of a `system` field without the two fixed sentences, and the tools that it declares."""
     position = min((i for i in (system.find("{"), system.find("[")) if i >= 0), default=len(system))
     text = system[:position].strip().removeprefix("SYSTEM:").strip()
-    declared: list[Any] = []
+    declarations: list[Any] = []
     decoder = json.JSONDecoder()
     while position < len(system):
         try:
             value, position = decoder.raw_decode(system, position)
         except (ValueError, RecursionError):
             raise RowError("tool declarations not JSON") from None
-        declared.extend(value if isinstance(value, list) else [value])
+        declarations.extend(value if isinstance(value, list) else [value])
         while position < len(system) and (system[position].isspace() or system[position] == ","):
             position += 1
-    return "" if text in FIXED_SENTENCES else text, _read_tools(declared, note)
+    return "" if text in FIXED_SENTENCES else text, _read_tools(declarations, note)
 
 
-def _read_tools(declared: list[Any], note: Note) -> list[Tool]:
+def _read_tools(declarations: list[Any], note: Note) -> list[Tool]:
     tools = []
-    for function in declared:
+    for function in declarations:
         if isinstance(function, dict) and isinstance(function.get("function"), dict):
             function = function["function"]
         if not isinstance(function, dict):

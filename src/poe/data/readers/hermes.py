@@ -77,16 +77,16 @@ def read(rows: Iterable[Row], report: DropReport) -> Iterator[Conversation]:
 
 
 def _convert(row: dict[str, Any], note: Note) -> Turns:
-    spoken = row.get("conversations")
-    if not isinstance(spoken, list) or not all(isinstance(turn, dict) for turn in spoken):
+    raw_turns = row.get("conversations")
+    if not isinstance(raw_turns, list) or not all(isinstance(turn, dict) for turn in raw_turns):
         raise RowError("row is of no known format")
-    if not all(isinstance(turn.get("value"), str) for turn in spoken):
+    if not all(isinstance(turn.get("value"), str) for turn in raw_turns):
         raise RowError("turn is not text")
-    system = next((turn["value"] for turn in spoken[:1] if turn.get("from") == "system"), "")
-    text, listed = read_system(system)
-    turns = Turns(_read_tools(row.get("tools"), listed, note), note)
+    system = next((turn["value"] for turn in raw_turns[:1] if turn.get("from") == "system"), "")
+    text, tools_text = read_system(system)
+    turns = Turns(_read_tools(row.get("tools"), tools_text, note), note)
     turns.add_system(text)
-    for turn in spoken[1:] if system else spoken:
+    for turn in raw_turns[1:] if system else raw_turns:
         _add(turns, turn.get("from"), turn["value"], note)
     return turns
 
@@ -113,27 +113,27 @@ def read_system(text: str) -> tuple[str, str]:
     blocks, rest = split_sections(text, *_TOOLS)
     if not blocks:
         return text.strip(), ""
-    listed = [block.strip() for block in blocks if block.strip()]
-    if len(listed) > 1:
+    lists = [block.strip() for block in blocks if block.strip()]
+    if len(lists) > 1:
         raise RowError("several lists of tools")
     rest = _BOILERPLATE.sub("", rest)
-    return re.sub(r"\n{3,}", "\n\n", rest).strip(), "".join(listed)
+    return re.sub(r"\n{3,}", "\n\n", rest).strip(), "".join(lists)
 
 
-def _read_tools(own: Any, listed: str, note: Note) -> list[Tool]:
+def _read_tools(field: Any, tools_text: str, note: Note) -> list[Tool]:
     """Return the tools of a row from its field and the list in its prompt. Both must agree."""
-    declared = parse_notation(own.strip() or "[]", "tools", note) if isinstance(own, str) else own or []
-    if listed and not (isinstance(own, str) and own.strip() == listed and declared):
+    tools = parse_notation(field.strip() or "[]", "tools", note) if isinstance(field, str) else field or []
+    if tools_text and not (isinstance(field, str) and field.strip() == tools_text and tools):
         try:
-            shown = parse_notation(listed, "tools of the prompt", note)
+            prompt_tools = parse_notation(tools_text, "tools of the prompt", note)
         except RowError:
-            if not declared:
+            if not tools:
                 raise
-            shown = declared
-        if declared and shown != declared:
+            prompt_tools = tools
+        if tools and prompt_tools != tools:
             raise RowError("tools of the row and of its prompt differ")
-        declared = shown
-    return unique_tools([read_tool(tool, note) for tool in _as_list(declared)], note)
+        tools = prompt_tools
+    return unique_tools([read_tool(tool, note) for tool in _as_list(tools)], note)
 
 
 def _as_list(value: Any) -> list[Any]:

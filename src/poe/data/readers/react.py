@@ -42,22 +42,22 @@ def read_tools(system: str, heading: str, note: Note) -> list[Tool]:
 
     The rest of the prompt is not used. It explains an answer format that the conversation no longer has.
     """
-    _, separator, listed = system.partition(heading)
-    listed = listed.partition("\n\nLet's Begin!")[0].strip()
+    _, separator, tools_text = system.partition(heading)
+    tools_text = tools_text.partition("\n\nLet's Begin!")[0].strip()
     if not separator:
         raise RowError("no declaration of tools")
     try:
-        declared = parse_json(listed)
+        declarations = parse_json(tools_text)
     except ValueError:
         try:
-            declared = parse_literal(listed)
+            declarations = parse_literal(tools_text)
         except ValueError:
             raise RowError("tool declarations not JSON") from None
-    if problem := check_value(declared):
+    if problem := check_value(declarations):
         raise RowError(problem)
-    if not isinstance(declared, list) or not all(isinstance(tool, dict) for tool in declared):
+    if not isinstance(declarations, list) or not all(isinstance(tool, dict) for tool in declarations):
         raise RowError("tools are not a list")
-    return unique_tools([_tool(tool, note) for tool in declared], note)
+    return unique_tools([_tool(tool, note) for tool in declarations], note)
 
 
 def _tool(tool: dict[str, Any], note: Note) -> Tool:

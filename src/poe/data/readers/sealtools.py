@@ -151,11 +151,11 @@ def _read_prompt(conversation: Any) -> tuple[list[dict[str, Any]], str, Any]:
     if not isinstance(prompt, str) or not isinstance(answer, str):
         raise RowError("row is of no known format")
     before_tools, before_query, end = _PROMPT
-    listed, mark, query = prompt.partition(before_tools)[2].partition(before_query)
+    tools_text, mark, query = prompt.partition(before_tools)[2].partition(before_query)
     if not mark or not query.rstrip().endswith(end):
         raise RowError("row is of no known format")
     try:
-        entries, calling = parse_literal(listed), parse_literal(answer)
+        entries, calling = parse_literal(tools_text), parse_literal(answer)
     except ValueError:
         raise RowError("tools or calls not in Python notation") from None
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
