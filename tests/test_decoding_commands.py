@@ -59,7 +59,7 @@ def test_each_way_in_one_line(folders, tmp_path: Path) -> None:
 
 def test_what_does_not_fit_is_one_message(folders, tmp_path: Path) -> None:
     for arguments, words in (
-        ((folders["base"], TEXT, "--strategy", "exit=5"), "but this base can be left after any of its stages"),
+        ((folders["base"], TEXT, "--strategy", "exit=5"), "but this base has exits after its stages"),
         ((folders["tool"], TEXT, "--with", folders["math"]), "expected REPO=WEIGHT"),
         ((folders["tool"], TEXT, "--with", f"{folders['math']}=0.5", "--strategy", "exit=1"), "at full depth"),
         (

@@ -247,7 +247,7 @@ def rename_stage(tensors: dict, metadata: dict) -> None:
         (lambda t, m: m.update(base_fingerprint="0" * 64), FingerprintError, "another base"),
         (lambda t, m: m.update(parent_fingerprint="0" * 64), FingerprintError, "stands on parent"),
         (lambda t, m: m.update(poe_format="2"), DeltaError, "format '2', expected '1'"),
-        (lambda t, m: m.pop("self_fingerprint"), DeltaError, "does not say its self_fingerprint"),
+        (lambda t, m: m.pop("self_fingerprint"), DeltaError, "lacks self_fingerprint"),
         (lambda t, m: t.update({"head.weight": t["head.weight"].to(torch.int8)}), DeltaError, "type I8"),
         (rename_stage, DeltaError, "names 'other'"),
     ],

@@ -51,9 +51,9 @@ def test_generating_from_an_exit_is_generating_with_a_shallower_model(name: str)
 def test_where_a_base_cannot_be_left() -> None:
     ids = token_ids()
     for name, exit, said in (
-        ("qwen3", 0, r"exit is 0, but this base can be left after any of its layers: expected 1, 2"),
-        ("qwen3", 3, r"exit is 3"),
-        ("qwen3", True, r"exit is True"),
+        ("qwen3", 0, r"exit is after 0 layers, but this base has exits after its layers: expected 1, 2"),
+        ("qwen3", 3, r"exit is after 3 layers"),
+        ("qwen3", True, r"exit is after True"),
         ("poe-stages", 3, r"after any of its stages: expected 1, 2"),
         ("hrm", 1, r"'hrm_text' is recurrent.*no depth"),
     ):

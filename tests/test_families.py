@@ -194,7 +194,7 @@ def test_a_config_grows_in_all_its_lists(depth: int, below: int, count: int, ful
     before = config.to_dict()
     total = below + count
     result = grown_config(config, family, below, count)
-    kept, alike = min(below, depth), family.pattern_of(config)
+    kept, alike = min(below, depth), family.template_layer(config)
     kind = "full_attention" if "full_attention" in types else "sliding_attention"
     assert types[alike] == kind
     assert result.layer_types == types[:kept] + [kind] * (total - kept)

@@ -203,7 +203,7 @@ def test_a_base_made_in_memory(tmp_path: Path) -> None:
     cascade.save_stage("t", tmp_path / "t")
     assert config(tmp_path / "t")["base"]["repo"] is None
     assert config(tmp_path / "t")["base_config"]["model_type"] == "qwen3"
-    with pytest.raises(LineageError, match="never saved: say where it is with base="):
+    with pytest.raises(LineageError, match="never saved: give its location with base="):
         Cascade.from_pretrained(tmp_path / "t")
     base = save_base_folder(tiny_base(), tmp_path / "base")
     assert Cascade.from_pretrained(tmp_path / "t", base=base).active == "t"
@@ -266,5 +266,5 @@ def test_a_base_that_is_not_whole_is_refused(tmp_path: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(SourceError, match=r"not whole: 1 tensors.*layers\.1\.mlp\.up_proj.*Fetch it again\."):
+    with pytest.raises(SourceError, match=r"incomplete: 1 tensors.*layers\.1\.mlp\.up_proj.*Fetch it again\."):
         Cascade.from_pretrained(folder)

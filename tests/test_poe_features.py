@@ -113,7 +113,7 @@ def test_every_boundary_is_an_exit(heads, more) -> None:
     assert len({int(p.data_ptr()) for d in (2, 3, 4) for p in cascade.model(None, Exit(d)).model.parameters()}) == len(
         list(model.model.parameters())
     )
-    with pytest.raises(FamilyError, match=r"exit is 1, but .* after any of its stages: expected 2, 3, 4"):
+    with pytest.raises(FamilyError, match=r"exit is after 1 layers, but .* after its stages: expected 2, 3, 4"):
         cascade(IDS, strategy=Exit(1))
 
 

@@ -90,7 +90,7 @@ def learn(cascade: Cascade, ids: torch.Tensor) -> None:
 
 def test_weights_that_a_quantizer_leaves_unread_are_refused(tmp_path: Path) -> None:
     """Of a fused matrix that it quantizes, transformers 5.23 reads one part and fills the rest with random numbers."""
-    with pytest.raises(SourceError, match=r"not whole: 16 tensors.*without quantization_config"):
+    with pytest.raises(SourceError, match=r"incomplete: 16 tensors.*without quantization_config"):
         Cascade.from_pretrained(wide_base("hrm", tmp_path), quantization_config=torchao_int8())
 
 
@@ -181,7 +181,7 @@ def test_a_quantized_head_is_refused(tmp_path: Path) -> None:
     how = torchao_int8()
     how.modules_to_not_convert = []
     cascade = Cascade.from_pretrained(wide_base("qwen3", tmp_path), quantization_config=how)
-    with pytest.raises(FamilyError, match=r"output head must be a plain .*Int8Tensor.*keep it out of the quant"):
+    with pytest.raises(FamilyError, match=r"output head must be a plain .*Int8Tensor.*exclude it from quant"):
         cascade.add_stage(StageConfig("t", 1))
     assert not cascade.stages
 

@@ -147,7 +147,7 @@ def test_a_base_is_verified_by_itself(family: Path) -> None:
 def test_a_native_base_brings_no_code(saved_base, tmp_path: Path) -> None:
     checks = {check.name: check for check in verify(saved_base("qwen3-tied"))}
     assert all(check.ok for check in checks.values())
-    assert "brings no code" in checks["network files"].detail
+    assert "no remote code" in checks["network files"].detail
     bare = save_base_folder(Cascade.from_pretrained(saved_base()).base, tmp_path / "bare")
     assert failures(bare).keys() == {"tokenizer"}
 

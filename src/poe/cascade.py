@@ -93,7 +93,7 @@ class Cascade:
                 lineage.verify()
             else:
                 warn_unverified(location)
-            source, config, tokenizer_revision = lineage.base, lineage.base_config, lineage.links[-1].revision
+            source, config, tokenizer_revision = lineage.base, lineage.base_config, lineage.stages[-1].revision
         else:
             source, config = find_base(location, access, revision)
             tokenizer_revision = source.revision

@@ -19,7 +19,7 @@ from poe.decoding.strategy import Expert
 from poe.errors import FamilyError
 from poe.modeling.exits import head_below
 from poe.modeling.families import Family, family_of, logits_of
-from poe.modeling.growth import shell, sync_attention
+from poe.modeling.growth import build_shell, sync_attention
 from poe.modeling.stage import Stage
 from poe.modeling.standins import RecordedLayer, SkippedLayer
 
@@ -124,7 +124,7 @@ def build_branched_model(base: PreTrainedModel, experts: Sequence[Expert], kind:
             "not predict: leave the base (None) out, or open it with combiner='last'."
         )
     heads = [head_below(base, depth) if expert.stage is None else family.head_of(expert.model) for expert in experts]
-    model = shell(base, slots, nn.ModuleList(heads), below=depth)
+    model = build_shell(base, slots, nn.ModuleList(heads), below=depth)
     sync_attention(base, model)
     layers = family.layers_of(model)
     subtracted = getattr(model.config, "backout_layer", None)

@@ -14,9 +14,9 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from poe.decoding.strategy import Expert
 from poe.errors import DecodingError, FamilyError
-from poe.modeling.exits import exit_refusal, exits_of, head_below
+from poe.modeling.exits import exits_of, head_below, no_exit_reason
 from poe.modeling.families import family_of, logits_of
-from poe.modeling.growth import shell, sync_attention
+from poe.modeling.growth import build_shell, sync_attention
 from poe.modeling.stage import Stage
 from poe.modeling.standins import FixedOutputLayer, RecordedLayer, SkippedLayer, boundary_layers
 
@@ -46,7 +46,7 @@ class Segment:
         depth = attached + len(above)
         if not 0 <= start < end <= depth:
             raise DecodingError(f"Expected a range of the {depth} layers, got layers {start} to {end}.")
-        model = shell(base, above[: max(0, end - attached)], family.head_of(base), below=min(end, attached))
+        model = build_shell(base, above[: max(0, end - attached)], family.head_of(base), below=min(end, attached))
         sync_attention(base, model)
         self.start, self.end = start, end
         self._config, self._backbone = model.config, family.backbone_of(model)
@@ -143,7 +143,7 @@ class SegmentedModel:
         self.segments = [Segment(base, stage, a, b) for a, b in zip([0, *cuts], self.depths, strict=True)]
         self._scale_logits = logits_of(base.config)
         top = head_below(base, full) if stage is None else family_of(base).head_of(expert.model)
-        readable = [cut <= attached and exit_refusal(base, cut) is None for cut in cuts]
+        readable = [cut <= attached and no_exit_reason(base, cut) is None for cut in cuts]
         self._heads = [head_below(base, cut) if can else None for cut, can in zip(cuts, readable, strict=True)] + [top]
 
     def logits(self, index: int, normalized: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The model card and the notice of a stage folder, from its config.json and what training.json says about the run."""
+"""The model card and the notice of a stage folder, made from its config.json and training.json."""
 
 import re
 from collections.abc import Mapping
@@ -28,11 +28,11 @@ def stage_card(
     plot: str | None = None,
     repo: str | None = None,
 ) -> str:
-    """Return README.md: metadata that the Hub reads, how to use the stage, how it was made, and what it cannot do.
+    """Return README.md: metadata for the Hub, usage, how the stage was made, and its limits.
 
-    `config` is the stage's config.json. Of `training` (training.json) it uses, where present: `license`, `recipe`,
+    `config` is the stage's config.json. Of `training` (training.json) it uses, if present: `license`, `recipe`,
     `data` (`sources`, `rows`), `trajectory`, `evaluation`, and the counts of the run. `example` is a rendered prompt,
-    `plot` the file name of a plot in the same folder, `repo` where the stage will be found.
+    `plot` the file name of a plot in the same folder, `repo` the stage's Hub repository.
     """
     stage, base = config["stage"], config["base"]
     head = {"dense": "a dense head delta", "none": "the head unchanged"}.get(
@@ -58,7 +58,7 @@ def stage_card(
 
 
 def notice(config: Mapping[str, Any], training: Mapping[str, Any]) -> str:
-    """Return NOTICE: whose work this stage stands on. Of `training` it uses the `sources` of `data`."""
+    """Return NOTICE: the base, data and code that this stage uses, with their licenses."""
     base = config["base"]
     lines = [
         f"Base model: {base['repo'] or 'never saved'}, revision {base['revision'] or 'none'}, "
@@ -74,20 +74,20 @@ def notice(config: Mapping[str, Any], training: Mapping[str, Any]) -> str:
 
 
 def non_commercial(training: Mapping[str, Any]) -> list[str]:
-    """Return the sources, and \"this stage\" itself, whose license forbids commercial use by its name."""
+    """Return the names of the data sources, and of "this stage", with a non-commercial license."""
     named = {name: source.get("license") for name, source in _sources(training).items()}
     named["this stage"] = training.get("license")
     return [name for name, text in named.items() if re.search(r"\bnc\b|non[- ]?commercial", str(text), re.IGNORECASE)]
 
 
 def example_prompt(tokenizer: Any) -> str | None:
-    """Return a question as the tokenizer's chat template renders it, with a tool if the template knows tools."""
+    """Return a question rendered by the tokenizer's chat template, with a tool if the template supports tools."""
     if tokenizer is None or not tokenizer.chat_template:
         return None
     for tools in ([TOOL], None):
         try:
             text = tokenizer.apply_chat_template(EXAMPLE, tools=tools, tokenize=False, add_generation_prompt=True)
-        except Exception:  # a template is a program of somebody else's: it may refuse in any way
+        except Exception:  # a chat template can raise any error
             continue
         return str(text)
     return None

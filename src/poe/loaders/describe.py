@@ -32,16 +32,16 @@ def describe(repo: str, base: str | None = None, access: Access | None = None) -
     lineage = resolve_lineage(
         location, access, base=None if base is None else locate(base), embedded=embedded_folders()
     )
-    top = lineage.links[-1]
+    top = lineage.stages[-1]
     rows = [("stage", f"{top.name} ({location})")]
-    for link in reversed(lineage.links):
-        stage, (header, size) = link.config["stage"], read_remote_header(link)
-        head = f"rank {stage['head_rank']}" if stage["head"] == "low_rank" else stage["head"]
-        label = "  is" if link is top else "  stands on"
+    for files in reversed(lineage.stages):
+        config, (header, size) = files.config["stage"], read_remote_header(files)
+        head = f"rank {config['head_rank']}" if config["head"] == "low_rank" else config["head"]
+        label = "  is" if files is top else "  stands on"
         rows.append(
             (
                 label,
-                f"{link.name}: {stage['num_layers']} layers above {stage['attach_at']}, head {head}, "
+                f"{files.name}: {config['num_layers']} layers above {config['attach_at']}, head {head}, "
                 f"{header.num_parameters:,} parameters, {size:,} bytes, fingerprint {header.self_fingerprint[:12]}",
             )
         )

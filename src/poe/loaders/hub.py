@@ -20,8 +20,8 @@ from poe.loaders.repository import read_remote_header
 from poe.loaders.stage_folder import PLOT, network_files, save_stage_folder
 from poe.loaders.verify import verify
 from poe.modeling.access import Access, hub_error, is_path, read_config
-from poe.modeling.delta_file import DELTA_NAME, read_delta_header, refuse_pickles
-from poe.modeling.lineage import Link, check_stage_config, find_base, is_stage
+from poe.modeling.delta_file import DELTA_NAME, check_no_pickles, read_delta_header
+from poe.modeling.lineage import StageSource, check_stage_config, find_base, is_stage
 from poe.modeling.stage import Stage
 
 # The files of a published stage or base besides its weights and Python files; `*` stands for the rest of a name.
@@ -160,7 +160,7 @@ def push_stage(
 
 def _select_files(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, Path], list[str]]:
     """Return the files to publish, and the names of those to leave out. Raises `DeltaError` for any other file."""
-    refuse_pickles(folder)
+    check_no_pickles(folder)
     known = (*PUBLISHED, *(path.name for path in network_files()))
     known += (DELTA_NAME,) if is_stage(config) else BASE_WEIGHTS
     files: dict[str, Path] = {}
@@ -230,7 +230,7 @@ def _find_on_hub(
     if role == "parent":
         if not is_stage(config):
             raise LineageError(f"{repo} is not a stage: expected the parent of {stage!r}.")
-        header, _ = read_remote_header(Link(repo, revision, str(Path(path).parent), config, access))
+        header, _ = read_remote_header(StageSource(repo, revision, str(Path(path).parent), config, access))
         if header.self_fingerprint != named["fingerprint"]:
             raise FingerprintError(
                 f"{repo} is not the parent of {stage!r}: expected {named['fingerprint'][:12]}, "

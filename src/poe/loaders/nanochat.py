@@ -1,8 +1,8 @@
-"""Names of nanochat's checkpoints (github.com/karpathy/nanochat), and how one of them is read without trust.
+"""Read nanochat's checkpoints (github.com/karpathy/nanochat) without unpickling objects, and translate their names.
 
-nanochat keeps per-layer scalars in one vector for all layers, and value embeddings beside the layers; a PoE base keeps
-them in the layer that uses them. nanochat rotates queries and keys the other way round: with the two halves of every
-head swapped the scores are the same. The head and the embeddings may have surplus rows (padded to a multiple of 64).
+nanochat keeps per-layer scalars in one vector for all layers, and value embeddings beside the layers. A PoE base keeps
+them in their layer. nanochat rotates queries and keys in the opposite direction; swapping the two halves of each head
+gives the same scores. The head and the embeddings may have surplus rows (padding to a multiple of 64).
 """
 
 import re
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from poe.errors import SourceError
 
-# nanochat's name -> a PoE base's; {i} is the number of a layer
+# nanochat's name -> the name in a PoE base; {i} is the number of a layer
 _PATTERNS = {
     r"transformer\.wte\.weight": "model.embed_tokens.weight",
     r"transformer\.h\.(?P<i>\d+)\.attn\.c_(?P<m>[qkv])\.weight": "model.layers.{i}.self_attn.{m}_proj.weight",
@@ -34,39 +34,38 @@ _PER_LAYER = {"resid_lambdas": "model.layers.{i}.resid_scale", "x0_lambdas": "mo
 
 
 def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], Path]:
-    """Return the tensors of the one checkpoint in `folder`, by its own names, and its path.
+    """Return the tensors of the one checkpoint in `folder`, by their original names, and its path.
 
-    It is a `*.safetensors` file, or a `model_*.pt`, read as tensors alone (`weights_only`): anything else in it is
-    refused. Raises `SourceError`.
+    It is a `*.safetensors` file, or a `model_*.pt`, which is read with `weights_only`. Raises `SourceError`.
     """
-    found = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("model_*.pt"))
-    if len(found) != 1:
+    paths = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("model_*.pt"))
+    if len(paths) != 1:
         raise SourceError(
-            f"{folder}: expected one *.safetensors or one model_*.pt, found {[p.name for p in found] or 'none'}. "
-            "Leave the one to import."
+            f"{folder}: expected one *.safetensors or one model_*.pt, found {[p.name for p in paths] or 'none'}. "
+            "Keep only the one to import."
         )
-    return read_tensors(found[0]), found[0]
+    return read_tensors(paths[0]), paths[0]
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint's file by its own names. Raises `SourceError` if it holds anything else."""
+    """Return the tensors of a checkpoint file by their original names. Raises `SourceError` for other content."""
     try:
         content = (
             load_file(path)
             if path.suffix == ".safetensors"
             else torch.load(path, map_location="cpu", weights_only=True)
         )
-    except Exception as error:  # the libraries' own errors, of the archive, the header, a refused class
-        raise SourceError(f"{path} is not a file of tensors alone: {error}. Nothing was read from it.") from error
+    except Exception as error:  # errors of the archive, of the header, or of a refused class
+        raise SourceError(f"{path} is not a file of tensors alone: {error}. Nothing was imported.") from error
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise SourceError(f"{path}: expected a mapping of names to tensors, got {type(content).__name__}.")
     return {str(name).removeprefix("_orig_mod."): tensor for name, tensor in content.items()}
 
 
 def translate(tensors: Mapping[str, Tensor], head_dim: int, path: Path) -> dict[str, Tensor]:
-    """Return the tensors as a PoE base has them, under its names; a stage's head delta is `head.weight`.
+    """Return the tensors in the layout and with the names of a PoE base. A stage's head delta is `head.weight`.
 
-    Every name must be known: `SourceError` lists those that are not.
+    Raises `SourceError` with all unknown names if there are any.
     """
     translated: dict[str, Tensor] = {}
     unknown: list[str] = []
@@ -75,9 +74,9 @@ def translate(tensors: Mapping[str, Tensor], head_dim: int, path: Path) -> dict[
             for index, value in enumerate(tensor.reshape(-1, 1)):
                 translated[_PER_LAYER[name].format(i=index)] = value
             continue
-        for pattern, ours in _PATTERNS.items():
+        for pattern, new_name in _PATTERNS.items():
             if match := re.fullmatch(pattern, name):
-                full_name = ours.format(**match.groupdict())
+                full_name = new_name.format(**match.groupdict())
                 rotated = full_name.endswith(("q_proj.weight", "k_proj.weight"))
                 if name.endswith(".weight") and (tensor.ndim != 2 or (rotated and tensor.shape[0] % head_dim)):
                     raise SourceError(f"{path}: {name} is {tuple(tensor.shape)}, which fits no head of {head_dim}.")
@@ -88,11 +87,11 @@ def translate(tensors: Mapping[str, Tensor], head_dim: int, path: Path) -> dict[
     if unknown:
         raise SourceError(
             f"{path} holds {len(unknown)} tensors that nanochat's layout does not have: {', '.join(sorted(unknown))}. "
-            "Nothing was guessed, nothing was written."
+            "Nothing was written."
         )
     return translated
 
 
 def swap_halves(weight: Tensor, head_dim: int) -> Tensor:
-    """Swap the two halves of every head's rows in a projection (heads * head_dim, D); twice is nothing."""
+    """Swap the two halves of each head's rows in a projection (heads * head_dim, D)."""
     return weight.unflatten(0, (-1, head_dim)).roll(head_dim // 2, 1).flatten(0, 1)

@@ -1,7 +1,7 @@
-"""nanochat's tokenizer as a fast tokenizer: the same ids, and its conversations as a chat template.
+"""Convert nanochat's tokenizer to a fast tokenizer with the same ids, and with a chat template for its conversations.
 
-tiktoken merges whichever neighbors join to the known token of the lowest id. A BPE of `tokenizers` lists its merges
-instead, in order: so every way to cut a token into two known ones is listed, by the token's id.
+tiktoken merges the neighbors that form the token of the lowest id. A BPE of `tokenizers` has an ordered list of merges
+instead, so the list holds every way to split a token into two known ones, by the token's id.
 """
 
 from pathlib import Path
@@ -21,24 +21,23 @@ _CHAT_TEMPLATE = Path(__file__).parents[1] / "assets" / "nanochat.jinja"
 
 
 def find_tokenizer(checkpoint: Path) -> Path:
-    """Return the folder of tokenizer.pkl: the checkpoint's own, `tokenizer` in it, or where nanochat keeps it.
+    """Return the folder of tokenizer.pkl: the checkpoint's folder, `tokenizer` in it, or nanochat's usual folder.
 
-    nanochat keeps checkpoints two folders below its base folder and the tokenizer in `tokenizer` there. Raises
-    `SourceError`.
+    nanochat's base folder has the tokenizer in `tokenizer` and checkpoints two levels below. Raises `SourceError`.
     """
-    places = (checkpoint, checkpoint / "tokenizer", checkpoint.resolve().parent.parent / "tokenizer")
-    for folder in places:
+    folders = (checkpoint, checkpoint / "tokenizer", checkpoint.resolve().parent.parent / "tokenizer")
+    for folder in folders:
         if (folder / "tokenizer.pkl").is_file():
             return folder
-    raise SourceError(f"No tokenizer.pkl in {', '.join(map(str, places))}. Copy nanochat's to the first.")
+    raise SourceError(f"No tokenizer.pkl in {', '.join(map(str, folders))}. Copy nanochat's to the first.")
 
 
 def read_tokenizer(folder: Path, model_max_length: int) -> PreTrainedTokenizerFast:
-    """Return the tokenizer of tokenizer.pkl with nanochat's chat template, checked against token_bytes.pt if there.
+    """Return the tokenizer of tokenizer.pkl with nanochat's chat template, checked against token_bytes.pt if present.
 
-    `tokenizer(text)` begins with `<|bos|>`, as nanochat's prompts do; without special tokens
-    (`add_special_tokens=False`) the ids are those of nanochat's `encode`, but that special tokens that are spelled out
-    in the text are read as such unless `split_special_tokens=True`. Raises `SourceError`.
+    `tokenizer(text)` begins with `<|bos|>`, like nanochat's prompts. With `add_special_tokens=False` the ids are those
+    of nanochat's `encode`, except that special tokens in the text are recognized unless `split_special_tokens=True`.
+    Raises `SourceError`.
     """
     path = folder / "tokenizer.pkl"
     encoding = read_tiktoken_pickle(path)
@@ -49,7 +48,7 @@ def read_tokenizer(folder: Path, model_max_length: int) -> PreTrainedTokenizerFa
         tokenizer_object=byte_level_bpe(encoding, path),
         bos_token=BOS,
         eos_token=ASSISTANT_END,
-        pad_token=BOS,  # nanochat has none; the end of an answer, its other choice, must stay a label
+        pad_token=BOS,  # nanochat has no padding token; <|assistant_end|> must stay a label
         extra_special_tokens=[token for token in encoding.special_tokens if token not in (BOS, ASSISTANT_END)],
         chat_template=_CHAT_TEMPLATE.read_text(encoding="utf-8"),
         padding_side="left",
@@ -59,9 +58,9 @@ def read_tokenizer(folder: Path, model_max_length: int) -> PreTrainedTokenizerFa
 
 
 def byte_level_bpe(encoding: TiktokenEncoding, path: Path) -> Tokenizer:
-    """Return a tokenizer that gives the ids of tiktoken. Raises `SourceError` if `path`'s tokens allow none."""
-    if lacking := [byte for byte in range(256) if bytes([byte]) not in encoding.ranks]:
-        raise SourceError(f"{path}: expected a token for every byte, there is none for {lacking[:5]}.")
+    """Return a tokenizer with the ids of tiktoken. Raises `SourceError` if the tokens of `path` do not allow it."""
+    if missing := [byte for byte in range(256) if bytes([byte]) not in encoding.ranks]:
+        raise SourceError(f"{path}: expected a token for every byte, there is none for {missing[:5]}.")
     letters = _byte_letters()
     spelled = {token: "".join(letters[byte] for byte in token) for token in encoding.ranks}
     merges = [
@@ -71,11 +70,11 @@ def byte_level_bpe(encoding: TiktokenEncoding, path: Path) -> Tokenizer:
         if token[:cut] in spelled and token[cut:] in spelled
     ]
     vocabulary = {spelled[token]: number for token, number in encoding.ranks.items()}
-    # ignore_merges: tiktoken looks a whole piece up before it merges anything
+    # ignore_merges: tiktoken looks up a whole piece before it merges
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=True))
     try:
         split = pre_tokenizers.Split(Regex(encoding.pattern), behavior="isolated")
-    except Exception as error:  # the library's own type
+    except Exception as error:  # the library has its own error type
         raise SourceError(f"{path}: its pattern {encoding.pattern!r} cannot be used: {error}.") from error
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
@@ -92,17 +91,17 @@ def byte_level_bpe(encoding: TiktokenEncoding, path: Path) -> Tokenizer:
 
 
 def check_token_bytes(encoding: TiktokenEncoding, path: Path) -> None:
-    """Refuse a token_bytes.pt that belongs to another tokenizer; a missing one is fine, the tokens tell as much.
+    """Raise `SourceError` if token_bytes.pt belongs to another tokenizer. A missing file is fine.
 
-    It counts the bytes of every token, 0 for special ones. Older ones count a token that is no valid UTF-8 as it
-    decodes, with replacement characters.
+    It has the number of bytes of each token, 0 for special ones. Older files count a token that is not valid UTF-8 with
+    the replacement characters of its decoded text.
     """
     if not path.is_file():
         return
     try:
         counts = torch.load(path, map_location="cpu", weights_only=True).tolist()
-    except Exception as error:  # the libraries' own errors, of the archive, a refused class
-        raise SourceError(f"{path} is not one tensor: {error}. Nothing was read from it.") from error
+    except Exception as error:  # errors of the archive, or of a refused class
+        raise SourceError(f"{path} is not one tensor: {error}. Nothing was imported.") from error
     expected = dict.fromkeys(encoding.special_tokens.values(), (0, 0))
     for token, number in encoding.ranks.items():
         expected[number] = (len(token), len(token.decode("utf-8", errors="replace").encode()))
@@ -116,7 +115,7 @@ def check_token_bytes(encoding: TiktokenEncoding, path: Path) -> None:
 
 
 def _byte_letters() -> dict[int, str]:
-    """The letter that stands for each byte in a byte-level vocabulary (GPT-2): printable ones stand for themselves."""
+    """Return the letter of each byte in a byte-level vocabulary (GPT-2): printable bytes are their own letters."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}

@@ -82,8 +82,8 @@ def _check_plain_weights(base: PreTrainedModel) -> None:
     quantized = quantization_of(base)
     if quantized is not None:
         raise FamilyError(
-            f"The base is quantized ({quantized}), and an export needs weights in floating point: open the "
-            "stage on the base without quantization_config, export that, and quantize the export."
+            f"The base is quantized ({quantized}), and an export needs plain weights: open the stage on "
+            "the base in floating point (without quantization_config), export that, and quantize the export."
         )
     if is_offloaded(base):
         raise FamilyError("A part of the base is offloaded: open it without a device_map, then export.")

@@ -10,7 +10,7 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 from poe.errors import PoEError, SourceError
 from poe.modeling.access import Access, fetch, hub_error
 from poe.modeling.delta_file import DELTA_NAME, DeltaHeader, parse_delta_header
-from poe.modeling.lineage import Link
+from poe.modeling.lineage import StageSource
 from poe.modeling.tensor_file import header_length, parse_header
 
 EMBEDDED_BASE = Path(__file__).parents[1] / "assets" / "demo"
@@ -44,33 +44,33 @@ def list_files(repo: str, access: Access, revision: str | None = None) -> list[s
         raise hub_error(f"The list of files of {repo} (revision {revision or 'main'})", repo, error) from error
 
 
-def read_remote_header(link: Link) -> tuple[DeltaHeader, int]:
+def read_remote_header(stage: StageSource) -> tuple[DeltaHeader, int]:
     """Return a stage's delta header and the size of its delta in bytes, without fetching the delta's weights.
 
     Raises `SourceError` if the delta cannot be reached, `DeltaError` if it is not a delta file.
     """
-    local = link.delta_path if os.path.isdir(link.repo) else _find_cached_delta(link)
+    local = stage.delta_path if os.path.isdir(stage.repo) else _find_cached_delta(stage)
     if local is not None:
-        return link.header, os.path.getsize(local)
-    name = f"{DELTA_NAME} of {link.repo}"
+        return stage.header, os.path.getsize(local)
+    name = f"{DELTA_NAME} of {stage.repo}"
     try:
-        start, size = _read_span(link, 0, 8)
-        text, _ = _read_span(link, 8, header_length(start, size, name))
+        start, size = _read_span(stage, 0, 8)
+        text, _ = _read_span(stage, 8, header_length(start, size, name))
     except PoEError:
         raise
     except Exception as error:
-        raise hub_error(name, link.repo, error) from error
+        raise hub_error(name, stage.repo, error) from error
     return parse_delta_header(*parse_header(text, size, name), name), size
 
 
-def _find_cached_delta(link: Link) -> str | None:
-    return fetch(link.repo, DELTA_NAME, dataclasses.replace(link.access, local_files_only=True), link.revision)
+def _find_cached_delta(stage: StageSource) -> str | None:
+    return fetch(stage.repo, DELTA_NAME, dataclasses.replace(stage.access, local_files_only=True), stage.revision)
 
 
-def _read_span(link: Link, start: int, length: int) -> tuple[bytes, int]:
+def _read_span(stage: StageSource, start: int, length: int) -> tuple[bytes, int]:
     """Return `length` bytes of a delta on the Hub from byte `start`, and the size of the whole file in bytes."""
-    url = hf_hub_url(link.repo, DELTA_NAME, revision=link.revision)
-    headers = {**build_hf_headers(token=link.access.token), "Range": f"bytes={start}-{start + length - 1}"}
+    url = hf_hub_url(stage.repo, DELTA_NAME, revision=stage.revision)
+    headers = {**build_hf_headers(token=stage.access.token), "Range": f"bytes={start}-{start + length - 1}"}
     with get_session().stream("GET", url, headers=headers, follow_redirects=True) as response:
         hf_raise_for_status(response)
         if response.status_code != 206:

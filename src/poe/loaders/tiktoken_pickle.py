@@ -1,9 +1,8 @@
-"""A pickled `tiktoken.Encoding` read without unpickling: its opcodes are walked, and nothing in it can be called.
+"""Read a pickled `tiktoken.Encoding` without unpickling, with a machine for its opcodes that cannot call anything.
 
-A pickle is a program for a small stack machine, and its danger is that it may name any class and call it. What pickling
-an Encoding writes needs so little of that machine (text, bytes, numbers, one dictionary in another, one class that is
-named and given its state) that this little is done here: the class becomes a mark on the stack, and an opcode, or a
-use of one, that such a pickle does not have is refused before anything is made of it.
+A pickle is a program for a stack machine that can import and call any class. The pickle of an Encoding needs a small
+part of that machine: text, bytes, integers, nested dictionaries, and one class that gets its state. Only this part is
+implemented here, and the class is a marker on the stack. Any other opcode, or use of one, raises before it has effect.
 """
 
 from collections.abc import Callable
@@ -14,13 +13,13 @@ from typing import Any
 
 from poe.errors import SourceError
 
-_NAMED = ("tiktoken.core", "Encoding")
+_ENCODING_CLASS = ("tiktoken.core", "Encoding")
 _FIELDS = {"name": str, "pat_str": str, "mergeable_ranks": dict, "special_tokens": dict}
 
 
 @dataclass(frozen=True)
 class TiktokenEncoding:
-    """What a tiktoken Encoding is made of: a pattern that cuts text, tokens' bytes and ids, special tokens and ids."""
+    """The parts of a tiktoken Encoding: the pattern that splits text, tokens (bytes) and special tokens with ids."""
 
     pattern: str
     ranks: dict[bytes, int]
@@ -28,35 +27,35 @@ class TiktokenEncoding:
 
 
 class _Mark:
-    """Something on the stack that is no value: the class, its instance, the mark before a dictionary's items."""
+    """An object on the stack that is not a value: the class, its instance, or the mark before a dictionary's items."""
 
 
-class _Refused(Exception):
-    """An opcode, or a use of one, that the pickle of an Encoding does not have."""
+class _UnsupportedPickleError(Exception):
+    """The pickle has an opcode, or a use of one, that the pickle of an Encoding does not have."""
 
 
 def read_tiktoken_pickle(path: Path) -> TiktokenEncoding:
-    """Return what the pickle of one tiktoken Encoding holds; nothing in the file is imported, called or built.
+    """Return the content of the pickle of one tiktoken Encoding. Nothing in the file is imported, called or built.
 
-    Raises `SourceError` for every other pickle, for a damaged one, and for one that only names an encoding of
-    tiktoken's own (it holds no tokens).
+    Raises `SourceError` for any other or damaged pickle, and for one that only names an encoding of tiktoken's own (it
+    has no tokens).
     """
     try:
         state = _Machine().run(path.read_bytes())
-    except Exception as error:  # a hostile file may be malformed in any way
+    except Exception as error:  # a hostile file can be malformed in any way
         raise SourceError(
-            f"{path} is not the pickle of a tiktoken Encoding: {error}. A pickle can run any code, so nothing else is "
-            "read from one; nothing in it was run."
+            f"{path} is not the pickle of a tiktoken Encoding: {error}. Other pickles are never read, because they can "
+            "run any code. Nothing in it was run."
         ) from error
     if isinstance(state, str):
         raise SourceError(
             f"{path} holds no tokens, only the name {state!r} of an encoding that tiktoken fetches: expected a "
             "tokenizer that nanochat trained."
         )
-    return _checked(state, path)
+    return _check_encoding(state, path)
 
 
-def _checked(state: dict[Any, Any], path: Path) -> TiktokenEncoding:
+def _check_encoding(state: dict[Any, Any], path: Path) -> TiktokenEncoding:
     if {key: type(value) for key, value in state.items()} != _FIELDS:
         raise SourceError(f"{path}: expected an Encoding's {', '.join(_FIELDS)}, got {', '.join(map(str, state))}.")
     ranks, special = state["mergeable_ranks"], state["special_tokens"]
@@ -70,14 +69,14 @@ def _checked(state: dict[Any, Any], path: Path) -> TiktokenEncoding:
 
 
 class _Machine:
-    """The part of pickle's stack machine that the pickle of an Encoding needs."""
+    """The part of pickle's stack machine that an Encoding needs."""
 
     def __init__(self) -> None:
         self.stack: list[Any] = []
-        self.memo: dict[Any, Any] = {}  # by the order in which things were remembered
-        self.mark, self.named, self.instance = _Mark(), _Mark(), _Mark()
+        self.memo: dict[Any, Any] = {}  # in the order of memoization
+        self.mark, self.encoding_class, self.instance = _Mark(), _Mark(), _Mark()
         self.state: dict[Any, Any] | str | None = None
-        self.simple: dict[str, Callable[[], None]] = {
+        self.handlers: dict[str, Callable[[], None]] = {
             "EMPTY_DICT": lambda: self.stack.append({}),
             "EMPTY_TUPLE": lambda: self.stack.append(()),
             "MARK": lambda: self.stack.append(self.mark),
@@ -90,33 +89,33 @@ class _Machine:
         }
 
     def run(self, content: bytes) -> dict[Any, Any] | str:
-        """Walk the opcodes and return the state that the instance is given: a dictionary, or a name."""
+        """Run the opcodes and return the state of the instance: a dictionary, or a name."""
         for opcode, value, position in genops(content):
             name = opcode.name
             if name in ("SHORT_BINUNICODE", "BINUNICODE", "SHORT_BINBYTES", "BINBYTES", "BININT1", "BININT2", "BININT"):
                 self.stack.append(value)
             elif name in ("BINGET", "LONG_BINGET"):
                 self.stack.append(self.memo[value])
-            elif name in self.simple:
-                self.simple[name]()
+            elif name in self.handlers:
+                self.handlers[name]()
             elif name == "STOP":
                 if self.state is None or self.stack != [self.instance]:
-                    raise _Refused("it ends before an Encoding is made")
+                    raise _UnsupportedPickleError("it ends before an Encoding is made")
                 return self.state
             elif name not in ("PROTO", "FRAME"):
-                raise _Refused(f"opcode {name} at byte {position} has no place in one")
-        raise _Refused("it has no end")
+                raise _UnsupportedPickleError(f"opcode {name} at byte {position} has no place in one")
+        raise _UnsupportedPickleError("it has no end")
 
     def _name_class(self) -> None:
         name, module = self.stack.pop(), self.stack.pop()
-        if (module, name) != _NAMED:
-            raise _Refused(f"it names {module}.{name}")
-        self.stack.append(self.named)
+        if (module, name) != _ENCODING_CLASS:
+            raise _UnsupportedPickleError(f"it names {module}.{name}")
+        self.stack.append(self.encoding_class)
 
     def _make_instance(self) -> None:
-        arguments, named = self.stack.pop(), self.stack.pop()
-        if named is not self.named or arguments != ():
-            raise _Refused("it makes something else")
+        arguments, cls = self.stack.pop(), self.stack.pop()
+        if cls is not self.encoding_class or arguments != ():
+            raise _UnsupportedPickleError("it creates another object")
         self.stack.append(self.instance)
 
     def _set_item(self) -> None:
@@ -131,11 +130,11 @@ class _Machine:
 
     def _put(self, target: Any, items: list[Any]) -> None:
         if type(target) is not dict or any(type(key) not in (str, bytes) for key in items[::2]):
-            raise _Refused("it fills something that is not a dictionary of tokens")
+            raise _UnsupportedPickleError("it fills something that is not a dictionary of tokens")
         target.update(zip(items[::2], items[1::2], strict=True))
 
     def _take_state(self) -> None:
         state = self.stack.pop()
         if self.state is not None or self.stack[-1] is not self.instance or type(state) not in (dict, str):
-            raise _Refused("it gives a state to something else")
+            raise _UnsupportedPickleError("it gives a state to something else")
         self.state = state

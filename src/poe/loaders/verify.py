@@ -1,4 +1,4 @@
-"""Whether every byte of a base or stage is what it says, one check at a time; a failed one does not stop the others."""
+"""Check every file of a base or stage, one check at a time. A failed check does not stop the others."""
 
 import json
 import os
@@ -15,15 +15,15 @@ from poe.loaders.repository import embedded_folders, list_files, locate
 from poe.loaders.stage_folder import AUTO_MAP, network_files
 from poe.modeling import modeling_poe
 from poe.modeling.access import Access, fetch, read_config
-from poe.modeling.delta_file import PICKLES, check_finite, read_delta, verify_delta
-from poe.modeling.lineage import BaseSource, Link, check_base, find_base, is_stage, resolve_lineage
+from poe.modeling.delta_file import PICKLES, check_finite
+from poe.modeling.lineage import BaseSource, StageSource, check_base, find_base, is_stage, resolve_lineage
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
 
 @dataclass(frozen=True)
 class Check:
-    """One question about a folder or repository: what was asked, whether all is well, and what was found."""
+    """The result of one check of a folder or repository: its name, whether it passed, and details."""
 
     name: str
     ok: bool
@@ -36,60 +36,60 @@ def verify(
     access: Access | None = None,
     revision: str | None = None,
 ) -> Iterator[Check]:
-    """Yield the checks of a base, or of a stage and everything it stands on, as they are made.
+    """Run the checks of a base, or of a stage with its parents and base, and yield each result.
 
-    Everything that is named is fetched and read whole, except what may be a pickle: that is refused by its name.
-    Raises `SourceError` if there is nothing to check.
+    All their files are fetched and read completely, except files that may be pickles, which fail by their name. Raises
+    `SourceError` if the folder or repository cannot be reached.
     """
-    access, where = access or Access(), locate(repo)
-    config, path = read_config(where, access, revision)
-    source, _ = find_base(where, access, revision)
-    folder = _Folder(where, source.revision, access, config)
-    yield _check("file names", folder.names)
+    access, location = access or Access(), locate(repo)
+    config, path = read_config(location, access, revision)
+    source, _ = find_base(location, access, revision)
+    files = _Files(location, source.revision, access, config)
+    yield _run_check("file names", files.check_names)
     if is_stage(config):
-        yield from _stage(folder, Path(path).parent, None if base is None else locate(base))
+        yield from _check_stage(files, Path(path).parent, None if base is None else locate(base))
     else:
-        yield _check("network files", lambda: folder.network([Path(modeling_poe.__file__)], None))
-        yield _check("tokenizer", folder.tokenizer)
-        yield _check("weights are finite", lambda: _finite(source))
-        yield _check("fingerprint", lambda: source.fingerprint)
+        yield _run_check("network files", lambda: files.check_network([Path(modeling_poe.__file__)], None))
+        yield _run_check("tokenizer", files.check_tokenizer)
+        yield _run_check("weights are finite", lambda: _check_finite(source))
+        yield _run_check("fingerprint", lambda: source.fingerprint)
 
 
 @dataclass(frozen=True)
-class _Folder:
-    """What is asked of any folder or repository, stage or base."""
+class _Files:
+    """The files of a stage or base in a folder or repository. Each method returns details or raises `DeltaError`."""
 
     repo: str
     revision: str | None
     access: Access
     config: dict[str, Any]
 
-    def names(self) -> str:
-        files = list_files(self.repo, self.access, self.revision)
-        odd = [name for name in files if name.lower().endswith(PICKLES)]
-        if odd:
-            raise DeltaError(f"expected no file that can carry a pickle, got {', '.join(odd[:5])}. Remove them.")
-        return f"{len(files)} files, none of which can carry a pickle"
+    def check_names(self) -> str:
+        names = list_files(self.repo, self.access, self.revision)
+        pickles = [name for name in names if name.lower().endswith(PICKLES)]
+        if pickles:
+            raise DeltaError(f"expected no file that can carry a pickle, got {', '.join(pickles[:5])}. Remove them.")
+        return f"{len(names)} files, none of which can carry a pickle"
 
-    def network(self, own: Sequence[Path], auto_map: dict[str, str] | None) -> str:
-        """Compare the Python files that remote code would run with those of this package."""
+    def check_network(self, package_files: Sequence[Path], auto_map: dict[str, str] | None) -> str:
+        """Compare the Python files of remote code with those of this package."""
         named = self.config.get("auto_map")
         if auto_map is None and not named:
-            return "the classes are those of transformers: it brings no code"
+            return "no remote code: the classes are those of transformers"
         if auto_map is not None and named != auto_map:
             raise DeltaError(f"auto_map should be {json.dumps(auto_map)}, got {json.dumps(named)}.")
-        for file in own:
+        for file in package_files:
             path = fetch(self.repo, file.name, self.access, self.revision)
             if path is None:
                 raise DeltaError(f"{file.name} is missing: it cannot be opened without the package. Save it again.")
             if Path(path).read_bytes() != file.read_bytes():
                 raise DeltaError(
                     f"{file.name} is not the one of this package: it was changed, or comes from another version. "
-                    "Read it before you trust it; the package itself never runs it."
+                    "Read it before you trust it; this package never runs it."
                 )
-        return f"{len(own)} Python files, each the same as in this package"
+        return f"{len(package_files)} Python files, each the same as in this package"
 
-    def tokenizer(self) -> str:
+    def check_tokenizer(self) -> str:
         present = [n for n in VOCABULARIES if fetch(self.repo, n, self.access, self.revision) is not None]
         if not present:
             raise DeltaError("there is no tokenizer: expected tokenizer.json and tokenizer_config.json beside it.")
@@ -98,43 +98,47 @@ class _Folder:
             tokenizer = AutoTokenizer.from_pretrained(
                 self.repo, revision=self.revision or "main", trust_remote_code=False, **options
             )
-        except Exception as error:  # files of somebody else's making can fail in any way
+        except Exception as error:  # a damaged or hostile file can raise any error
             raise DeltaError(f"the tokenizer cannot be opened without running code: {error}") from error
         return f"{len(tokenizer):,} tokens, {'with a' if tokenizer.chat_template else 'no'} chat template"
 
 
-def _stage(folder: _Folder, path: Path, base: str | None) -> Iterator[Check]:
-    yield _check("network files", lambda: folder.network(network_files(), AUTO_MAP))
-    yield _check("tokenizer", folder.tokenizer)
-    own = Link(folder.repo, folder.revision, str(path), folder.config, folder.access)
+def _check_stage(files: _Files, folder: Path, base: str | None) -> Iterator[Check]:
+    yield _run_check("network files", lambda: files.check_network(network_files(), AUTO_MAP))
+    yield _run_check("tokenizer", files.check_tokenizer)
+    top = StageSource(files.repo, files.revision, str(folder), files.config, files.access)
     try:
         lineage = resolve_lineage(
-            folder.repo, folder.access, revision=folder.revision, base=base, embedded=embedded_folders()
+            files.repo, files.access, revision=files.revision, base=base, embedded=embedded_folders()
         )
     except PoEError as error:
         yield Check("lineage", False, str(error))
-        yield from _delta(own)
+        yield from _check_delta(top)
         return
-    yield _check("lineage", lambda: " -> ".join([*(k.name for k in reversed(lineage.links)), str(lineage.base.repo)]))
-    for link in reversed(lineage.links):
-        yield from _delta(link)
-    yield _check("fingerprints agree", lineage.verify_links, lambda: "every stage names the one below and the base")
-    expected = folder.config["base"]
-    yield _check("base", lambda: check_base(lineage.base, expected, own.name), lineage.base.describe)
-
-
-def _delta(link: Link) -> Iterator[Check]:
-    name = str((link.config.get("stage") or {}).get("name"))
-    yield _check(f"{name}: header", lambda: f"{len(link.header.tensors)} tensors of stage {link.header.stage}")
-    yield _check(
-        f"{name}: fingerprint",
-        lambda: verify_delta(link.delta_path, link.header),
-        lambda: link.header.self_fingerprint,
+    yield _run_check(
+        "lineage", lambda: " -> ".join([*(k.name for k in reversed(lineage.stages)), str(lineage.base.repo)])
     )
-    yield _check(f"{name}: weights are finite", lambda: f"{len(read_delta(link.delta_path, name))} tensors")
+    for stage in reversed(lineage.stages):
+        yield from _check_delta(stage)
+    yield _run_check(
+        "fingerprints agree", lineage.verify_headers, lambda: "each stage names the one below it and the base"
+    )
+    expected = files.config["base"]
+    yield _run_check("base", lambda: check_base(lineage.base, expected, top.name), lineage.base.describe)
 
 
-def _finite(source: BaseSource) -> str:
+def _check_delta(stage: StageSource) -> Iterator[Check]:
+    name = str((stage.config.get("stage") or {}).get("name"))
+    yield _run_check(f"{name}: header", lambda: f"{len(stage.header.tensors)} tensors of stage {stage.header.stage}")
+    yield _run_check(
+        f"{name}: fingerprint",
+        lambda: verify_delta(stage.delta_path, stage.header),
+        lambda: stage.header.self_fingerprint,
+    )
+    yield _run_check(f"{name}: weights are finite", lambda: f"{len(read_delta(stage.delta_path, name))} tensors")
+
+
+def _check_finite(source: BaseSource) -> str:
     count = 0
     for path in source.weight_files():
         try:
@@ -144,15 +148,15 @@ def _finite(source: BaseSource) -> str:
                     count += 1
         except PoEError:
             raise
-        except Exception as error:  # the library's own type, which is not exported everywhere
+        except Exception as error:  # safetensors does not export its error type everywhere
             raise SourceError(f"{path} cannot be read as safetensors ({error}). Fetch it again.") from error
     return f"{count} tensors"
 
 
-def _check(name: str, action: Callable[[], object], detail: Callable[[], str] | None = None) -> Check:
-    """Do something that raises if all is not well; `detail`, else what it returns, is what was found."""
+def _run_check(name: str, action: Callable[[], object], detail: Callable[[], str] | None = None) -> Check:
+    """Run an action that raises if the check fails. The details are those of `detail`, or the action's result."""
     try:
-        found = action()
-        return Check(name, True, str(found) if detail is None else detail())
+        result = action()
+        return Check(name, True, str(result) if detail is None else detail())
     except PoEError as error:
         return Check(name, False, str(error))

@@ -1,4 +1,4 @@
-"""Small files of a folder or Hub repository, fetched by name; and what the Hub's refusals mean."""
+"""Fetch files of a folder or Hub repository by name, and explain the errors of the Hub."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from .failures import SourceError
 
 @dataclass(frozen=True)
 class Access:
-    """How repositories are reached; the names are those of `from_pretrained`."""
+    """Options for reaching repositories, with the names of `from_pretrained`."""
 
     token: str | bool | None = None
     cache_dir: str | None = None
@@ -25,23 +25,23 @@ class Access:
     def kwargs(self, repo: str) -> dict[str, Any]:
         """Return the fields that are set as keyword arguments for transformers.
 
-        If `repo` is not a folder and nobody answers at the Hub's address, only local files are asked for: the Hub
-        client would try for half a minute per file before it looks into its cache.
+        If the Hub cannot be reached, they restrict it to local files: the Hub client would otherwise try for half a
+        minute per file before it reads its cache.
         """
         fields = {name: value for name, value in vars(self).items() if value not in (None, False)}
-        if self.token is False:  # not "no matter": a stored token must not be sent
+        if self.token is False:  # False means: send no stored token
             fields["token"] = False
-        if not os.path.isdir(repo) and not _hub_answers():
+        if not os.path.isdir(repo) and not _can_reach_hub():
             fields["local_files_only"] = True
             fields.pop("force_download", None)
         return fields
 
 
 def fetch(repo: str, filename: str, access: Access, revision: str | None = None) -> str | None:
-    """Return the local path of a file in a folder or Hub repository, None if the repository has no such file.
+    """Return the local path of a file in a folder or Hub repository, None if it has no such file.
 
-    Without a network the cache decides what a repository has. Raises `SourceError` when the folder or repository is
-    not there, or the Hub refuses.
+    Without a network the Hub client's cache is used. Raises `SourceError` if the folder or repository does not exist,
+    or the Hub refuses.
     """
     if os.path.isdir(repo):
         path = os.path.join(repo, filename)
@@ -50,14 +50,14 @@ def fetch(repo: str, filename: str, access: Access, revision: str | None = None)
         raise SourceError(f"There is no folder {repo}: expected a model folder or a Hub repository such as 'me/model'.")
     try:
         return cached_file(repo, filename, revision=revision, **access.kwargs(repo))
-    except Exception as error:  # the client's own errors, of the HTTP library, of the file system
+    except Exception as error:  # errors of the Hub client, the HTTP library or the file system
         if _is_missing(error):
             return None
         raise hub_error(f"{filename} of {repo} (revision {revision or 'main'})", repo, error) from error
 
 
 def read_config(repo: str, access: Access, revision: str | None = None) -> tuple[dict[str, Any], str]:
-    """Return a repository's config.json and its local path; `SourceError` if there is none or it is not JSON."""
+    """Return a repository's config.json and its local path. Raises `SourceError` if it is missing or not JSON."""
     path = fetch(repo, "config.json", access, revision)
     if path is None:
         raise SourceError(
@@ -70,31 +70,31 @@ def read_config(repo: str, access: Access, revision: str | None = None) -> tuple
     except (OSError, ValueError) as error:
         raise SourceError(f"{path} is not readable JSON ({first_line(error)}). Fetch it again.") from error
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise SourceError(f"{path} is no config of a model: expected a JSON object with `model_type`. Fetch it again.")
+        raise SourceError(f"{path} is not a model config: expected a JSON object with `model_type`. Fetch it again.")
     return config, path
 
 
 def is_path(repo: str) -> bool:
-    """Return whether a name can only mean a folder (a Hub name is `name` or `owner/name`)."""
+    """Return whether a name can only be a folder's (a Hub name is `name` or `owner/name`)."""
     return (
         repo.startswith((".", "~")) or os.path.isabs(repo) or repo.count("/") > 1 or (os.sep != "/" and os.sep in repo)
     )
 
 
 def hub_error(what: str, repo: str, error: BaseException) -> SourceError:
-    """Return the error that says what could not be done with a Hub repository, why, and what to do about it."""
-    hint = hub_hint(repo, error)
+    """Return the error for something (`what`) on the Hub that could not be reached, with the reason and a remedy."""
+    hint = explain_hub_response(repo, error)
     if hint is None:
         hint = f"{first_line(error)} Check the name, the network and your token, or give a local folder."
     return SourceError(f"{what} could not be reached: {hint}")
 
 
-def hub_hint(repo: str, error: BaseException) -> str | None:
-    """Return what the Hub's answer behind an exception means and what to do, None if the Hub did not answer."""
-    response = _answer(error)
+def explain_hub_response(repo: str, error: BaseException) -> str | None:
+    """Return the meaning of the Hub's response behind an exception and a remedy, None if there is no response."""
+    response = _find_response(error)
     if response is None:
         return None
-    page = f"{endpoint()}/{repo}"
+    page = f"{hub_url()}/{repo}"
     status, code = response.status_code, response.headers.get("X-Error-Code")
     if code == "EntryNotFound":
         return None
@@ -108,14 +108,14 @@ def hub_hint(repo: str, error: BaseException) -> str | None:
             "Check the name; if it is private, log in (`hf auth login`) or pass token=..."
         )
     if status == 403:
-        return f"your token may not do this ({status}). Check its permissions at {endpoint()}/settings/tokens."
+        return f"your token may not do this ({status}). Check its permissions at {hub_url()}/settings/tokens."
     if status == 429:
         return f"the Hub asks to slow down ({status}). Wait some minutes and try again; being logged in raises limits."
     return f"the Hub answered {status}. Try again later; what is cached opens with local_files_only=True."
 
 
-def endpoint() -> str:
-    """Return the Hub's address, by the Hub client's own rule."""
+def hub_url() -> str:
+    """Return the Hub's URL, by the Hub client's rule."""
     return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 
 
@@ -125,16 +125,16 @@ def first_line(error: BaseException) -> str:
 
 
 def _is_missing(error: BaseException) -> bool:
-    """Return whether transformers says that a repository, or without a network the cache, has no such file.
+    """Return whether an error of transformers means that a repository (or, without a network, the cache) has no file.
 
-    It says so by a bare OSError. What the Hub or the disk answered hangs on it as a response, a cause or a number.
+    transformers then raises a bare OSError. Errors of the Hub or the disk have a response, a cause or a number.
     """
-    bare = type(error) is OSError and error.errno is None and _answer(error) is None
+    bare = type(error) is OSError and error.errno is None and _find_response(error) is None
     return bare and type(error.__cause__).__name__ in ("NoneType", "LocalEntryNotFoundError")
 
 
-def _answer(error: BaseException | None) -> Any:
-    """Return the HTTP response that an exception or one of its causes carries, None if there is none."""
+def _find_response(error: BaseException | None) -> Any:
+    """Return the HTTP response of an exception or of one of its causes, None if there is none."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -145,9 +145,9 @@ def _answer(error: BaseException | None) -> Any:
     return None
 
 
-def _hub_answers() -> bool:
-    """Return whether a connection to the Hub can be opened; behind a proxy that cannot be known, so it is assumed."""
-    address = urlsplit(endpoint())
+def _can_reach_hub() -> bool:
+    """Return whether a connection to the Hub can be opened. Behind a proxy it is assumed."""
+    address = urlsplit(hub_url())
     if getproxies().get(address.scheme) or not address.hostname:
         return True
     try:

@@ -1,4 +1,4 @@
-"""`delta.safetensors`: what one stage trained, written so that a crash leaves the old file or none, read with doubt."""
+"""`delta.safetensors`: the trained tensors of one stage, written atomically and checked when read."""
 
 import math
 import os
@@ -22,9 +22,9 @@ _FLOATS = ("F32", "BF16", "F16")
 
 @dataclass(frozen=True)
 class DeltaHeader:
-    """What a delta file says about itself; fingerprints are 64 hexadecimal digits, `parent_fingerprint` "" if none.
+    """The header of a delta file. Fingerprints have 64 hexadecimal digits; `parent_fingerprint` is "" without a parent.
 
-    `attach_at` is the number of layers below the stage, in decimal: no tensor's name or shape tells it.
+    `attach_at` is the number of layers below the stage, in decimal. No tensor's name or shape contains it.
     """
 
     stage: str
@@ -36,14 +36,14 @@ class DeltaHeader:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype in which the stage was saved: int8 if its matrices are, else that of its tensors."""
+        """The dtype in which the stage was saved: int8 if its matrices are int8, else that of its tensors."""
         names = {entry.dtype for entry in self.tensors.values()}
         stored = "I8" if "I8" in names else next(iter(self.tensors.values())).dtype
         return next(dtype for dtype, name in DTYPES.items() if name == stored)
 
     @property
     def num_parameters(self) -> int:
-        """How many numbers the stage has; the scales of int8 matrices are not counted."""
+        """The number of parameters of the stage, without the scales of int8 matrices."""
         return sum(math.prod(e.shape) for name, e in self.tensors.items() if not _is_scale(name, self.tensors))
 
 
@@ -57,13 +57,13 @@ def write_delta(
     parent_fingerprint: str = "",
     dtype: torch.dtype = torch.bfloat16,
 ) -> str:
-    """Write a stage's tensors in `dtype`, atomically and with the same bytes every time; return their fingerprint.
+    """Write a stage's tensors in `dtype` atomically and return their fingerprint. Equal tensors give equal bytes.
 
-    With `torch.int8` matrices are stored as int8 with a scale per row, everything else in bfloat16.
-    Raises `DeltaError` before writing if a value is not finite in that dtype, `OSError` if the disk refuses.
+    `torch.int8` stores matrices as int8 with a scale per row, and other tensors in bfloat16. Raises `DeltaError`
+    before writing if a value is not finite in that dtype, `OSError` if the disk refuses.
     """
     if DTYPES.get(dtype) not in (*_FLOATS, "I8"):
-        raise StageError(f"A delta is saved in float32, bfloat16 or float16, or in int8, got {dtype}.")
+        raise StageError(f"Expected a delta dtype of float32, bfloat16 or float16, or int8, got {dtype}.")
     if dtype == torch.int8:
         check_finite(stage, tensors)
     stored = as_stored(tensors, dtype)
@@ -82,7 +82,7 @@ def delta_size(
     has_parent: bool = False,
     dtype: torch.dtype = torch.bfloat16,
 ) -> int:
-    """Return how many bytes `write_delta` would write for tensors of these names and shapes, without reading them."""
+    """Return the size in bytes of the file that `write_delta` would write. Reads names and shapes, not values."""
     stored: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
         if dtype == torch.int8 and tensor.dim() == 2:
@@ -91,8 +91,9 @@ def delta_size(
         else:
             kept = torch.bfloat16 if dtype == torch.int8 else dtype
             stored[name] = torch.empty(tensor.shape, dtype=kept, device="meta")
-    some = "0" * 64  # every fingerprint has that length
-    return file_size(stored, _metadata(stage, attach_at, some, some if has_parent else "", some))
+    placeholder = "0" * 64  # the length of every fingerprint
+    metadata = _metadata(stage, attach_at, placeholder, placeholder if has_parent else "", placeholder)
+    return file_size(stored, metadata)
 
 
 def _metadata(stage: str, attach_at: int, base: str, parent: str, own: str) -> dict[str, str]:
@@ -108,7 +109,7 @@ def _metadata(stage: str, attach_at: int, base: str, parent: str, own: str) -> d
 
 
 def as_stored(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Return a stage's tensors as a delta file of `dtype` holds them, on the CPU."""
+    """Return a stage's tensors in the form of a delta file of `dtype`, on the CPU."""
     stored: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
         if dtype == torch.int8 and tensor.dim() == 2:
@@ -120,7 +121,7 @@ def as_stored(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[s
 
 
 def from_stored(stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return a delta file's tensors as the stage's own: int8 matrices become fp32 ones, the others stay."""
+    """Return a delta file's tensors in the form of the stage: int8 matrices become fp32, others stay."""
     return {
         name: dequantize(tensor, stored[name + SCALE]) if tensor.dtype == torch.int8 else tensor
         for name, tensor in stored.items()
@@ -129,7 +130,7 @@ def from_stored(stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def storage_error(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> float:
-    """Return the relative error of storing tensors in `dtype`: Frobenius norm of the change over that of the values."""
+    """Return the relative error of storing tensors in `dtype`: the norm of the change over the norm of the values."""
     change = values = 0.0
     for name, tensor in tensors.items():
         exact = tensor.detach().cpu().double()
@@ -139,7 +140,7 @@ def storage_error(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> fl
 
 
 def read_delta_header(path: str | os.PathLike[str]) -> DeltaHeader:
-    """Return what a delta file declares; raises `DeltaError` if it is missing, truncated or of another format."""
+    """Return a delta file's header. Raises `DeltaError` if it is missing, truncated or of another format."""
     if not os.path.isfile(path):
         raise DeltaError(f"There is no {path}: expected a stage folder with {DELTA_NAME} in it.")
     return parse_delta_header(*read_header(path), path)
@@ -148,7 +149,7 @@ def read_delta_header(path: str | os.PathLike[str]) -> DeltaHeader:
 def parse_delta_header(
     entries: Mapping[str, Entry], metadata: Mapping[str, str], path: str | os.PathLike[str]
 ) -> DeltaHeader:
-    """Return what a safetensors header says as a delta's; `path` is for messages. Raises `DeltaError`."""
+    """Return a delta's header from that of its safetensors file; `path` is for messages. Raises `DeltaError`."""
     if metadata.get("poe_format") != POE_FORMAT:
         raise DeltaError(
             f"{path} is of delta format {metadata.get('poe_format')!r}, expected {POE_FORMAT!r}. "
@@ -156,13 +157,13 @@ def parse_delta_header(
         )
     missing = [field for field in _FIELDS if field not in metadata]
     if missing:
-        raise DeltaError(f"{path} does not say its {', '.join(missing)}. Fetch it again.")
+        raise DeltaError(f"{path} lacks {', '.join(missing)} in its metadata. Fetch it again.")
     _check_types(path, entries)
     return DeltaHeader(**{field: metadata[field] for field in _FIELDS}, tensors=entries)
 
 
 def verify_delta(path: str | os.PathLike[str], header: DeltaHeader) -> None:
-    """Raise `FingerprintError` unless the file's tensors are those that its header was written for."""
+    """Raise `FingerprintError` unless the file's tensors match the fingerprint in its header."""
     got = fingerprint_files([path])
     if got != header.self_fingerprint:
         raise FingerprintError(
@@ -172,13 +173,13 @@ def verify_delta(path: str | os.PathLike[str], header: DeltaHeader) -> None:
 
 
 def read_delta(path: str | os.PathLike[str], stage: str) -> dict[str, torch.Tensor]:
-    """Return a stage's tensors from a delta file, on the CPU, int8 matrices as fp32 ones.
+    """Return a stage's tensors from a delta file, on the CPU, with int8 matrices as fp32.
 
-    Raises `DeltaError` if a tensor holds a value that is not finite, or a scale is not positive.
+    Raises `DeltaError` for a value that is not finite or a scale that is not positive.
     """
     try:
         tensors = load_file(os.fspath(path))
-    except Exception as error:  # the library raises its own type, which is not exported everywhere
+    except Exception as error:  # safetensors does not export its error type everywhere
         raise DeltaError(f"{path} cannot be read as safetensors ({error}). Fetch it again.") from error
     check_finite(stage, tensors)
     for name, tensor in tensors.items():
@@ -188,12 +189,12 @@ def read_delta(path: str | os.PathLike[str], stage: str) -> dict[str, torch.Tens
 
 
 def _is_scale(name: str, tensors: Mapping[str, object]) -> bool:
-    """Return whether a name is that of the scales of another tensor."""
+    """Return whether a name belongs to the scales of another tensor."""
     return name.endswith(SCALE) and name.removesuffix(SCALE) in tensors
 
 
 def _check_types(path: str | os.PathLike[str], entries: Mapping[str, Entry]) -> None:
-    """Raise `DeltaError` unless every tensor is in floating point, or an int8 matrix with a scale per row."""
+    """Raise `DeltaError` unless each tensor is floating point, or an int8 matrix with a scale per row."""
     for name, entry in entries.items():
         if entry.dtype == "I8":
             scale = entries.get(name + SCALE)
@@ -210,7 +211,7 @@ def _check_types(path: str | os.PathLike[str], entries: Mapping[str, Entry]) -> 
 
 
 def check_finite(stage: str, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Raise `DeltaError` naming the first tensor with an infinite or undefined value."""
+    """Raise `DeltaError` that names the first tensor with an infinite or undefined value."""
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise DeltaError(
@@ -219,8 +220,8 @@ def check_finite(stage: str, tensors: Mapping[str, torch.Tensor]) -> None:
             )
 
 
-def refuse_pickles(folder: str | os.PathLike[str]) -> None:
-    """Raise `DeltaError` naming any file in a stage folder that could hold a pickle."""
+def check_no_pickles(folder: str | os.PathLike[str]) -> None:
+    """Raise `DeltaError` if a file in a stage folder could hold a pickle."""
     found = sorted(
         os.path.relpath(os.path.join(where, name), folder)
         for where, _, names in os.walk(folder)
@@ -230,5 +231,5 @@ def refuse_pickles(folder: str | os.PathLike[str]) -> None:
     if found:
         raise DeltaError(
             f"{folder} holds {', '.join(found[:5])}: expected no file that can carry a pickle. "
-            "A stage is delta.safetensors and text; remove what is not."
+            "A stage has delta.safetensors and text files: remove the others."
         )

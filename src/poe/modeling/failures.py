@@ -1,17 +1,16 @@
-"""What can go wrong while files become a model.
+"""Errors of loading a model from files.
 
-These live beside the network and not in `poe.errors`, because this folder travels with every published delta and
-must import nothing of ours: a stranger who loads a stage through `trust_remote_code` meets the same messages.
-`poe.errors` re-exports them, so users of the package import from there.
+They are defined here and re-exported by `poe.errors`, because the files of this folder are published with every delta
+and import nothing of ours. Loading through `trust_remote_code` therefore raises the same errors as the package.
 """
 
 
 class PoEError(Exception):
-    """Base of every error that this project raises on purpose. The message says: expected, got, what to do."""
+    """Base class of every error of this project. Messages contain what was expected, what came, and what to do."""
 
 
 class FamilyError(PoEError, ValueError):
-    """The base is not of a family that can be grown."""
+    """The base is not of a family to which stages can be added."""
 
 
 class StageError(PoEError, ValueError):
@@ -19,16 +18,16 @@ class StageError(PoEError, ValueError):
 
 
 class DeltaError(PoEError, ValueError):
-    """A stage folder or its `delta.safetensors` is missing, truncated, tampered with or of another shape."""
+    """A file of a stage or base is missing, truncated, changed, or does not fit."""
 
 
 class FingerprintError(PoEError, ValueError):
-    """The weights found are not the weights that were named."""
+    """The weights are not those that the fingerprint names."""
 
 
 class LineageError(PoEError, ValueError):
-    """The chain from a stage to its base is broken, cyclic or too long."""
+    """The chain of a stage, its parents and its base is broken, cyclic or too long."""
 
 
 class SourceError(PoEError, OSError):
-    """A repository or folder could not be reached: no network, no permission, no such name."""
+    """A repository or folder cannot be reached: no network, no permission, or no such name."""

@@ -1,9 +1,8 @@
-"""What a base must declare so that it can be grown: where its parts are, and how its config becomes a deeper one.
+"""Families of base models: the names of their parts, and the config of a deeper model.
 
-A flat family is a causal language model whose backbone is an embedding, a list of decoder layers that it runs one
-after the other, a final norm and an output head. Appending layers of its own class to such a model gives a deeper
-model of the same kind, so a declaration is all that a new family needs: one line in `FAMILIES`. A family that is not
-declared is found by its structure and then tried (recognition.py).
+A flat family is a causal language model with an embedding, a list of decoder layers that run one after the other, a
+final norm and an output head. More layers of its own class make it a deeper model of the same kind, so a new family
+needs one line in `FAMILIES`. A family that is not declared is recognized by its structure (recognition.py).
 """
 
 import copy
@@ -20,16 +19,16 @@ from .failures import FamilyError
 
 @dataclass(frozen=True)
 class Family:
-    """Where the parts of one `model_type` are, by name.
+    """The names of the parts of one `model_type`.
 
-    `backbone`, `head` are children of the model, `layers`, `norm` of the backbone. `outputs` are paths within a decoder
-    layer to the modules that write into the residual stream, silent in a new stage: projections, or the norms that
-    follow them. (A zero projection below a norm would be the identity too, but only until its first step: the norm
-    makes a vector of full size of the smallest change.) A new layer is like the base's last layer of type `layer_type`,
-    where `config.layer_types` has that type, else like its last one: it takes that layer's entry of every list in the
-    config that has one per layer, unless `per_layer` names the entry. Where a base is `recurrent` its layers run again
-    in every cycle, and new ones once, above the last (recurrent.py); `layers` is then the list of the stack that ends a
-    cycle, and the config's `num_hidden_layers` counts runs.
+    `backbone` and `head` are children of the model, `layers` and `norm` of the backbone. `outputs` are paths in a
+    decoder layer to the modules that write into the residual stream; they write zero in a new stage. They are
+    projections, or the norms after them: below a norm a zero projection would be the identity only until its first
+    step, because the norm scales the smallest change to full size. A new layer is like the base's last layer of type
+    `layer_type`, or like its last layer without `config.layer_types`: it takes that layer's entry of each list in the
+    config that has one entry per layer, unless `per_layer` has the entry. A `recurrent` base runs its layers in every
+    cycle, and new ones once above the last cycle (recurrent.py); `layers` is then the list of the stack that ends a
+    cycle, and the config's `num_hidden_layers` counts runs of layers.
     """
 
     model_type: str
@@ -53,10 +52,10 @@ class Family:
         return layers
 
     def head_of(self, model: PreTrainedModel) -> nn.Module:
-        """Return the module that turns hidden states (..., width) into logits (..., vocabulary)."""
+        """Return the module that maps hidden states (..., width) to logits (..., vocabulary)."""
         return model.get_submodule(self.head)
 
-    def pattern_of(self, config: PreTrainedConfig) -> int:
+    def template_layer(self, config: PreTrainedConfig) -> int:
         """Return the index of the base's layer that new layers are like."""
         types = list(getattr(config, "layer_types", None) or ())[: config.num_hidden_layers]
         alike = [index for index, kind in enumerate(types) if kind == self.layer_type]
@@ -80,67 +79,67 @@ FAMILIES: dict[str, Family] = {
         Family("poe"),
         Family("qwen2"),
         Family("qwen3"),
-        Family("smollm3", per_layer={"no_rope_layers": 1}),  # 1 is a layer with rotary positions, 0 one without any
+        Family("smollm3", per_layer={"no_rope_layers": 1}),  # 1 means rotary positions, 0 none
     )
 }
 
 
 def family_of(base: PreTrainedModel) -> Family:
-    """Return a base's declaration, or what `recognize_family` found; raises `FamilyError` if neither exists."""
+    """Return a base's family, declared or recognized. Raises `FamilyError` if there is none."""
     family = FAMILIES.get(base.config.model_type) or vars(base).get("_poe_family")
     if family is None:
         raise FamilyError(
-            f"A base of model type {base.config.model_type!r} is not known to grow: expected one of "
+            f"A base of model type {base.config.model_type!r} belongs to no known family: expected one of "
             f"{', '.join(sorted(FAMILIES))}, or a base that recognize_family() has accepted."
         )
     return family
 
 
 def grown_config(config: PreTrainedConfig, family: Family, below: int, count: int) -> PreTrainedConfig:
-    """Return a copy of a base's config for a model of `below` layers and `count` new ones on top, head untied.
+    """Return a copy of a base's config for `below` layers and `count` new ones on top, with an untied head.
 
-    `below` may be smaller than the base's depth (the layers above it are skipped) or larger (other stages' layers
-    lie in between, which are like the new ones).
+    A smaller `below` than the base's depth skips layers; a larger one means layers of other stages in between, which
+    are like the new ones.
     """
     grown = copy.deepcopy(config)
-    depth, total, pattern = config.num_hidden_layers, below + count, family.pattern_of(config)
+    depth, total, template = config.num_hidden_layers, below + count, family.template_layer(config)
     for name, values in _lists_per_layer(config, family).items():
         kept = list(values[: min(below, depth)])
-        entry = family.per_layer.get(name, values[pattern])
+        entry = family.per_layer.get(name, values[template])
         setattr(grown, name, type(values)([*kept, *[entry] * (total - len(kept))]))
     if (getattr(config, "max_window_layers", None) or 0) >= depth:
-        # "No layer has a window": it must not come to mean that the new ones do.
+        # In the base no layer has a window; with more layers the same number would give one to the new layers.
         grown.max_window_layers = max(config.max_window_layers, total)
     if getattr(grown, "stage_layers", None):
-        # A grown PoE base predicts at its top alone: what was below the new layers is folded into their head.
+        # A grown PoE base predicts at its top alone. The head below the new layers is folded into theirs.
         grown.stage_layers, grown.stage_heads, grown.combiner = None, False, "last"
     if (getattr(grown, "backout_layer", None) or 0) >= below:
-        grown.backout_layer = None  # that layer is left out, and no new one takes its place
+        grown.backout_layer = None  # that layer is skipped, and no new layer replaces it
     grown.num_hidden_layers = total
     grown.tie_word_embeddings = False
     return grown
 
 
 def is_prefix_lm(config: PreTrainedConfig) -> bool:
-    """Return whether a model reads its prompt in both directions: the tokens whose `token_type_ids` are 1."""
+    """Return whether a model attends in both directions within the prompt (tokens with `token_type_ids` of 1)."""
     return bool(getattr(config, "prefix_lm", False))
 
 
 @dataclass(frozen=True)
 class Logits:
-    """What a family does to its head's output x: `softcap * tanh(scale * x / softcap)`, without a cap `scale * x`."""
+    """Scale and cap a head's output x: `softcap * tanh(scale * x / softcap)`, or `scale * x` without a cap."""
 
     scale: float = 1.0
     softcap: float | None = None
 
     def __call__(self, outputs: torch.Tensor) -> torch.Tensor:
-        """Map what the head returns (..., vocabulary) to logits of the same shape."""
+        """Map a head's output (..., vocabulary) to logits of the same shape."""
         outputs = outputs if self.scale == 1.0 else outputs * self.scale
         return outputs if self.softcap is None else self.softcap * torch.tanh(outputs / self.softcap)
 
 
 def logits_of(config: PreTrainedConfig) -> Logits:
-    """Return how a model's logits follow from its head, read from the names that the ecosystem reads.
+    """Return the scale and cap of a model's logits, from the names of transformers.
 
     `final_logit_softcapping` caps, `logit_scale` multiplies (Cohere), `logits_scaling` divides (Granite).
     """

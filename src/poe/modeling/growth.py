@@ -1,7 +1,7 @@
-"""How a base becomes a deeper model of its own kind, without a copy of any of its tensors.
+"""Build a deeper model of the base's own kind without copying any of its tensors.
 
-`build_layers` makes new decoder layers of the base's own class; `shell` makes a second instance of the base's class
-whose modules are the base's, with those layers on top. The base object stays usable and is never written to.
+`build_layers` makes new decoder layers of the base's class. `build_shell` makes a second instance of the base's class
+that holds the base's modules and those layers on top. The base stays usable and is never changed.
 """
 
 import copy
@@ -15,23 +15,22 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from .families import family_of, grown_config
 from .heads import FoldedHead
-from .placement import device_of, in_memory, leave_alone
-from .recurrent import GrownStack, forbid_checkpoint
+from .placement import device_of, exclude_from_quantization, load_parameter
+from .recurrent import GrownStack, disable_save_pretrained
 
 
 def build_layers(
     base: PreTrainedModel, count: int, below: int, *, seed: int = 0, dtype: torch.dtype | None = None
 ) -> nn.ModuleList:
-    """Return `count` new decoder layers of the base's own class, to stand on `below` layers.
+    """Return `count` new decoder layers of the base's class, for the place above `below` layers.
 
-    They are initialized as the family does it, from `seed` alone and on the CPU, so the values do not depend on the
-    device; then the modules that write into the residual stream are made to write zero, so the new layers are the
-    identity. They are in `dtype` (default: the base's) on the device where the base's layer below them computes, and
-    plain: no quantization or offloading of the base extends to them.
+    The family initializes them on the CPU from `seed` alone, so the values do not depend on the device. The modules
+    that write into the residual stream then write zero, so the new layers are the identity. They are in `dtype`
+    (default: the base's) on the device of the layer below them, in plain tensors without quantization or offloading.
     """
     family = family_of(base)
     base_layers = family.layers_of(base)
-    layer_class = type(base_layers[min(family.pattern_of(base.config), len(base_layers) - 1)])
+    layer_class = type(base_layers[min(family.template_layer(base.config), len(base_layers) - 1)])
     config = grown_config(base.config, family, below, count)
     layers_config = _layers_config(base)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
@@ -40,26 +39,26 @@ def build_layers(
         for module in layers.modules():
             base._init_weights(module)
             if getattr(module, "config", None) is config:
-                # One object for all layers, so that set_attn_implementation reaches every one of them.
+                # All layers share one config, so set_attn_implementation reaches each of them.
                 setattr(module, "config", layers_config)  # noqa: B010
         for layer in layers:
             for path in family.outputs:
-                _silence(layer.get_submodule(path))
+                _zero_output(layer.get_submodule(path))
     layers.to(device=device_of(base_layers[min(below, len(base_layers)) - 1]), dtype=dtype or base.dtype)
     if len(set(getattr(base, "hf_device_map", {}).values())) > 1:
         for layer in layers:
-            layer.register_forward_pre_hook(_bring_to_device, with_kwargs=True)
+            layer.register_forward_pre_hook(_move_inputs, with_kwargs=True)
     return layers.train(base.training)
 
 
-def shell(
+def build_shell(
     base: PreTrainedModel, layers: Sequence[nn.Module], head: nn.Module, *, below: int | None = None
 ) -> PreTrainedModel:
     """Return a second instance of the base's class: its first `below` layers (default all), then `layers`, then `head`.
 
-    Everything but `layers` and `head` is the base's own module, not a copy; the config is a grown copy with an untied
-    head. The new model has the base's generation config and training mode. On a recurrent base `layers` run in the last
-    cycle only, and the model refuses `save_pretrained`.
+    All other modules are the base's own. The config is a grown copy with an untied head. The new model has the base's
+    generation config and training mode. On a recurrent base `layers` run in the last cycle only, and `save_pretrained`
+    raises.
     """
     family = family_of(base)
     kept = family.layers_of(base)[:below]
@@ -67,18 +66,20 @@ def shell(
     with torch.device("meta"):
         model = type(base)(grown_config(base.config, family, below, len(layers)))
     backbone, base_backbone = family.backbone_of(model), family.backbone_of(base)
-    _record_outputs_once(base_backbone, backbone, family.layers, layers)
+    _install_output_hooks(base_backbone, backbone, family.layers, layers)
     child = family.layers.partition(".")[0]
-    _share(base_backbone, backbone, {child})
+    _share_modules(base_backbone, backbone, {child})
     if family.recurrent:
         setattr(backbone, child, GrownStack(base_backbone.get_submodule(child), layers, base.config))
-        forbid_checkpoint(model)
+        disable_save_pretrained(model)
     else:
         setattr(backbone, child, nn.ModuleList([*kept, *layers]))
-    _share(base, model, {family.backbone, family.head})
+    _share_modules(base, model, {family.backbone, family.head})
     setattr(model, family.head, head)
     added = range(len(kept), len(kept) + len(layers))
-    leave_alone(model.config, base, [family.head, *(f"{family.backbone}.{family.layers}.{i}" for i in added)])
+    exclude_from_quantization(
+        model.config, base, [family.head, *(f"{family.backbone}.{family.layers}.{i}" for i in added)]
+    )
     if hasattr(base, "generation_config"):
         model.generation_config = copy.deepcopy(base.generation_config)
     for name in ("hf_device_map", "hf_quantizer", "is_quantized", "quantization_method"):
@@ -88,15 +89,15 @@ def shell(
 
 
 def sync_attention(base: PreTrainedModel, model: PreTrainedModel) -> None:
-    """Make `set_attn_implementation` on a shell, its siblings or the base reach all that share layers with it."""
+    """Make `set_attn_implementation` on the base or any shell reach all models that share its layers."""
     backbone = family_of(base).backbone_of(model)
     backbone.register_forward_pre_hook(SyncAttention(model.config, _layers_config(base)))
 
 
 def make_standalone(base: PreTrainedModel, model: PreTrainedModel) -> PreTrainedModel:
-    """Make a shell the only user of its base's modules: an ordinary model with one config and a linear head.
+    """Make a shell independent of its base: an ordinary model with one config and a linear head.
 
-    The folded head becomes an `nn.Linear` with a weight of its own. `base` must not be used afterwards.
+    The folded head becomes an `nn.Linear` with its own weight. `base` must not be used afterwards.
     """
     family = family_of(base)
     folded = family.head_of(model)
@@ -115,10 +116,10 @@ def make_standalone(base: PreTrainedModel, model: PreTrainedModel) -> PreTrained
 
 
 class SyncAttention:
-    """A forward pre-hook that keeps a shell and the layers it shares on one attention implementation.
+    """A forward pre-hook that keeps a shell and the layers that it shares on one attention implementation.
 
-    The shell's config builds the mask, the layers read the base's config: whichever was changed last (by
-    `set_attn_implementation` on the base or on any shell) is followed by the other, before a mask is built.
+    The shell's config decides the mask, but the layers read the base's config. `set_attn_implementation` may change
+    either of them; before a mask is built, the other one follows the latest change.
     """
 
     def __init__(self, shell_config: PreTrainedConfig, layers_config: PreTrainedConfig) -> None:
@@ -136,7 +137,7 @@ class SyncAttention:
 
 
 def _layers_config(base: PreTrainedModel) -> PreTrainedConfig:
-    """Return the config object that the base's own layers read."""
+    """Return the config object of the base's layers."""
     for module in family_of(base).layers_of(base).modules():
         config = getattr(module, "config", None)
         if isinstance(config, PreTrainedConfig):
@@ -144,8 +145,8 @@ def _layers_config(base: PreTrainedModel) -> PreTrainedConfig:
     return base.config
 
 
-def _silence(module: nn.Module) -> None:
-    """Set a module's own parameters to zero, or to minus one in a norm that multiplies by one plus its weight."""
+def _zero_output(module: nn.Module) -> None:
+    """Make a module return zero: set its parameters to zero, or to -1 in a norm that multiplies by 1 + weight."""
     parameters = list(module.parameters(recurse=False))
     for tensor in parameters:
         tensor.zero_()
@@ -153,38 +154,40 @@ def _silence(module: nn.Module) -> None:
         parameters[0].fill_(-1.0)
 
 
-def _share(source: nn.Module, target: nn.Module, without: set[str]) -> None:
-    """Make the children, parameters and buffers of `target` the very objects that `source` holds.
+def _share_modules(source: nn.Module, target: nn.Module, excluded: set[str]) -> None:
+    """Make `target` hold the children, parameters and buffers of `source`, except `excluded` children.
 
-    What `target` does not have by its config (such as the heads of a PoE base's stages) is not given to it. Of its own
-    parameters, those that are offloaded are read into memory: its hooks are not the target's.
+    Parts that `target` does not have (such as the stage heads of a PoE base) are skipped. Offloaded parameters are read
+    into memory, because the hooks of `source` do not serve `target`.
     """
     children, parameters = dict(target.named_children()), dict(target.named_parameters(recurse=False))
     for name, child in source.named_children():
-        if name not in without and name in children:
+        if name not in excluded and name in children:
             setattr(target, name, child)
     for name, _ in source.named_parameters(recurse=False):
         if name in parameters:
-            setattr(target, name, in_memory(source, name))
+            setattr(target, name, load_parameter(source, name))
     for name, buffer in source.named_buffers(recurse=False):
         setattr(target, name, buffer)
 
 
-def _record_outputs_once(base_backbone: nn.Module, backbone: nn.Module, name: str, layers: Sequence[nn.Module]) -> None:
-    """Install transformers' output-recording hooks exactly once on every shared module.
+def _install_output_hooks(
+    base_backbone: nn.Module, backbone: nn.Module, name: str, layers: Sequence[nn.Module]
+) -> None:
+    """Install transformers' output-recording hooks once on each shared module.
 
-    Each backbone installs them at its first forward that asks for hidden states; on shared layers they would then
-    record every state twice.
+    Each backbone installs them at its first forward pass that returns hidden states. On shared layers that would record
+    every state twice.
     """
     maybe_install_capturing_hooks(base_backbone)  # type: ignore[arg-type]
-    fresh = [layer for layer in layers if not getattr(layer, "_records_outputs", False)]
-    backbone.set_submodule(name, nn.ModuleList(fresh))
+    new = [layer for layer in layers if not getattr(layer, "_records_outputs", False)]
+    backbone.set_submodule(name, nn.ModuleList(new))
     maybe_install_capturing_hooks(backbone)  # type: ignore[arg-type]
-    for layer in fresh:
+    for layer in new:
         layer._records_outputs = True  # type: ignore[assignment]
 
 
-def _bring_to_device(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+def _move_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
     device = next(module.parameters()).device
 
     def move(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The additive head: what a stage adds to the base's output projection, and the one matmul that both become."""
+"""The additive head: a stage's change of the base's output projection, folded with it into one matmul."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,15 +12,15 @@ from .stage_config import StageConfig
 
 
 class HeadDelta(nn.Module):
-    """What one stage adds to the head."""
+    """The change of the head by one stage."""
 
     def delta(self) -> torch.Tensor | None:
-        """Return the change of the head, (vocabulary, width) in fp32; None if there is none."""
+        """Return the change of the head (vocabulary, width) in fp32, None if there is none."""
         raise NotImplementedError
 
 
 class DenseHead(HeadDelta):
-    """A head delta of full rank: `weight` (vocabulary, width), zero at first."""
+    """A head delta of full rank: `weight` (vocabulary, width), initially zero."""
 
     def __init__(self, vocabulary: int, width: int) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class DenseHead(HeadDelta):
 
 
 class LowRankHead(HeadDelta):
-    """A head delta `b @ a`: `a` (rank, width) random, `b` (vocabulary, rank) zero at first."""
+    """A head delta `b @ a`: `a` (rank, width) initially random, `b` (vocabulary, rank) initially zero."""
 
     def __init__(self, vocabulary: int, width: int, rank: int, generator: torch.Generator | None = None) -> None:
         super().__init__()
@@ -48,37 +48,40 @@ class LowRankHead(HeadDelta):
 
 
 class NoHead(HeadDelta):
-    """A stage that leaves the head as it is."""
+    """No change of the head."""
 
     def delta(self) -> None:
         return
 
 
 def build_head(config: StageConfig, vocabulary: int, width: int, generator: torch.Generator | None = None) -> HeadDelta:
-    """Return a new head delta of the kind that `config.head` names, on the CPU in fp32, computing zero."""
+    """Return a new head delta of kind `config.head`, on the CPU in fp32, with a value of zero."""
     if config.head == "dense":
         return DenseHead(vocabulary, width)
     if config.head == "low_rank":
-        assert config.head_rank != "auto"  # build_stage has chosen one: it knows the layers
+        assert config.head_rank != "auto"  # build_stage has replaced "auto"
         return LowRankHead(vocabulary, width, config.head_rank, generator)
     return NoHead()
 
 
 def automatic_rank(vocabulary: int, width: int, layer_parameters: int) -> int:
-    """Return the rank that `head_rank="auto"` means: the largest power of two whose head delta, rank x (vocabulary +
-    width), holds no more numbers than the stage's layers; at least 8, at most the width and the vocabulary."""
-    fair = layer_parameters // (vocabulary + width)
-    wanted = max(8, 1 << max(0, fair.bit_length() - 1))
-    return min(wanted, 1 << (min(vocabulary, width).bit_length() - 1))
+    """Return the rank for `head_rank="auto"`.
+
+    It is the largest power of two whose head delta, rank x (vocabulary + width), has no more parameters than the
+    stage's layers, but at least 8 and at most the width and the vocabulary.
+    """
+    rank = layer_parameters // (vocabulary + width)
+    power = max(8, 1 << max(0, rank.bit_length() - 1))
+    return min(power, 1 << (min(vocabulary, width).bit_length() - 1))
 
 
 class FoldedHead(nn.Module):
-    """The head of a grown model: the base's weight plus every stage's delta, folded into one (vocabulary, width).
+    """The head of a grown model: the base's weight plus each stage's delta, folded into one (vocabulary, width) matrix.
 
-    It stands where the base's output `nn.Linear` stands and answers to the same attributes. The sum runs in fp32 in
-    chain order and is cast to the base's dtype, so every door computes the same weight. Gradients reach `deltas[-1]`,
-    the stage's own, and nothing else. While none are asked for, the folded weight is kept until one of its parts
-    changes. Its state dict is that of a plain linear layer: what `save_pretrained` writes is an ordinary checkpoint.
+    It has the attributes of the `nn.Linear` that it replaces. The sum runs in fp32 in chain order and is cast to the
+    base's dtype, so every way of loading computes the same weight. Gradients reach `deltas[-1]`, the last stage's own,
+    alone. Without gradients the folded weight is cached until one of its parts changes. The state dict is that of a
+    linear layer, so `save_pretrained` writes an ordinary checkpoint.
     """
 
     def __init__(self, base_head: nn.Module, deltas: Sequence[nn.Module]) -> None:
@@ -87,8 +90,8 @@ class FoldedHead(nn.Module):
         if not isinstance(weight, torch.Tensor) or not is_plain(weight) or weight.dim() != 2:
             raise FamilyError(
                 "The base's output head must be a plain (vocabulary x width) matrix in floating point, got "
-                f"{type(base_head).__name__} with {type(weight).__name__}: keep it out of the quantization "
-                "(transformers does unless asked otherwise: modules_to_not_convert, llm_int8_skip_modules)."
+                f"{type(base_head).__name__} with {type(weight).__name__}: exclude it from quantization "
+                "(modules_to_not_convert, llm_int8_skip_modules)."
             )
         if weight.device.type == "meta":
             raise FamilyError(
@@ -116,12 +119,12 @@ class FoldedHead(nn.Module):
         if torch.is_grad_enabled() and any(p.requires_grad for p in own.parameters()):
             self._folded = None
             return self._fold()
-        # Fused optimizers do not raise a tensor's version, so nothing is kept while a step may be about to come.
+        # Fused optimizers do not raise a tensor's version, so nothing is cached while there are gradients.
         if torch.compiler.is_compiling() or any(p.grad is not None for p in own.parameters()):
             return self._fold().detach()
         key = tuple(_state(tensor) for tensor in self._parts())
         if self._folded is None or key != self._key:
-            # Not an inference tensor: a later training forward may have to save it for its backward.
+            # Not an inference tensor: autograd may have to save it in a later training step.
             with torch.inference_mode(False), torch.no_grad():
                 self._folded, self._key = self._fold(), key
         return self._folded
@@ -136,12 +139,12 @@ class FoldedHead(nn.Module):
         return nn.functional.linear(hidden, weight, self.bias)
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
-        """Return (or fill into `destination`) what a plain linear layer would: `weight`, and `bias` if there is one."""
+        """Return the state dict of a linear layer (also in `destination`): `weight`, and `bias` if there is one."""
         destination = {} if destination is None else destination
         for name in ("weight", "bias"):
             tensor: torch.Tensor | None = getattr(self, name)
             if tensor is not None:
-                # A copy where there is nothing to fold: sharing a tied embedding, it would not be saved.
+                # Without deltas the weight may be a tied embedding, which would not be saved: copy it.
                 tensor = tensor.clone() if tensor is self.base.weight else tensor
                 destination[prefix + name] = tensor if keep_vars else tensor.detach()
         return destination
@@ -171,6 +174,6 @@ class FoldedHead(nn.Module):
 
 
 def _state(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Return what changes when a tensor is written to, moved or cast."""
+    """Return a key that changes when a tensor is written to, moved or cast."""
     version = -1 if tensor.is_inference() else tensor._version
     return id(tensor), tensor.data_ptr(), version, tensor.device, tensor.dtype

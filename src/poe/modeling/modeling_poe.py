@@ -1,9 +1,9 @@
 """The PoE base: a plain decoder in the shape of nanochat (github.com/karpathy/nanochat), as a transformers model.
 
-RoPE, then QK-norm; RMSNorm without parameters; relu^2 MLP; grouped-query attention; no biases; an untied head whose
-logits are soft-capped. What nanochat added over time is a value in the config: value embeddings with gates, scalars of
-each layer, sliding windows, smear, backout. A layer owns all that is its own, so that it can be stacked or left out.
-Configuration and model share one file on purpose: two remote-code files can end up as two different classes.
+It has RoPE before QK-norm, RMSNorm without parameters, a relu^2 MLP, grouped-query attention, no biases, and an untied
+head with soft-capped logits. The config switches on what nanochat added later: value embeddings with gates, scalars of
+each layer, sliding windows, smear, backout. A layer owns its parameters, so it can be stacked or skipped.
+Config and model share one file, because two remote-code files can become two different classes.
 Shape letters: B batch, T tokens, D hidden size, H heads, K key-value heads, E head dimension, V vocabulary.
 """
 
@@ -30,21 +30,21 @@ from .poe_layers import PoEAttention, PoEDecoderLayer, PoERMSNorm, PoERotaryEmbe
 class PoEConfig(PreTrainedConfig):
     """Configuration of a PoE base.
 
-    `attention_logit_scale` multiplies the usual `head_dim ** -0.5`: after QK-norm a logit cannot exceed
-    `attention_logit_scale * head_dim ** 0.5`, so this number sets how sharp attention can become (older nanochat
-    checkpoints use 1.0, newer ones 1.2 ** 2).
+    `attention_logit_scale` multiplies the usual `head_dim ** -0.5`. After QK-norm a logit is at most
+    `attention_logit_scale * head_dim ** 0.5`, so it limits how sharp attention can become (1.0 in older nanochat
+    checkpoints, 1.2 ** 2 in newer ones).
 
-    Off unless said: `layer_scalars` gives every layer a scale of the residual stream and one of the first hidden state;
-    `value_embedding_layers` are the layers that add `value_gate_scale * sigmoid(gate)` times an embedding of the token
-    to their values, the gate reading the first `value_gate_channels` channels (ResFormer, arXiv 2410.17897);
-    `layer_types` and `sliding_window` as everywhere in transformers; `smear_channels` lets each position take up a
-    share of the embedding before it, decided by that many channels; `backout_layer` is the layer whose output is
-    subtracted, scaled, before the final norm (also below a stage: it stays where it is when layers are stacked).
+    These are off by default. `layer_scalars`: each layer scales the residual stream and the first hidden state.
+    `value_embedding_layers`: these layers add `value_gate_scale * sigmoid(gate)` times an embedding of the token to
+    their values; the gate reads the first `value_gate_channels` channels (ResFormer, arXiv 2410.17897). `layer_types`
+    and `sliding_window` are those of transformers. `smear_channels`: each position adds a share of the previous
+    embedding, which a gate on that many channels decides. `backout_layer`: the output of this layer is scaled and
+    subtracted before the final norm (also below a stage; it keeps its place when layers are stacked).
 
-    `stage_layers`, such as [12, 5, 4, 3], cuts the layers into stages: after each of them the final norm and the head
-    make a prediction (PoE local learning trains every stage by its own). `stage_heads` gives every stage a head of its
-    own that is added to the shared one. `combiner` says which prediction the model returns: that of the last stage, or
-    with "log_op" the normalized mean of all stages' log-probabilities.
+    `stage_layers`, such as [12, 5, 4, 3], divides the layers into stages: the final norm and the head predict after
+    each of them (PoE local learning trains each stage by its own prediction). `stage_heads` gives each stage a head
+    that is added to the shared one. `combiner` chooses the model's prediction: "last" for the last stage's, "log_op"
+    for the normalized mean of all stages' log-probabilities.
     """
 
     model_type = "poe"
@@ -113,7 +113,7 @@ class PoEConfig(PreTrainedConfig):
 
 
 class PoEPreTrainedModel(PreTrainedModel):
-    """Initialization and capabilities shared by the backbone and the causal model."""
+    """Initialization and capabilities of the backbone and the causal model."""
 
     config_class = PoEConfig
     config: PoEConfig
@@ -130,9 +130,9 @@ class PoEPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Matrices of variance 1/inputs, zero output projections, a small head, unit embeddings.
+        """Initialize matrices with variance 1/inputs, output projections with zero, a small head, unit embeddings.
 
-        By leaf: transformers skips modules of remote code that hold no parameters themselves.
+        Each branch handles one leaf module, because transformers skips remote-code modules without own parameters.
         """
         if isinstance(module, PoERotaryEmbedding):
             module.inv_freq.copy_(module._frequencies(module.inv_freq.device))
@@ -152,7 +152,7 @@ class PoEPreTrainedModel(PreTrainedModel):
 
 @dataclass
 class PoEModelOutput(BaseModelOutputWithPast):
-    """`stage_states` are the normalized hidden states (B, T, D) at every boundary, where the combiner reads them."""
+    """`stage_states` are the normalized hidden states (B, T, D) at each boundary, if the combiner needs them."""
 
     stage_states: tuple[Tensor, ...] | None = None
 
@@ -187,7 +187,7 @@ class PoEModel(PoEPreTrainedModel):
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        voting = self.config.combiner == "log_op"
+        combines_stages = self.config.combiner == "log_op"
         states = tuple(
             self.stages(
                 input_ids,
@@ -195,14 +195,14 @@ class PoEModel(PoEPreTrainedModel):
                 position_ids,
                 past_key_values,
                 inputs_embeds,
-                boundaries=self.config.boundaries if voting else [self.config.num_hidden_layers],
+                boundaries=self.config.boundaries if combines_stages else [self.config.num_hidden_layers],
                 **kwargs,
             )
         )
         return PoEModelOutput(
             last_hidden_state=states[-1],
             past_key_values=past_key_values if use_cache else None,
-            stage_states=states if voting else None,
+            stage_states=states if combines_stages else None,
         )
 
     def stages(
@@ -219,8 +219,8 @@ class PoEModel(PoEPreTrainedModel):
     ) -> Iterator[Tensor]:
         """Yield the normalized hidden states (B, T, D) after each of `boundaries` (numbers of layers), one at a time.
 
-        The layers above run when the next is asked for. With `detach` no gradient crosses a boundary, so that each
-        state can be learned from before the next is made, and only one stage's graph exists at a time.
+        The layers above a boundary run when the next states are requested. With `detach` no gradient crosses a
+        boundary, so each stage can learn before the next one runs, and one stage's graph exists at a time.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -244,7 +244,7 @@ class PoEModel(PoEPreTrainedModel):
                 for kind in dict.fromkeys(kinds)
             }
 
-        # The embedding is normalized before the first layer, as in nanochat.
+        # As in nanochat, the embedding is normalized before the first layer.
         hidden_states = rms_norm(inputs_embeds, self.config.rms_norm_eps)
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         if self.smear is not None:
@@ -288,13 +288,13 @@ class PoEForCausalLM(PoEPreTrainedModel, GenerationMixin):
             self.lm_head_stages = nn.ModuleList(heads)
             for head in self.lm_head_stages:
                 head.initial_scale = 0.0  # type: ignore[assignment]
-        self._summed: dict[int, tuple[Any, Tensor]] = {}  # by stage: what it was made of, the sum
+        self._summed: dict[int, tuple[Any, Tensor]] = {}  # by stage: a key of both parts, and their sum
         self.post_init()
 
     def head_weight(self, stage: int) -> Tensor:
-        """What reads the state of stage `stage`: the shared head (V, D), plus the stage's own where there is one.
+        """Return the head (V, D) of a stage: the shared head, plus the stage's own if there is one.
 
-        The sum is made in fp32 and kept while no gradient is wanted and its parts do not change.
+        The sum is computed in fp32. Without gradients it is cached until one of its parts changes.
         """
         shared = self.lm_head.weight
         if not self.config.stage_heads:
@@ -309,10 +309,10 @@ class PoEForCausalLM(PoEPreTrainedModel, GenerationMixin):
         return self._summed[stage][1]
 
     def _logits(self, hidden_states: Tensor, stage: int) -> Tensor:
-        """Normalized states (B, T, D) at the boundary of `stage` -> soft-capped logits (B, T, V)."""
+        """Map normalized states (B, T, D) at the boundary of `stage` to soft-capped logits (B, T, V)."""
         if self.config.stage_heads:
             logits = F.linear(hidden_states, self.head_weight(stage))
-        else:  # as a module: its device may have to be reached by a hook
+        else:  # call the module: a hook may move its input to another device
             logits = self.lm_head(hidden_states)
         cap = self.config.final_logit_softcapping
         return logits if cap is None else cap * torch.tanh(logits / cap)
@@ -330,7 +330,7 @@ class PoEForCausalLM(PoEPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """`labels` (B, T) as everywhere in transformers: not shifted, -100 is ignored; the loss is in nats."""
+        """Return logits (B, T, V), and the loss in nats for `labels` (B, T): not shifted, -100 is ignored."""
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -1,7 +1,7 @@
 """The entry point without the package: `AutoModelForCausalLM.from_pretrained(stage, trust_remote_code=True)`.
 
-What it returns is not an instance of the class below but of the base's own class, grown: Qwen3ForCausalLM with more
-layers, for instance. Config and model share this file because two remote-code files can become two classes.
+It returns a grown model of the base's own class, such as a Qwen3ForCausalLM with more layers. Config and model share
+this file, because two remote-code files can become two classes.
 """
 
 import os
@@ -18,7 +18,7 @@ from .stage import assemble
 
 
 class PoEStageConfig(PreTrainedConfig):
-    """config.json of a stage folder; the delta format says what is in it."""
+    """config.json of a stage folder, in the delta format."""
 
     model_type = "poe_stage"
 
@@ -31,7 +31,7 @@ class PoEStageConfig(PreTrainedConfig):
 
 
 class PoEStageForCausalLM(PreTrainedModel):
-    """A name for AutoModelForCausalLM to find; `from_pretrained` returns the grown native model."""
+    """The class that AutoModelForCausalLM loads. Its `from_pretrained` returns the grown native model."""
 
     config_class = PoEStageConfig
     config: PoEStageConfig
@@ -47,24 +47,26 @@ class PoEStageForCausalLM(PreTrainedModel):
     def from_pretrained(  # type: ignore[override]
         cls, pretrained_model_name_or_path: str | os.PathLike[str], *model_args: Any, config: Any = None, **kwargs: Any
     ) -> Any:
-        """Return the base's class with this stage's layers and folded head, in evaluation mode.
+        """Return a model of the base's class with this stage's layers and folded head, in evaluation mode.
 
-        `revision` is the stage's, `base` (or the environment variable POE_BASE) overrides where the base is,
+        `revision` is the stage's. `base` (or the environment variable POE_BASE) overrides the location of the base.
         `verify=False` skips the comparison of fingerprints. Other options (dtype, device_map, attn_implementation,
-        quantization_config, ...) are the base's. Raises the errors of failures.py.
+        quantization_config, ...) go to the base. Raises the errors of failures.py.
         """
-        where = os.fspath(pretrained_model_name_or_path)
+        location = os.fspath(pretrained_model_name_or_path)
         if kwargs.pop("subfolder", None):
-            raise SourceError(f"{where}: a stage is a whole repository or folder, `subfolder` is not supported.")
+            raise SourceError(
+                f"{location}: `subfolder` is not supported, because a stage is a whole repository or folder."
+            )
         access = Access(
             token=kwargs.pop("token", None),
             cache_dir=kwargs.pop("cache_dir", None),
             local_files_only=kwargs.pop("local_files_only", False),
             force_download=kwargs.pop("force_download", False),
         )
-        # AutoConfig absorbs keywords that are names of config attributes.
-        absorbed = getattr(config, "base", None)
-        base_place = kwargs.pop("base", absorbed if isinstance(absorbed, str) else None)
+        # AutoConfig moves keywords with names of config attributes into the config.
+        config_base = getattr(config, "base", None)
+        base_location = kwargs.pop("base", config_base if isinstance(config_base, str) else None)
         verify, info = kwargs.pop("verify", True), kwargs.pop("output_loading_info", False)
         trust = bool(kwargs.pop("trust_remote_code", False))
         attention = kwargs.pop("attn_implementation", None) or getattr(config, "_attn_implementation_internal", None)
@@ -73,12 +75,12 @@ class PoEStageForCausalLM(PreTrainedModel):
         if attention is not None:
             kwargs["attn_implementation"] = attention
 
-        lineage = resolve_lineage(where, access, revision=kwargs.pop("revision", None), base=base_place)
+        lineage = resolve_lineage(location, access, revision=kwargs.pop("revision", None), base=base_location)
         if verify:
             lineage.verify()
         else:
-            warn_unverified(where)
+            warn_unverified(location)
         base = load_base(lineage.base, lineage.base_config, trust_remote_code=trust, **kwargs)
         model = make_standalone(base, assemble(base, load_stages(base, lineage)[-1]))
-        model.config.name_or_path = model.name_or_path = where
+        model.config.name_or_path = model.name_or_path = location
         return (model, {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}) if info else model

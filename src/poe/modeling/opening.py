@@ -1,4 +1,4 @@
-"""Files become a base and its stages: the steps that the package and the AutoModel entry point share."""
+"""Load a base and its stages from files, for the package and for the AutoModel entry point."""
 
 from typing import Any
 
@@ -10,11 +10,11 @@ from .failures import DeltaError, SourceError, StageError
 from .families import FAMILIES
 from .lineage import BaseSource, Lineage
 from .modeling_poe import PoEConfig, PoEForCausalLM
-from .placement import bring_head_back
+from .placement import load_head_into_memory
 from .recognition import check_structure
 from .stage import Stage, build_stage
 
-# A PoE model saved with save_pretrained then carries the file that defines it, and its auto_map.
+# save_pretrained of a PoE model then writes the file that defines it, and its auto_map.
 PoEConfig.register_for_auto_class()
 PoEForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
@@ -24,59 +24,63 @@ def load_base(
 ) -> PreTrainedModel:
     """Load a base in evaluation mode; `options` are those of `from_pretrained` (dtype, device_map, ...).
 
-    A PoE base is loaded by the class that lies beside this file, any other by its transformers class. Raises
-    `FamilyError` before reading weights if its structure says that it cannot be grown, or if it is no causal language
-    model, `SourceError` if they cannot be read or lack some. Whether a base of an undeclared family can be grown,
-    `recognize_family` says. An output head that `device_map` offloads is brought back into memory.
+    A PoE base is loaded by the class beside this file, any other base by its transformers class. Raises `FamilyError`,
+    before reading weights, if the base is no causal language model or its structure cannot be grown, and `SourceError`
+    if weights are missing or unreadable. `recognize_family` then checks bases of undeclared families. An output head
+    that `device_map` offloads is loaded into memory.
     """
     model_type = str(config.get("model_type"))
     loader: Any = PoEForCausalLM if model_type == "poe" else AutoModelForCausalLM
     assert source.repo is not None
-    where = {
+    location = {
         "revision": source.revision or "main",
         "trust_remote_code": trust_remote_code,
         **source.access.kwargs(source.repo),
     }
     try:
         if model_type not in FAMILIES:
-            check_structure(source.repo, model_type, **where)
-        model, found = loader.from_pretrained(
-            source.repo, use_safetensors=True, output_loading_info=True, **where, **options
+            check_structure(source.repo, model_type, **location)
+        model, report = loader.from_pretrained(
+            source.repo, use_safetensors=True, output_loading_info=True, **location, **options
         )
     except OSError as error:
         raise SourceError(f"The base {source.repo} could not be loaded: {error}") from error
     assert isinstance(model, PreTrainedModel)
-    if missing := sorted(found["missing_keys"]):
-        # transformers only warns, and fills them with random numbers.
+    if missing := sorted(report["missing_keys"]):
+        # transformers only warns, and initializes them at random.
         raise SourceError(
-            f"The base {source.repo} is not whole: {len(missing)} tensors got no values from its files "
+            f"The base {source.repo} is incomplete: {len(missing)} tensors are not in its files "
             f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}). Fetch it again"
             + (", or open it without quantization_config." if options.get("quantization_config") else ".")
         )
-    bring_head_back(model)
+    load_head_into_memory(model)
     return model.eval()
 
 
 def load_stages(base: PreTrainedModel, lineage: Lineage, known: dict[str, Stage] | None = None) -> list[Stage]:
-    """Build every stage of a chain on a loaded base and fill it; return them from the base upwards.
+    """Build and fill every stage of a chain on a loaded base; return them from the base upwards.
 
-    `known` are stages already standing on this base, by fingerprint: they are used as they are. Nothing is written to
-    the base; a delta that does not fit raises `DeltaError` before any of its tensors is copied.
+    `known` are stages on this base that are already loaded, by fingerprint; they are reused. The base does not change.
+    Raises `DeltaError`, before copying any tensor, for a delta or config that does not fit.
     """
     stages: list[Stage] = []
-    for link in lineage.links:
+    for files in lineage.stages:
         parent = stages[-1] if stages else None
-        stage = (known or {}).get(link.header.self_fingerprint)
+        stage = (known or {}).get(files.header.self_fingerprint)
         if stage is None:
             try:
-                stage = build_stage(base, link.stage_config(parent.name if parent else None), parent)
+                stage = build_stage(base, files.stage_config(parent.name if parent else None), parent)
             except StageError as error:
-                raise DeltaError(f"config.json of {link.repo} does not fit its base: {error}") from error
-            stage.load_delta(read_delta(link.delta_path, link.name))
-            stage.source = {"repo": link.repo, "revision": link.revision, "fingerprint": link.header.self_fingerprint}
-            stage.saved_dtype = link.header.dtype
-            stage.prompt = link.config.get("prompt")
-            if fetch(link.repo, "generation_config.json", link.access, link.revision) is not None:
-                stage.generation_config = GenerationConfig.from_pretrained(link.folder)
+                raise DeltaError(f"config.json of {files.repo} does not fit its base: {error}") from error
+            stage.load_delta(read_delta(files.delta_path, files.name))
+            stage.source = {
+                "repo": files.repo,
+                "revision": files.revision,
+                "fingerprint": files.header.self_fingerprint,
+            }
+            stage.saved_dtype = files.header.dtype
+            stage.prompt = files.config.get("prompt")
+            if fetch(files.repo, "generation_config.json", files.access, files.revision) is not None:
+                stage.generation_config = GenerationConfig.from_pretrained(files.folder)
         stages.append(stage)
     return stages

@@ -1,7 +1,7 @@
-"""The layers of a PoE base: rotary positions, attention, MLP, and what nanochat added to them over time.
+"""The layers of a PoE base: rotary positions, attention, MLP, and later additions of nanochat.
 
-`config` is a `PoEConfig` everywhere; it is not imported, because of a class that two remote-code files share there can
-be two. A layer owns all that is its own, so that it can be stacked or left out.
+`config` is a `PoEConfig`. It is not imported, because two remote-code files can get two different classes of it. A
+layer owns its parameters, so it can be stacked or skipped.
 Shape letters: B batch, T tokens, D hidden size, H heads, K key-value heads, E head dimension, V vocabulary.
 """
 
@@ -17,18 +17,18 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
 def rms_norm(x: Tensor, eps: float) -> Tensor:
-    """RMSNorm without parameters over the last dimension, computed in fp32 by torch."""
+    """Apply RMSNorm without parameters over the last dimension; torch computes it in fp32."""
     return F.rms_norm(x, (x.shape[-1],), eps=eps)
 
 
-def derived(size: int | None) -> int:
-    """A size that `PoEConfig` fills in when it is left out."""
+def require_size(size: int | None) -> int:
+    """Return a size that `PoEConfig` has set."""
     assert size is not None
     return size
 
 
 class PoERMSNorm(nn.Module):
-    """`rms_norm` as a module, so that `model.norm` can be found and hooked. It holds no weights."""
+    """`rms_norm` as a module without weights, so that `model.norm` can be found and hooked."""
 
     def __init__(self, eps: float) -> None:
         super().__init__()
@@ -39,13 +39,13 @@ class PoERMSNorm(nn.Module):
 
 
 class PoERotaryEmbedding(nn.Module):
-    """Cosines and sines for positions (B, T) -> two tensors (B, T, E/2); nothing is kept in the checkpoint."""
+    """Map positions (B, T) to cosines and sines (B, T, E/2). The checkpoint has no weights of it."""
 
     inv_freq: Tensor
 
     def __init__(self, config: Any) -> None:
         super().__init__()
-        self.head_dim = derived(config.head_dim)
+        self.head_dim = require_size(config.head_dim)
         self.theta = config.rope_theta
         self.register_buffer("inv_freq", self._frequencies(), persistent=False)
 
@@ -60,7 +60,7 @@ class PoERotaryEmbedding(nn.Module):
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate `x` (B, H, T, E) by cosines and sines (B, 1, T, E/2); the two halves of E are a pair."""
+    """Rotate `x` (B, H, T, E) by cosines and sines (B, 1, T, E/2); the two halves of E are pairs."""
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
 
@@ -75,7 +75,7 @@ def eager_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Plain attention: (B, H, T, E) x (B, K, S, E) -> (B, T, H, E) and the weights (B, H, T, S)."""
+    """Compute attention of (B, H, T, E) on (B, K, S, E); return (B, T, H, E) and the weights (B, H, T, S)."""
     groups = int(module.num_key_value_groups)  # type: ignore[arg-type]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scores = query @ key.transpose(-1, -2) * scaling
@@ -88,14 +88,14 @@ def eager_attention(
 
 
 class PoEAttention(nn.Module):
-    """Causal self-attention with grouped queries: rotate, then normalize queries and keys."""
+    """Causal self-attention with grouped queries; queries and keys are rotated, then normalized."""
 
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
-        self.head_dim = derived(config.head_dim)
-        heads, key_value_heads = config.num_attention_heads, derived(config.num_key_value_heads)
+        self.head_dim = require_size(config.head_dim)
+        heads, key_value_heads = config.num_attention_heads, require_size(config.num_key_value_heads)
         self.num_key_value_groups = heads // key_value_heads
         self.scaling = config.attention_logit_scale * self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
@@ -104,7 +104,7 @@ class PoEAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, key_value_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, key_value_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(heads * self.head_dim, config.hidden_size, bias=False)
-        # a new layer is the identity
+        # a new layer computes the identity
         self.o_proj.initial_scale = 0.0  # type: ignore[assignment]
         sliding = config.layer_types is not None and config.layer_types[layer_idx] == "sliding_attention"
         self.sliding_window = config.sliding_window if sliding else None
@@ -115,7 +115,7 @@ class PoEAttention(nn.Module):
             self.value_gate = nn.Linear(config.value_gate_channels, key_value_heads, bias=False)
 
     def _value(self, hidden_states: Tensor, input_ids: Tensor | None) -> Tensor:
-        """Values (B, T, K, E), the token's own embedding added where this layer has one."""
+        """Return values (B, T, K, E), plus the token's value embedding if this layer has one."""
         value = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
         if self.value_embed is None:
             return value
@@ -166,8 +166,8 @@ class PoEMLP(nn.Module):
 
     def __init__(self, config: Any) -> None:
         super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, derived(config.intermediate_size), bias=False)
-        self.down_proj = nn.Linear(derived(config.intermediate_size), config.hidden_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, require_size(config.intermediate_size), bias=False)
+        self.down_proj = nn.Linear(require_size(config.intermediate_size), config.hidden_size, bias=False)
         self.down_proj.initial_scale = 0.0  # type: ignore[assignment]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -177,7 +177,7 @@ class PoEMLP(nn.Module):
 class PoEDecoderLayer(GradientCheckpointingLayer):
     """Pre-norm attention and MLP, each added to the residual stream (B, T, D).
 
-    With scalars the layer first makes its input `resid_scale * input + first_scale * first_hidden`.
+    With scalars the layer's input becomes `resid_scale * input + first_scale * first_hidden`.
     """
 
     def __init__(self, config: Any, layer_idx: int) -> None:
@@ -203,10 +203,10 @@ class PoEDecoderLayer(GradientCheckpointingLayer):
 
 
 class PoESmear(nn.Module):
-    """Adds to each position `scale * sigmoid(gate)` times the embedding before it: a cheap look at the last token.
+    """Add to each position `scale * sigmoid(gate)` times the previous embedding.
 
-    The embeddings seen so far lie in a cache slot of their own after those of the layers, as keys of one head, so that
-    cropping and reordering the cache reach them.
+    The earlier embeddings are in a cache slot of their own after those of the layers, as keys of one head, so that
+    cropping and reordering the cache apply to them.
     """
 
     def __init__(self, channels: int) -> None:
@@ -215,7 +215,7 @@ class PoESmear(nn.Module):
         self.scale = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor, has_previous: Tensor, cache: Cache | None, slot: int) -> Tensor:
-        """`x` (B, T, D); `has_previous` (B or 1, T), False where a document begins."""
+        """Map `x` (B, T, D) to the same shape. `has_previous` (B or 1, T) is False where a document begins."""
         previous = x
         if cache is not None:
             while len(cache.layers) <= slot:

@@ -1,4 +1,4 @@
-"""One stage in memory: its layers, its head delta, and the wiring that lets it learn while everything below rests."""
+"""One stage in memory: its layers, its head delta, and the hooks for training it on a frozen base."""
 
 import copy
 import dataclasses
@@ -11,20 +11,20 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from .delta_file import storage_error
-from .exits import exit_refusal, head_below
+from .exits import head_below, no_exit_reason
 from .failures import DeltaError, StageError
-from .growth import build_layers, shell
+from .growth import build_layers, build_shell
 from .heads import FoldedHead, automatic_rank, build_head
 from .recognition import recognize_family
 from .stage_config import StageConfig
 
 
 class Stage(nn.Module):
-    """A specialist's own weights: `layers` (decoder layers of the base's class) and `head` (its delta of the head).
+    """The weights of one specialist: `layers` (decoder layers of the base's class) and `head` (its head delta).
 
-    Its state dict has the names of the delta format: `layers.{i}.<name>`, and `head.weight` or `head.a`, `head.b`.
-    `parent` is the stage below it, `below` the number of layers under it. `source` says where its files are
-    (`repo`, `revision`, `fingerprint`), None until it was saved or loaded; `saved_dtype` is the dtype of those files.
+    The state dict has the names of the delta format: `layers.{i}.<name>`, and `head.weight` or `head.a`, `head.b`.
+    `parent` is the stage below it, `below` the number of layers under it. `source` is the location of its files
+    (`repo`, `revision`, `fingerprint`), None until it is saved or loaded; `saved_dtype` is the dtype of those files.
     """
 
     layers: nn.ModuleList
@@ -51,7 +51,7 @@ class Stage(nn.Module):
 
     @property
     def parent(self) -> "Stage | None":
-        """The stage that this one stands on, or None for the base."""
+        """The stage below this one, None for the base."""
         return self._parent[0]
 
     @property
@@ -60,20 +60,20 @@ class Stage(nn.Module):
         return [*(self.parent.chain if self.parent is not None else []), self]
 
     def num_parameters(self) -> int:
-        """Return how many numbers the stage adds."""
+        """Return the number of parameters of the stage."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def delta_state_dict(self) -> dict[str, torch.Tensor]:
-        """Return the stage's own tensors under the names of the delta format (views, not copies)."""
+        """Return the stage's tensors by their names in the delta format (views, not copies)."""
         return dict(self.state_dict())
 
     def storage_error(self, dtype: torch.dtype) -> float:
-        """Return the relative error (Frobenius norms) of saving the stage in `dtype`, such as `torch.int8`."""
+        """Return the relative error (in Frobenius norms) of saving the stage in `dtype`, such as `torch.int8`."""
         return storage_error(self.delta_state_dict(), dtype)
 
     @torch.no_grad()
     def load_delta(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Copy `tensors` into the stage; names and shapes must be exactly its own (`DeltaError` before any write)."""
+        """Copy `tensors` into the stage. Raises `DeltaError`, before any copy, if names or shapes do not match."""
         own = self.delta_state_dict()
         check_names_and_shapes(self.name, {n: tuple(t.shape) for n, t in own.items()}, tensors)
         for name, tensor in own.items():
@@ -83,7 +83,7 @@ class Stage(nn.Module):
 def check_names_and_shapes(
     stage: str, expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, torch.Tensor]
 ) -> None:
-    """Raise `DeltaError` unless `tensors` has exactly the expected names, each of the expected shape."""
+    """Raise `DeltaError` unless `tensors` has the expected names and shapes."""
     missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or extra:
         raise DeltaError(
@@ -107,10 +107,10 @@ def build_stage(
     seed: int = 0,
     dtype: torch.dtype | None = None,
 ) -> Stage:
-    """Return a new stage on a base (and a parent) that computes exactly what lies below it.
+    """Return a new stage on a base (and a parent). It does not change the output of what lies below it.
 
-    Its values depend on `seed` alone. They are in `dtype` (default: the base's), next to the base's last layer and
-    the base's head. Raises `FamilyError` for a base that cannot be grown, `StageError` for a config that does not fit.
+    Its values depend on `seed` alone. They are in `dtype` (default: the base's), on the devices of the base's last
+    layer and head. Raises `FamilyError` for a base that cannot be grown, `StageError` for a config that does not fit.
     """
     family = recognize_family(base)
     depth = base.config.num_hidden_layers if parent is None else parent.below + len(parent.layers)
@@ -118,14 +118,13 @@ def build_stage(
     if family.recurrent and below < depth:
         raise StageError(
             f"Stage {config.name!r}: attach_at is {below}, but a base of model type {family.model_type!r} is "
-            "recurrent, and a stage stands above all of its cycles: expected attach_at None."
+            "recurrent, and a stage stands above all its cycles: expected attach_at None."
         )
-    if parent is None and (reason := exit_refusal(base, below)):
+    if parent is None and (reason := no_exit_reason(base, below)):
         raise StageError(f"Stage {config.name!r}: attach_at is {below}, but {reason}.")
-    foot = below if parent is None else parent.chain[0].below
-    folded = FoldedHead(
-        head_below(base, foot), []
-    )  # refuses a head that cannot carry a delta, before anything is built
+    attached = below if parent is None else parent.chain[0].below
+    # Building the head first raises for a base head without a plain weight.
+    folded = FoldedHead(head_below(base, attached), [])
     layers = build_layers(base, config.num_layers, below, seed=seed, dtype=dtype)
     if config.head == "low_rank" and config.head_rank == "auto":
         rank = automatic_rank(folded.out_features, folded.in_features, sum(p.numel() for p in layers.parameters()))
@@ -137,47 +136,46 @@ def build_stage(
 
 
 def assemble(base: PreTrainedModel, stage: Stage) -> PreTrainedModel:
-    """Return the native model that ends in `stage`: the base's layers, every ancestor's, then its own, one head.
+    """Return the native model that ends in `stage`: the base's layers, those of all parents, the stage's, one head.
 
     It shares every tensor with the base and the stages.
     """
     chain = stage.chain
     layers = [layer for link in chain for layer in link.layers]
     head = FoldedHead(head_below(base, chain[0].below), [link.head for link in chain])
-    model = shell(base, layers, head, below=chain[0].below)
+    model = build_shell(base, layers, head, below=chain[0].below)
     if stage.generation_config is not None:
         model.generation_config = copy.deepcopy(stage.generation_config)
     return model
 
 
 def detach_stage_input(stage: Stage, dtype: torch.dtype) -> None:
-    """Let gradients end at the stage's input, and let a stage of another dtype work on a base in `dtype`.
+    """Detach the input of a stage, so gradients end there, and let its dtype differ from the base's `dtype`.
 
-    Hooks on the first and the last layer: the hidden state (batch, tokens, width) enters without a graph and in the
-    stage's dtype, and leaves in the dtype in which it came.
+    Hooks on the first and last layer cast the hidden states (batch, tokens, width) to the stage's dtype and back.
     """
-    stage.layers[0].register_forward_pre_hook(_enter)
+    stage.layers[0].register_forward_pre_hook(_detach_input)
     if next(stage.layers.parameters()).dtype != dtype:
-        stage.layers[-1].register_forward_hook(partial(_leave, dtype))
+        stage.layers[-1].register_forward_hook(partial(_cast_output, dtype))
 
 
 def set_gradient_input(model: PreTrainedModel, stage: Stage) -> None:
-    """Make `enable_input_require_grads` of a grown model mean the stage's input, not the embedding.
+    """Make `enable_input_require_grads` of a grown model apply to the stage's input instead of the embedding.
 
-    Gradient checkpointing and PEFT call it; on the embedding it would make autograd keep the whole frozen base.
+    Gradient checkpointing and PEFT call it. On the embedding, autograd would keep the graph of the whole frozen base.
     """
     model.enable_input_require_grads = partial(_set_input_gradients, stage.layers[0], True)  # type: ignore[method-assign]
     model.disable_input_require_grads = partial(_set_input_gradients, stage.layers[0], False)  # type: ignore[method-assign]
 
 
-def _enter(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+def _detach_input(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     hidden = args[0].detach().to(next(layer.parameters()).dtype)
     if getattr(layer, "_input_gradients", False) and torch.is_grad_enabled():
         hidden.requires_grad_(True)
     return (hidden, *args[1:])
 
 
-def _leave(dtype: torch.dtype, layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+def _cast_output(dtype: torch.dtype, layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     return output.to(dtype) if isinstance(output, torch.Tensor) else output
 
 

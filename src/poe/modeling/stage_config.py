@@ -1,4 +1,4 @@
-"""What one stage is made of, as data."""
+"""The configuration of one stage."""
 
 import dataclasses
 import re
@@ -12,15 +12,15 @@ HEADS = ("dense", "low_rank", "none")
 
 @dataclass(frozen=True)
 class StageConfig:
-    """One specialist: a few new decoder layers and an additive head.
+    """The shape of one stage: a few new decoder layers and an additive head.
 
-    name        letters, digits, `.`, `_`, `-`; it names the stage in a cascade and in its files
-    num_layers  new decoder layers, at least 1
+    name        letters, digits, `.`, `_`, `-`; the stage's name in a cascade and in its files
+    num_layers  number of new decoder layers, at least 1
     head        "dense" (vocabulary x width), "low_rank" (`head_rank`), or "none"
     head_rank   rank of a low-rank head delta, or "auto": the largest power of two, at least 8 and at most the width,
-                with which the head holds no more numbers than the layers; ignored by the other kinds
-    parent      name of the stage it stands on; None for the base itself
-    attach_at   how many of the base's layers lie below it; None for all. Only for stages without a parent
+                whose head has no more parameters than the layers; other heads ignore it
+    parent      name of the stage below it; None for the base itself
+    attach_at   number of the base's layers below it; None for all. Only for stages without a parent
     """
 
     name: str
@@ -33,16 +33,16 @@ class StageConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
             raise StageError(
-                f"A stage's name must start with a letter or digit and hold letters, digits, '.', '_', '-' only: "
+                f"A stage's name must start with a letter or digit and have only letters, digits, '.', '_', '-': "
                 f"got {self.name!r}."
             )
-        for field, least in (("num_layers", 1), ("head_rank", 1)):
+        for field, minimum in (("num_layers", 1), ("head_rank", 1)):
             value = getattr(self, field)
-            automatic = field == "head_rank" and value == "auto"
-            if not automatic and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+            is_auto = field == "head_rank" and value == "auto"
+            if not is_auto and (not isinstance(value, int) or isinstance(value, bool) or value < minimum):
                 other = " or 'auto'" if field == "head_rank" else ""
                 raise StageError(
-                    f"Stage {self.name!r}: {field} must be a whole number of at least {least}{other}, got {value!r}."
+                    f"Stage {self.name!r}: {field} must be a whole number of at least {minimum}{other}, got {value!r}."
                 )
         if self.head not in HEADS:
             raise StageError(f"Stage {self.name!r}: head must be one of {', '.join(HEADS)}, got {self.head!r}.")
@@ -52,12 +52,12 @@ class StageConfig:
             raise StageError(f"Stage {self.name!r}: attach_at must be at least 1 or None, got {self.attach_at!r}.")
 
     def attachment(self, depth: int) -> int:
-        """Return how many layers lie below the stage, given how many there are (`depth`: base and ancestors)."""
+        """Return the number of layers below the stage, where `depth` is that of the base and its parents."""
         if self.attach_at is None or self.attach_at == depth:
             return depth
         if self.parent is not None:
             raise StageError(
-                f"Stage {self.name!r} stands on {self.parent!r}, so it attaches on top of it: expected "
+                f"Stage {self.name!r} stands on {self.parent!r} and attaches on top of it: expected "
                 f"attach_at None or {depth}, got {self.attach_at}."
             )
         if self.attach_at > depth:
@@ -65,5 +65,5 @@ class StageConfig:
         return self.attach_at
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain data."""
+        """Return the fields as a dictionary."""
         return dataclasses.asdict(self)

@@ -1,4 +1,4 @@
-"""What stands where a decoder layer stood when only some of a model's layers run: it passes, gives or keeps a state."""
+"""Replacements of decoder layers for models of which only some layers run."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig
 
 
 class SkippedLayer(nn.Module):
-    """Stands where a layer stood, looks like it, and does nothing."""
+    """Replace a layer: return the input unchanged, with the attributes of the layer."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class SkippedLayer(nn.Module):
 
 
 class FixedOutputLayer(SkippedLayer):
-    """Stands where a layer stood and hands out its output, in the dtype and on the device of what comes in."""
+    """Replace a layer: return the given `state`, in the dtype and on the device of the input."""
 
     state: torch.Tensor | None = None
 
@@ -35,7 +35,7 @@ class FixedOutputLayer(SkippedLayer):
 
 
 class RecordedLayer(SkippedLayer):
-    """A layer whose newest output is kept until it is taken: in a recurrent base that of the last cycle."""
+    """Run a layer and keep its latest output in `state` (in a recurrent base, that of the last cycle)."""
 
     state: torch.Tensor | None = None
 
@@ -44,16 +44,16 @@ class RecordedLayer(SkippedLayer):
         return self.state
 
     def take(self) -> torch.Tensor:
-        """Return the output and forget it."""
+        """Return the latest output and remove it."""
         state, self.state = self.state, None
         assert state is not None
         return state
 
 
 def boundary_layers(config: PreTrainedConfig, depth: int) -> list[int]:
-    """Return which layers' outputs the layers above `depth` read: the last one's, in rising order with any other.
+    """Return the layers whose outputs the layers above `depth` use, in rising order; the last is `depth` - 1.
 
-    A PoE base may subtract one layer's output before its final norm, which is above every stage.
+    A PoE base may use one more: it can subtract a lower layer's output before its final norm, above every stage.
     """
     subtracted = getattr(config, "backout_layer", None)
     lower = {subtracted} if subtracted is not None and subtracted < depth - 1 else set()

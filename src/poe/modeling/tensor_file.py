@@ -1,7 +1,7 @@
-"""The safetensors container itself: its header read without torch, and a writer whose bytes depend on content alone.
+"""Read the header of safetensors files without torch, and write files whose bytes depend on their content alone.
 
 A file is 8 bytes with the length of a JSON header (little-endian), the header, then the tensors' raw bytes. The
-library's own writer orders metadata as its hash map does; a delta must be the same bytes every time it is saved.
+library's own writer orders metadata by its hash map, but saving a delta twice must give the same bytes.
 """
 
 import contextlib
@@ -30,13 +30,13 @@ DTYPES: dict[torch.dtype, str] = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-_LONGEST_HEADER = 100_000_000  # as in the safetensors library
+_MAX_HEADER_BYTES = 100_000_000  # as in the safetensors library
 _BLOCK = 1 << 22
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a file: safetensors dtype name, shape, and its bytes' start and end within the file."""
+    """One tensor of a file: safetensors dtype name, shape, and the start and end of its bytes in the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -45,9 +45,9 @@ class Entry:
 
 
 def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Entry], dict[str, str]]:
-    """Return the tensors and the metadata that a safetensors file declares.
+    """Return the tensors and the metadata in the header of a safetensors file.
 
-    Raises `DeltaError` if the header is not one or the file is shorter or longer than the header says.
+    Raises `DeltaError` if the header is invalid or does not match the file's size.
     """
     size = os.path.getsize(path)
     with open(path, "rb") as file:
@@ -55,21 +55,25 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Entry], dict[st
 
 
 def header_length(start: bytes, size: int, name: str | os.PathLike[str]) -> int:
-    """Return how many bytes of header follow the first 8 of a file of `size` bytes; raises `DeltaError`."""
+    """Return the length of a header from the first 8 bytes of a file of `size` bytes. Raises `DeltaError`."""
     length = int.from_bytes(start, "little")
-    if size < 8 or not 2 <= length <= min(_LONGEST_HEADER, size - 8):
+    if size < 8 or not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
         raise DeltaError(f"{name} is not a safetensors file, or is truncated ({size} bytes). Fetch it again.")
     return length
 
 
 def parse_header(text: bytes, size: int, name: str | os.PathLike[str]) -> tuple[dict[str, Entry], dict[str, str]]:
-    """Return what the header of a file of `size` bytes declares; `name` is for messages. Raises `DeltaError`."""
+    """Return the tensors and metadata of a header in a file of `size` bytes called `name`. Raises `DeltaError`."""
     first = 8 + len(text)
     try:
         header = json.loads(text)
         metadata = header.pop("__metadata__", {})
         entries = {
-            key: Entry(str(value["dtype"]), _whole(value["shape"]), *(first + n for n in _whole(value["data_offsets"])))
+            key: Entry(
+                str(value["dtype"]),
+                _check_whole_numbers(value["shape"]),
+                *(first + n for n in _check_whole_numbers(value["data_offsets"])),
+            )
             for key, value in header.items()
         }
         metadata = {str(key): str(value) for key, value in metadata.items()}
@@ -81,15 +85,15 @@ def parse_header(text: bytes, size: int, name: str | os.PathLike[str]) -> tuple[
     return entries, metadata
 
 
-def _whole(values: object) -> tuple[int, ...]:
-    """Return a JSON list of whole numbers of at least 0; raises `TypeError` for anything else."""
+def _check_whole_numbers(values: object) -> tuple[int, ...]:
+    """Return a JSON list of whole numbers of at least 0. Raises `TypeError` for other values."""
     if not isinstance(values, list) or not all(type(value) is int and value >= 0 for value in values):
         raise TypeError(f"expected whole numbers, got {values!r}")
     return tuple(values)
 
 
 def digest_entries(path: str | os.PathLike[str], entries: Mapping[str, Entry]) -> dict[str, str]:
-    """Return the SHA-256 (hexadecimal) of each tensor's raw bytes, read from the file in blocks."""
+    """Return the SHA-256 (hexadecimal) of each tensor's raw bytes, which are read in blocks."""
     digests = {}
     with open(path, "rb") as file:
         for name, entry in sorted(entries.items(), key=lambda item: item[1].start):
@@ -106,7 +110,7 @@ def digest_entries(path: str | os.PathLike[str], entries: Mapping[str, Entry]) -
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
-    """Return a tensor's values as little-endian bytes, row-major."""
+    """Return a tensor's values as little-endian, row-major bytes."""
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
     return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
 
@@ -114,10 +118,10 @@ def raw_bytes(tensor: torch.Tensor) -> memoryview:
 def write_tensors(
     path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
 ) -> None:
-    """Write a safetensors file whose bytes depend on its content alone, whole or not at all.
+    """Write a safetensors file atomically; its bytes depend on its content alone.
 
-    It goes to a temporary name in the same folder, is flushed to the disk and then takes its name. An `OSError`
-    (full disk, no permission) leaves what was there before.
+    The file is written under a temporary name in the same folder, flushed to the disk and renamed. An `OSError` (full
+    disk, no permission) leaves the previous file.
     """
     order, text, _ = _layout(tensors, metadata)
     folder = os.path.dirname(os.path.abspath(path))
@@ -139,14 +143,14 @@ def write_tensors(
 
 
 def file_size(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> int:
-    """Return how many bytes `write_tensors` would write; tensors on the meta device will do."""
+    """Return the size in bytes of the file that `write_tensors` would write. Meta tensors are enough."""
     _, text, end = _layout(tensors, metadata)
     return 8 + len(text) + end
 
 
 def _layout(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> tuple[list[str], bytes, int]:
-    """Return the names in the order of the file, the header's text, and how many bytes of tensors follow it."""
-    # Widest elements first, as the library does, so that every tensor is aligned to its element size.
+    """Return the names in the order of the file, the header's text, and the size of the tensors in bytes."""
+    # Widest elements first, like the library, so that each tensor is aligned to its element size.
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     offset = 0
