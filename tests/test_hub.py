@@ -137,7 +137,7 @@ def test_a_private_repository_answers_its_owner_alone(hub: FakeHub, saved_base) 
     [
         ("me/nothing", None, r"no such repository.*\(401\)"),
         ("me/gated", None, r"is gated \(403\)\. Ask for access at http://127.*/me/gated.*hf auth login"),
-        ("me/limited", 429, r"slow down \(429\)\. Wait some minutes"),
+        ("me/limited", 429, r"too many requests to the Hub \(429\)\. Wait some minutes"),
         ("me/limited", 503, r"answered 503\. Try again later.*local_files_only"),
         ("me/limited", 403, r"may not do this \(403\)"),
     ],
@@ -156,14 +156,14 @@ def test_a_hub_that_fails_half_way_is_not_taken_for_an_empty_one(hub, saved_base
     publish_base(saved_base(), "me/halfway")
     source = Cascade.from_pretrained("me/halfway").base_source
     hub.answer_all = 429
-    with pytest.raises(SourceError, match="slow down"):
+    with pytest.raises(SourceError, match="too many requests"):
         fetch("me/halfway", "model.safetensors.index.json", Access(), "main")
     assert fetch("me/halfway", "model.safetensors", Access(), source.revision) is not None
 
 
 @pytest.mark.parametrize(
     ("token", "trouble", "message"),
-    [(False, None, r"\(401\)"), ("hf_me", 403, r"may not do this \(403\)"), ("hf_me", 429, r"slow down \(429\)")],
+    [(False, None, r"\(401\)"), ("hf_me", 403, r"may not do this \(403\)"), ("hf_me", 429, r"too many requests to the Hub \(429\)")],
 )
 def test_a_push_that_is_refused(hub, saved_base, no_waiting, token, trouble, message) -> None:
     shipment = plan_upload(saved_base(), "me/t")

@@ -1,4 +1,4 @@
-"""Every error a user can meet. Catch `PoEError` to catch them all; none of them leaves half a file behind."""
+"""All errors of this package. `PoEError` is their base class. None of them leaves a partly written file."""
 
 import difflib
 from collections.abc import Iterable
@@ -34,7 +34,7 @@ __all__ = [
 
 
 class RecipeError(PoEError, ValueError):
-    """A recipe is unknown, or one of its fields is."""
+    """A recipe or one of its fields is unknown or invalid."""
 
 
 class DataError(PoEError, ValueError):
@@ -42,7 +42,7 @@ class DataError(PoEError, ValueError):
 
 
 class RowError(DataError):
-    """One row has no faithful `Conversation`, or no text in its form. `reason` is what reports count."""
+    """One row cannot become a `Conversation` or text without loss. Reports count rows by `reason`."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -50,23 +50,23 @@ class RowError(DataError):
 
 
 class TemplateError(PoEError, ValueError):
-    """The tokenizer's chat template is missing or cannot show which tokens are the assistant's."""
+    """The tokenizer's chat template is missing, or does not show which tokens are the assistant's."""
 
 
 class OutputError(PoEError, OSError):
-    """The output folder is not usable: not empty, not writable, or the disk is full."""
+    """The output folder is not empty or not writable, or the disk is full."""
 
 
 class TrainingError(PoEError, RuntimeError):
-    """Training cannot go on: not-a-number losses, a checkpoint of another recipe, nothing to resume."""
+    """Training cannot continue: NaN losses, a checkpoint of another recipe, or nothing to resume."""
 
 
 class DecodingError(PoEError, ValueError):
-    """A way of decoding cannot be used here: no such exit, or an option that it does not know, or it would not pay."""
+    """A strategy or combination cannot be used: no such exit, an unsupported option, or no gain in speed."""
 
 
 class MissingExtraError(PoEError, ImportError):
-    """An optional dependency is not installed; the message holds the line that installs it."""
+    """An optional dependency is not installed. The message has the command that installs it."""
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

@@ -186,7 +186,7 @@ def compose(
     if mode == "log_op" and (min(weights.values()) < 0 or abs(total - 1) > 1e-3):
         raise DecodingError(
             f"The weights of mode 'log_op' must not be negative and must sum to one: got {weights}, sum {total:g}. "
-            "Divide them by their sum, or choose mode='delta', whose weights are free."
+            "Divide them by their sum, or choose mode='delta', which allows any weights."
         )
     if mode == "delta" and None in weights:
         raise DecodingError(

@@ -123,7 +123,7 @@ class SegmentedModel:
     """An expert's model, cut into segments after the layers in `cuts` (rising depths).
 
     `depths` are the depths at which the segments end; the last is full depth. Raises `DecodingError` for cuts outside
-    the model, and for a base whose prediction combines all its stages.
+    the model, and for a base that combines the predictions of all its stages.
     """
 
     def __init__(self, expert: Expert, cuts: Sequence[int]) -> None:

@@ -34,7 +34,7 @@ class Strategy:
     """A way to decode with one expert. The subclasses are `Exit`, `AdaptiveDepth` and `SelfSpeculation`."""
 
     def build_model(self, expert: Expert) -> PreTrainedModel:
-        """Return the model whose forward pass this strategy uses. It shares every tensor with the expert."""
+        """Return the model that this strategy runs. It shares every tensor with the expert."""
         raise NotImplementedError
 
     def generate(self, expert: Expert, *args: Any, **kwargs: Any) -> Any:

@@ -185,7 +185,7 @@ def _select_files(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, Pa
 def _rewrite_files(
     folder: Path, config: dict[str, Any], repo_id: str, base: str | None, parent: str | None, access: Access
 ) -> dict[str, bytes]:
-    """Return the files whose content changes for the Hub: config.json, README.md and NOTICE with Hub names."""
+    """Return the files that change for the Hub: config.json, README.md and NOTICE with Hub names."""
     published = dict(config)
     stage = config["stage"]["name"]
     for role, repo in (("parent", parent), ("base", base)):

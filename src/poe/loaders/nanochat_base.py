@@ -87,7 +87,7 @@ def import_nanochat(checkpoint: Path | str, output: Path | str) -> Imported:
     tokenizer = read_tokenizer(find_tokenizer(folder), sizes["sequence_len"])
     if len(tokenizer) != sizes["vocab_size"]:
         raise SourceError(
-            f"{meta} says {sizes['vocab_size']} tokens, but the tokenizer has {len(tokenizer)}: expected the one that "
+            f"{meta} has {sizes['vocab_size']} tokens, but the tokenizer has {len(tokenizer)}: expected the one that "
             "the model was trained with."
         )
     tensors = translate(read_tensors(weights), sizes["n_embd"] // sizes["n_head"], weights)
@@ -152,9 +152,9 @@ def check_sizes(sizes: Mapping[str, Any], tensors: Mapping[str, Tensor], meta: P
     layers = {name.split(".")[2] for name in tensors if name.startswith("model.layers.")}
     embedding = tensors.get("model.embed_tokens.weight", torch.empty(0, 0))
     if layers != {str(index) for index in range(min(sizes["n_layer"], len(tensors)))}:
-        raise SourceError(f"{meta} says {sizes['n_layer']} layers, but the checkpoint has {len(layers)}.")
+        raise SourceError(f"{meta} has {sizes['n_layer']} layers, but the checkpoint has {len(layers)}.")
     if embedding.shape[1] != sizes["n_embd"]:
-        raise SourceError(f"{meta} says a width of {sizes['n_embd']}, but the embedding has {embedding.shape[1]}.")
+        raise SourceError(f"{meta} has a width of {sizes['n_embd']}, but the embedding has {embedding.shape[1]}.")
 
 
 def build_config(

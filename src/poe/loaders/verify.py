@@ -15,7 +15,7 @@ from poe.loaders.repository import embedded_folders, list_files, locate
 from poe.loaders.stage_folder import AUTO_MAP, network_files
 from poe.modeling import modeling_poe
 from poe.modeling.access import Access, fetch, read_config
-from poe.modeling.delta_file import PICKLES, check_finite
+from poe.modeling.delta_file import PICKLES, check_finite, read_delta, verify_delta
 from poe.modeling.lineage import BaseSource, StageSource, check_base, find_base, is_stage, resolve_lineage
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")

@@ -110,7 +110,7 @@ def explain_hub_response(repo: str, error: BaseException) -> str | None:
     if status == 403:
         return f"your token may not do this ({status}). Check its permissions at {hub_url()}/settings/tokens."
     if status == 429:
-        return f"the Hub asks to slow down ({status}). Wait some minutes and try again; being logged in raises limits."
+        return f"too many requests to the Hub ({status}). Wait some minutes and try again; log in for higher limits."
     return f"the Hub answered {status}. Try again later; what is cached opens with local_files_only=True."
 
 

@@ -21,7 +21,7 @@ class Boundary:
     """A grown model cut below `stage`: `above(below(x), x)` equals the output of the model's backbone bit for bit.
 
     Both halves share every tensor with the base and its stages. Dropout of the base is off. `layers` are the indices of
-    the layers whose outputs are the boundary's states, `states` is their number, `width` their size. Token ids must be
+    the layers that output the boundary's states, `states` is their number, `width` their size. Token ids must be
     on `device`.
     """
 

@@ -67,7 +67,7 @@ def build_head(config: StageConfig, vocabulary: int, width: int, generator: torc
 def automatic_rank(vocabulary: int, width: int, layer_parameters: int) -> int:
     """Return the rank for `head_rank="auto"`.
 
-    It is the largest power of two whose head delta, rank x (vocabulary + width), has no more parameters than the
+    It is the largest power of two with no more parameters in the head delta, rank x (vocabulary + width), than in the
     stage's layers, but at least 8 and at most the width and the vocabulary.
     """
     rank = layer_parameters // (vocabulary + width)

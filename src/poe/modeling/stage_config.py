@@ -18,7 +18,7 @@ class StageConfig:
     num_layers  number of new decoder layers, at least 1
     head        "dense" (vocabulary x width), "low_rank" (`head_rank`), or "none"
     head_rank   rank of a low-rank head delta, or "auto": the largest power of two, at least 8 and at most the width,
-                whose head has no more parameters than the layers; other heads ignore it
+                with no more head parameters than layer parameters; other heads ignore it
     parent      name of the stage below it; None for the base itself
     attach_at   number of the base's layers below it; None for all. Only for stages without a parent
     """

@@ -51,7 +51,7 @@ class RecordedLayer(SkippedLayer):
 
 
 def boundary_layers(config: PreTrainedConfig, depth: int) -> list[int]:
-    """Return the layers whose outputs the layers above `depth` use, in rising order; the last is `depth` - 1.
+    """Return the indices of the layers that layers above `depth` read, in rising order; the last is `depth` - 1.
 
     A PoE base may use one more: it can subtract a lower layer's output before its final norm, above every stage.
     """

@@ -1,4 +1,4 @@
-"""Read the header of safetensors files without torch, and write files whose bytes depend on their content alone.
+"""Read the header of safetensors files without torch, and write files with reproducible bytes.
 
 A file is 8 bytes with the length of a JSON header (little-endian), the header, then the tensors' raw bytes. The
 library's own writer orders metadata by its hash map, but saving a delta twice must give the same bytes.
