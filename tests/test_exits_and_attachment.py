@@ -54,8 +54,8 @@ def test_where_a_base_cannot_be_left() -> None:
         ("qwen3", 0, r"exit is after 0 layers, but this base has exits after its layers: expected 1, 2"),
         ("qwen3", 3, r"exit is after 3 layers"),
         ("qwen3", True, r"exit is after True"),
-        ("poe-stages", 3, r"after any of its stages: expected 1, 2"),
-        ("hrm", 1, r"'hrm_text' is recurrent.*no depth"),
+        ("poe-stages", 3, r"after its stages: expected 1, 2"),
+        ("hrm", 1, r"'hrm_text' is recurrent.*no exit"),
     ):
         with pytest.raises(FamilyError, match=said):
             Cascade(tiny_base(name))(ids, strategy=Exit(exit))

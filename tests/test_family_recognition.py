@@ -101,7 +101,7 @@ def test_a_base_that_breaks_a_promise_is_refused(how: str, reason: str) -> None:
     with pytest.raises(FamilyError, match=reason):
         Cascade(base)
     assert "_poe_family" not in vars(base)
-    with pytest.raises(FamilyError, match="not known to grow"):
+    with pytest.raises(FamilyError, match="belongs to no known family"):
         family_of(base)
 
 

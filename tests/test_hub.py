@@ -163,7 +163,11 @@ def test_a_hub_that_fails_half_way_is_not_taken_for_an_empty_one(hub, saved_base
 
 @pytest.mark.parametrize(
     ("token", "trouble", "message"),
-    [(False, None, r"\(401\)"), ("hf_me", 403, r"may not do this \(403\)"), ("hf_me", 429, r"too many requests to the Hub \(429\)")],
+    [
+        (False, None, r"\(401\)"),
+        ("hf_me", 403, r"may not do this \(403\)"),
+        ("hf_me", 429, r"too many requests to the Hub \(429\)"),
+    ],
 )
 def test_a_push_that_is_refused(hub, saved_base, no_waiting, token, trouble, message) -> None:
     shipment = plan_upload(saved_base(), "me/t")
