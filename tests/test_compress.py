@@ -1,4 +1,4 @@
-"""Smaller stages: a rank chosen by the vocabulary, heads cut by SVD, matrices in eight bits."""
+"""Smaller stages: automatic head ranks, heads compressed by SVD, int8 matrices."""
 
 import json
 import math
@@ -31,18 +31,18 @@ INT8 = torch.int8
 
 
 def make_stage(saved_base, head: str = "dense", base: str = "qwen3", dtype: torch.dtype = torch.float32) -> Cascade:
-    """Return a cascade with a scrambled stage `t` of one layer on a saved base."""
+    """Return a cascade with a stage `t` of one layer and random weights on a saved base."""
     cascade = Cascade.from_pretrained(saved_base(base, dtype)).add_stage(StageConfig("t", 1, head, 4))
     scramble(cascade.stages["t"], seed=1)
     return cascade
 
 
-# A rank by the vocabulary
+# Automatic ranks
 
 
 @settings(max_examples=200, deadline=None)
 @given(vocabulary=st.integers(8, 300_000), width=st.integers(8, 8192), layers=st.integers(0, 2**32))
-def test_an_automatic_rank_never_outweighs_the_layers(vocabulary: int, width: int, layers: int) -> None:
+def test_a_head_of_automatic_rank_is_no_larger_than_the_layers(vocabulary: int, width: int, layers: int) -> None:
     rank = automatic_rank(vocabulary, width, layers)
     assert rank.bit_count() == 1
     assert 8 <= rank <= min(vocabulary, width)
@@ -50,14 +50,14 @@ def test_an_automatic_rank_never_outweighs_the_layers(vocabulary: int, width: in
     assert 2 * rank > min(vocabulary, width) or 2 * rank * (vocabulary + width) > layers
 
 
-def test_ranks_of_known_bases() -> None:
-    # Qwen3-0.6B: 15.7 M parameters a layer; the embedded base's shape; the 1.3B base with 32,768 words
+def test_automatic_ranks_of_known_bases() -> None:
+    # Qwen3-0.6B (15.7 M parameters per layer), the embedded base, the 1.3B base with a vocabulary of 32,768
     assert automatic_rank(151_936, 1024, 4 * 15_730_000) == 256
     assert automatic_rank(151_936, 1024, 1 * 15_730_000) == 64
     assert automatic_rank(32_768, 1536, 4 * 28_300_000) == 1024
 
 
-def test_auto_is_a_head_rank_everywhere(saved_base, tmp_path: Path) -> None:
+def test_auto_is_accepted_in_python_recipes_and_options(saved_base, tmp_path: Path) -> None:
     cascade = Cascade.from_pretrained(saved_base()).add_stage("tool", num_layers=1, head="low_rank", head_rank="auto")
     stage = cascade.stages["tool"]
     layers = sum(p.numel() for p in stage.layers.parameters())
@@ -75,13 +75,13 @@ def test_auto_is_a_head_rank_everywhere(saved_base, tmp_path: Path) -> None:
     assert Recipe(name="t").head_rank == 64
 
 
-# Heads cut by SVD
+# Heads compressed by SVD
 
 
 @settings(max_examples=25, deadline=None)
 @given(rank=st.integers(1, 20), seed=st.integers(0, 100))
-def test_the_nearest_head_of_a_rank(rank: int, seed: int) -> None:
-    """Eckart and Young: what is lost is exactly the tail of the singular values."""
+def test_compression_gives_the_nearest_head_of_its_rank(rank: int, seed: int) -> None:
+    """The error is the norm of the dropped singular values (Eckart and Young)."""
     cascade = Cascade(tiny_base()).add_stage(StageConfig("t", 1))
     scramble(cascade.stages["t"].head, seed)
     before = cascade.stages["t"].head.delta().detach().clone()
@@ -99,7 +99,7 @@ def test_the_nearest_head_of_a_rank(rank: int, seed: int) -> None:
     assert report.max_logit_error is None
 
 
-def test_a_head_that_is_of_low_rank_is_found_again(saved_base, tmp_path: Path) -> None:
+def test_a_head_of_low_rank_is_compressed_without_loss(saved_base, tmp_path: Path) -> None:
     cascade = make_stage(saved_base)
     with torch.no_grad():
         factors = torch.randn(61, 3), torch.randn(3, 32)
@@ -114,12 +114,12 @@ def test_a_head_that_is_of_low_rank_is_found_again(saved_base, tmp_path: Path) -
     assert not torch.equal(got, expected)
     folder = cascade.save_stage("t", tmp_path / "t", dtype=torch.float32)
     assert torch.equal(Cascade.from_pretrained(folder)(ids).logits, got)
-    cascade.model("t").train()(ids, labels=ids, use_cache=False).loss.backward()  # it can be trained on
+    cascade.model("t").train()(ids, labels=ids, use_cache=False).loss.backward()  # training can continue
     assert all(p.grad.any() for p in cascade.stages["t"].head.parameters())
     assert cascade.compress_head("t", 2).parameters_before == 3 * (61 + 32)
 
 
-def test_what_cannot_be_compressed_is_left_alone(saved_base) -> None:
+def test_a_refused_compression_changes_nothing(saved_base) -> None:
     cascade = make_stage(saved_base)
     before = cascade(token_ids()).logits
     for rank in (0, -1, 21, 61, True, 2.0, None):
@@ -136,7 +136,7 @@ def test_what_cannot_be_compressed_is_left_alone(saved_base) -> None:
     assert (report.relative_error, report.energy) == (0.0, 1.0)
 
 
-# Eight bits per weight
+# int8
 
 matrices = st.builds(
     lambda rows, columns, seed, scale, zero: (
@@ -153,7 +153,7 @@ matrices = st.builds(
 
 @settings(max_examples=300, deadline=None)
 @given(matrix=matrices, read_as=st.sampled_from([torch.float32, torch.bfloat16]))
-def test_what_was_stored_is_stored_the_same_again(matrix: torch.Tensor, read_as: torch.dtype) -> None:
+def test_int8_values_survive_a_second_round_trip(matrix: torch.Tensor, read_as: torch.dtype) -> None:
     numbers, scale = quantize(matrix)
     again, scale_again = quantize(dequantize(numbers, scale).to(read_as))
     assert torch.equal(numbers, again)
@@ -164,8 +164,8 @@ def test_what_was_stored_is_stored_the_same_again(matrix: torch.Tensor, read_as:
 
 
 @pytest.mark.parametrize("read_as", [torch.float32, torch.bfloat16])
-def test_every_number_under_every_scale_comes_back(read_as: torch.dtype) -> None:
-    """A proof by cases: all 128 mantissas that a row's largest magnitude can have, with all 255 numbers."""
+def test_every_int8_number_under_every_scale_survives_a_round_trip(read_as: torch.dtype) -> None:
+    """Try all 128 mantissas of a row's largest magnitude with all 255 numbers."""
     largest = (1 + torch.arange(128) / 128).float()
     numbers = torch.arange(-127, 128, dtype=INT8).expand(128, -1)
     again, scale = quantize(dequantize(numbers, largest / 127).to(read_as))
@@ -175,7 +175,7 @@ def test_every_number_under_every_scale_comes_back(read_as: torch.dtype) -> None
 
 @settings(max_examples=200, deadline=None)
 @given(matrix=matrices)
-def test_no_value_moves_by_more_than_half_a_step(matrix: torch.Tensor) -> None:
+def test_the_int8_error_is_at_most_half_a_step(matrix: torch.Tensor) -> None:
     numbers, scale = quantize(matrix)
     error = (dequantize(numbers, scale).double() - matrix.double()).abs()
     assert (error <= (0.5 + 2.0**-14) * scale.double()[:, None]).all()
@@ -185,7 +185,7 @@ def test_no_value_moves_by_more_than_half_a_step(matrix: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("head", ["dense", "low_rank", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_an_int8_delta_is_the_same_bytes_every_time(saved_base, base_name, head, dtype, tmp_path: Path) -> None:
+def test_an_int8_delta_has_the_same_bytes_every_time(saved_base, base_name, head, dtype, tmp_path: Path) -> None:
     cascade = make_stage(saved_base, head, base_name, dtype)
     first = cascade.save_stage("t", tmp_path / "first", dtype=INT8)
     opened = Cascade.from_pretrained(first)
@@ -211,7 +211,7 @@ def test_an_int8_delta_is_the_same_bytes_every_time(saved_base, base_name, head,
 
 @settings(max_examples=100, deadline=None)
 @given(seed=st.integers(0, 2**31), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, INT8]))
-def test_the_storage_error_is_that_of_the_values(seed: int, dtype: torch.dtype) -> None:
+def test_the_storage_error_equals_that_of_the_values(seed: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(seed)
     tensors = {"a": torch.randn(7, 5, generator=generator), "b": torch.randn(3, generator=generator)}
     got = from_stored(as_stored(tensors, dtype))
@@ -223,7 +223,7 @@ def test_the_storage_error_is_that_of_the_values(seed: int, dtype: torch.dtype) 
     assert storage_error({"a": torch.zeros(2, 2)}, dtype) == 0
 
 
-def test_int8_answers_almost_like_the_original(saved_base, tmp_path: Path) -> None:
+def test_int8_logits_are_close_to_the_original(saved_base, tmp_path: Path) -> None:
     cascade = make_stage(saved_base)
     error = cascade.stages["t"].storage_error(INT8)
     assert 0.001 < error < 0.02
@@ -251,7 +251,7 @@ def test_a_child_stands_on_an_int8_parent(saved_base, tmp_path: Path) -> None:
         opened.save_stage("child", tmp_path / "other")
 
 
-THROUGH = """
+HASH_LOGITS = """
 import hashlib, json, os, sys
 sys.modules["poe"] = None
 import torch, transformers
@@ -267,8 +267,8 @@ for folder in folders:
 """
 
 
-def test_three_doors_give_the_same_logits(saved_base, tmp_path: Path) -> None:
-    """The package; remote code and native export in a process where `poe` cannot be imported."""
+def test_package_remote_code_and_export_give_the_same_logits(saved_base, tmp_path: Path) -> None:
+    """Remote code and the native export run in a process that cannot import `poe`."""
     import hashlib
 
     expected, folders = [], []
@@ -282,7 +282,7 @@ def test_three_doors_give_the_same_logits(saved_base, tmp_path: Path) -> None:
             expected += 2 * [hashlib.sha256(logits).hexdigest()]
             folders += [str(tmp_path / name), str(cascade.export_native("t", tmp_path / f"{name}-native"))]
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", THROUGH],
+        [sys.executable, "-W", "ignore", "-c", HASH_LOGITS],
         input=json.dumps([token_ids().tolist(), folders]),
         capture_output=True,
         text=True,
@@ -292,8 +292,8 @@ def test_three_doors_give_the_same_logits(saved_base, tmp_path: Path) -> None:
     assert done.stdout.split() == expected, done.stderr[-3000:]
 
 
-def forge(path: Path, change) -> None:
-    """Rewrite a delta through `change(tensors)`, with a right fingerprint."""
+def rewrite_delta(path: Path, change) -> None:
+    """Apply `change(tensors)` to a delta file, and give it the correct fingerprint."""
     tensors, metadata = load_file(path), read_header(path)[1]
     change(tensors)
     write_tensors(path, tensors, {**metadata, "self_fingerprint": fingerprint_tensors(tensors)})
@@ -327,25 +327,25 @@ def forge(path: Path, change) -> None:
         ),
     ],
 )
-def test_scales_that_fit_nothing_are_refused(change, message: str, tmp_path: Path) -> None:
+def test_scales_of_a_wrong_shape_or_name_are_refused(change, message: str, tmp_path: Path) -> None:
     path = tmp_path / "delta.safetensors"
     tensors = {"a": torch.randn(4, 3), "b": torch.randn(3)}
     write_delta(path, tensors, stage="t", attach_at=2, base_fingerprint="", dtype=INT8)
     assert read_delta(path, "t").keys() == tensors.keys()
-    forge(path, change)
+    rewrite_delta(path, change)
     with pytest.raises(DeltaError, match=message):
         read_delta_header(path) and read_delta(path, "t")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_values_that_are_not_finite_are_named_before_they_are_written(value: float, tmp_path: Path) -> None:
+def test_values_that_are_not_finite_are_refused_before_writing(value: float, tmp_path: Path) -> None:
     path = tmp_path / "delta.safetensors"
     with pytest.raises(DeltaError, match="'t': a holds values that are not finite"):
         write_delta(path, {"a": torch.full((2, 2), value)}, stage="t", attach_at=2, base_fingerprint="", dtype=INT8)
     assert not path.exists()
 
 
-def test_the_command_makes_a_stage_smaller(saved_base, tmp_path: Path) -> None:
+def test_the_compress_command_makes_a_stage_smaller(saved_base, tmp_path: Path) -> None:
     cascade = make_stage(saved_base)
     source = {"hub_id": None, "conversations": 5, "epochs": 1.0, "license": "mit-0"}
     cascade.save_stage("t", tmp_path / "t", {"data": {"sources": {"rows": source}}})

@@ -1,4 +1,4 @@
-"""Ways to decode, in one line each, as a user types them."""
+"""The decoding options of `poe generate`, and `poe calibrate`."""
 
 import json
 import subprocess
@@ -15,49 +15,49 @@ TEXT = "w5 w6 w7 w8"
 
 @pytest.fixture(scope="module")
 def folders(saved_base, tmp_path_factory) -> dict[str, str]:
-    """A PoE base of two stages, two siblings on it, and a text."""
+    """Return the paths of a PoE base with two stages, of two siblings on it, and of a text."""
     root = tmp_path_factory.mktemp("decoding")
     base = saved_base("poe-stages")
-    found = {"base": str(base)}
+    paths = {"base": str(base)}
     for seed, name in enumerate(("tool", "math")):
         cascade = Cascade.from_pretrained(base).add_stage(StageConfig(name, 1, "low_rank", 4), seed=seed)
         scramble(cascade.stages[name], seed)
-        found[name] = str(cascade.save_stage(name, root / name))
+        paths[name] = str(cascade.save_stage(name, root / name))
     (root / "text.txt").write_text("<|endoftext|>".join(f"w{i} w{i + 1} w{i + 2} w{i % 7 + 3}" for i in range(3, 50)))
-    found["text"] = str(root / "text.txt")
-    return found
+    paths["text"] = str(root / "text.txt")
+    return paths
 
 
 def poe(*arguments: str) -> subprocess.CompletedProcess[str]:
     return run_program("poe", *arguments)
 
 
-def said(*arguments: str) -> str:
+def output_of(*arguments: str) -> str:
     done = poe(*arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def test_each_way_in_one_line(folders, tmp_path: Path) -> None:
+def test_every_strategy_generates_from_the_command_line(folders, tmp_path: Path) -> None:
     base, short = folders["base"], ("--max-new-tokens", "12")
-    plain = said("generate", base, TEXT, *short)
-    assert said("generate", base, TEXT, "--strategy", "draft=1", *short) == plain
-    assert said("generate", base, TEXT, "--strategy", "exit=1", *short) != plain
-    assert said("generate", base, TEXT, "--strategy", "exit=2", *short) == plain
+    plain = output_of("generate", base, TEXT, *short)
+    assert output_of("generate", base, TEXT, "--strategy", "draft=1", *short) == plain
+    assert output_of("generate", base, TEXT, "--strategy", "exit=1", *short) != plain
+    assert output_of("generate", base, TEXT, "--strategy", "exit=2", *short) == plain
 
     depth = tmp_path / "depth.json"
-    table = said("calibrate", base, "--data", f"text={folders['text']}", "--agreement", "0.5", "--out", str(depth))
+    table = output_of("calibrate", base, "--data", f"text={folders['text']}", "--agreement", "0.5", "--out", str(depth))
     assert "agreement with full depth" in table
     assert json.loads(depth.read_text())["target"] == 0.5
-    assert said("generate", base, TEXT, "--strategy", f"adaptive={depth}", *short)
+    assert output_of("generate", base, TEXT, "--strategy", f"adaptive={depth}", *short)
 
-    tool = said("generate", folders["tool"], TEXT, *short)
-    assert said("generate", folders["tool"], TEXT, "--with", f"{folders['math']}=0", *short) == tool
-    math = said("generate", folders["math"], TEXT, *short)
-    assert said("generate", folders["tool"], TEXT, "--with", f"{folders['math']}=1", *short) == math != tool
+    tool = output_of("generate", folders["tool"], TEXT, *short)
+    assert output_of("generate", folders["tool"], TEXT, "--with", f"{folders['math']}=0", *short) == tool
+    math = output_of("generate", folders["math"], TEXT, *short)
+    assert output_of("generate", folders["tool"], TEXT, "--with", f"{folders['math']}=1", *short) == math != tool
 
 
-def test_what_does_not_fit_is_one_message(folders, tmp_path: Path) -> None:
+def test_a_bad_option_ends_in_one_message(folders, tmp_path: Path) -> None:
     for arguments, words in (
         ((folders["base"], TEXT, "--strategy", "exit=5"), "but this base has exits after its stages"),
         ((folders["tool"], TEXT, "--with", folders["math"]), "expected REPO=WEIGHT"),

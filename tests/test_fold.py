@@ -1,4 +1,4 @@
-"""One stage for a chain: the same layers, the sum of the heads, the same answers from one delta."""
+"""Folding a chain of stages: the layers are copied, the head deltas are summed, the logits stay the same."""
 
 from pathlib import Path
 
@@ -22,8 +22,8 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=[
 SIZE = (23, 12)
 
 
-def chain(cascade: Cascade, heads: list[str], attach_at: int | None = None) -> Cascade:
-    """Add scrambled stages `s0`, `s1`, ... with these heads, each on the one before."""
+def add_chain(cascade: Cascade, heads: list[str], attach_at: int | None = None) -> Cascade:
+    """Add stages `s0`, `s1`, ... with random weights and these heads, each on top of the previous one."""
     for index, head in enumerate(heads):
         parent = f"s{index - 1}" if index else None
         cascade.add_stage(StageConfig(f"s{index}", 1 + index % 2, head, 3, parent, None if index else attach_at))
@@ -31,15 +31,15 @@ def chain(cascade: Cascade, heads: list[str], attach_at: int | None = None) -> C
     return cascade
 
 
-def some_heads(kinds: list[str], dtype: torch.dtype, seed: int) -> list:
+def random_heads(kinds: list[str], dtype: torch.dtype, seed: int) -> list:
     heads = [build_head(StageConfig("t", head=kind, head_rank=3), *SIZE).to(dtype) for kind in kinds]
     for index, head in enumerate(heads):
         scramble(head, seed + index)
     return heads
 
 
-def as_one(heads: list, dtype: torch.dtype) -> nn.Module:
-    """Return the folded deltas as a head of its own, in the dtype of a stage."""
+def folded_head(heads: list, dtype: torch.dtype) -> nn.Module:
+    """Return the head module of the folded deltas, in the dtype of a stage."""
     kind, rank, tensors = fold_heads(heads)
     head = build_head(StageConfig("t", head=kind, head_rank=rank), *SIZE).to(dtype)
     head.load_state_dict({name.removeprefix("head."): tensor for name, tensor in tensors.items()})
@@ -53,13 +53,13 @@ def as_one(heads: list, dtype: torch.dtype) -> nn.Module:
     bf16_base=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_the_folded_head_is_the_chains_within_its_rounding(kinds, bf16_stage, bf16_base, seed) -> None:
-    """The bound that `fold_heads` states; with one delta among nothing, bit for bit."""
+def test_the_folded_head_equals_that_of_the_chain_within_the_stated_bound(kinds, bf16_stage, bf16_base, seed) -> None:
+    """The bound is that of `fold_heads`. A single delta is equal bit for bit."""
     stage_dtype = torch.bfloat16 if bf16_stage else torch.float32
     torch.manual_seed(seed)
     base = nn.Linear(SIZE[1], SIZE[0], bias=False).to(torch.bfloat16 if bf16_base else torch.float32)
-    heads = some_heads(kinds, stage_dtype, seed)
-    folded = as_one(heads, stage_dtype)
+    heads = random_heads(kinds, stage_dtype, seed)
+    folded = folded_head(heads, stage_dtype)
     with torch.no_grad():
         expected, got = FoldedHead(base, heads).weight, FoldedHead(base, [folded]).weight
     if sum(kind != "none" for kind in kinds) <= 1:
@@ -82,8 +82,8 @@ def test_the_folded_head_is_the_chains_within_its_rounding(kinds, bf16_stage, bf
 
 @settings(max_examples=50, deadline=None)
 @given(kinds=st.lists(KINDS, max_size=6), seed=st.integers(0, 1000))
-def test_the_folded_head_is_no_larger_than_it_must_be(kinds: list[str], seed: int) -> None:
-    heads = some_heads(kinds, torch.float32, seed)
+def test_the_folded_head_has_the_smallest_kind(kinds: list[str], seed: int) -> None:
+    heads = random_heads(kinds, torch.float32, seed)
     kind, rank, tensors = fold_heads(heads)
     low, dense = kinds.count("low_rank"), kinds.count("dense")
     if not low and not dense:
@@ -102,7 +102,7 @@ def test_the_folded_head_is_no_larger_than_it_must_be(kinds: list[str], seed: in
 
 
 def test_a_low_rank_head_alone_keeps_its_rank() -> None:
-    head = build_head(StageConfig("t", head="low_rank", head_rank=11), *SIZE)  # holds more than a dense one
+    head = build_head(StageConfig("t", head="low_rank", head_rank=11), *SIZE)  # has more numbers than a dense one
     kind, rank, _ = fold_heads([head, build_head(StageConfig("n", head="none"), *SIZE)])
     assert (kind, rank) == ("low_rank", 11)
 
@@ -113,9 +113,9 @@ MIXED = [["dense", "low_rank", "none"], ["none", "low_rank", "dense"], ["low_ran
 
 @DTYPES
 @pytest.mark.parametrize("heads", [*EXACT, *MIXED], ids="+".join)
-def test_a_folded_chain_answers_like_the_chain(heads, dtype, base_name, saved_base, tmp_path: Path) -> None:
+def test_a_folded_chain_has_the_logits_of_the_chain(heads, dtype, base_name, saved_base, tmp_path: Path) -> None:
     attach_at = 1 if "none" in heads and base_name not in RECURRENT else None
-    cascade = chain(Cascade.from_pretrained(saved_base(base_name, dtype)), heads, attach_at)
+    cascade = add_chain(Cascade.from_pretrained(saved_base(base_name, dtype)), heads, attach_at)
     last = cascade.active
     with torch.no_grad():
         expected = cascade(token_ids()).logits
@@ -140,15 +140,15 @@ def test_a_folded_chain_answers_like_the_chain(heads, dtype, base_name, saved_ba
         assert torch.equal(again(token_ids()).logits, folded)
 
 
-def test_a_folded_stage_is_its_own(saved_base) -> None:
-    cascade = chain(Cascade.from_pretrained(saved_base()), ["dense", "low_rank"])
+def test_a_folded_stage_shares_no_tensor_with_the_chain(saved_base) -> None:
+    cascade = add_chain(Cascade.from_pretrained(saved_base()), ["dense", "low_rank"])
     cascade.stages["s1"].prompt = {"name": "p", "version": "1", "stop": ["w7"]}
     before = cascade(token_ids()).logits
     cascade.fold("s1", "one")
     stage = cascade.stages["one"]
-    theirs = {p.data_ptr() for p in cascade.base.parameters()}
-    theirs |= {p.data_ptr() for name in ("s0", "s1") for p in cascade.stages[name].parameters()}
-    assert not theirs & {p.data_ptr() for p in stage.parameters()}
+    shared = {p.data_ptr() for p in cascade.base.parameters()}
+    shared |= {p.data_ptr() for name in ("s0", "s1") for p in cascade.stages[name].parameters()}
+    assert not shared & {p.data_ptr() for p in stage.parameters()}
     cascade.model("one").train()(token_ids(), labels=token_ids(), use_cache=False).loss.backward()
     assert all(p.grad is not None and p.grad.any() for p in stage.parameters())
     scramble(stage, seed=9)
@@ -160,15 +160,15 @@ def test_a_folded_stage_is_its_own(saved_base) -> None:
         cascade.fold("s2")
 
 
-def test_a_chain_of_two_dtypes_folds_to_the_wider() -> None:
+def test_a_chain_of_two_dtypes_folds_to_the_wider_dtype() -> None:
     cascade = Cascade(tiny_base(dtype=torch.bfloat16)).add_stage(StageConfig("a", 1))
     cascade.add_stage(StageConfig("b", 1, parent="a"), dtype=torch.float32)
     cascade.fold("b")
     assert {p.dtype for p in cascade.stages["b-folded"].parameters()} == {torch.float32}
 
 
-def test_the_command_folds_and_keeps_what_is_known_about_the_data(saved_base, tmp_path: Path) -> None:
-    cascade = chain(Cascade.from_pretrained(saved_base()), ["none", "low_rank"])
+def test_the_fold_command_keeps_the_records_of_the_data(saved_base, tmp_path: Path) -> None:
+    cascade = add_chain(Cascade.from_pretrained(saved_base()), ["none", "low_rank"])
     for name in ("s0", "s1"):
         sources = {"rows": {"hub_id": None, "conversations": 5, "epochs": 1.0, "license": f"license-{name}"}}
         cascade.save_stage(name, tmp_path / name, {"data": {"sources": sources}}, dtype=torch.float32)
@@ -185,8 +185,8 @@ def test_the_command_folds_and_keeps_what_is_known_about_the_data(saved_base, tm
     assert "license-s1" in notice
 
 
-def test_a_stage_is_removed_once_nothing_stands_on_it(saved_base) -> None:
-    cascade = chain(Cascade.from_pretrained(saved_base()), ["dense", "none"])
+def test_a_stage_can_be_removed_if_no_stage_stands_on_it(saved_base) -> None:
+    cascade = add_chain(Cascade.from_pretrained(saved_base()), ["dense", "none"])
     with pytest.raises(StageError, match="'s0' cannot be removed while s1 stand"):
         cascade.remove_stage("s0")
     expected = cascade(token_ids(), stage="s0").logits
@@ -196,11 +196,11 @@ def test_a_stage_is_removed_once_nothing_stands_on_it(saved_base) -> None:
         cascade.model("s1")
     assert cascade.remove_stage("s0").active is None
     assert not cascade.stages
-    assert chain(cascade, ["none"]).active == "s0"
+    assert add_chain(cascade, ["none"]).active == "s0"
 
 
 def test_a_stage_is_active_inside_a_block() -> None:
-    cascade = chain(Cascade(tiny_base()), ["dense", "none"])
+    cascade = add_chain(Cascade(tiny_base()), ["dense", "none"])
     with cascade.activated(None) as same:
         assert same is cascade
         assert cascade.active is None
@@ -211,7 +211,7 @@ def test_a_stage_is_active_inside_a_block() -> None:
     with pytest.raises(KeyError), cascade.activated("s0"):
         raise KeyError
     assert cascade.active == "s1"
-    with pytest.raises(StageError, match="no stage"), cascade.activated("nobody"):
+    with pytest.raises(StageError, match="no stage"), cascade.activated("unknown"):
         pass
     assert cascade.active == "s1"
     with cascade.activated(None):

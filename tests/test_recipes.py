@@ -1,4 +1,4 @@
-"""Recipes: every shipped YAML is valid, every field is an option, and the options are frozen here."""
+"""Recipes: the shipped files are valid, every field is documented and checked, and the options are frozen here."""
 
 import dataclasses
 import re
@@ -40,7 +40,7 @@ BASE_OPTIONS = {
 }
 
 
-def test_shipped_recipes_load_and_survive_a_round_trip(tmp_path) -> None:
+def test_shipped_recipes_survive_a_round_trip_through_yaml(tmp_path) -> None:
     assert list_recipes() == ["demo", "tool"]
     for name in list_recipes():
         recipe = load_recipe(name)
@@ -52,7 +52,7 @@ def test_shipped_recipes_load_and_survive_a_round_trip(tmp_path) -> None:
         assert load_base_recipe(name).name == name
 
 
-def test_the_published_hyper_parameters() -> None:
+def test_the_tool_recipe_has_the_published_hyperparameters() -> None:
     tool = load_recipe("tool")
     assert (tool.num_layers, tool.matrix_lr, tool.head_lr, tool.weight_decay) == (4, 0.002, 1e-4, 0.1)
     assert (tool.initial_lr_factor, tool.warmup_ratio, tool.warmdown_ratio) == (0.2, 0.05, 0.9)
@@ -76,19 +76,19 @@ def test_the_published_hyper_parameters() -> None:
         ),
     ],
 )
-def test_mistakes_are_named(make, message: str) -> None:
+def test_a_bad_recipe_raises_an_error_with_the_reason(make, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         make()
 
 
 @pytest.mark.parametrize("content", ["- a\n- b\n", "name: [", "seq_len: 5: 6"])
-def test_files_that_are_no_recipes(tmp_path, content: str) -> None:
+def test_a_file_without_recipe_fields_is_refused(tmp_path, content: str) -> None:
     (tmp_path / "r.yaml").write_text(content)
     with pytest.raises(RecipeError):
         load_recipe(tmp_path / "r.yaml")
 
 
-def test_options_are_read_as_their_fields_are_typed() -> None:
+def test_options_are_parsed_in_the_type_of_their_field() -> None:
     hints = {f.name: f.type for f in dataclasses.fields(Recipe)}
     assert "epochs" in hints
     assert parse_field("matrix_lr", "1e-3", float) == 0.001
@@ -106,7 +106,7 @@ def test_augment_is_a_mapping_in_files_and_typed_in_python() -> None:
         load_recipe("tool", augment={"masks": 0.3})
 
 
-def test_overrides_reach_the_stage() -> None:
+def test_changed_fields_reach_the_stage_config() -> None:
     assert load_recipe("tool", num_layers=2, head="none").stage_config() == StageConfig("tool", 2, head="none")
 
 
@@ -168,7 +168,7 @@ def test_help_prints_sentence_type_and_default_by_group() -> None:
             option = text[text.index(f"--{info.name.replace('_', '-')} ") :]
             assert f"<{info.type}>" in option
             assert f"{info.sentence} [default: {default}]" in option, info.name
-    assert "[default: 4]" in run_train("stage", "--help").stdout  # layers of `tool`, the recipe when none is named
+    assert "[default: 4]" in run_train("stage", "--help").stdout  # num_layers of `tool`, the default recipe
     assert "[default: 12]" in run_train("base", "--help").stdout
 
 
@@ -209,8 +209,8 @@ def test_wrong_usage_is_exit_code_2(arguments: tuple[str, ...], message: str) ->
 @pytest.mark.parametrize(
     ("command", "kind", "options"), [("stage", Recipe, STAGE_OPTIONS), ("base", BaseRecipe, BASE_OPTIONS)]
 )
-def test_the_command_line_is_the_recipe(command: str, kind: type, options: set[str]) -> None:
-    """The command line is an interface: changing this test means changing it for everybody."""
+def test_every_recipe_field_is_an_option(command: str, kind: type, options: set[str]) -> None:
+    """The options are a public interface: a change here changes the command line of every user."""
     names = {f.name for f in dataclasses.fields(kind)}
     assert names - {"name", "data", "description"} == options
     shown = run_train(command, "--help").stdout

@@ -1,4 +1,4 @@
-"""A sweep: candidates that may be compared, one pass through the base, the best one kept; also after a stop."""
+"""Sweeps: comparable candidates, one pass through the base, the best stage is kept, also after an interruption."""
 
 import json
 import subprocess
