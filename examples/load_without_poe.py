@@ -1,22 +1,23 @@
-"""Load a stage with transformers alone, as a stranger does, and answer a question with a call.
+"""Load a stage with transformers alone, and answer a question with a function call.
 
-    python examples/load_without_poe.py runs/demo
+    python examples/load_without_poe.py runs/demo ["a question"]
 
-`poe` is made impossible to import first: everything that is needed lies in the stage's folder.
+The script first makes `import poe` fail: the stage's folder holds everything that is needed. It ends with exit code 1
+if the reply has no call that fits the tools.
 """
 
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
-sys.modules["poe"] = None  # any `import poe` now raises ImportError
+sys.modules["poe"] = None  # type: ignore[assignment]  # `import poe` now raises ImportError
 
 import transformers  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
-# No training row has a gondola, or these values.
-QUESTION = "Please book a gondola for Marla for 37 people."
-TOOLS = json.loads((Path(__file__).parent / "tools.json").read_text())
+QUESTION = "Please book a gondola for Marla for 37 people."  # no training row has a gondola, or these values
+TOOLS = json.loads((Path(__file__).parent / "tools.json").read_text(encoding="utf-8"))
 
 
 def main(folder: str, question: str = QUESTION) -> int:
@@ -24,6 +25,19 @@ def main(folder: str, question: str = QUESTION) -> int:
     transformers.logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    reply = generate_reply(model, tokenizer, question)
+    print(f"question: {question}")
+    print(f"reply:    {reply}")
+    try:
+        name, arguments = read_call(reply)
+    except ValueError as error:
+        print(error)
+        return 1
+    print(f"call:     {name}({', '.join(f'{key}={value!r}' for key, value in arguments.items())})")
+    return 0
+
+
+def generate_reply(model: Any, tokenizer: Any, question: str) -> str:
     inputs = tokenizer.apply_chat_template(
         [{"role": "user", "content": question}],
         tools=TOOLS,
@@ -32,21 +46,20 @@ def main(folder: str, question: str = QUESTION) -> int:
         return_dict=True,
     )
     output = model.generate(**inputs, max_new_tokens=160, do_sample=False)
-    text = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=False)
-    print(f"question: {question}")
-    print(f"reply:    {text}")
-    body = text.partition("<tool_call>")[2].partition("</tool_call>")[0]
+    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=False)
+
+
+def read_call(reply: str) -> tuple[str, dict[str, Any]]:
+    """Return the name and the arguments of the call in `<tool_call>...</tool_call>`, checked against the tools."""
     try:
-        call = json.loads(body)
+        call = json.loads(reply.partition("<tool_call>")[2].partition("</tool_call>")[0])
     except ValueError:
-        print("the reply holds no call that can be read")
-        return 1
-    schema = {t["function"]["name"]: t["function"]["parameters"] for t in TOOLS}.get(call["name"])
+        raise ValueError("The reply has no call that can be read.") from None
+    parameters = {tool["function"]["name"]: tool["function"]["parameters"] for tool in TOOLS}
+    schema = parameters.get(call["name"])
     if schema is None or not set(schema.get("required", [])) <= set(call["arguments"]) <= set(schema["properties"]):
-        print("the call does not fit the tools")
-        return 1
-    print(f"call:     {call['name']}({', '.join(f'{k}={v!r}' for k, v in call['arguments'].items())})")
-    return 0
+        raise ValueError("The call does not fit the tools.")
+    return call["name"], call["arguments"]
 
 
 if __name__ == "__main__":

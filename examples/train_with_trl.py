@@ -1,12 +1,12 @@
-"""Train a stage with TRL's SFTTrainer, on rows that any trainer reads, and look at what moved.
+"""Train a stage with TRL's SFTTrainer, and check that the base did not change.
 
     pip install "poe-cascade[rl]"
     poe data export demo=600 runs/rows.jsonl
     python examples/train_with_trl.py runs/rows.jsonl runs/trl [--base demo] [--steps 40]
 
-To TRL the grown model is an ordinary one of which some layers train. `SaveDelta` makes it save the
-stage (here `runs/trl/tool`) rather than a copy of the model. The rows are `messages`, with `tools` and the
-arguments of calls as JSON text.
+For TRL, `cascade.model("tool")` is an ordinary model in which some layers are trained. `SaveDelta` makes the trainer
+save the stage (here `runs/trl/tool`) instead of the whole model. A row has `messages` and `tools`, with the arguments
+of calls as JSON text.
 """
 
 import argparse
@@ -22,42 +22,42 @@ from poe.training.trl import SaveDelta
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows")
-    parser.add_argument("out")
+    parser.add_argument("rows", help="a JSONL file of conversations")
+    parser.add_argument("out", help="the folder of the run")
     parser.add_argument("--base", default="demo")
     parser.add_argument("--steps", type=int, default=40)
-    given = parser.parse_args()
+    args = parser.parse_args()
 
-    cascade = Cascade.from_pretrained(given.base, dtype="float32")
+    cascade = Cascade.from_pretrained(args.base, dtype="float32")
     cascade.add_stage(StageConfig("tool", num_layers=2, head="low_rank", head_rank=32))
-    before = fingerprint_tensors(cascade.base.state_dict())
+    fingerprint = fingerprint_tensors(cascade.base.state_dict())
 
     trainer = SFTTrainer(
         model=cascade.model("tool"),
         args=SFTConfig(
-            given.out,
-            max_steps=given.steps,
-            save_steps=given.steps // 2 or 1,
+            args.out,
+            max_steps=args.steps,
+            save_steps=args.steps // 2 or 1,
             per_device_train_batch_size=8,
             learning_rate=2e-3,
             lr_scheduler_type="cosine",
             warmup_steps=2,
             max_length=1024,
-            assistant_only_loss=True,  # the template marks what the assistant says
+            assistant_only_loss=True,  # the chat template marks the assistant's tokens
             bf16=torch.cuda.is_available(),
-            gradient_checkpointing=False,  # there is no graph of the base to save memory on
+            gradient_checkpointing=False,  # the base keeps no graph, so there is little memory to save
             logging_steps=5,
             report_to="none",
         ),
-        train_dataset=Dataset.from_json(given.rows),
+        train_dataset=Dataset.from_json(args.rows),
         processing_class=cascade.tokenizer,
         callbacks=[SaveDelta(cascade, "tool")],
     )
     trainer.train()
 
-    frozen = fingerprint_tensors(cascade.base.state_dict()) == before
-    print(f"the base is {'bit for bit what it was' if frozen else 'CHANGED'}")
-    print(f"{given.out}/tool: {cascade.stages['tool'].num_parameters():,} parameters of the stage, and no others")
+    unchanged = fingerprint_tensors(cascade.base.state_dict()) == fingerprint
+    print(f"the base {'is unchanged, bit for bit' if unchanged else 'CHANGED'}")
+    print(f"{args.out}/tool: {cascade.stages['tool'].num_parameters():,} parameters, those of the stage")
 
 
 if __name__ == "__main__":
