@@ -60,7 +60,7 @@ class StopsAt(Progress):
             signal.raise_signal(signal.SIGINT)
 
 
-def test_a_run_on_a_stream_resumes_to_the_same_bytes(recipe: BaseRecipe, tmp_path: Path) -> None:
+def test_run_on_streamed_rows_resumes_to_the_same_bytes(recipe: BaseRecipe, tmp_path: Path) -> None:
     whole = train_base(recipe, tmp_path / "whole", progress=QUIET)
     parts = tmp_path / "parts"
     for last in (3, 17):
@@ -76,7 +76,7 @@ def test_a_run_on_a_stream_resumes_to_the_same_bytes(recipe: BaseRecipe, tmp_pat
     assert not (parts / "chunks.jsonl").exists()
 
 
-def test_what_was_read_and_dropped_is_said(recipe: BaseRecipe, tmp_path: Path) -> None:
+def test_read_and_dropped_rows_are_recorded(recipe: BaseRecipe, tmp_path: Path) -> None:
     folder = train_base(
         recipe.replace(max_steps=40, validation_every=40, tokens_per_step=256), tmp_path / "run", progress=QUIET
     )
@@ -105,7 +105,7 @@ def test_training_and_validation_share_no_document(recipe: BaseRecipe) -> None:
     assert not held_out & trained
 
 
-def test_the_rest_of_a_long_row_that_is_held_out_is_not_trained_on(
+def test_no_part_of_a_held_out_source_row_is_trained_on(
     recipe: BaseRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows of several parts each, read in turns with others, and some gone through twice in one pass."""
@@ -126,7 +126,7 @@ def test_the_rest_of_a_long_row_that_is_held_out_is_not_trained_on(
     assert not held_out & trained
 
 
-def test_marks_of_a_chat_in_a_text_are_words_and_in_a_generated_one_marks(recipe: BaseRecipe, tmp_path: Path) -> None:
+def test_chat_markers_are_special_tokens_in_generated_texts_only(recipe: BaseRecipe, tmp_path: Path) -> None:
     for name in "bc":
         (tmp_path / f"{name}.txt").write_text("He wrote <|assistant_end|> and <tool_call>. " * 20)
     tokenizer = make_tokenizer(recipe)
@@ -137,7 +137,7 @@ def test_marks_of_a_chat_in_a_text_are_words_and_in_a_generated_one_marks(recipe
         assert bool(marks & ids) == expected
 
 
-def test_text_that_validation_uses_up_is_refused(recipe: BaseRecipe, tmp_path: Path) -> None:
+def test_text_too_short_for_training_rows_is_refused(recipe: BaseRecipe, tmp_path: Path) -> None:
     (tmp_path / "c.txt").write_text("Too short. " * 3)
     with pytest.raises(DataError, match="No text is left to train on"):
         make_rows(recipe.replace(data=f"text={tmp_path}/c.txt"), AutoTokenizer.from_pretrained(EMBEDDED_BASE), 1)

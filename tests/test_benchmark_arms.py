@@ -28,7 +28,7 @@ def build(kind: str, **options) -> arms.Arm:
 
 
 @pytest.mark.parametrize("kind", ["full", "last", "dense", "none", "dense cached"])
-def test_the_flops_of_an_arm_are_those_of_its_step(kind: str) -> None:
+def test_flops_of_an_arm_are_those_of_its_step(kind: str) -> None:
     arm = build(kind)
     arm.step(BATCH)  # fills a cache
     # the counter does not know products that are added in place
@@ -40,7 +40,7 @@ def test_the_flops_of_an_arm_are_those_of_its_step(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["full", "last", "dense", "low_rank", "none", "dense cached"])
-def test_an_arm_learns_and_moves_nothing_but_its_own(kind: str) -> None:
+def test_arm_learns_and_changes_only_its_own_parameters(kind: str) -> None:
     arm = build(kind)
     own = {id(p) for p in arm.parameters}
     others = [(p, p.detach().clone()) for p in arm.model.parameters() if id(p) not in own]
@@ -49,7 +49,7 @@ def test_an_arm_learns_and_moves_nothing_but_its_own(kind: str) -> None:
     assert all(torch.equal(p, before) for p, before in others)
 
 
-def test_a_step_in_several_passes_is_the_step_in_one() -> None:
+def test_step_in_several_passes_equals_one_pass() -> None:
     whole, parts = build("dense"), build("dense", rows_per_pass=1)
     for _ in range(2):
         assert float(whole.step(BATCH)) == pytest.approx(float(parts.step(BATCH)), rel=1e-5)
@@ -57,7 +57,7 @@ def test_a_step_in_several_passes_is_the_step_in_one() -> None:
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
 
 
-def test_replayed_states_are_those_of_the_base_but_for_their_rounding() -> None:
+def test_replayed_states_are_rounded_states_of_the_base() -> None:
     plain, cached = build("dense"), build("dense cached")
     with torch.no_grad():
         first = cached.hidden(BATCH)

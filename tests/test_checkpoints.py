@@ -44,7 +44,7 @@ def timeless(run: Path) -> list[dict]:
 
 
 @pytest.mark.parametrize("wanted", [6, pytest.param(50, marks=pytest.mark.slow)])
-def test_kills_at_any_moment_leave_the_bytes_of_a_run_that_was_never_stopped(tmp_path: Path, wanted: int) -> None:
+def test_run_killed_at_any_moment_ends_with_the_bytes_of_an_uninterrupted_run(tmp_path: Path, wanted: int) -> None:
     """Half of them at a random moment, half at a random operation of writing a checkpoint."""
     processes = multiprocessing.get_context("forkserver")  # torch is imported once, then every run is a fork
     processes.set_forkserver_preload(["poe.training.trainer", "transformers.models.llama.modeling_llama"])
@@ -80,7 +80,7 @@ def test_kills_at_any_moment_leave_the_bytes_of_a_run_that_was_never_stopped(tmp
         assert not list(run.glob("checkpoint*"))
 
 
-def test_the_newest_are_kept_and_nothing_else(tmp_path: Path) -> None:
+def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     for step in (5, 9, 10, 100):  # in the order of numbers, not of names
         written(tmp_path, step, keep=2)
     assert [step_of(path) for path in list_checkpoints(tmp_path)] == [100, 10]
@@ -120,7 +120,7 @@ DAMAGES = [damage_missing, damage_truncated, damage_a_bit, damage_meta, damage_m
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_broken_newest_one_is_said_and_the_one_before_it_taken(damage, tmp_path: Path) -> None:
+def test_damaged_checkpoint_is_reported_and_the_previous_one_loaded(damage, tmp_path: Path) -> None:
     written(tmp_path, 1, keep=2)
     damage(written(tmp_path, 2, keep=2))
     notes: list[str] = []
@@ -136,7 +136,7 @@ def test_a_broken_newest_one_is_said_and_the_one_before_it_taken(damage, tmp_pat
         load_checkpoint(tmp_path)
 
 
-def test_a_broken_one_ahead_does_not_outlive_the_one_that_replaces_it(tmp_path: Path) -> None:
+def test_damaged_later_checkpoint_is_removed_by_the_next_write(tmp_path: Path) -> None:
     """Else, of one kept checkpoint, the broken one would be it."""
     written(tmp_path, 1, keep=2)
     damage_truncated(written(tmp_path, 9, keep=2))
@@ -145,7 +145,7 @@ def test_a_broken_one_ahead_does_not_outlive_the_one_that_replaces_it(tmp_path: 
 
 
 @pytest.mark.parametrize("operation", range(1, 8))
-def test_a_disk_that_fills_up_leaves_the_old_one_and_nothing_half_written(operation, tmp_path, monkeypatch) -> None:
+def test_full_disk_keeps_the_old_checkpoint_and_no_partial_files(operation, tmp_path, monkeypatch) -> None:
     written(tmp_path, 1)
     left = operation
 
@@ -171,7 +171,7 @@ def test_a_disk_that_fills_up_leaves_the_old_one_and_nothing_half_written(operat
     assert load_checkpoint(tmp_path)[1]["step"] == 1
 
 
-def test_every_generator_continues_where_it_was() -> None:
+def test_every_random_generator_is_restored() -> None:
     before = rng_state()
     drawn = (random.random(), random.gauss(0, 1), np.random.random(), np.random.normal(), torch.rand(1).item())
     tensors, numbers = before
@@ -195,7 +195,7 @@ def stopped(run: Path, plan=PLAN, **options) -> Engine:
     return engine
 
 
-def test_the_best_weights_are_not_written_twice(tmp_path: Path) -> None:
+def test_best_weights_are_not_written_twice(tmp_path: Path) -> None:
     stopped(tmp_path / "a", PLAN.replace(validation_every=3))
     best = json.loads((tmp_path / "a" / "checkpoint-3" / "meta.json").read_text())["history"]["best_step"]
     assert (tmp_path / "a" / "checkpoint-3" / "best.safetensors").exists() == (best != 3)
@@ -216,7 +216,7 @@ def test_the_best_weights_are_not_written_twice(tmp_path: Path) -> None:
         ({"num_layers": 2}, {}, "num_layers: 1 -> 2"),
     ],
 )
-def test_another_run_is_refused_with_what_differs(fields, options, said: str, tmp_path: Path) -> None:
+def test_checkpoint_of_another_run_is_refused_with_the_differences(fields, options, said: str, tmp_path: Path) -> None:
     facts = {"facts": {"base": "one"}}
     stopped(tmp_path, **facts)
     engine, _ = small_engine(tmp_path, PLAN.replace(**fields), **(facts | options))
@@ -226,14 +226,14 @@ def test_another_run_is_refused_with_what_differs(fields, options, said: str, tm
     assert has_checkpoint(tmp_path)
 
 
-def test_what_does_not_change_the_result_may_change(tmp_path: Path) -> None:
+def test_fields_that_do_not_change_the_result_may_change_on_resume(tmp_path: Path) -> None:
     stopped(tmp_path)
     plan = PLAN.replace(keep_checkpoints=1, checkpoint_every=60.0, description="now with a word about it")
     engine, _ = small_engine(tmp_path, plan)
     assert engine._load_checkpoint() == 3
 
 
-def test_metrics_begin_with_what_the_checkpoint_knows_and_survive_a_torn_line(tmp_path: Path) -> None:
+def test_metrics_start_with_the_checkpoint_history_and_skip_a_torn_line(tmp_path: Path) -> None:
     with Metrics(tmp_path) as metrics:
         for step in range(1, 4):
             metrics.write({"step": step, "loss": 1.0})

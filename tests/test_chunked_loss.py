@@ -52,7 +52,7 @@ def relative_error(ours: torch.Tensor, exact: torch.Tensor) -> float:
 
 @settings(deadline=None)
 @given(**SHAPES)
-def test_value_and_gradients_equal_the_plain_ones(
+def test_loss_and_gradients_equal_plain_cross_entropy(
     rows, vocabulary, softcap, scale, biased, z_loss, weighted, chunk, seed
 ) -> None:
     hidden, weight, labels, family, bias, weights = draw(
@@ -76,9 +76,7 @@ def test_value_and_gradients_equal_the_plain_ones(
 
 @settings(deadline=None)
 @given(**SHAPES | {"rows": st.integers(8, 60), "vocabulary": st.integers(8, 60), "chunk": st.integers(4, 60)})
-def test_in_bf16_it_is_as_exact_as_bf16_is(
-    rows, vocabulary, softcap, scale, biased, z_loss, weighted, chunk, seed
-) -> None:
+def test_bf16_errors_are_bf16_rounding(rows, vocabulary, softcap, scale, biased, z_loss, weighted, chunk, seed) -> None:
     """Logits of size 3 rounded to 8 bits are wrong by up to 1e-2: so may the losses be, and 2 % the gradients."""
     hidden, weight, labels, family, bias, weights = draw(
         rows, vocabulary, softcap, scale, biased, weighted, seed, torch.bfloat16
@@ -97,7 +95,7 @@ def test_in_bf16_it_is_as_exact_as_bf16_is(
     assert relative_error(weight.grad, w.grad) < 0.02
 
 
-def test_the_gradient_of_the_head_does_not_lose_late_chunks_in_bf16() -> None:
+def test_head_gradient_keeps_late_chunks_in_bf16() -> None:
     """A thousand chunks of one row each: summed in bf16 their gradient would stop growing at the 256th."""
     torch.manual_seed(0)
     hidden = torch.ones(1000, 8, dtype=torch.bfloat16)
@@ -108,7 +106,7 @@ def test_the_gradient_of_the_head_does_not_lose_late_chunks_in_bf16() -> None:
     assert torch.equal(weight.grad[1], torch.full((8,), 250.0, dtype=torch.bfloat16))
 
 
-def test_a_chunk_is_small_in_memory_but_never_a_sliver() -> None:
+def test_chunk_rows_have_a_lower_bound() -> None:
     for vocabulary, width in [(600, 32), (1536, 192), (16384, 384), (49152, 576), (151936, 1024)]:
         rows = chunk_rows(torch.empty(vocabulary, width))
         assert width <= rows <= max(1 << 22, vocabulary * width) // vocabulary
@@ -136,7 +134,7 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits() -> None:
     assert seen.elements == chunk_rows(weight) * 5000 <= 1 << 22  # of the 20 million logits there are
 
 
-def test_losses_per_label_add_up_and_keep_their_order() -> None:
+def test_losses_per_label_sum_to_the_loss_in_order() -> None:
     torch.manual_seed(0)
     hidden, weight = torch.randn(2, 5, 8), torch.randn(11, 8)
     labels = torch.tensor([[1, -100, 3, 4, -100], [5, 6, -100, 8, 9]])
@@ -150,7 +148,7 @@ def test_losses_per_label_add_up_and_keep_their_order() -> None:
     assert per_label_losses(hidden, weight, torch.full_like(labels, -100)).shape == (0,)
 
 
-def test_a_frozen_head_gets_no_gradient() -> None:
+def test_frozen_head_gets_no_gradient() -> None:
     hidden = torch.randn(4, 8, requires_grad=True)
     weight = torch.randn(6, 8)
     cross_entropy_sum(hidden, weight, torch.tensor([1, 2, 3, 4])).backward()
@@ -158,7 +156,7 @@ def test_a_frozen_head_gets_no_gradient() -> None:
     assert hidden.grad.abs().sum() > 0
 
 
-def test_it_is_differentiated_once() -> None:
+def test_loss_can_be_differentiated_once() -> None:
     hidden = torch.randn(4, 8, requires_grad=True)
     total = cross_entropy_sum(hidden, torch.randn(6, 8), torch.tensor([1, 2, 3, 4]))
     total.backward(retain_graph=True)
@@ -167,7 +165,7 @@ def test_it_is_differentiated_once() -> None:
 
 
 @pytest.mark.parametrize("name", ["gemma2", "granite", "nanochat", "cohere-tied"])
-def test_what_is_trained_is_what_the_model_answers(name: str) -> None:
+def test_loss_equals_that_of_the_model(name: str) -> None:
     """The loss is that of the model's own logits, over all rows of its head.
 
     Rows beyond the tokenizer's vocabulary, which padded heads have, take part: `generate` and every other reader of the

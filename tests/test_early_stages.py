@@ -19,7 +19,7 @@ LARGER = {"num_hidden_layers": 6, "stage_layers": [2, 4], "layer_scalars": True}
 
 @pytest.mark.parametrize("features", COMBINATIONS, ids=" + ".join)
 @torch.no_grad()
-def test_new_layers_below_change_no_prediction(features) -> None:
+def test_new_early_layers_change_no_prediction(features) -> None:
     base = make(features)
     own = base.config.stage_layers or [4]
     changes = {**LARGER, "stage_layers": [2, *own], "combiner": "last"}
@@ -35,14 +35,14 @@ def test_new_layers_below_change_no_prediction(features) -> None:
     assert torch.equal(model(cached).logits.argmax(-1)[:, 7:-1], cached[:, 8:])
 
 
-def test_the_old_layers_need_the_embedding() -> None:
+def test_old_layers_need_the_embedding() -> None:
     with pytest.raises(ValueError, match="layer_scalars"):
         with_early_layers(make(()), num_hidden_layers=5)
     with pytest.raises(ValueError, match="4 layers, more than 3"):
         with_early_layers(make(()), num_hidden_layers=3, layer_scalars=True)
 
 
-def test_what_the_base_has_must_find_a_place() -> None:
+def test_features_of_the_base_must_be_kept() -> None:
     for features, changes in (("smear", {"smear_channels": None}), ("smear", {"smear_channels": 4})):
         with pytest.raises(ValueError, match=r"has model\.smear.* no place"):
             with_early_layers(make((features,)), num_hidden_layers=5, layer_scalars=True, **changes)
@@ -69,7 +69,7 @@ SHORT = {
 }
 
 
-def test_a_base_is_continued_over_an_early_stage(trained, tmp_path) -> None:
+def test_base_training_continues_with_an_early_stage(trained, tmp_path) -> None:
     network = {"layer_scalars": True, "smear_channels": 8}
     recipe = load_base_recipe("demo", **SHORT, num_layers=3, stage_layers=[1, 2], init=str(trained), network=network)
     train_base(recipe, tmp_path / "run", progress=Progress("test", quiet=True))
@@ -98,7 +98,7 @@ def test_a_base_is_continued_over_an_early_stage(trained, tmp_path) -> None:
         ({"init": "nowhere"}, "not the folder of a PoE base"),
     ],
 )
-def test_a_network_that_cannot_be_is_one_message(fields, message, trained, tmp_path) -> None:
+def test_impossible_network_is_one_message(fields, message, trained, tmp_path) -> None:
     fields = {name: str(trained) if value == "trained" else value for name, value in fields.items()}
     recipe = load_base_recipe("demo", **{**SHORT, "num_layers": 2, **fields})
     with pytest.raises(RecipeError, match=message):

@@ -33,7 +33,7 @@ def estimated(engine, result_bytes: int | None = None):
 
 
 @pytest.mark.parametrize(("head", "rank"), HEADS)
-def test_the_delta_is_as_long_as_was_said_and_holds_as_many_numbers(head: str, rank: int, tmp_path: Path) -> None:
+def test_size_of_the_delta_and_number_of_parameters_are_exact(head: str, rank: int, tmp_path: Path) -> None:
     engine, cascade = small_engine(tmp_path, PLAN.replace(head=head, head_rank=rank, num_layers=2))
     stage = cascade.stages[PLAN.name]
     promised = estimated(engine, delta_bytes(stage))
@@ -47,7 +47,7 @@ def test_the_delta_is_as_long_as_was_said_and_holds_as_many_numbers(head: str, r
     assert promised.tokens == PLAN.max_steps * PLAN.tokens_per_step
 
 
-def test_operations_are_counted_as_torch_counts_them(tmp_path: Path) -> None:
+def test_flops_equal_those_counted_by_torch(tmp_path: Path) -> None:
     """Of a forward pass through the network; embedding and attention, which the formula leaves out, left out here."""
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -72,7 +72,7 @@ def test_operations_are_counted_as_torch_counts_them(tmp_path: Path) -> None:
 MATMULS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)
 
 
-def test_a_tied_embedding_is_work_for_the_head_alone() -> None:
+def test_tied_embedding_counts_for_the_head_only() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -87,7 +87,7 @@ def test_a_tied_embedding_is_work_for_the_head_alone() -> None:
     assert (weights.below, weights.stage, weights.head) == (0, 16, 28)
 
 
-def test_the_outcome_stands_beside_the_estimate(tmp_path: Path) -> None:
+def test_outcome_is_recorded_with_the_estimate(tmp_path: Path) -> None:
     engine, _ = small_engine(tmp_path, PLAN.replace(max_steps=5))
     assert estimated(engine).seconds > 0
     history = engine.run()
@@ -115,7 +115,7 @@ def test_memory_is_measured_in_bytes() -> None:
     assert memory_peak(cpu) >= memory_now(cpu) * 0.99
 
 
-def test_a_resumed_run_keeps_the_estimate_that_was_made_when_it_began(tmp_path: Path, monkeypatch) -> None:
+def test_resumed_run_keeps_its_first_estimate_and_name(tmp_path: Path, monkeypatch) -> None:
     engine, _ = small_engine(tmp_path)
     real = engine._take_step
     engine._take_step = lambda step: (setattr(engine._stop, "requested", step == 2), real(step))[1]

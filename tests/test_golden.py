@@ -15,7 +15,7 @@ LOSSES = [5.055215466660236, 5.85817564910788, 2.63720502186214, 3.7885417322958
 VAL_BPB = [8.722398403328295, 7.341045954549035]
 
 
-def test_a_chain_of_stages_that_an_earlier_version_wrote_loads_with_the_same_logits() -> None:
+def test_stages_of_an_earlier_version_load_with_the_same_logits() -> None:
     wanted = load_file(GOLDEN / "logits.safetensors")
     cascade = Cascade.from_pretrained(GOLDEN / "child")
     for name in ("base", "parent", "child"):
@@ -23,7 +23,7 @@ def test_a_chain_of_stages_that_an_earlier_version_wrote_loads_with_the_same_log
         torch.testing.assert_close(logits, wanted[name], rtol=1e-5, atol=1e-5)
 
 
-def test_an_old_stage_is_written_again_byte_for_byte(tmp_path: Path) -> None:
+def test_stage_of_an_earlier_version_is_saved_with_the_same_bytes(tmp_path: Path) -> None:
     cascade = Cascade.from_pretrained(GOLDEN / "child")
     for name in ("parent", "child"):
         cascade.save_stage(name, tmp_path / name)
@@ -31,7 +31,7 @@ def test_an_old_stage_is_written_again_byte_for_byte(tmp_path: Path) -> None:
         assert after.read_bytes() == before.read_bytes()
 
 
-def test_a_short_run_ends_where_it_always_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_short_run_has_the_recorded_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("POE_CACHE", str(tmp_path / "cache"))
     cascade = Cascade.from_pretrained("demo", dtype=torch.float32)
     fields = {"max_steps": 4, "tokens_per_step": 2048, "dtype": "float32"}

@@ -84,7 +84,7 @@ CASES = [(name, kind) for name in BASES for kind in KINDS if not (kind == "low" 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(("name", "kind"), [*CASES, *(("poe with everything", kind) for kind in KINDS)])
-def test_what_follows_from_the_boundary_is_what_the_model_says(name: str, kind: str, dtype: torch.dtype) -> None:
+def test_layers_above_the_boundary_give_the_output_of_the_model(name: str, kind: str, dtype: torch.dtype) -> None:
     """Hidden states and gradients, to the last bit, in every family; and they do depend on what is given."""
     base = tiny_base(name, dtype) if name in BASES else tiny_model("poe", EVERYTHING, dtype)
     base.config.prefix_lm = False  # else its states depend on which tokens are learned, too, and training does without
@@ -105,7 +105,7 @@ def test_what_follows_from_the_boundary_is_what_the_model_says(name: str, kind: 
 
 
 @pytest.mark.parametrize("name", ["poe", "qwen3-sliding", "gemma3", "hrm"])
-def test_cached_states_are_those_of_the_base(name: str) -> None:
+def test_cached_states_equal_those_of_the_base(name: str) -> None:
     """In bf16 exactly, whatever rows are asked for in whatever order; in fp32 up to the rounding to bf16."""
     for dtype in (torch.bfloat16, torch.float32):
         cascade, data = grown(tiny_base(name, dtype)), rows()
@@ -144,7 +144,7 @@ def train(cascade: Cascade, data: PackedRows, tmp_path: Path, cache_hidden: bool
     ("name", "kind"),
     [("poe", "top"), ("llama", "top"), ("qwen3-sliding", "low"), ("gemma3", "child"), ("smollm3", "top")],
 )
-def test_losses_with_a_cached_boundary_are_those_without(name: str, kind: str, tmp_path: Path) -> None:
+def test_losses_with_and_without_the_cache_are_equal(name: str, kind: str, tmp_path: Path) -> None:
     """Several passes, steps of two batches, validations: equal to the last bit where the base computes in bf16."""
     plain, cached = (
         train(grown(tiny_base(name, torch.bfloat16), kind), rows(), tmp_path, cached, str(cached))
@@ -155,7 +155,7 @@ def test_losses_with_a_cached_boundary_are_those_without(name: str, kind: str, t
     assert plain == cached
 
 
-def test_the_rounding_of_a_base_in_fp32_hardly_shows(tmp_path: Path) -> None:
+def test_cache_in_bf16_changes_fp32_losses_by_rounding_only(tmp_path: Path) -> None:
     """The first step's loss and the first validation stand before any difference in weights."""
     plain, cached = (
         train(grown(tiny_base("llama")), rows(), tmp_path, cached, str(cached)) for cached in (False, True)
@@ -166,7 +166,7 @@ def test_the_rounding_of_a_base_in_fp32_hardly_shows(tmp_path: Path) -> None:
     assert plain == pytest.approx(cached, rel=2e-2)
 
 
-def test_validation_is_remembered_up_to_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_cache_keeps_states_up_to_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     cascade, data = grown(tiny_base("qwen3")), rows()
     boundary = Boundary(cascade.base, cascade.stages["s"])
     size = boundary.below(*inputs(data.batch(0, 2))).nbytes
@@ -186,7 +186,7 @@ def inputs(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     return batch.input_ids, batch.position_ids
 
 
-def test_what_was_written_serves_every_stage_and_run_that_stands_there(own_cache: Path) -> None:
+def test_cache_serves_every_stage_at_the_same_boundary(own_cache: Path) -> None:
     base, data = tiny_base("qwen3"), rows()
     cache_of(grown(base), data).fill("training", QUIET)
     written = files(own_cache)
@@ -201,7 +201,7 @@ def forbidden(shard: str) -> None:
     raise AssertionError(f"{shard} is made again")
 
 
-def test_whatever_changes_the_states_changes_the_place(own_cache: Path) -> None:
+def test_cache_folder_depends_on_everything_that_changes_the_states(own_cache: Path) -> None:
     def place(cascade: Cascade, data: PackedRows, dtype: torch.dtype = torch.bfloat16) -> tuple[Path, str]:
         cache = cache_of(cascade, data, dtype)
         return cache.folder, cache.shards[0]
@@ -227,7 +227,7 @@ def test_whatever_changes_the_states_changes_the_place(own_cache: Path) -> None:
     assert place(grown(base), data) == places[0]
 
 
-def test_positions_are_part_of_a_rows_name() -> None:
+def test_row_hash_includes_positions() -> None:
     """The same tokens see other tokens when documents are not kept apart."""
     data = rows()
     joined = PackedRows(data._tokens, data._trained, data._starts, data.stats, isolated=False)
@@ -240,7 +240,7 @@ def small_shards(monkeypatch: pytest.MonkeyPatch, per_shard: int = 2) -> None:
     monkeypatch.setattr(hidden_cache, "SHARD_BYTES", per_shard * T * 32 * 2)
 
 
-def test_runs_that_share_rows_share_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_with_shared_rows_share_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     small_shards(monkeypatch)
     cascade, data = grown(tiny_base("qwen3")), rows()
     cache = cache_of(cascade, data)
@@ -277,7 +277,7 @@ def exchange(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [shorten, lengthen, flip, empty, exchange, Path.unlink])
-def test_a_damaged_shard_is_found_and_made_again(own_cache: Path, monkeypatch, damage) -> None:
+def test_damaged_shard_is_found_and_computed_again(own_cache: Path, monkeypatch, damage) -> None:
     small_shards(monkeypatch)
     cascade, data = grown(tiny_base("qwen3")), rows()
     cache_of(cascade, data).fill("training", QUIET)
@@ -292,7 +292,7 @@ def test_a_damaged_shard_is_found_and_made_again(own_cache: Path, monkeypatch, d
     assert files(own_cache) == written
 
 
-def test_a_cache_deleted_while_it_is_read_is_made_again(own_cache: Path) -> None:
+def test_cache_deleted_during_a_run_is_computed_again(own_cache: Path) -> None:
     cascade, data = grown(tiny_base("qwen3")), rows()
     cache = cache_of(cascade, data)
     cache.fill("training", QUIET)
@@ -303,7 +303,7 @@ def test_a_cache_deleted_while_it_is_read_is_made_again(own_cache: Path) -> None
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(after=st.integers(0, 6), torn=st.booleans())
-def test_a_writer_that_dies_leaves_nothing_that_looks_whole(tmp_path_factory, after: int, torn: bool) -> None:
+def test_killed_writer_leaves_no_shard_that_looks_complete(tmp_path_factory, after: int, torn: bool) -> None:
     """Killed before, between or in the middle of shards: what is whole is kept, the rest is made, the bytes agree."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("POE_CACHE", str(tmp_path_factory.mktemp("cache")))
@@ -339,7 +339,7 @@ def test_a_writer_that_dies_leaves_nothing_that_looks_whole(tmp_path_factory, af
         assert torch.equal(again(data.batch(0, 2)), direct)
 
 
-def test_a_disk_that_is_too_small_is_said_before_anything_is_computed(own_cache: Path, monkeypatch) -> None:
+def test_too_small_disk_is_reported_before_anything_is_computed(own_cache: Path, monkeypatch) -> None:
     cascade, data = grown(tiny_base("qwen3")), rows()
     cache = cache_of(cascade, data)
     needed = data.num_rows * T * 32 * 2
@@ -354,7 +354,7 @@ def test_a_disk_that_is_too_small_is_said_before_anything_is_computed(own_cache:
     assert not files(own_cache)
 
 
-def test_a_disk_that_fills_up_is_one_message_and_no_rubbish(own_cache: Path, monkeypatch) -> None:
+def test_full_disk_is_one_message_and_leaves_no_partial_file(own_cache: Path, monkeypatch) -> None:
     def full(tensors, path, **options) -> None:
         Path(path).write_bytes(b"half a shard")
         raise OSError(28, "No space left on device")
@@ -366,7 +366,7 @@ def test_a_disk_that_fills_up_is_one_message_and_no_rubbish(own_cache: Path, mon
     assert [p.name for p in own_cache.rglob("*") if p.is_file()] == ["about.json"]
 
 
-def test_what_is_needed_is_said_beforehand(capsys: pytest.CaptureFixture[str]) -> None:
+def test_size_of_the_cache_is_reported_before_it_is_computed(capsys: pytest.CaptureFixture[str]) -> None:
     cascade, data = grown(tiny_base("qwen3")), rows()
     cache = cache_of(cascade, data)
     cache.fill("training", Progress("run"))
@@ -377,7 +377,7 @@ def test_what_is_needed_is_said_beforehand(capsys: pytest.CaptureFixture[str]) -
     assert f"{data.num_rows} x 16 x 32 numbers x 2 bytes = {stated / 2**20:,.1f} MiB" in said
 
 
-def test_abandoned_files_are_removed_and_fresh_ones_are_not(own_cache: Path) -> None:
+def test_old_unfinished_files_are_removed_and_new_ones_kept(own_cache: Path) -> None:
     cascade, data = grown(tiny_base("qwen3")), rows()
     cache = cache_of(cascade, data)
     cache.folder.mkdir(parents=True)
@@ -390,7 +390,7 @@ def test_abandoned_files_are_removed_and_fresh_ones_are_not(own_cache: Path) -> 
     assert fresh.exists()  # another process may be writing it
 
 
-def test_a_base_whose_upper_layers_read_more_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_base_with_upper_layers_that_read_more_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     real = Boundary.above
     monkeypatch.setattr(Boundary, "above", lambda self, states, *batch: real(self, states * 2, *batch))
     with pytest.raises(TrainingError, match="cannot be cached"):
@@ -432,7 +432,7 @@ def filling(cache: Path) -> subprocess.Popen[str]:
 
 
 @pytest.mark.slow
-def test_two_processes_fill_one_cache_and_a_killed_one_is_continued(own_cache: Path, monkeypatch) -> None:
+def test_two_processes_fill_one_cache_after_a_killed_one(own_cache: Path, monkeypatch) -> None:
     small_shards(monkeypatch)
     killed = filling(own_cache.parent)
     killed.stdin.write("\n")

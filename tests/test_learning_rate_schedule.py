@@ -25,13 +25,13 @@ def named(start, warmup, warmdown, final):
 
 
 @given(step=st.integers(0, 500), num_steps=st.integers(1, 400), start=share, warmup=share, warmdown=share, final=share)
-def test_bounded(step, num_steps, start, warmup, warmdown, final):
+def test_factor_lies_between_the_smallest_ramp_end_and_one(step, num_steps, start, warmup, warmdown, final):
     factor = lr_factor(step, num_steps, **named(start, warmup, warmdown, final))
     assert min(start, final) - 1e-12 <= factor <= 1
 
 
 @given(num_steps=st.integers(1, 400), start=share, warmup=ramp, warmdown=ramp, final=share)
-def test_ends(num_steps, start, warmup, warmdown, final):
+def test_factor_starts_and_ends_at_the_given_values(num_steps, start, warmup, warmdown, final):
     options = named(start, warmup, warmdown, final)
     assert lr_factor(0, num_steps, **options) == pytest.approx(start)
     assert lr_factor(num_steps, num_steps, **options) == pytest.approx(final)
@@ -39,7 +39,7 @@ def test_ends(num_steps, start, warmup, warmdown, final):
 
 
 @given(num_steps=st.integers(100, 400), start=share, warmup=ramp, warmdown=ramp, final=share)
-def test_continuous_and_never_up_again(num_steps, start, warmup, warmdown, final):
+def test_factor_is_continuous_and_rises_only_during_warmup(num_steps, start, warmup, warmdown, final):
     options = named(start, warmup, warmdown, final)
     factors = [lr_factor(i, num_steps, **options) for i in range(num_steps + 1)]
     steepest = max((1 - start) / warmup, (1 - final) / warmdown) / num_steps
@@ -50,7 +50,7 @@ def test_continuous_and_never_up_again(num_steps, start, warmup, warmdown, final
     assert all(d <= 1e-9 for d in differences[peak:])
 
 
-def test_the_stage_recipe():
+def test_default_schedule_of_a_stage():
     factors = [lr_factor(step, 100) for step in range(101)]
     assert factors[0] == 0.2
     assert factors[5] == 1.0
@@ -60,7 +60,7 @@ def test_the_stage_recipe():
     assert factors[100] == 0.0
 
 
-def test_ramps_can_be_switched_off():
+def test_ratio_zero_turns_a_ramp_off():
     assert all(lr_factor(step, 10, warmup_ratio=0, warmdown_ratio=0) == 1 for step in range(11))
 
 
@@ -68,18 +68,18 @@ def test_ramps_can_be_switched_off():
     "wrong",
     [{"initial_lr_factor": -0.1}, {"warmup_ratio": 1.1}, {"warmdown_ratio": 2}, {"final_lr_factor": float("nan")}],
 )
-def test_wrong_shares(wrong):
+def test_ratios_outside_zero_to_one_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         lr_factor(0, 10, **wrong)
 
 
 @pytest.mark.parametrize(("step", "num_steps"), [(-1, 10), (0, 0)])
-def test_wrong_steps(step, num_steps):
+def test_wrong_step_numbers_are_refused(step, num_steps):
     with pytest.raises(ValueError, match="num_steps"):
         lr_factor(step, num_steps)
 
 
-def test_apply_lr_multiplies_the_initial_rates():
+def test_apply_lr_multiplies_the_initial_learning_rates():
     a, b = torch.nn.Parameter(torch.zeros(2, 2)), torch.nn.Parameter(torch.zeros(2))
     optimizer = MuonAdamW([{"kind": "muon", "lr": 0.5, "params": [a]}, {"kind": "adamw", "lr": 0.1, "params": [b]}])
     for factor in (0.2, 1.0, 0.0, 0.5):
@@ -90,7 +90,7 @@ def test_apply_lr_multiplies_the_initial_rates():
 
 
 @given(st.integers(1, 400), share, st.floats(0, 0.99), st.floats(0, 0.99))
-def test_momentum_goes_from_its_start_to_its_end_and_stays(num_steps, warmup, start, momentum):
+def test_momentum_rises_during_warmup_and_then_stays(num_steps, warmup, start, momentum):
     options = {"initial_momentum": start, "momentum": momentum, "warmup_ratio": warmup}
     values = [muon_momentum(s, num_steps, **options) for s in range(num_steps + 1)]
     assert all(min(start, momentum) - 1e-12 <= v <= max(start, momentum) + 1e-12 for v in values)
@@ -100,14 +100,14 @@ def test_momentum_goes_from_its_start_to_its_end_and_stays(num_steps, warmup, st
     assert after == pytest.approx([momentum] * len(after), abs=1e-12)
 
 
-def test_momentum_defaults_and_refusals():
+def test_momentum_has_defaults_and_refuses_wrong_values():
     assert [muon_momentum(s, 100) for s in (0, 5, 99)] == pytest.approx([0.85, 0.95, 0.95])
     for wrong in ({"initial_momentum": 1.0}, {"momentum": -0.1}, {"warmup_ratio": 2}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             muon_momentum(0, 10, **wrong)
 
 
-def test_momentum_is_set_where_there_is_one():
+def test_apply_momentum_changes_muon_groups_only():
     a, b = torch.nn.Parameter(torch.zeros(2, 2)), torch.nn.Parameter(torch.zeros(2))
     optimizer = MuonAdamW([{"kind": "muon", "lr": 0.5, "params": [a]}, {"kind": "adamw", "lr": 0.1, "params": [b]}])
     apply_momentum(optimizer, 0.7)

@@ -67,7 +67,7 @@ def stage_of(name: str) -> int:
 @pytest.mark.parametrize("more", [{}, FEATURES, {**FEATURES, "backout_layer": 0}], ids=["plain", "features", "backout"])
 @pytest.mark.parametrize("stage_heads", [False, True])
 @pytest.mark.parametrize("changed", [1, 2])
-def test_what_a_later_stage_is_taught_does_not_reach_an_earlier_one(more, stage_heads: bool, changed: int) -> None:
+def test_labels_of_a_stage_change_its_own_gradients_only(more, stage_heads: bool, changed: int) -> None:
     """Other targets for one stage change the gradients of its layers, of the shared head, and of nothing else."""
     batch, other = rows(), rows(1).labels
     labels = [other if stage == changed else batch.labels for stage in range(3)]
@@ -86,7 +86,7 @@ def test_what_a_later_stage_is_taught_does_not_reach_an_earlier_one(more, stage_
     assert all(g is not None for g in before.values())
 
 
-def test_the_control_arm_is_ordinary_backpropagation() -> None:
+def test_learning_backprop_is_ordinary_backpropagation() -> None:
     batch = rows()
     model = make(**FEATURES)
     (loss,) = learn(StagePredictions(model, local=False), batch)
@@ -114,7 +114,7 @@ class Held:
         del Held.sizes[id(self)]
 
 
-def test_one_stage_is_in_memory_at_a_time() -> None:
+def test_graph_of_one_stage_is_in_memory_at_a_time() -> None:
     """Bytes that autograd holds, at most: with four equal stages a quarter of what backpropagation holds."""
     peaks = {}
     for local in (True, False):
@@ -128,7 +128,7 @@ def test_one_stage_is_in_memory_at_a_time() -> None:
     assert peaks[True] < 0.3 * peaks[False]
 
 
-def test_a_base_learns_stage_by_stage_and_can_be_left_after_each(tmp_path: Path) -> None:
+def test_locally_trained_base_predicts_after_every_stage(tmp_path: Path) -> None:
     fields = {
         "vocab_size": 500,
         "hidden_size": 32,
@@ -159,13 +159,13 @@ def test_a_base_learns_stage_by_stage_and_can_be_left_after_each(tmp_path: Path)
     assert torch.equal(cascade(ids, strategy=Exit(3)).logits, cascade(ids).logits)
 
 
-def test_a_base_that_cannot_begin_leaves_no_folder(tmp_path: Path) -> None:
+def test_failed_start_leaves_no_folder(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nowhere"):
         train_base(load_base_recipe("text", data=f"text={tmp_path}/nowhere.txt"), tmp_path / "base", progress=QUIET)
     assert not (tmp_path / "base").exists()
 
 
-def test_recipes_whose_stages_do_not_fit_are_refused() -> None:
+def test_recipes_with_wrong_stage_layers_are_refused() -> None:
     with pytest.raises(RecipeError, match="sum to the 6 layers"):
         load_base_recipe("demo", stage_layers=[2, 2])
     with pytest.raises(RecipeError, match="stage_layers should be"):

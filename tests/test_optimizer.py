@@ -76,7 +76,7 @@ shape = st.tuples(st.integers(1, 9), st.integers(1, 9))
     limit=st.sampled_from([1, 40, 1 << 20]),
 )
 @settings(max_examples=25, deadline=None)
-def test_muon_equals_the_plain_loop(shapes, seed, weight_decay, cautious, limit):
+def test_muon_equals_a_plain_loop(shapes, seed, weight_decay, cautious, limit):
     shapes = [*shapes, shapes[0], shapes[0]]  # stacked
     params = matrices(shapes, seed, F64)
     options = {"lr": 0.05, "momentum": 0.9, "beta2": 0.8, "weight_decay": weight_decay, "cautious": cautious}
@@ -95,7 +95,7 @@ def test_muon_equals_the_plain_loop(shapes, seed, weight_decay, cautious, limit)
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 0.1)])
 @pytest.mark.parametrize("size", [(24, 24), (48, 12), (12, 48)])
-def test_iteration_dtypes_stay_near_the_reference(size, dtype, tolerance):
+def test_iteration_dtypes_are_close_to_float64(size, dtype, tolerance):
     params = matrices([size, size], 3)
     reference = [MuonReference(p.detach(), lr=0.1, momentum=0.95, beta2=0.95, weight_decay=0.1, cautious=True)
                  for p in params]  # fmt: skip
@@ -113,7 +113,7 @@ def test_iteration_dtypes_stay_near_the_reference(size, dtype, tolerance):
 
 @given(shape=st.tuples(st.integers(2, 40), st.integers(2, 40)), seed=st.integers(0, 10_000))
 @settings(max_examples=30, deadline=None)
-def test_singular_values_become_one(shape, seed):
+def test_orthogonalize_brings_singular_values_near_one(shape, seed):
     generator = torch.Generator().manual_seed(seed)
     u, _, v = torch.linalg.svd(torch.randn(2, *shape, generator=generator), full_matrices=False)
     values = torch.logspace(-2, 0, min(shape))  # the smallest 100 times smaller, still over 1e-3 of the norm
@@ -126,7 +126,7 @@ def test_singular_values_become_one(shape, seed):
         assert got.max() < high
 
 
-def test_orthogonalize_keeps_zero_and_does_not_see_the_scale():
+def test_orthogonalize_keeps_zero_and_ignores_the_scale():
     x = torch.stack([torch.zeros(5, 3), torch.full((5, 3), 1e-20), torch.randn(5, 3)])
     out = orthogonalize(x, torch.float32)
     assert torch.equal(out[0], torch.zeros(5, 3))
@@ -134,7 +134,7 @@ def test_orthogonalize_keeps_zero_and_does_not_see_the_scale():
     torch.testing.assert_close(out[2:], orthogonalize(x[2:] * 1e-12, torch.float32), rtol=1e-4, atol=1e-5)
 
 
-def test_zero_gradients_change_nothing_without_decay():
+def test_zero_gradients_change_nothing_without_weight_decay():
     params = matrices([(4, 6), (4, 6)], 0)
     before = [p.detach().clone() for p in params]
     for p in params:
@@ -143,7 +143,7 @@ def test_zero_gradients_change_nothing_without_decay():
     assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
 
 
-def test_decay_touches_only_what_the_update_shrinks():
+def test_cautious_decay_changes_only_entries_that_the_update_shrinks():
     plain, decayed = matrices([(6, 6)], 1), matrices([(6, 6)], 1)
     start = plain[0].detach().clone()
     for params, weight_decay in ((plain, 0.0), (decayed, 0.5)):
@@ -210,7 +210,7 @@ def states(optimizer):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("iteration_dtype", [torch.float32, torch.bfloat16])
-def test_stopping_and_going_on_changes_no_bit(dtype, iteration_dtype):
+def test_saved_and_restored_optimizer_continues_bit_identically(dtype, iteration_dtype):
     straight = MuonAdamW(groups(dtype), iteration_dtype=iteration_dtype)
     expected = run(straight, range(7))
 
@@ -231,7 +231,7 @@ def test_stopping_and_going_on_changes_no_bit(dtype, iteration_dtype):
         assert all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
 
 
-def test_masters_exist_for_half_precision_only_and_hold_what_it_cannot():
+def test_half_precision_parameters_have_fp32_masters():
     full, half = MuonAdamW(groups()), MuonAdamW(groups(torch.bfloat16))
     run(full, range(2))
     run(half, range(2))
@@ -243,7 +243,7 @@ def test_masters_exist_for_half_precision_only_and_hold_what_it_cannot():
 
 
 @pytest.mark.parametrize("kind", ["muon", "adamw"])
-def test_steps_too_small_for_bf16_add_up(kind):
+def test_steps_too_small_for_bf16_accumulate(kind):
     param = torch.nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16))
     optimizer = MuonAdamW([{"kind": kind, "lr": 1e-4, "params": [param]}])
     for _ in range(100):  # each a fraction of a bf16 step at 1.0
@@ -252,7 +252,7 @@ def test_steps_too_small_for_bf16_add_up(kind):
     assert (param < 1).all()
 
 
-def test_loading_copies_and_keeps_hooks():
+def test_load_state_dict_copies_tensors_and_keeps_hooks():
     first, second = MuonAdamW(groups()), MuonAdamW(groups())
     run(first, range(2))
     called = []
@@ -279,7 +279,7 @@ def test_state_of_another_model_is_refused():
         other.load_state_dict(first.state_dict())
 
 
-def test_updates_are_visible_to_whoever_caches_by_version():
+def test_updates_increment_the_versions_of_parameters():
     optimizer = MuonAdamW(groups())
     params = [p for g in optimizer.param_groups for p in g["params"]]
     before = [p._version for p in params]
@@ -328,12 +328,12 @@ def test_closure_copy_and_pickle():
         ({"kind": "muon", "lr": 0.1, "params": [torch.nn.Parameter(torch.zeros(3))]}, r"\(3,\)"),
     ],
 )
-def test_wrong_groups_are_named(group, message):
+def test_wrong_parameter_groups_are_refused(group, message):
     with pytest.raises(ValueError, match=message):
         MuonAdamW([{"params": [torch.nn.Parameter(torch.zeros(2, 2))], **group}])
 
 
-def test_other_refusals():
+def test_wrong_dtype_and_sparse_gradients_are_refused():
     with pytest.raises(ValueError, match="iteration_dtype"):
         MuonAdamW(groups(), iteration_dtype=torch.float16)
     table = torch.nn.Embedding(4, 2, sparse=True)
@@ -380,7 +380,7 @@ BASE = {
 
 
 @pytest.mark.parametrize("table", [STAGE, BASE])
-def test_every_parameter_lands_in_its_one_group(table):
+def test_every_parameter_is_in_one_group(table):
     named = [(name, torch.nn.Parameter(torch.zeros(size))) for name, (size, _) in table.items()]
     frozen = torch.nn.Parameter(torch.zeros(3, 3), requires_grad=False)
     tied = ("tied." + named[0][0], named[0][1])
@@ -391,7 +391,7 @@ def test_every_parameter_lands_in_its_one_group(table):
     assert sorted(counted) == sorted(id(p) for _, p in named)
 
 
-def test_rates_scale_with_width_and_decay_goes_where_it_should():
+def test_learning_rates_scale_with_width_and_decay_applies_to_its_groups():
     assert width_scale(768) == 1
     assert width_scale(1536) == pytest.approx(0.7071, abs=1e-4)
     named = [(n, torch.nn.Parameter(torch.zeros(s))) for n, (s, _) in {**STAGE, **BASE}.items()]
@@ -405,7 +405,7 @@ def test_rates_scale_with_width_and_decay_goes_where_it_should():
         build_optimizer([], 192)
 
 
-def test_it_learns():
+def test_optimizer_reduces_a_loss():
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.Tanh(), torch.nn.Linear(32, 8))
     target = torch.nn.Linear(8, 8)
@@ -423,7 +423,7 @@ def test_it_learns():
     assert losses[-1] < losses[0] / 10
 
 
-def test_matrices_may_take_adamw_for_comparison():
+def test_matrices_can_use_adamw():
     named = [(n, torch.nn.Parameter(torch.zeros(s))) for n, (s, _) in STAGE.items()]
     optimizer = build_optimizer(named, 192, matrix_lr=0.01, weight_decay=0.3, matrix_optimizer="adamw")
     matrices = next(g for g in optimizer.param_groups if g["name"] == "matrices")
@@ -450,7 +450,7 @@ def test_clipping_equals_torch(shapes, max_norm, seed):
         torch.testing.assert_close(a.grad, b.grad)
 
 
-def test_a_norm_that_is_not_finite_scales_nothing():
+def test_norm_that_is_not_finite_scales_nothing():
     params = matrices([(2, 3), (4,)], seed=0)
     set_grads(params, 0)
     params[0].grad[0, 0] = math.inf

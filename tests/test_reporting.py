@@ -45,7 +45,7 @@ class Recorder:
         self._record("finish")
 
 
-def test_trackers_are_told_what_metrics_jsonl_is_told(tmp_path: Path) -> None:
+def test_trackers_receive_the_records_of_metrics_jsonl(tmp_path: Path) -> None:
     tracker = Recorder()
     engine, _ = small_engine(tmp_path, PLAN.replace(max_steps=9), trackers=Trackers({"t": tracker.make}, print))
     engine.run()
@@ -60,7 +60,7 @@ def test_trackers_are_told_what_metrics_jsonl_is_told(tmp_path: Path) -> None:
     assert logged == [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_resumed_run_goes_on_under_its_name(tmp_path: Path) -> None:
+def test_resumed_run_keeps_its_name_in_trackers(tmp_path: Path) -> None:
     first, second = Recorder(), Recorder()
     engine, _ = small_engine(tmp_path, trackers=Trackers({"t": first.make}, print))
     engine._stop.requested = True  # stop after one step
@@ -77,7 +77,7 @@ def test_a_resumed_run_goes_on_under_its_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fails_at", ["start", "log", "finish"])
-def test_a_tracker_that_fails_is_named_once_and_the_run_goes_on(fails_at: str, tmp_path: Path) -> None:
+def test_failing_tracker_is_reported_once_and_dropped(fails_at: str, tmp_path: Path) -> None:
     notes: list[str] = []
     broken, sound = Recorder(fails_at), Recorder()
     trackers = Trackers({"broken": broken.make, "sound": sound.make}, notes.append)
@@ -90,7 +90,7 @@ def test_a_tracker_that_fails_is_named_once_and_the_run_goes_on(fails_at: str, t
     assert len(sound.calls) == 1 + 3 + 2 + 1
 
 
-def test_trackers_by_name(monkeypatch) -> None:
+def test_trackers_are_opened_by_name(monkeypatch) -> None:
     monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None)
     assert not open_trackers("", print).names
     with pytest.raises(RecipeError, match="Did you mean 'trackio'"):
@@ -104,7 +104,7 @@ def test_trackers_by_name(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("name", list(tracking.TRACKERS))
-def test_the_real_ones_take_a_run_and_its_continuation_offline(name: str, tmp_path: Path, monkeypatch) -> None:
+def test_installed_trackers_record_a_run_and_its_continuation_offline(name: str, tmp_path: Path, monkeypatch) -> None:
     for variable, value in {
         "WANDB_MODE": "offline",
         "WANDB_SILENT": "true",
@@ -124,7 +124,7 @@ def test_the_real_ones_take_a_run_and_its_continuation_offline(name: str, tmp_pa
     assert any(path.is_file() and path.stat().st_size for path in tmp_path.rglob("*"))
 
 
-def test_the_report_is_drawn_from_metrics_alone(tmp_path: Path) -> None:
+def test_report_is_drawn_from_metrics_jsonl_only(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     with pytest.raises(OutputError, match=r"no metrics.jsonl"):
         draw_report(tmp_path)
@@ -157,7 +157,7 @@ def shown(terminal: bool, monkeypatch, epochs: float = 2.5) -> str:
     return progress.console.file.getvalue()
 
 
-def test_bars_on_a_terminal(monkeypatch) -> None:
+def test_progress_shows_bars_on_a_terminal(monkeypatch) -> None:
     text = shown(True, monkeypatch)
     for expected in (
         "step 10/10",
@@ -172,7 +172,7 @@ def test_bars_on_a_terminal(monkeypatch) -> None:
     assert "epoch 1/1" not in shown(True, monkeypatch, epochs=0.5)
 
 
-def test_lines_in_a_log(monkeypatch) -> None:
+def test_progress_prints_lines_in_a_log(monkeypatch) -> None:
     text = shown(False, monkeypatch)
     assert "\x1b" not in text
     lines = text.splitlines()

@@ -63,7 +63,7 @@ def test_all_combinations_are_candidates() -> None:
     assert all(plan.cache_hidden for plan in plans.values())
 
 
-def test_a_sweep_reads_the_base_once_and_continues_where_it_stopped(base: Path, tmp_path: Path, monkeypatch) -> None:
+def test_sweep_runs_the_base_once_and_resumes(base: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("POE_CACHE", str(tmp_path / "cache"))
     passes, real = [], Boundary.below
     monkeypatch.setattr(Boundary, "below", lambda self, ids, at: passes.append(ids.shape) or real(self, ids, at))
@@ -106,7 +106,7 @@ def test_a_sweep_reads_the_base_once_and_continues_where_it_stopped(base: Path, 
     assert Cascade.from_pretrained(result.best).stages["demo"].num_parameters() == result.candidates[0].parameters
 
 
-def test_a_sweep_from_the_command_line(base: Path, tmp_path: Path) -> None:
+def test_sweep_command(base: Path, tmp_path: Path) -> None:
     fields = [part for k, v in SMALL.items() for part in (f"--{k.replace('_', '-')}", str(v))]
     arguments = ["sweep", "demo", "--base", str(base), "--data", DATA, "--out", str(tmp_path / "out"), *fields]
 

@@ -88,7 +88,7 @@ def wait_for_steps(out: Path, steps: int, process: subprocess.Popen[bytes]) -> N
 
 
 @pytest.mark.parametrize("kills", [1, pytest.param(3, marks=pytest.mark.slow)])
-def test_a_killed_run_resumes_to_the_same_bytes(base: Path, tmp_path: Path, kills: int) -> None:
+def test_killed_run_resumes_to_the_same_bytes(base: Path, tmp_path: Path, kills: int) -> None:
     options = ("--max-steps", "60", "--checkpoint-every", "0.05")
     whole = run_in_process(command(base, tmp_path / "whole", *options))
     assert whole.returncode == 0, whole.stderr
@@ -109,7 +109,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(base: Path, tmp_path: Path, kill
     assert not list_checkpoints(out)
 
 
-def test_ctrl_c_saves_says_how_to_go_on_and_loses_nothing(base: Path, tmp_path: Path) -> None:
+def test_ctrl_c_saves_a_checkpoint_and_reports_how_to_resume(base: Path, tmp_path: Path) -> None:
     options = ("--max-steps", "80")
     process = start(command(base, tmp_path / "a", *options))
     wait_for_steps(tmp_path / "a", 5, process)
@@ -129,7 +129,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_loses_nothing(base: Path, tmp_path: 
     assert deltas[0] == deltas[1]
 
 
-def test_ctrl_c_while_data_is_prepared_says_that_nothing_was_written(base: Path, tmp_path: Path) -> None:
+def test_ctrl_c_during_data_preparation_reports_that_nothing_was_written(base: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "POE_CACHE": str(tmp_path / "cache")}
     args = command(base, tmp_path / "out", data="demo=100000")
     process = start(args, env=environment, text=True, start_new_session=True)
@@ -156,7 +156,9 @@ def test_ctrl_c_while_data_is_prepared_says_that_nothing_was_written(base: Path,
         (("--matrix-lr", "fast"), "demo=40", "matrix_lr should be a number (0 or more), got 'fast'"),
     ],
 )
-def test_bad_data_and_options_end_in_one_message(base: Path, tmp_path: Path, options, data: str, message: str) -> None:
+def test_bad_data_and_options_are_one_message(
+    base: Path, tmp_path: Path, options, data: str, message: str
+) -> None:
     (tmp_path / "EMPTY.jsonl").write_text("")
     (tmp_path / "BROKEN.jsonl").write_text('{"messages": 3}\nnot json\n')
     for name in ("EMPTY", "BROKEN", "MISSING"):
@@ -168,7 +170,7 @@ def test_bad_data_and_options_end_in_one_message(base: Path, tmp_path: Path, opt
     assert left(tmp_path / "out") in ([], ["dropped.jsonl"])
 
 
-def test_dropped_rows_are_kept_with_their_reasons(base: Path, tmp_path: Path) -> None:
+def test_dropped_rows_are_recorded_with_their_reasons(base: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     good = {"messages": [{"role": "user", "content": "hello 7"}, {"role": "assistant", "content": "hello"}]}
     lines = [
@@ -194,7 +196,7 @@ def test_dropped_rows_are_kept_with_their_reasons(base: Path, tmp_path: Path) ->
         (["base", "nothing"], 1, "Unknown recipe 'nothing'"),
     ],
 )
-def test_wrong_names_and_usage(tmp_path: Path, args: list[str], code: int, message: str) -> None:
+def test_wrong_names_and_usage_have_exit_codes(tmp_path: Path, args: list[str], code: int, message: str) -> None:
     done = run_program("poe-train", *args, cwd=tmp_path)
     assert done.returncode == code, done.stderr
     assert message in done.stderr
@@ -202,7 +204,7 @@ def test_wrong_names_and_usage(tmp_path: Path, args: list[str], code: int, messa
     assert not list(tmp_path.iterdir())
 
 
-def test_a_base_without_a_chat_template_gets_one_that_is_saved_with_the_stage(base: Path, tmp_path: Path) -> None:
+def test_base_without_chat_template_gets_one_that_is_saved_with_the_stage(base: Path, tmp_path: Path) -> None:
     cascade = Cascade.from_pretrained(base)
     cascade.tokenizer.chat_template = None
     long = {**SMALL, "seq_len": 4096, "tokens_per_step": 4096, "max_steps": 1}
@@ -211,7 +213,7 @@ def test_a_base_without_a_chat_template_gets_one_that_is_saved_with_the_stage(ba
     assert saved.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False) == "User: hello\n\n"
 
 
-def test_a_tokenizer_that_cannot_end_a_turn_is_refused_before_anything_is_written(base: Path, tmp_path: Path) -> None:
+def test_tokenizer_without_end_of_turn_is_refused_before_anything_is_written(base: Path, tmp_path: Path) -> None:
     cascade = Cascade.from_pretrained(base)
     cascade.tokenizer.chat_template = cascade.tokenizer.eos_token = None
     with pytest.raises(TemplateError, match="chat template"):
@@ -219,7 +221,7 @@ def test_a_tokenizer_that_cannot_end_a_turn_is_refused_before_anything_is_writte
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_that_holds_something_is_not_touched(base: Path, tmp_path: Path) -> None:
+def test_output_folder_that_is_not_empty_is_not_touched(base: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("precious")
     with pytest.raises(OutputError, match=r"not empty \(mine.txt\)"):
         train_stage(Cascade.from_pretrained(base), "demo", "demo=40", tmp_path, progress=QUIET, **SMALL)
@@ -228,7 +230,7 @@ def test_a_folder_that_holds_something_is_not_touched(base: Path, tmp_path: Path
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_a_full_disk_is_said_before_training_and_while_writing(base: Path, tmp_path: Path, monkeypatch) -> None:
+def test_full_disk_is_reported_before_training_and_during_writes(base: Path, tmp_path: Path, monkeypatch) -> None:
     class Usage:
         free = 10_000
 
@@ -258,7 +260,7 @@ def test_a_full_disk_is_said_before_training_and_while_writing(base: Path, tmp_p
     assert again.returncode == 0, again.stderr
 
 
-def test_a_loss_that_is_not_a_number_stops_the_run(base: Path, tmp_path: Path, monkeypatch) -> None:
+def test_nan_loss_stops_the_run(base: Path, tmp_path: Path, monkeypatch) -> None:
     real = step_module.cross_entropy_sum
     monkeypatch.setattr(step_module, "cross_entropy_sum", lambda *a, **k: real(*a, **k) * float("nan"))
     with pytest.raises(TrainingError, match="loss of step 1 is nan"):
@@ -267,7 +269,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run(base: Path, tmp_path: Path, m
         )
 
 
-def test_the_recipe_says_in_which_numbers_a_stage_learns(base: Path, tmp_path: Path) -> None:
+def test_stage_is_trained_in_the_dtype_of_the_recipe(base: Path, tmp_path: Path) -> None:
     cascade = Cascade.from_pretrained(base, dtype=torch.bfloat16)
     fields = {**SMALL, "max_steps": 1, "z_loss": 1e-4, "checkpoint_activations": True}
     train_stage(cascade, "demo", "demo=60", tmp_path / "o", progress=QUIET, **fields)  # float32
@@ -279,7 +281,7 @@ def test_the_recipe_says_in_which_numbers_a_stage_learns(base: Path, tmp_path: P
     assert not (tmp_path / "no").exists()
 
 
-def test_a_base_that_keeps_a_graph_is_refused_before_the_first_step(base: Path, tmp_path: Path) -> None:
+def test_base_that_keeps_a_graph_is_refused_before_the_first_step(base: Path, tmp_path: Path) -> None:
     cascade = Cascade.from_pretrained(base)
     cascade.base.enable_input_require_grads()
     with pytest.raises(TrainingError, match="disable_input_require_grads"):
@@ -287,7 +289,7 @@ def test_a_base_that_keeps_a_graph_is_refused_before_the_first_step(base: Path, 
     assert left(tmp_path / "o") in ([], ["dropped.jsonl"])
 
 
-def test_training_improves_the_stage_and_leaves_the_base(base: Path, tmp_path: Path) -> None:
+def test_training_improves_the_stage_and_keeps_the_base_unchanged(base: Path, tmp_path: Path) -> None:
     cascade = Cascade.from_pretrained(base)
     ids = torch.arange(40)[None]
     before = cascade.base(ids).logits
@@ -305,7 +307,7 @@ def test_training_improves_the_stage_and_leaves_the_base(base: Path, tmp_path: P
     assert (tmp_path / "o" / "report.png").stat().st_size > 1000
 
 
-def test_losses_are_the_same_numbers_as_ever(base: Path, tmp_path: Path) -> None:
+def test_losses_equal_recorded_numbers(base: Path, tmp_path: Path) -> None:
     """Golden losses: a change that claims to be numerically neutral must leave them."""
     result = train_stage(
         Cascade.from_pretrained(base), "demo", "demo=80", tmp_path / "o", progress=QUIET, **{**SMALL, "max_steps": 3}
@@ -315,7 +317,7 @@ def test_losses_are_the_same_numbers_as_ever(base: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("head", ["dense", "low_rank", "none"])
-def test_tokens_that_the_data_never_asks_for_keep_the_logits_of_the_base(base, head: str, tmp_path: Path) -> None:
+def test_tokens_without_labels_keep_the_logits_of_the_base(base, head: str, tmp_path: Path) -> None:
     cascade = Cascade.from_pretrained(base)
     fields = {**SMALL, "max_steps": 3, "head": head, "head_rank": 4}
     train_stage(cascade, "demo", "demo=80", tmp_path / "o", progress=QUIET, **fields)
@@ -328,7 +330,7 @@ def test_tokens_that_the_data_never_asks_for_keep_the_logits_of_the_base(base, h
     assert all(not tensor._backward_hooks for tensor in stage.head.parameters())  # nothing stays behind
 
 
-def test_a_base_can_be_continued_with_its_shape_and_its_words(base: Path, tmp_path: Path) -> None:
+def test_base_training_continues_from_another_base(base: Path, tmp_path: Path) -> None:
     recipe = load_base_recipe("demo", init=str(base), num_layers=2, max_steps=2, seq_len=1024, tokens_per_step=1024)
     recipe = recipe.replace(checkpoint_activations=True)
     folder = train_base(recipe, tmp_path / "more", progress=QUIET)
@@ -340,7 +342,7 @@ def test_a_base_can_be_continued_with_its_shape_and_its_words(base: Path, tmp_pa
         train_base(load_base_recipe("demo", init=str(tmp_path), max_steps=1), tmp_path / "no", progress=QUIET)
 
 
-def test_validation_needs_rows(base: Path, tmp_path: Path) -> None:
+def test_training_needs_validation_rows(base: Path, tmp_path: Path) -> None:
     fields = {**SMALL, "validation_ratio": 0.0}
     with pytest.raises(DataError, match="is held out for validation"):
         train_stage(Cascade.from_pretrained(base), "demo", "demo=30", tmp_path / "o", progress=QUIET, **fields)

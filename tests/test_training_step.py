@@ -98,7 +98,7 @@ def kept_for_backward(model, stage, ids: torch.Tensor) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_only_the_stage_keeps_something_for_the_backward_pass(name: str) -> None:
+def test_only_the_stage_saves_tensors_for_the_backward_pass(name: str) -> None:
     _, model, stage = grown(tiny_base(name))
     kept = kept_for_backward(model, stage, token_ids(4, 32))
     assert kept["below"] == 0
@@ -107,7 +107,7 @@ def test_only_the_stage_keeps_something_for_the_backward_pass(name: str) -> None
     assert all((p.grad is not None) == (id(p) in learned) for p in model.parameters())
 
 
-def test_memory_does_not_grow_with_the_depth_of_the_base() -> None:
+def test_saved_tensors_do_not_grow_with_the_depth_of_the_base() -> None:
     needed = []
     for depth in (1, 6):
         _, model, stage = grown(tiny_model("llama", {"num_hidden_layers": depth}))
@@ -116,7 +116,7 @@ def test_memory_does_not_grow_with_the_depth_of_the_base() -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_base_at_rest_is_accepted_and_left_as_it_was(name: str) -> None:
+def test_frozen_base_passes_the_check_unchanged(name: str) -> None:
     cascade, model, stage = grown(tiny_base(name))
     model.eval()
     check_frozen_below(model, stage)
@@ -129,7 +129,7 @@ def test_a_base_at_rest_is_accepted_and_left_as_it_was(name: str) -> None:
     check_frozen_below(cascade.model("child"), child)
 
 
-def test_a_base_that_keeps_a_graph_is_refused() -> None:
+def test_base_that_keeps_a_graph_is_refused() -> None:
     cascade, model, stage = grown(tiny_base("qwen3"))
     cascade.base.enable_input_require_grads()
     with pytest.raises(TrainingError, match=r"requires a gradient.*enable_input_require_grads"):
@@ -141,7 +141,7 @@ def test_a_base_that_keeps_a_graph_is_refused() -> None:
         check_frozen_below(model, stage)
 
 
-def test_a_graph_in_the_base_is_found_where_the_parent_cuts_it_off() -> None:
+def test_graph_in_the_base_is_found_below_a_parent_stage() -> None:
     cascade, _, _ = grown(tiny_base("qwen3"))
     cascade.add_stage(StageConfig("child", parent="s"))
     child = cascade.stages["child"].requires_grad_(True)
@@ -154,7 +154,7 @@ def test_a_graph_in_the_base_is_found_where_the_parent_cuts_it_off() -> None:
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, "cohere-tied"])
-def test_recomputed_layers_keep_less_and_give_the_same_loss_and_gradients(name: str) -> None:
+def test_recomputed_layers_save_less_and_give_the_same_gradients(name: str) -> None:
     _, model, stage = grown(tiny_base(name))
     ids, found = token_ids(3, 12), []
     for layers in ((), stage.layers):
@@ -199,7 +199,7 @@ def test_micro_batches_give_the_gradients_of_one_batch(llama, tmp_path_factory, 
 # --- clipping, and numbers that are not finite
 
 
-def test_the_norm_is_recorded_whether_or_not_it_is_clipped(llama, tmp_path: Path) -> None:
+def test_gradient_norm_is_recorded_before_clipping(llama, tmp_path: Path) -> None:
     norms = []
     for limit in (None, 0.01):
         _, model, stage = grown(llama)
@@ -238,7 +238,7 @@ def poison_gradient(model, stage, value):
         (poison_gradient, r"the gradient of layers.0.mlp.down_proj.weight \("),
     ],
 )
-def test_the_first_number_that_is_not_finite_is_named_before_a_step(tmp_path, poison, culprit: str, value) -> None:
+def test_first_tensor_that_is_not_finite_is_named_before_the_step(tmp_path, poison, culprit: str, value) -> None:
     _, model, stage = grown(copy.deepcopy(tiny_base("llama")))
     engine = engine_for(model, stage, tmp_path, max_grad_norm=1.0)
     engine._take_step(0)
@@ -253,7 +253,7 @@ def test_the_first_number_that_is_not_finite_is_named_before_a_step(tmp_path, po
     assert {path.name: path.read_bytes() for path in (engine.settings.folder / "checkpoint-1").iterdir()} == checkpoint
 
 
-def test_a_loss_that_is_not_finite_is_named_when_all_hidden_states_are(tmp_path: Path, llama) -> None:
+def test_infinite_loss_is_named_when_all_hidden_states_are_finite(tmp_path: Path, llama) -> None:
     _, model, stage = grown(llama)
     engine = engine_for(model, stage, tmp_path)
     stage.head.weight.data[5] = 3e38  # finite, but no logit of it is
@@ -261,7 +261,7 @@ def test_a_loss_that_is_not_finite_is_named_when_all_hidden_states_are(tmp_path:
         engine._take_step(0)
 
 
-def test_a_checkpoint_is_not_written_over_by_weights_that_are_not_finite(tmp_path: Path, llama) -> None:
+def test_weights_that_are_not_finite_do_not_replace_a_checkpoint(tmp_path: Path, llama) -> None:
     _, model, stage = grown(llama)
     engine = engine_for(model, stage, tmp_path, matrix_lr=1e38, head_lr=1e38, checkpoint_every=0.0)
     with pytest.raises(TrainingError, match=r"After step 1 .* the weight head.weight \(0 nan and 1,952 inf"):
@@ -273,7 +273,7 @@ def test_a_checkpoint_is_not_written_over_by_weights_that_are_not_finite(tmp_pat
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_stage_in_fp32_learns_on_a_base_in_bf16(name: str, tmp_path: Path) -> None:
+def test_fp32_stage_trains_on_a_bf16_base(name: str, tmp_path: Path) -> None:
     """Its weights and gradients are fp32, and close to those over the same base in fp32."""
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -294,7 +294,7 @@ def test_a_stage_in_fp32_learns_on_a_base_in_bf16(name: str, tmp_path: Path) -> 
     assert torch.cosine_similarity(rounded, exact, dim=0) > 0.99
 
 
-def test_a_recipe_says_the_dtype_of_a_new_stage_and_auto_is_the_base_s() -> None:
+def test_dtype_auto_is_the_dtype_of_the_base() -> None:
     base = tiny_base("llama", torch.bfloat16)
     assert stage_dtype("auto", base) == torch.bfloat16
     assert stage_dtype("float32", base) == torch.float32
@@ -313,7 +313,7 @@ def test_fp16_is_refused() -> None:
 # --- torch.compile
 
 
-def test_compiled_training_is_eager_training(tmp_path: Path, monkeypatch) -> None:
+def test_compiled_training_equals_eager_training(tmp_path: Path, monkeypatch) -> None:
     """The same losses, names, and a model that measures and generates afterwards; packed documents stay apart."""
     # the graph is captured as for inductor, which would compile it for minutes
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
@@ -332,7 +332,7 @@ def test_compiled_training_is_eager_training(tmp_path: Path, monkeypatch) -> Non
     assert torch.equal(found[True][2], found[False][2])
 
 
-def test_what_cannot_be_compiled_is_said_in_one_message(tmp_path: Path, llama, monkeypatch) -> None:
+def test_compilation_failure_is_one_message(tmp_path: Path, llama, monkeypatch) -> None:
     from torch._dynamo.exc import TorchDynamoException
 
     def broken(module, **options):

@@ -70,7 +70,7 @@ class Gradients(TrainerCallback):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", ["qwen3-tied", "poe", "gemma3-tied"])
-def test_only_the_stage_has_gradients_and_the_base_stays_bit_for_bit(
+def test_only_the_stage_has_gradients_and_the_base_is_unchanged(
     saved_base, tmp_path: Path, name: str, checkpointing: bool
 ) -> None:
     cascade = cascade_with_stage(saved_base(name))
@@ -84,7 +84,7 @@ def test_only_the_stage_has_gradients_and_the_base_stays_bit_for_bit(
     assert fingerprint_tensors(cascade.stages["s"].state_dict()) != stage
 
 
-def test_checkpoints_and_the_end_are_stage_folders_that_open(saved_base, tmp_path: Path) -> None:
+def test_checkpoints_and_result_are_stage_folders(saved_base, tmp_path: Path) -> None:
     cascade = cascade_with_stage(saved_base())
     trainer(cascade, tmp_path / "out").train()
     ids = torch.arange(3, 12)[None]
@@ -107,7 +107,7 @@ def test_checkpoints_and_the_end_are_stage_folders_that_open(saved_base, tmp_pat
     ]
 
 
-def test_save_model_writes_the_stage_and_export_native_the_whole(saved_base, tmp_path: Path) -> None:
+def test_save_model_writes_the_stage_and_export_native_the_model(saved_base, tmp_path: Path) -> None:
     cascade = cascade_with_stage(saved_base())
     run = trainer(cascade, tmp_path / "out")
     scramble(cascade.stages["s"], seed=1)
@@ -118,7 +118,7 @@ def test_save_model_writes_the_stage_and_export_native_the_whole(saved_base, tmp
     assert (tmp_path / "whole" / "model.safetensors").is_file()
 
 
-def test_the_trainers_own_resume_goes_on_exactly(saved_base, tmp_path: Path) -> None:
+def test_trainer_resumes_exactly(saved_base, tmp_path: Path) -> None:
     whole = cascade_with_stage(saved_base(), head="dense")
     trainer(whole, tmp_path / "a").train()
     resumed = cascade_with_stage(saved_base(), head="dense")
@@ -127,7 +127,7 @@ def test_the_trainers_own_resume_goes_on_exactly(saved_base, tmp_path: Path) -> 
         assert torch.equal(tensor, resumed.stages["s"].state_dict()[name]), name
 
 
-def test_the_best_checkpoint_comes_back_before_the_stage_is_saved(saved_base, tmp_path: Path) -> None:
+def test_best_checkpoint_is_loaded_before_the_stage_is_saved(saved_base, tmp_path: Path) -> None:
     cascade = cascade_with_stage(saved_base())
     options = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "learning_rate": 1.0}
     run = trainer(cascade, tmp_path / "out", **options, max_steps=6)
@@ -139,7 +139,7 @@ def test_the_best_checkpoint_comes_back_before_the_stage_is_saved(saved_base, tm
     assert ours.read_bytes() == kept.read_bytes()
 
 
-def test_a_trainer_of_another_model_is_refused_before_training(saved_base, tmp_path: Path) -> None:
+def test_trainer_of_another_model_is_refused_before_training(saved_base, tmp_path: Path) -> None:
     cascade = cascade_with_stage(saved_base())
     with pytest.raises(TrainingError, match=r"expected model=cascade.model\('s'\)"):
         SFTTrainer(
@@ -151,7 +151,7 @@ def test_a_trainer_of_another_model_is_refused_before_training(saved_base, tmp_p
         )
 
 
-def test_pushing_whole_models_is_refused(saved_base, tmp_path: Path) -> None:
+def test_push_to_hub_of_the_trainer_is_refused(saved_base, tmp_path: Path) -> None:
     cascade = cascade_with_stage(saved_base())
     args = SFTConfig(str(tmp_path / "out"), bf16=False, use_cpu=True, push_to_hub=True)
     with pytest.raises(TrainingError, match=r"cascade\.push_to_hub"):
@@ -167,7 +167,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Conve
     return path, conversations
 
 
-def test_exported_rows_mean_to_trl_what_they_mean_here(exported, tmp_path: Path) -> None:
+def test_trl_reads_exported_rows_with_the_same_labels(exported, tmp_path: Path) -> None:
     path, conversations = exported
     cascade = Cascade.from_pretrained("demo", dtype="float32").add_stage(StageConfig("tool", num_layers=1, head="none"))
     run = SFTTrainer(
@@ -184,7 +184,7 @@ def test_exported_rows_mean_to_trl_what_they_mean_here(exported, tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_the_example_trains_on_exported_rows(exported, tmp_path: Path) -> None:
+def test_trl_example_trains_on_exported_rows(exported, tmp_path: Path) -> None:
     program = [sys.executable, str(EXAMPLE), str(exported[0]), str(tmp_path / "out"), "--steps", "4"]
     done = subprocess.run(program, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr

@@ -28,7 +28,7 @@ Weights = dict[str, torch.Tensor]
 
 
 @given(params=st.lists(st.tuples(st.integers(0, 60), st.booleans()), min_size=1, max_size=9), world=st.integers(1, 6))
-def test_every_element_has_one_owner_and_the_load_is_level(params: list[tuple[int, bool]], world: int) -> None:
+def test_every_element_has_one_owner_and_the_load_is_even(params: list[tuple[int, bool]], world: int) -> None:
     sizes, whole = [n for n, _ in params], [keep for _, keep in params]
     ranks = divide_parameters(sizes, whole, world)
     owned = [(p.parameter, i) for pieces in ranks for p in pieces for i in range(p.start, p.stop)]
@@ -79,7 +79,7 @@ def trained(named: problem.Named, steps: int = 3) -> Weights:
     worlds=st.tuples(st.integers(1, 4), st.integers(1, 4)),
 )
 @settings(max_examples=25, deadline=None)
-def test_a_state_survives_any_number_of_processes(
+def test_joined_state_loads_with_any_number_of_processes(
     shapes: list[list[int]], dtype: torch.dtype, worlds: tuple[int, int]
 ) -> None:
     """One process -> some -> others, by way of files' contents: the same numbers, each held exactly once."""
@@ -95,7 +95,7 @@ def test_a_state_survives_any_number_of_processes(
         assert counts == sum(t.numel() for k, t in whole.items() if not k.endswith("::step"))
 
 
-def test_shards_that_do_not_belong_together_are_refused() -> None:
+def test_shards_of_different_runs_are_refused() -> None:
     named = problem.parameters()
     state = trained(named)
     a, b = (shard(named, state, rank, 2) for rank in range(2))
@@ -116,7 +116,7 @@ def test_shards_that_do_not_belong_together_are_refused() -> None:
             optimizer.load_state_dict(trained_optimizer(named).state_dict())
 
 
-def test_a_sharded_optimizer_refuses_what_it_cannot_divide() -> None:
+def test_sharded_optimizer_refuses_new_groups_and_strided_parameters() -> None:
     with member(0, 2) as group:
         optimizer = problem.make(problem.parameters(), group)
         with pytest.raises(ValueError, match="pass every parameter group"):
@@ -127,7 +127,7 @@ def test_a_sharded_optimizer_refuses_what_it_cannot_divide() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_group_of_one_changes_no_bit(dtype: torch.dtype) -> None:
+def test_process_group_of_one_changes_no_bit(dtype: torch.dtype) -> None:
     alone, grouped = problem.parameters(dtype=dtype), problem.parameters(dtype=dtype)
     expected = problem.train(problem.make(alone), alone, range(4), [0, 1], None)
     with member(0, 1, "gloo") as group:
@@ -136,7 +136,7 @@ def test_a_group_of_one_changes_no_bit(dtype: torch.dtype) -> None:
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(alone, grouped, strict=True))
 
 
-def test_gradients_that_no_step_used_are_forgotten() -> None:
+def test_zero_grad_clears_summed_gradients() -> None:
     param = torch.nn.Parameter(torch.zeros(3))
     with member(0, 1, "gloo") as group:
         optimizer = problem.make([("norm.weight", param)], group)
@@ -186,7 +186,7 @@ def furthest(weights: Weights, named: problem.Named) -> float:
 
 
 @pytest.mark.parametrize(("scenario", "max_norm"), [("plain", None), ("clipped", 0.5)])
-def test_two_processes_do_what_one_does(two: Path, scenario: str, max_norm: float | None) -> None:
+def test_two_processes_equal_one(two: Path, scenario: str, max_norm: float | None) -> None:
     named = problem.parameters()
     start = {name: p.detach().clone() for name, p in named}
     norms = problem.train(problem.make(named), named, range(problem.STEPS), [0, 1], max_norm)
@@ -197,7 +197,7 @@ def test_two_processes_do_what_one_does(two: Path, scenario: str, max_norm: floa
     assert still == {"layers.3.never.weight"} == {name for name in weights if torch.equal(weights[name], start[name])}
 
 
-def test_half_precision_keeps_its_masters_in_shards(two: Path) -> None:
+def test_half_precision_masters_are_sharded(two: Path) -> None:
     named = problem.parameters(dtype=torch.bfloat16)
     optimizer = problem.make(named)
     problem.train(optimizer, named, range(problem.STEPS), [0, 1], None)
@@ -211,7 +211,7 @@ def test_half_precision_keeps_its_masters_in_shards(two: Path) -> None:
 
 
 @pytest.mark.parametrize(("scenario", "shapes"), [("plain", problem.SHAPES), ("head_only", problem.HEAD_ONLY)])
-def test_each_holds_half_of_the_state(two: Path, scenario: str, shapes: dict) -> None:
+def test_each_process_holds_half_of_the_state(two: Path, scenario: str, shapes: dict) -> None:
     named = problem.parameters(shapes)
     optimizer = problem.make(named)
     problem.train(optimizer, named, range(1), [0, 1], None)
@@ -219,12 +219,12 @@ def test_each_holds_half_of_the_state(two: Path, scenario: str, shapes: dict) ->
     assert all(r["state_bytes"] <= 0.55 * problem.state_bytes(optimizer) for r in records)
 
 
-def test_the_size_of_a_bucket_changes_no_bit(two: Path) -> None:
+def test_bucket_size_changes_no_bit(two: Path) -> None:
     usual, small = outcome_record(two, "plain"), outcome_record(two, "buckets")
     assert all(torch.equal(usual[0][name], small[0][name]) for name in usual[0])
 
 
-def test_going_on_with_as_many_processes_changes_no_bit(two: Path) -> None:
+def test_resume_with_the_same_number_of_processes_changes_no_bit(two: Path) -> None:
     (straight, record, states), (resumed, later, again) = outcome_record(two, "plain"), outcome_record(two, "resumed")
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
     assert record["norms"][problem.HALF :] == later["norms"]
@@ -233,7 +233,7 @@ def test_going_on_with_as_many_processes_changes_no_bit(two: Path) -> None:
         assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_going_on_with_fewer_or_more(two: Path) -> None:
+def test_resume_with_fewer_or_more_processes(two: Path) -> None:
     expected = problem.parameters()
     problem.train(problem.make(expected), expected, range(problem.STEPS), [0, 1], None)
     assert furthest(outcome_record(two, "from_one")[0], expected) <= 1e-5
@@ -257,5 +257,5 @@ def test_losses_follow_those_of_one_process(two: Path) -> None:
     assert together == pytest.approx(alone, abs=1e-5)
 
 
-def test_a_norm_that_is_infinite_anywhere_is_infinite_everywhere(two: Path) -> None:
+def test_infinite_norm_in_one_process_is_infinite_in_all(two: Path) -> None:
     assert all(json.loads((two / f"infinite-{rank}.json").read_text()) for rank in range(2))
