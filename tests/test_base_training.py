@@ -1,4 +1,4 @@
-"""Training a base on text that is read while it trains: stopped and resumed, and what became of every document."""
+"""Training a base on text that is read during training: resumed runs, and the count of every document."""
 
 import json
 import re
@@ -38,7 +38,7 @@ RECIPE = BaseRecipe(
 
 @pytest.fixture
 def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> BaseRecipe:
-    """Sixty short documents, of which five make a chunk, and two broken lines."""
+    """Return a recipe on sixty short documents, five to a chunk, and two damaged lines."""
     monkeypatch.setattr(streamed, "CHUNK_CHARACTERS", 500)
     monkeypatch.setattr(text_rows, "VALIDATION_ROWS", 4)
     rows = [{"text": f"Document {n}: " + " and ".join(THINGS[n % 20 :][:12])} for n in range(60)]
@@ -48,7 +48,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> BaseRecipe:
 
 
 class StopsAt(Progress):
-    """Asks the run to stop after a step."""
+    """Progress that requests a stop after a step."""
 
     def __init__(self, last: int) -> None:
         super().__init__("test", quiet=True)
@@ -82,13 +82,13 @@ def test_read_and_dropped_rows_are_recorded(recipe: BaseRecipe, tmp_path: Path) 
     )
     data = json.loads((folder / "training.json").read_text())["data"]
     dropped = {"not JSON": 1, "no text in the column 'text'": 1}
-    assert data["rows"] == {"text": {"read": 62, "kept": 60, "dropped": dropped}}  # each counts once
+    assert data["rows"] == {"text": {"read": 62, "kept": 60, "dropped": dropped}}  # each document counts once
     assert data["passes"] > 1
     assert len((folder / "dropped.jsonl").read_text().splitlines()) == 2
 
 
 def text_of(tokenizer: Any, rows: Any, count: int) -> str:
-    """What stands in the first rows."""
+    """Return the text of the first rows."""
     return " ".join(tokenizer.batch_decode([rows.batch(n, 1).input_ids[0] for n in range(count)]))
 
 
@@ -108,7 +108,7 @@ def test_training_and_validation_share_no_document(recipe: BaseRecipe) -> None:
 def test_no_part_of_a_held_out_source_row_is_trained_on(
     recipe: BaseRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows of several parts each, read in turns with others, and some gone through twice in one pass."""
+    """Source rows have several parts, are interleaved with others, and some are read twice in one pass."""
     monkeypatch.setattr(text_reader, "PART_CHARACTERS", 200)
     for name in "ab":
         rows = [f"Of row {name}{number} comes line. " * 30 for number in range(9)]

@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say: each arm trains its own part, and its FLOPs are those that are computed."""
+"""The arms of the benchmarks: each trains only its own parameters, and its FLOPs are those that torch counts."""
 
 import sys
 from pathlib import Path
@@ -31,12 +31,12 @@ def build(kind: str, **options) -> arms.Arm:
 def test_flops_of_an_arm_are_those_of_its_step(kind: str) -> None:
     arm = build(kind)
     arm.step(BATCH)  # fills a cache
-    # the counter does not know products that are added in place
+    # the counter lacks in-place addmm
     in_place = {torch.ops.aten.addmm_: lambda own, a, b, **_: 2 * a[0] * a[1] * b[1]}
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         arm.step(BATCH)
     counted = counter.get_total_flops() / BATCH.labels.numel()
-    assert counted == pytest.approx(arm.flops_per_token, rel=0.05)  # attention of so few tokens is in the margin
+    assert counted == pytest.approx(arm.flops_per_token, rel=0.05)  # the tolerance covers the attention of a few tokens
 
 
 @pytest.mark.parametrize("kind", ["full", "last", "dense", "low_rank", "none", "dense cached"])

@@ -1,4 +1,4 @@
-"""Checkpoints: whatever happens to a run, and whenever, the next one continues from the newest that is whole."""
+"""Checkpoints: after a kill or an error at any moment, the next run continues from the newest whole checkpoint."""
 
 import errno
 import json
@@ -31,22 +31,22 @@ from small_run import PLAN, rows, small_engine, train
 TIMED = ("tokens_per_s",)
 
 
-def written(run: Path, step: int, keep: int = 1) -> Path:
+def write_checkpoint(run: Path, step: int, keep: int = 1) -> Path:
     new = begin_checkpoint(run, step)
     write_group(new, "weights", {"w": torch.full((64,), float(step))})
     return finish_checkpoint(new, {"step": step}, keep)
 
 
-def timeless(run: Path) -> list[dict]:
-    """The lines of metrics.jsonl in their order, without what depends on the clock."""
+def read_metrics_without_times(run: Path) -> list[dict]:
+    """Return the lines of metrics.jsonl in order, without the values that depend on time."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in record.items() if k not in TIMED} for record in lines]
 
 
-@pytest.mark.parametrize("wanted", [6, pytest.param(50, marks=pytest.mark.slow)])
-def test_run_killed_at_any_moment_ends_with_the_bytes_of_an_uninterrupted_run(tmp_path: Path, wanted: int) -> None:
-    """Half of them at a random moment, half at a random operation of writing a checkpoint."""
-    processes = multiprocessing.get_context("forkserver")  # torch is imported once, then every run is a fork
+@pytest.mark.parametrize("num_kills", [6, pytest.param(50, marks=pytest.mark.slow)])
+def test_run_killed_at_any_moment_ends_with_the_bytes_of_an_uninterrupted_run(tmp_path: Path, num_kills: int) -> None:
+    """Half of the kills come at a random moment, half at a random operation of writing a checkpoint."""
+    processes = multiprocessing.get_context("forkserver")  # imports torch once and forks every run
     processes.set_forkserver_preload(["poe.training.trainer", "transformers.models.llama.modeling_llama"])
     chance = random.Random(os.getpid())
 
@@ -61,13 +61,13 @@ def test_run_killed_at_any_moment_ends_with_the_bytes_of_an_uninterrupted_run(tm
     undisturbed.join(120)
     assert undisturbed.exitcode == 0
     kills = runs = 0
-    while kills < wanted:
+    while kills < num_kills:
         run = tmp_path / f"killed-{(runs := runs + 1)}"
         finished = False
         while not finished:
-            at_operation = chance.randrange(1, 40) if kills % 2 and kills < wanted else None
+            at_operation = chance.randrange(1, 40) if kills % 2 and kills < num_kills else None
             process, listening = started(run, at_operation)
-            if at_operation is None and kills < wanted:
+            if at_operation is None and kills < num_kills:
                 listening.poll(60)
                 process.join(chance.random() * 0.1)
                 process.kill()
@@ -76,13 +76,13 @@ def test_run_killed_at_any_moment_ends_with_the_bytes_of_an_uninterrupted_run(tm
             assert finished or process.exitcode == -9, process.exitcode
             kills += not finished
         assert (run / "delta.safetensors").read_bytes() == (tmp_path / "whole" / "delta.safetensors").read_bytes()
-        assert timeless(run) == timeless(tmp_path / "whole")
+        assert read_metrics_without_times(run) == read_metrics_without_times(tmp_path / "whole")
         assert not list(run.glob("checkpoint*"))
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
-    for step in (5, 9, 10, 100):  # in the order of numbers, not of names
-        written(tmp_path, step, keep=2)
+    for step in (5, 9, 10, 100):  # ordered by number, not by name
+        write_checkpoint(tmp_path, step, keep=2)
     assert [step_of(path) for path in list_checkpoints(tmp_path)] == [100, 10]
     remove_checkpoints(tmp_path)
     assert not list(tmp_path.iterdir())
@@ -121,15 +121,15 @@ DAMAGES = [damage_missing, damage_truncated, damage_a_bit, damage_meta, damage_m
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_checkpoint_is_reported_and_the_previous_one_loaded(damage, tmp_path: Path) -> None:
-    written(tmp_path, 1, keep=2)
-    damage(written(tmp_path, 2, keep=2))
+    write_checkpoint(tmp_path, 1, keep=2)
+    damage(write_checkpoint(tmp_path, 2, keep=2))
     notes: list[str] = []
     groups, meta = load_checkpoint(tmp_path, notes.append)
     assert meta["step"] == 1
     assert groups["weights"]["w"][0] == 1
     assert len(notes) == 1
     assert "checkpoint-2 is not whole" in notes[0]
-    written(tmp_path, 2)  # the run goes on, and comes by there again
+    write_checkpoint(tmp_path, 2)  # the resumed run reaches this step again
     assert load_checkpoint(tmp_path)[1]["step"] == 2
     damage(tmp_path / "checkpoint-2")
     with pytest.raises(TrainingError, match="checkpoint-2 is not whole"):
@@ -137,16 +137,16 @@ def test_damaged_checkpoint_is_reported_and_the_previous_one_loaded(damage, tmp_
 
 
 def test_damaged_later_checkpoint_is_removed_by_the_next_write(tmp_path: Path) -> None:
-    """Else, of one kept checkpoint, the broken one would be it."""
-    written(tmp_path, 1, keep=2)
-    damage_truncated(written(tmp_path, 9, keep=2))
-    written(tmp_path, 2, keep=1)
+    """Otherwise the damaged checkpoint would be the only one kept."""
+    write_checkpoint(tmp_path, 1, keep=2)
+    damage_truncated(write_checkpoint(tmp_path, 9, keep=2))
+    write_checkpoint(tmp_path, 2, keep=1)
     assert load_checkpoint(tmp_path)[1]["step"] == 2
 
 
 @pytest.mark.parametrize("operation", range(1, 8))
 def test_full_disk_keeps_the_old_checkpoint_and_no_partial_files(operation, tmp_path, monkeypatch) -> None:
-    written(tmp_path, 1)
+    write_checkpoint(tmp_path, 1)
     left = operation
 
     def full(real):
@@ -166,7 +166,7 @@ def test_full_disk_keeps_the_old_checkpoint_and_no_partial_files(operation, tmp_
         patch.setattr(Path, "rename", full(Path.rename))
         patch.setattr(checkpoint, "_digest", full(checkpoint._digest))
         with pytest.raises(OutputError, match=r"checkpoint-2 could not be written.*No space left"):
-            written(tmp_path, 2)
+            write_checkpoint(tmp_path, 2)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
     assert load_checkpoint(tmp_path)[1]["step"] == 1
 
@@ -175,13 +175,13 @@ def test_every_random_generator_is_restored() -> None:
     before = rng_state()
     drawn = (random.random(), random.gauss(0, 1), np.random.random(), np.random.normal(), torch.rand(1).item())
     tensors, numbers = before
-    restore_rng(tensors, json.loads(json.dumps(numbers)))  # as a file keeps them
+    restore_rng(tensors, json.loads(json.dumps(numbers)))  # as in a file
     again = (random.random(), random.gauss(0, 1), np.random.random(), np.random.normal(), torch.rand(1).item())
     assert again == drawn
 
 
-def stopped(run: Path, plan=PLAN, **options) -> Engine:
-    """A run that was asked to stop during its third step."""
+def run_three_steps(run: Path, plan=PLAN, **options) -> Engine:
+    """Return an engine that was stopped during its third step."""
     engine, _ = small_engine(run, plan, **options)
     real = engine._take_step
 
@@ -196,10 +196,10 @@ def stopped(run: Path, plan=PLAN, **options) -> Engine:
 
 
 def test_best_weights_are_not_written_twice(tmp_path: Path) -> None:
-    stopped(tmp_path / "a", PLAN.replace(validation_every=3))
+    run_three_steps(tmp_path / "a", PLAN.replace(validation_every=3))
     best = json.loads((tmp_path / "a" / "checkpoint-3" / "meta.json").read_text())["history"]["best_step"]
     assert (tmp_path / "a" / "checkpoint-3" / "best.safetensors").exists() == (best != 3)
-    stopped(tmp_path / "b")  # nothing was measured at step 3: the best are those of step 0
+    run_three_steps(tmp_path / "b")  # no validation at step 3: the best weights are those of step 0
     assert (tmp_path / "b" / "checkpoint-3" / "best.safetensors").exists()
     engine, _ = small_engine(tmp_path / "a", PLAN.replace(validation_every=3))
     engine._load_checkpoint()
@@ -207,7 +207,7 @@ def test_best_weights_are_not_written_twice(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "options", "said"),
+    ("fields", "options", "difference"),
     [
         ({"matrix_lr": 0.5}, {}, "matrix_lr: 0.02 -> 0.5"),
         ({"max_steps": 121}, {}, "max_steps: 120 -> 121"),
@@ -216,18 +216,18 @@ def test_best_weights_are_not_written_twice(tmp_path: Path) -> None:
         ({"num_layers": 2}, {}, "num_layers: 1 -> 2"),
     ],
 )
-def test_checkpoint_of_another_run_is_refused_with_the_differences(fields, options, said: str, tmp_path: Path) -> None:
+def test_checkpoint_of_another_run_is_refused(fields, options, difference: str, tmp_path: Path) -> None:
     facts = {"facts": {"base": "one"}}
-    stopped(tmp_path, **facts)
+    run_three_steps(tmp_path, **facts)
     engine, _ = small_engine(tmp_path, PLAN.replace(**fields), **(facts | options))
     with pytest.raises(TrainingError, match="belongs to another run") as refused:
         engine.run(resume=True)
-    assert said in str(refused.value)
+    assert difference in str(refused.value)
     assert has_checkpoint(tmp_path)
 
 
 def test_fields_that_do_not_change_the_result_may_change_on_resume(tmp_path: Path) -> None:
-    stopped(tmp_path)
+    run_three_steps(tmp_path)
     plan = PLAN.replace(keep_checkpoints=1, checkpoint_every=60.0, description="now with a word about it")
     engine, _ = small_engine(tmp_path, plan)
     assert engine._load_checkpoint() == 3
@@ -240,10 +240,10 @@ def test_metrics_start_with_the_checkpoint_history_and_skip_a_torn_line(tmp_path
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')
     assert [r["step"] for r in read_metrics(tmp_path)[0]] == [1, 2, 3]
-    told: list[dict] = []
-    known = [{"step": 2, "val_bpb": 2.0}, {"step": 0, "val_bpb": 3.0}, *({"step": s, "loss": 1.0} for s in (1, 2))]
-    with Metrics(tmp_path, known, told.append) as metrics:
+    records: list[dict] = []
+    saved = [{"step": 2, "val_bpb": 2.0}, {"step": 0, "val_bpb": 3.0}, *({"step": s, "loss": 1.0} for s in (1, 2))]
+    with Metrics(tmp_path, saved, records.append) as metrics:
         metrics.write({"step": 3, "loss": 0.5})
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(r["step"], "val_bpb" in r) for r in lines] == [(0, True), (1, False), (2, False), (2, True), (3, False)]
-    assert told == [{"step": 3, "loss": 0.5}]
+    assert records == [{"step": 3, "loss": 0.5}]

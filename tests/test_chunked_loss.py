@@ -1,4 +1,4 @@
-"""The chunked cross-entropy against the plain one in float64."""
+"""The chunked cross-entropy compared with plain cross-entropy in float64."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ SHAPES = {
 
 
 def reference(hidden, weight, labels, family, bias=None, z_loss=0.0, weights=None):
-    """The definition, in float64, with every logit in memory."""
+    """Return the loss by its definition, in float64, with all logits in memory."""
     logits = family.scale * F.linear(hidden.double(), weight.double(), None if bias is None else bias.double())
     if family.softcap is not None:
         logits = family.softcap * torch.tanh(logits / family.softcap)
@@ -37,7 +37,7 @@ def reference(hidden, weight, labels, family, bias=None, z_loss=0.0, weights=Non
 
 
 def draw(rows, vocabulary, softcap, scale, biased, weighted, seed, dtype):
-    """Random hidden states and head that want a gradient, and the other arguments."""
+    """Return random hidden states and a random head, both with gradients, and the other arguments."""
     torch.manual_seed(seed)
     hidden = torch.randn(rows, 8).to(dtype).requires_grad_()
     weight = torch.randn(vocabulary, 8).to(dtype).requires_grad_()
@@ -77,7 +77,7 @@ def test_loss_and_gradients_equal_plain_cross_entropy(
 @settings(deadline=None)
 @given(**SHAPES | {"rows": st.integers(8, 60), "vocabulary": st.integers(8, 60), "chunk": st.integers(4, 60)})
 def test_bf16_errors_are_bf16_rounding(rows, vocabulary, softcap, scale, biased, z_loss, weighted, chunk, seed) -> None:
-    """Logits of size 3 rounded to 8 bits are wrong by up to 1e-2: so may the losses be, and 2 % the gradients."""
+    """Logits of size 3 rounded to 8 bits have errors up to 1e-2, so losses may have them too, and gradients 2 %."""
     hidden, weight, labels, family, bias, weights = draw(
         rows, vocabulary, softcap, scale, biased, weighted, seed, torch.bfloat16
     )
@@ -96,7 +96,7 @@ def test_bf16_errors_are_bf16_rounding(rows, vocabulary, softcap, scale, biased,
 
 
 def test_head_gradient_keeps_late_chunks_in_bf16() -> None:
-    """A thousand chunks of one row each: summed in bf16 their gradient would stop growing at the 256th."""
+    """With a thousand chunks of one row, a sum of gradients in bf16 would stop growing at the 256th."""
     torch.manual_seed(0)
     hidden = torch.ones(1000, 8, dtype=torch.bfloat16)
     weight = torch.zeros(4, 8, dtype=torch.bfloat16, requires_grad=True)
@@ -113,7 +113,7 @@ def test_chunk_rows_have_a_lower_bound() -> None:
 
 
 class Largest(TorchDispatchMode):
-    """Keeps the number of elements of the largest tensor that any operation returned."""
+    """Records the number of elements of the largest tensor that an operation returned."""
 
     elements = 0
 
@@ -131,7 +131,7 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits() -> None:
     with Largest() as seen:
         cross_entropy_sum(hidden, weight, labels).backward()
         per_label_losses(hidden, weight, labels)
-    assert seen.elements == chunk_rows(weight) * 5000 <= 1 << 22  # of the 20 million logits there are
+    assert seen.elements == chunk_rows(weight) * 5000 <= 1 << 22  # of 20 million logits
 
 
 def test_losses_per_label_sum_to_the_loss_in_order() -> None:

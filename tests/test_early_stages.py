@@ -1,4 +1,4 @@
-"""An early stage for a base that has none: new layers below its own, which at first change nothing."""
+"""An early stage for a base without one: new layers below its own, which change nothing at first."""
 
 from pathlib import Path
 
@@ -52,7 +52,7 @@ def test_features_of_the_base_must_be_kept() -> None:
 
 @pytest.fixture
 def trained(demo_base: Path) -> Path:
-    """A base of one stage and two layers."""
+    """Return the folder of a base with one stage and two layers."""
     return demo_base
 
 
@@ -77,7 +77,7 @@ def test_base_training_continues_with_an_early_stage(trained, tmp_path) -> None:
     assert model.config.boundaries == [1, 3]
     assert model.config.smear_channels == 8
     layers = [model.model.layers[i] for i in range(3)]
-    assert all(layer.self_attn.o_proj.weight.any() for layer in layers)  # the new one learns as well
+    assert all(layer.self_attn.o_proj.weight.any() for layer in layers)  # the new layer was trained as well
     assert layers[1].first_scale.item() > 0.9
     assert 0 < abs(layers[1].resid_scale.item() - 0.02) < 0.1
 

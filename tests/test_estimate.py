@@ -1,4 +1,4 @@
-"""What a run says it will take: exact where it can be known, stated where it can not."""
+"""The estimate of a run: sizes are exact, and memory and time are measured."""
 
 import json
 from dataclasses import replace
@@ -27,7 +27,7 @@ from small_run import PLAN, small_engine
 HEADS = [("dense", 2), ("low_rank", 3), ("none", 2)]
 
 
-def estimated(engine, result_bytes: int | None = None):
+def estimate(engine, result_bytes: int | None = None):
     settings = replace(engine.settings, result_bytes=result_bytes)
     return estimate_run(engine.plan, engine.trained, engine.rows, settings, engine.optimizer)
 
@@ -36,19 +36,19 @@ def estimated(engine, result_bytes: int | None = None):
 def test_size_of_the_delta_and_number_of_parameters_are_exact(head: str, rank: int, tmp_path: Path) -> None:
     engine, cascade = small_engine(tmp_path, PLAN.replace(head=head, head_rank=rank, num_layers=2))
     stage = cascade.stages[PLAN.name]
-    promised = estimated(engine, delta_bytes(stage))
+    expected = estimate(engine, delta_bytes(stage))
     for dtype in (torch.bfloat16, torch.float32, torch.int8):
         stage.saved_dtype = dtype
         size = delta_bytes(stage)
         cascade.save_stage(PLAN.name, tmp_path / str(dtype))
         assert (tmp_path / str(dtype) / "delta.safetensors").stat().st_size == size
-        assert (dtype != torch.bfloat16) or size == promised.result_bytes
-    assert promised.parameters == stage.num_parameters()
-    assert promised.tokens == PLAN.max_steps * PLAN.tokens_per_step
+        assert (dtype != torch.bfloat16) or size == expected.result_bytes
+    assert expected.parameters == stage.num_parameters()
+    assert expected.tokens == PLAN.max_steps * PLAN.tokens_per_step
 
 
 def test_flops_equal_those_counted_by_torch(tmp_path: Path) -> None:
-    """Of a forward pass through the network; embedding and attention, which the formula leaves out, left out here."""
+    """The operations of a forward pass without the embedding and attention, which the formula omits."""
     from torch.utils.flop_counter import FlopCounterMode
 
     engine, _ = small_engine(tmp_path)
@@ -56,14 +56,14 @@ def test_flops_equal_those_counted_by_torch(tmp_path: Path) -> None:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         engine.trained.model(torch.zeros(1, 16, dtype=torch.int64))
     counted = sum(flops for op, flops in counter.get_flop_counts()["Global"].items() if op in MATMULS)
-    fold = 2 * weights.head * PLAN.head_rank  # a low-rank delta is multiplied out once, whatever the tokens
+    fold = 2 * weights.head * PLAN.head_rank  # a low-rank delta is multiplied out once for any number of tokens
     assert counted - fold == 16 * 2 * (weights.below + weights.stage + weights.head)
     share = trained_share(engine.rows.train)
     by_hand = [
         (row.labels != -100).float().mean() for row in (engine.rows.train.batch(i, 1) for i in range(10**6) if i < 64)
     ]
     assert 0 < share < 1
-    assert estimated(engine).flops_per_token == pytest.approx(
+    assert estimate(engine).flops_per_token == pytest.approx(
         2 * weights.below + 6 * (weights.stage + weights.head * share)
     )
     assert share == pytest.approx(sum(map(float, by_hand[: engine.rows.train.num_rows])) / engine.rows.train.num_rows)
@@ -89,7 +89,7 @@ def test_tied_embedding_counts_for_the_head_only() -> None:
 
 def test_outcome_is_recorded_with_the_estimate(tmp_path: Path) -> None:
     engine, _ = small_engine(tmp_path, PLAN.replace(max_steps=5))
-    assert estimated(engine).seconds > 0
+    assert estimate(engine).seconds > 0
     history = engine.run()
     record = outcome_record(history)
     assert record["actual"]["tokens"] == record["estimate"]["tokens"] == 5 * PLAN.tokens_per_step
@@ -109,9 +109,9 @@ def test_outcome_is_recorded_with_the_estimate(tmp_path: Path) -> None:
 def test_memory_is_measured_in_bytes() -> None:
     cpu = torch.device("cpu")
     before = memory_now(cpu)
-    held = torch.ones(1 << 24)  # 64 MiB, touched
+    tensor = torch.ones(1 << 24)  # 64 MiB
     grown = memory_now(cpu) - before
-    assert held.numel() * 4 * 0.9 < grown < held.numel() * 4 * 1.5
+    assert tensor.numel() * 4 * 0.9 < grown < tensor.numel() * 4 * 1.5
     assert memory_peak(cpu) >= memory_now(cpu) * 0.99
 
 

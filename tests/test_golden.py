@@ -1,4 +1,4 @@
-"""Numbers that must not move: files and figures written by an earlier version of this package."""
+"""Golden numbers: files and losses from an earlier version of this package."""
 
 from pathlib import Path
 
@@ -16,11 +16,11 @@ VAL_BPB = [8.722398403328295, 7.341045954549035]
 
 
 def test_stages_of_an_earlier_version_load_with_the_same_logits() -> None:
-    wanted = load_file(GOLDEN / "logits.safetensors")
+    expected = load_file(GOLDEN / "logits.safetensors")
     cascade = Cascade.from_pretrained(GOLDEN / "child")
     for name in ("base", "parent", "child"):
-        logits = cascade(wanted["input_ids"], stage=None if name == "base" else name).logits
-        torch.testing.assert_close(logits, wanted[name], rtol=1e-5, atol=1e-5)
+        logits = cascade(expected["input_ids"], stage=None if name == "base" else name).logits
+        torch.testing.assert_close(logits, expected[name], rtol=1e-5, atol=1e-5)
 
 
 def test_stage_of_an_earlier_version_is_saved_with_the_same_bytes(tmp_path: Path) -> None:

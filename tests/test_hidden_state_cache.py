@@ -1,4 +1,4 @@
-"""The boundary as a value: a stage trained on cached hidden states learns what it would have learned above the base."""
+"""Cached hidden states: training a stage on them gives the same result as training above the base."""
 
 import json
 import os
@@ -31,7 +31,7 @@ from poe.training.run import RunContext, RunRows, RunSettings, TrainedModel
 
 QUIET = Progress("test", quiet=True)
 T = 16
-EVERYTHING = {  # of a PoE base; what a stage reads besides its input: the first hidden state, tokens, a lower layer
+EVERYTHING = {  # all features of a PoE base that a stage reads: the first hidden state, tokens, a lower layer
     "num_hidden_layers": 4,
     "layer_scalars": True,
     "value_embedding_layers": [1, 3],
@@ -40,7 +40,7 @@ EVERYTHING = {  # of a PoE base; what a stage reads besides its input: the first
     "smear_channels": 4,
     "backout_layer": 1,
 }
-STEPS = 6  # four rows each: a pass of these rows and a part of another
+STEPS = 6  # of four rows each: more than one epoch
 KINDS = ("top", "low", "child")
 
 
@@ -51,14 +51,14 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def rows(count: int = 12, seed: int = 0) -> PackedRows:
-    """Packed rows of several short documents each."""
+    """Return packed rows of several short documents each."""
     rng = np.random.default_rng(seed)
     documents = [rng.integers(3, VOCABULARY, rng.integers(3, 8)) for _ in range(count * 3)]
     return pack([(ids, np.ones(len(ids), dtype=bool)) for ids in documents], T, seed=seed)
 
 
 def grown(base, kind: str = "top") -> Cascade:
-    """A cascade whose stage `s` stands on top, below the top, or on another stage, none of them silent."""
+    """Return a cascade with a noisy stage `s` on top, at a lower layer, or on another noisy stage."""
     cascade = Cascade(base)
     if kind == "child":
         cascade.add_stage(name="p", num_layers=1)
@@ -85,9 +85,9 @@ CASES = [(name, kind) for name in BASES for kind in KINDS if not (kind == "low" 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(("name", "kind"), [*CASES, *(("poe with everything", kind) for kind in KINDS)])
 def test_layers_above_the_boundary_give_the_output_of_the_model(name: str, kind: str, dtype: torch.dtype) -> None:
-    """Hidden states and gradients, to the last bit, in every family; and they do depend on what is given."""
+    """Hidden states and gradients are bit-identical in every family, and depend on the states at the boundary."""
     base = tiny_base(name, dtype) if name in BASES else tiny_model("poe", EVERYTHING, dtype)
-    base.config.prefix_lm = False  # else its states depend on which tokens are learned, too, and training does without
+    base.config.prefix_lm = False  # the states of a PrefixLM base also depend on the labels
     cascade = grown(base, kind)
     stage, boundary = cascade.stages["s"], Boundary(base, cascade.stages["s"])
     batch = rows().batch(0, 3)
@@ -106,13 +106,13 @@ def test_layers_above_the_boundary_give_the_output_of_the_model(name: str, kind:
 
 @pytest.mark.parametrize("name", ["poe", "qwen3-sliding", "gemma3", "hrm"])
 def test_cached_states_equal_those_of_the_base(name: str) -> None:
-    """In bf16 exactly, whatever rows are asked for in whatever order; in fp32 up to the rounding to bf16."""
+    """In bf16 they are exact for any rows in any order; in fp32 they are rounded to bf16."""
     for dtype in (torch.bfloat16, torch.float32):
         cascade, data = grown(tiny_base(name, dtype)), rows()
         cache = cache_of(cascade, data)
         cache.fill("training", QUIET)
         boundary = Boundary(cascade.base, cascade.stages["s"])
-        for step in range(2 * data.num_rows // 2):  # two passes, the second in another order
+        for step in range(2 * data.num_rows // 2):  # two epochs, the second in another order
             batch = data.batch(step, 2)
             direct = boundary.below(batch.input_ids, batch.position_ids)
             assert torch.allclose(cache(batch).float(), direct.float(), rtol=2**-7, atol=1e-5)
@@ -145,7 +145,7 @@ def train(cascade: Cascade, data: PackedRows, tmp_path: Path, cache_hidden: bool
     [("poe", "top"), ("llama", "top"), ("qwen3-sliding", "low"), ("gemma3", "child"), ("smollm3", "top")],
 )
 def test_losses_with_and_without_the_cache_are_equal(name: str, kind: str, tmp_path: Path) -> None:
-    """Several passes, steps of two batches, validations: equal to the last bit where the base computes in bf16."""
+    """Over several epochs, with two batches per step: bit-identical if the base computes in bf16."""
     plain, cached = (
         train(grown(tiny_base(name, torch.bfloat16), kind), rows(), tmp_path, cached, str(cached))
         for cached in (False, True)
@@ -156,13 +156,13 @@ def test_losses_with_and_without_the_cache_are_equal(name: str, kind: str, tmp_p
 
 
 def test_cache_in_bf16_changes_fp32_losses_by_rounding_only(tmp_path: Path) -> None:
-    """The first step's loss and the first validation stand before any difference in weights."""
+    """The first loss and the first validation are measured before the weights differ."""
     plain, cached = (
         train(grown(tiny_base("llama")), rows(), tmp_path, cached, str(cached)) for cached in (False, True)
     )
     assert plain[0] != cached[0]
     assert plain[0] == pytest.approx(cached[0], rel=1e-3)
-    assert plain[STEPS] == cached[STEPS]  # validation is kept in fp32
+    assert plain[STEPS] == cached[STEPS]  # validation states are stored in fp32
     assert plain == pytest.approx(cached, rel=2e-2)
 
 
@@ -171,15 +171,15 @@ def test_memory_cache_keeps_states_up_to_its_limit(monkeypatch: pytest.MonkeyPat
     boundary = Boundary(cascade.base, cascade.stages["s"])
     size = boundary.below(*inputs(data.batch(0, 2))).nbytes
     whole = WholeModel(cascade.model("s"))
-    asked = []
+    calls = []
     below = boundary.below
-    monkeypatch.setattr(boundary, "below", lambda *batch: asked.append(1) or below(*batch))
-    for fitting in (0, 2, 5):
-        source = AboveBoundary(cascade.model("s"), boundary, MemoryCache(boundary, fitting * size))
-        asked.clear()
+    monkeypatch.setattr(boundary, "below", lambda *batch: calls.append(1) or below(*batch))
+    for num_cached in (0, 2, 5):
+        source = AboveBoundary(cascade.model("s"), boundary, MemoryCache(boundary, num_cached * size))
+        calls.clear()
         for _ in range(3):
             assert all(torch.equal(source(data.batch(i, 2)), whole(data.batch(i, 2))) for i in range(4))
-        assert len(asked) == 12 - 2 * min(fitting, 4)  # what is remembered is asked for once, the rest every time
+        assert len(calls) == 12 - 2 * min(num_cached, 4)  # cached batches are computed once, the others every time
 
 
 def inputs(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -192,13 +192,13 @@ def test_cache_serves_every_stage_at_the_same_boundary(own_cache: Path) -> None:
     written = files(own_cache)
     other = Cascade(base).add_stage(name="s", num_layers=1, head="none", seed=5)  # another depth, head, seed
     cache = cache_of(other, data)
-    cache._write_shard = forbidden
+    cache._write_shard = fail_to_write
     cache.fill("training", QUIET)
     assert files(own_cache) == written
 
 
-def forbidden(shard: str) -> None:
-    raise AssertionError(f"{shard} is made again")
+def fail_to_write(shard: str) -> None:
+    raise AssertionError(f"{shard} is computed again")
 
 
 def test_cache_folder_depends_on_everything_that_changes_the_states(own_cache: Path) -> None:
@@ -228,7 +228,7 @@ def test_cache_folder_depends_on_everything_that_changes_the_states(own_cache: P
 
 
 def test_row_hash_includes_positions() -> None:
-    """The same tokens see other tokens when documents are not kept apart."""
+    """Tokens attend to other tokens when the documents of a row are not isolated."""
     data = rows()
     joined = PackedRows(data._tokens, data._trained, data._starts, data.stats, isolated=False)
     digests = [hidden_cache.row_digests(r.batch(0, 8)) for r in (data, joined)]
@@ -270,7 +270,7 @@ def empty(path: Path) -> None:
 
 
 def exchange(path: Path) -> None:
-    """Another whole shard of the same shape under this name."""
+    """Replace a shard by another valid one of the same shape."""
     from safetensors.torch import load_file, save_file
 
     save_file({"states": load_file(path)["states"] + 1}, path)
@@ -304,7 +304,7 @@ def test_cache_deleted_during_a_run_is_computed_again(own_cache: Path) -> None:
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(after=st.integers(0, 6), torn=st.booleans())
 def test_killed_writer_leaves_no_shard_that_looks_complete(tmp_path_factory, after: int, torn: bool) -> None:
-    """Killed before, between or in the middle of shards: what is whole is kept, the rest is made, the bytes agree."""
+    """After a kill at any moment complete shards are kept, the others are computed, and the bytes are the same."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("POE_CACHE", str(tmp_path_factory.mktemp("cache")))
         small_shards(patch)
@@ -347,7 +347,7 @@ def test_too_small_disk_is_reported_before_anything_is_computed(own_cache: Path,
     class Usage:
         free = needed
 
-    monkeypatch.setattr(cache, "_write_shard", forbidden)
+    monkeypatch.setattr(cache, "_write_shard", fail_to_write)
     monkeypatch.setattr(hidden_cache.shutil, "disk_usage", lambda _: Usage)
     with pytest.raises(OutputError, match="Not enough disk for hidden states"):
         cache.fill("training", QUIET)
@@ -370,11 +370,11 @@ def test_size_of_the_cache_is_reported_before_it_is_computed(capsys: pytest.Capt
     cascade, data = grown(tiny_base("qwen3")), rows()
     cache = cache_of(cascade, data)
     cache.fill("training", Progress("run"))
-    said = capsys.readouterr().err
+    output = capsys.readouterr().err
     size = sum(map(len, files(cache.folder).values()))
     stated = data.num_rows * T * 32 * 2
-    assert stated < size < stated + 1000  # the rest are headers
-    assert f"{data.num_rows} x 16 x 32 numbers x 2 bytes = {stated / 2**20:,.1f} MiB" in said
+    assert stated < size < stated + 1000  # the difference are the headers
+    assert f"{data.num_rows} x 16 x 32 numbers x 2 bytes = {stated / 2**20:,.1f} MiB" in output
 
 
 def test_old_unfinished_files_are_removed_and_new_ones_kept(own_cache: Path) -> None:
@@ -444,7 +444,7 @@ def test_two_processes_fill_one_cache_after_a_killed_one(own_cache: Path, monkey
     cascade, data = grown(tiny_base("qwen3")), rows(40)
     cache = cache_of(cascade, data)
     kept = files(own_cache)
-    assert 2 <= len(kept) < len(cache.shards)  # the third had its bytes, perhaps not yet its name
+    assert 2 <= len(kept) < len(cache.shards)  # the third may not have been renamed yet
     both = [filling(own_cache.parent) for _ in range(2)]
     for process in both:
         process.stdin.write("\n")
@@ -454,7 +454,7 @@ def test_two_processes_fill_one_cache_after_a_killed_one(own_cache: Path, monkey
     assert sum(wrote) >= len(cache.shards) - len(kept)
     assert len(files(own_cache)) == len(cache.shards)
     assert kept.items() <= files(own_cache).items()
-    cache._write_shard = forbidden
+    cache._write_shard = fail_to_write
     cache.fill("training", QUIET)
     facts = json.loads((cache.folder / "about.json").read_text())
     assert facts["base"] == cascade.base_source.fingerprint

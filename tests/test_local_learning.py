@@ -1,4 +1,4 @@
-"""PoE local learning: every stage learns by its own prediction alone, one graph at a time, and becomes a way out."""
+"""PoE local learning: every stage learns from its own prediction, with one graph in memory, and can be an exit."""
 
 import json
 import math
@@ -43,7 +43,7 @@ def rows(seed: int = 0) -> Batch:
 
 
 def learn(source: StagePredictions, batch: Batch, labels: list[Tensor] | None = None) -> list[float]:
-    """Leave the gradients of every stage's loss; `labels` are those of each stage, if they are to differ."""
+    """Compute the gradients of every stage's loss and return the losses; `labels` may differ by stage."""
     losses = []
     for stage, (hidden, weight, _) in enumerate(source.predictions(batch, learning=True)):
         loss = cross_entropy_sum(hidden, weight, batch.labels if labels is None else labels[stage])
@@ -57,7 +57,7 @@ def gradients(model: PoEForCausalLM) -> dict[str, Tensor | None]:
 
 
 def stage_of(name: str) -> int:
-    """The stage that a parameter belongs to; what feeds the first layer belongs to the first."""
+    """Return the stage of a parameter; parameters before the first layer belong to the first stage."""
     parts = name.split(".")
     if parts[0] == "lm_head_stages":
         return int(parts[1])
@@ -68,15 +68,15 @@ def stage_of(name: str) -> int:
 @pytest.mark.parametrize("stage_heads", [False, True])
 @pytest.mark.parametrize("changed", [1, 2])
 def test_labels_of_a_stage_change_its_own_gradients_only(more, stage_heads: bool, changed: int) -> None:
-    """Other targets for one stage change the gradients of its layers, of the shared head, and of nothing else."""
+    """Other labels for a stage change the gradients of its layers and of the shared head only."""
     batch, other = rows(), rows(1).labels
     labels = [other if stage == changed else batch.labels for stage in range(3)]
-    found = []
-    for taught in (None, labels):
+    results = []
+    for stage_labels in (None, labels):
         model = make(stage_heads=stage_heads, **more)
-        learn(StagePredictions(model, local=True), batch, taught)
-        found.append(gradients(model))
-    before, after = found
+        learn(StagePredictions(model, local=True), batch, stage_labels)
+        results.append(gradients(model))
+    before, after = results
     same = {n for n, g in before.items() if g is not None and torch.equal(g, after[n])}
     own = {n for n in before if n != "lm_head.weight" and "backout" not in n and stage_of(n) == changed}
     assert own
@@ -99,32 +99,32 @@ def test_learning_backprop_is_ordinary_backpropagation() -> None:
     assert loss > 0
 
 
-class Held:
-    """A tensor that autograd has saved, which knows when it is let go; `sizes` are those of all that are held."""
+class SavedTensor:
+    """A tensor that autograd has saved; `sizes` has the bytes of all that are alive, `peak` their largest sum."""
 
     sizes: ClassVar[dict[int, int]] = {}
     peak = 0
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
-        Held.sizes[id(self)] = tensor.nbytes
-        Held.peak = max(Held.peak, sum(Held.sizes.values()))
+        SavedTensor.sizes[id(self)] = tensor.nbytes
+        SavedTensor.peak = max(SavedTensor.peak, sum(SavedTensor.sizes.values()))
 
     def __del__(self) -> None:
-        del Held.sizes[id(self)]
+        del SavedTensor.sizes[id(self)]
 
 
 def test_graph_of_one_stage_is_in_memory_at_a_time() -> None:
-    """Bytes that autograd holds, at most: with four equal stages a quarter of what backpropagation holds."""
+    """With four equal stages autograd holds a quarter of the bytes of backpropagation."""
     peaks = {}
     for local in (True, False):
         torch.manual_seed(0)
         shape = {"vocab_size": 61, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 8}
         model = PoEForCausalLM(PoEConfig(**shape, stage_layers=[2, 2, 2, 2]))
-        Held.peak = 0
-        with torch.autograd.graph.saved_tensors_hooks(Held, lambda kept: kept.tensor):
+        SavedTensor.peak = 0
+        with torch.autograd.graph.saved_tensors_hooks(SavedTensor, lambda kept: kept.tensor):
             learn(StagePredictions(model, local), rows())
-        peaks[local] = Held.peak
+        peaks[local] = SavedTensor.peak
     assert peaks[True] < 0.3 * peaks[False]
 
 

@@ -1,4 +1,4 @@
-"""MuonAdamW against plain float64 loops, its state across a stop, and the sorting of parameters into groups."""
+"""MuonAdamW compared with plain float64 loops, its saved state, and the groups of parameters."""
 
 import copy
 import io
@@ -18,7 +18,7 @@ F64 = torch.float64
 
 
 def polar_reference(g):
-    """One matrix in float64, term by term as the paper writes it."""
+    """Orthogonalize one matrix in float64, term by term as in the paper."""
     x = g / (g.norm() * 1.02)
     for a, b, c in optim.POLAR_EXPRESS:
         x = a * x + b * (x @ x.T) @ x + c * (x @ x.T) @ (x @ x.T) @ x
@@ -26,7 +26,7 @@ def polar_reference(g):
 
 
 class MuonReference:
-    """The rule for one matrix, in plain loops: the specification, not the implementation."""
+    """Update one matrix by the definition of the rule, in plain loops."""
 
     def __init__(self, weight, *, lr, momentum, beta2, weight_decay, cautious):
         self.w = weight.clone().to(F64)
@@ -41,7 +41,7 @@ class MuonReference:
         self.m = self.mu * self.m + (1 - self.mu) * grad
         update = polar_reference(self.mu * self.m + (1 - self.mu) * grad)
         norm = update.norm()
-        lines = update if rows >= cols else update.T  # a view: one line per variance
+        lines = update if rows >= cols else update.T  # a view with one line for each variance
         for i in range(len(self.v)):
             self.v[i] = self.beta2 * self.v[i] + (1 - self.beta2) * float((lines[i] ** 2).mean())
             lines[i] /= math.sqrt(max(self.v[i], 1e-10))
@@ -116,7 +116,7 @@ def test_iteration_dtypes_are_close_to_float64(size, dtype, tolerance):
 def test_orthogonalize_brings_singular_values_near_one(shape, seed):
     generator = torch.Generator().manual_seed(seed)
     u, _, v = torch.linalg.svd(torch.randn(2, *shape, generator=generator), full_matrices=False)
-    values = torch.logspace(-2, 0, min(shape))  # the smallest 100 times smaller, still over 1e-3 of the norm
+    values = torch.logspace(-2, 0, min(shape))  # the smallest is still over 1e-3 of the norm
     stacked = u * values @ v
     for dtype, low, high in ((torch.float32, 0.85, 1.15), (torch.bfloat16, 0.8, 1.2)):
         out = orthogonalize(stacked * 1e-6, dtype)
@@ -176,7 +176,7 @@ def test_adamw_equals_torch(shapes, weight_decay, seed):
     for step in range(4):
         set_grads(ours, step)
         set_grads(theirs, step)
-        if step == 2:  # a parameter may miss a step: its own count lags
+        if step == 2:  # a parameter without a gradient keeps its step count
             ours[0].grad = theirs[0].grad = None
         optimizer.step()
         reference.step()
@@ -246,7 +246,7 @@ def test_half_precision_parameters_have_fp32_masters():
 def test_steps_too_small_for_bf16_accumulate(kind):
     param = torch.nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16))
     optimizer = MuonAdamW([{"kind": kind, "lr": 1e-4, "params": [param]}])
-    for _ in range(100):  # each a fraction of a bf16 step at 1.0
+    for _ in range(100):  # each is smaller than the spacing of bf16 at 1.0
         param.grad = torch.ones_like(param)
         optimizer.step()
     assert (param < 1).all()

@@ -1,4 +1,4 @@
-"""What a run shows and tells: bars or lines, trackers that may fail, a report drawn from metrics.jsonl alone."""
+"""Reports of a run: progress bars or lines, trackers that may fail, and the picture drawn from metrics.jsonl."""
 
 import io
 import json
@@ -67,7 +67,7 @@ def test_resumed_run_keeps_its_name_in_trackers(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         engine.run()
     assert first.calls[-1] == ("finish",)
-    engine.history.name = "another"  # nothing of it is read from this process
+    engine.history.name = "another"  # the resumed run must read the name from the checkpoint
     resumed, _ = small_engine(tmp_path, trackers=Trackers({"t": second.make}, print))
     resumed._stop.requested = True
     with pytest.raises(KeyboardInterrupt):
@@ -136,7 +136,7 @@ def test_report_is_drawn_from_metrics_jsonl_only(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines[: len(lines) // 2]) + "\n")
     assert draw_report(tmp_path)
     assert (tmp_path / "report.png").read_bytes() != first
-    (tmp_path / "metrics.jsonl").write_text("")  # a run that has not begun
+    (tmp_path / "metrics.jsonl").write_text("")  # a run without steps
     assert draw_report(tmp_path)
 
 

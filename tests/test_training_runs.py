@@ -1,4 +1,4 @@
-"""Training as a user meets it: real processes that are killed, interrupted, resumed, and given nonsense."""
+"""Training runs of a user: processes that are killed, interrupted and resumed, and wrong input."""
 
 import json
 import os
@@ -59,26 +59,26 @@ def run_in_process(args: list[str], **options) -> subprocess.CompletedProcess[st
     return run_program("poe-train", *args[3:], **options)
 
 
-def left(folder: Path) -> list[str]:
-    """What a failed run left in its folder."""
+def list_files(folder: Path) -> list[str]:
+    """Return the names of the files in the folder of a failed run; none if there is no folder."""
     return sorted(p.name for p in folder.iterdir()) if folder.exists() else []
 
 
 def start(args: list[str], **options) -> subprocess.Popen[bytes]:
-    """A process that hears Ctrl-C even where the tests run in the background of a shell, which makes its jobs deaf."""
+    """Start a process that handles Ctrl-C. A shell starts background jobs, such as these tests, with SIGINT ignored."""
     options.setdefault("env", {**os.environ, "OMP_NUM_THREADS": "1"})
-    deaf = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-    before = signal.signal(signal.SIGINT, signal.default_int_handler) if deaf else None
+    ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    before = signal.signal(signal.SIGINT, signal.default_int_handler) if ignored else None
     try:
         return subprocess.Popen(args, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, **options)
     finally:
-        if deaf:
+        if ignored:
             signal.signal(signal.SIGINT, before)
 
 
 def wait_for_steps(out: Path, steps: int, process: subprocess.Popen[bytes]) -> None:
     metrics = out / "metrics.jsonl"
-    deadline = time.monotonic() + 180  # a machine may be busy
+    deadline = time.monotonic() + 180  # the machine may be busy
     while time.monotonic() < deadline:
         if metrics.exists() and metrics.read_text().count('"loss"') >= steps:
             return
@@ -114,9 +114,9 @@ def test_ctrl_c_saves_a_checkpoint_and_reports_how_to_resume(base: Path, tmp_pat
     process = start(command(base, tmp_path / "a", *options))
     wait_for_steps(tmp_path / "a", 5, process)
     process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=300)[1].decode()
-    assert process.returncode == 130, said
-    assert re.search(r"Stopped; saved at step \d+\. To continue: poe-train stage demo --out .* --resume", said)
+    errors = process.communicate(timeout=300)[1].decode()
+    assert process.returncode == 130, errors
+    assert re.search(r"Stopped; saved at step \d+\. To continue: poe-train stage demo --out .* --resume", errors)
     again = run_in_process(command(base, tmp_path / "a", *options))
     assert again.returncode == 1
     assert "continue it with --resume" in again.stderr
@@ -134,20 +134,20 @@ def test_ctrl_c_during_data_preparation_reports_that_nothing_was_written(base: P
     args = command(base, tmp_path / "out", data="demo=100000")
     process = start(args, env=environment, text=True, start_new_session=True)
     while "stage demo on" not in (line := process.stderr.readline()):
-        assert line, "it ended by itself"
+        assert line, "the process ended"
     time.sleep(1)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of its processes
-    said = process.communicate(timeout=300)[1]
-    assert process.returncode == 130, said
-    assert said == "Stopped before the first checkpoint: nothing was saved.\n"
-    assert left(tmp_path / "out") == []
+    os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to all processes of the group
+    errors = process.communicate(timeout=300)[1]
+    assert process.returncode == 130, errors
+    assert errors == "Stopped before the first checkpoint: nothing was saved.\n"
+    assert list_files(tmp_path / "out") == []
 
 
 @pytest.mark.parametrize(
     ("options", "data", "message"),
     [
         ((), "dmo", "Did you mean 'demo'"),
-        ((), "glaive", "glaive"),  # no network: the Hub set cannot be fetched
+        ((), "glaive", "glaive"),  # without network the Hub data set cannot be downloaded
         ((), "messages=EMPTY", "No row of the data source"),
         ((), "messages=BROKEN", "every row was dropped"),
         ((), "messages=MISSING", "MISSING"),
@@ -156,9 +156,7 @@ def test_ctrl_c_during_data_preparation_reports_that_nothing_was_written(base: P
         (("--matrix-lr", "fast"), "demo=40", "matrix_lr should be a number (0 or more), got 'fast'"),
     ],
 )
-def test_bad_data_and_options_are_one_message(
-    base: Path, tmp_path: Path, options, data: str, message: str
-) -> None:
+def test_bad_data_and_options_are_one_message(base: Path, tmp_path: Path, options, data: str, message: str) -> None:
     (tmp_path / "EMPTY.jsonl").write_text("")
     (tmp_path / "BROKEN.jsonl").write_text('{"messages": 3}\nnot json\n')
     for name in ("EMPTY", "BROKEN", "MISSING"):
@@ -167,7 +165,7 @@ def test_bad_data_and_options_are_one_message(
     assert done.returncode == 1, done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr
-    assert left(tmp_path / "out") in ([], ["dropped.jsonl"])
+    assert list_files(tmp_path / "out") in ([], ["dropped.jsonl"])
 
 
 def test_dropped_rows_are_recorded_with_their_reasons(base: Path, tmp_path: Path) -> None:
@@ -222,12 +220,12 @@ def test_tokenizer_without_end_of_turn_is_refused_before_anything_is_written(bas
 
 
 def test_output_folder_that_is_not_empty_is_not_touched(base: Path, tmp_path: Path) -> None:
-    (tmp_path / "mine.txt").write_text("precious")
-    with pytest.raises(OutputError, match=r"not empty \(mine.txt\)"):
+    (tmp_path / "notes.txt").write_text("precious")
+    with pytest.raises(OutputError, match=r"not empty \(notes.txt\)"):
         train_stage(Cascade.from_pretrained(base), "demo", "demo=40", tmp_path, progress=QUIET, **SMALL)
     with pytest.raises(TrainingError, match="Nothing to resume"):
         train_stage(Cascade.from_pretrained(base), "demo", "demo=40", tmp_path, resume=True, progress=QUIET, **SMALL)
-    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
 
 
 def test_full_disk_is_reported_before_training_and_during_writes(base: Path, tmp_path: Path, monkeypatch) -> None:
@@ -246,16 +244,16 @@ def test_full_disk_is_reported_before_training_and_during_writes(base: Path, tmp
                 **SMALL,
                 max_steps=2,
             )
-    assert left(tmp_path / "early") in ([], ["dropped.jsonl"])
+    assert list_files(tmp_path / "early") in ([], ["dropped.jsonl"])
 
-    def limit() -> None:  # no file may grow beyond 64 KiB: the checkpoint cannot be written
+    def limit() -> None:  # files are limited to 64 KiB, so the checkpoint cannot be written
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
 
     done = run(command(base, tmp_path / "late", "--max-steps", "2", data="demo=60"), preexec_fn=limit)
     assert done.returncode == 1, done.stderr
     assert "could not be written" in done.stderr
     assert "Traceback" not in done.stderr
-    assert left(tmp_path / "late") in ([], ["dropped.jsonl"])
+    assert list_files(tmp_path / "late") in ([], ["dropped.jsonl"])
     again = run_in_process(command(base, tmp_path / "late", "--max-steps", "2", data="demo=60"))
     assert again.returncode == 0, again.stderr
 
@@ -286,7 +284,7 @@ def test_base_that_keeps_a_graph_is_refused_before_the_first_step(base: Path, tm
     cascade.base.enable_input_require_grads()
     with pytest.raises(TrainingError, match="disable_input_require_grads"):
         train_stage(cascade, "demo", "demo=60", tmp_path / "o", progress=QUIET, **SMALL, max_steps=1)
-    assert left(tmp_path / "o") in ([], ["dropped.jsonl"])
+    assert list_files(tmp_path / "o") in ([], ["dropped.jsonl"])
 
 
 def test_training_improves_the_stage_and_keeps_the_base_unchanged(base: Path, tmp_path: Path) -> None:
@@ -300,15 +298,15 @@ def test_training_improves_the_stage_and_keeps_the_base_unchanged(base: Path, tm
     assert torch.equal(cascade.base(ids).logits, before)
     assert not torch.equal(cascade(ids).logits, before)
     reloaded = Cascade.from_pretrained(tmp_path / "o")
-    shipped = {n: t.to(torch.bfloat16) for n, t in cascade.stages["demo"].delta_state_dict().items()}
+    saved = {n: t.to(torch.bfloat16) for n, t in cascade.stages["demo"].delta_state_dict().items()}
     assert all(
-        torch.equal(t.to(torch.bfloat16), shipped[n]) for n, t in reloaded.stages["demo"].delta_state_dict().items()
+        torch.equal(t.to(torch.bfloat16), saved[n]) for n, t in reloaded.stages["demo"].delta_state_dict().items()
     )
     assert (tmp_path / "o" / "report.png").stat().st_size > 1000
 
 
 def test_losses_equal_recorded_numbers(base: Path, tmp_path: Path) -> None:
-    """Golden losses: a change that claims to be numerically neutral must leave them."""
+    """A change that is meant to be numerically neutral must not change them."""
     result = train_stage(
         Cascade.from_pretrained(base), "demo", "demo=80", tmp_path / "o", progress=QUIET, **{**SMALL, "max_steps": 3}
     )
@@ -326,8 +324,8 @@ def test_tokens_without_labels_keep_the_logits_of_the_base(base, head: str, tmp_
     changed = (folded != cascade.base.lm_head.weight).any(dim=1)
     assert changed.any() == (head != "none")
     assert changed[cascade.tokenizer.convert_tokens_to_ids("<tool_call>")] == (head != "none")
-    assert not changed[cascade.tokenizer.convert_tokens_to_ids("<|user_start|>")]  # never the assistant's to say
-    assert all(not tensor._backward_hooks for tensor in stage.head.parameters())  # nothing stays behind
+    assert not changed[cascade.tokenizer.convert_tokens_to_ids("<|user_start|>")]  # the assistant never writes it
+    assert all(not tensor._backward_hooks for tensor in stage.head.parameters())  # the gradient mask is removed
 
 
 def test_base_training_continues_from_another_base(base: Path, tmp_path: Path) -> None:

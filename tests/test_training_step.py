@@ -1,4 +1,4 @@
-"""One optimizer step: what is kept for it, what it costs in memory, and what stops it."""
+"""One optimizer step: its saved tensors, its gradients, its dtypes, and the errors that stop it."""
 
 import copy
 import json
@@ -33,7 +33,7 @@ SEQ_LEN = 16
 
 
 def grown(base, **fields) -> tuple[Cascade, object, object]:
-    """A cascade with one noisy stage that learns, its model and the stage."""
+    """Return a cascade with one noisy trainable stage, its model and the stage."""
     cascade = Cascade(base).add_stage(StageConfig("s", **{"num_layers": 2, **fields}))
     stage = cascade.stages["s"].requires_grad_(True)
     scramble(stage, 1)
@@ -41,7 +41,7 @@ def grown(base, **fields) -> tuple[Cascade, object, object]:
 
 
 def loss_of(model, ids: torch.Tensor, **options) -> torch.Tensor:
-    """The summed loss of random rows, as the engine computes it."""
+    """Return the summed loss of random rows, computed as in training."""
     hidden = getattr(model, model.base_model_prefix)(input_ids=ids, use_cache=False).last_hidden_state
     head = model.get_output_embeddings()
     return cross_entropy_sum(hidden, head.weight, ids.roll(-1, 1), logits_of(model.config), head.bias, **options)
@@ -52,7 +52,7 @@ def gradients(stage) -> dict[str, torch.Tensor]:
 
 
 def rows_of(count: int, seed: int = 0) -> PackedRows:
-    """`count` packed rows of documents of unequal lengths, some of whose tokens are not trained."""
+    """Return `count` packed rows of documents of unequal lengths, with some tokens without labels."""
     ids = token_ids(count * 4, SEQ_LEN, seed).tolist()
     documents = [(row[: 3 + i % 13], [j % 3 > 0 for j in range(3 + i % 13)]) for i, row in enumerate(ids)]
     return pack(documents, SEQ_LEN, seed=seed)
@@ -76,8 +76,8 @@ def engine_for(model, stage, folder: Path, rows: int = 8, **fields) -> Engine:
 # --- the boundary
 
 
-def kept_for_backward(model, stage, ids: torch.Tensor) -> dict[str, int]:
-    """Bytes of distinct tensors that autograd keeps for one step: below the stage, and in all; weights not counted."""
+def saved_for_backward(model, stage, ids: torch.Tensor) -> dict[str, int]:
+    """Return the bytes that autograd saves for one step, below the stage and in all, without weights."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[str, dict[int, int]] = {"below": {}, "all": {}}
     where = ["below"]
@@ -100,7 +100,7 @@ def kept_for_backward(model, stage, ids: torch.Tensor) -> dict[str, int]:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_only_the_stage_saves_tensors_for_the_backward_pass(name: str) -> None:
     _, model, stage = grown(tiny_base(name))
-    kept = kept_for_backward(model, stage, token_ids(4, 32))
+    kept = saved_for_backward(model, stage, token_ids(4, 32))
     assert kept["below"] == 0
     assert kept["all"] > 0
     learned = {id(p) for p in stage.parameters()}
@@ -111,7 +111,7 @@ def test_saved_tensors_do_not_grow_with_the_depth_of_the_base() -> None:
     needed = []
     for depth in (1, 6):
         _, model, stage = grown(tiny_model("llama", {"num_hidden_layers": depth}))
-        needed.append(kept_for_backward(model, stage, token_ids(4, 32))["all"])
+        needed.append(saved_for_backward(model, stage, token_ids(4, 32))["all"])
     assert needed[0] == needed[1]
 
 
@@ -121,7 +121,7 @@ def test_frozen_base_passes_the_check_unchanged(name: str) -> None:
     model.eval()
     check_frozen_below(model, stage)
     assert not model.training
-    model.enable_input_require_grads()  # of the grown model: that means the stage's input
+    model.enable_input_require_grads()  # on the grown model this hook concerns the input of the stage
     check_frozen_below(model, stage)
     model.disable_input_require_grads()
     cascade.add_stage(StageConfig("child", parent="s"))
@@ -156,15 +156,15 @@ def test_graph_in_the_base_is_found_below_a_parent_stage() -> None:
 @pytest.mark.parametrize("name", [*FAMILIES, "cohere-tied"])
 def test_recomputed_layers_save_less_and_give_the_same_gradients(name: str) -> None:
     _, model, stage = grown(tiny_base(name))
-    ids, found = token_ids(3, 12), []
+    ids, results = token_ids(3, 12), []
     for layers in ((), stage.layers):
         with recompute_activations(layers):
-            kept = kept_for_backward(model, stage, ids)["all"]
+            kept = saved_for_backward(model, stage, ids)["all"]
             stage.zero_grad()
             loss = loss_of(model, ids)
             loss.backward()
-        found.append((kept, loss, gradients(stage)))
-    (plain, loss, expected), (less, again, recomputed_gradients) = found
+        results.append((kept, loss, gradients(stage)))
+    (plain, loss, expected), (less, again, recomputed_gradients) = results
     assert less < 0.6 * plain
     assert torch.equal(again, loss)
     assert all(torch.equal(recomputed_gradients[n], gradient) for n, gradient in expected.items())
@@ -182,15 +182,15 @@ def llama():
 @settings(deadline=None, max_examples=20)
 @given(rows=st.integers(1, 6), micro=st.integers(1, 6), z_loss=st.sampled_from([0.0, 1e-2]))
 def test_micro_batches_give_the_gradients_of_one_batch(llama, tmp_path_factory, rows, micro, z_loss) -> None:
-    """Whatever the split: the mean is over the step's trained tokens, which lie unevenly in its micro-batches."""
-    found = []
+    """The mean is over the labels of the whole step, which are spread unevenly over its micro-batches."""
+    results = []
     for size in (rows, min(micro, rows)):
         _, model, stage = grown(llama)
         folder = tmp_path_factory.mktemp("run")
         engine = engine_for(model, stage, folder, rows, max_tokens_per_batch=size * SEQ_LEN, z_loss=z_loss)
         loss = engine.training_step.accumulate_gradients(engine.rows.train.batch(0, rows), trained_labels(engine, rows))
-        found.append((loss, gradients(stage)))
-    (whole, expected), (split, summed) = found
+        results.append((loss, gradients(stage)))
+    (whole, expected), (split, summed) = results
     assert split == pytest.approx(whole, rel=1e-6)
     for name, gradient in expected.items():
         torch.testing.assert_close(summed[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
@@ -208,7 +208,7 @@ def test_gradient_norm_is_recorded_before_clipping(llama, tmp_path: Path) -> Non
         norms.append([record["grad_norm"] for record in history.steps])
         lines = [json.loads(line) for line in (engine.settings.folder / "metrics.jsonl").read_text().splitlines()]
         assert [line["grad_norm"] for line in lines if "loss" in line] == norms[-1]
-    assert norms[0][0] == pytest.approx(norms[1][0])  # as it was before clipping
+    assert norms[0][0] == pytest.approx(norms[1][0])  # before clipping
     assert norms[0][0] > 0.01
 
 
@@ -256,7 +256,7 @@ def test_first_tensor_that_is_not_finite_is_named_before_the_step(tmp_path, pois
 def test_infinite_loss_is_named_when_all_hidden_states_are_finite(tmp_path: Path, llama) -> None:
     _, model, stage = grown(llama)
     engine = engine_for(model, stage, tmp_path)
-    stage.head.weight.data[5] = 3e38  # finite, but no logit of it is
+    stage.head.weight.data[5] = 3e38  # finite, but its logits are not
     with pytest.raises(TrainingError, match=r"first tensor that is not finite is the loss \("):
         engine._take_step(0)
 
@@ -274,8 +274,8 @@ def test_weights_that_are_not_finite_do_not_replace_a_checkpoint(tmp_path: Path,
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_fp32_stage_trains_on_a_bf16_base(name: str, tmp_path: Path) -> None:
-    """Its weights and gradients are fp32, and close to those over the same base in fp32."""
-    found = {}
+    """Its weights and gradients are fp32, and close to those on the same base in fp32."""
+    results = {}
     for dtype in (torch.float32, torch.bfloat16):
         base = tiny_base(name, torch.bfloat16).to(dtype)  # the same numbers
         cascade = Cascade(base).add_stage(StageConfig("s", num_layers=1), dtype=stage_dtype("float32", base))
@@ -283,13 +283,13 @@ def test_fp32_stage_trains_on_a_bf16_base(name: str, tmp_path: Path) -> None:
         engine = engine_for(cascade.model("s"), stage, tmp_path / str(dtype))
         assert {p.dtype for p in stage.parameters()} == {torch.float32}
         loss = engine.training_step.accumulate_gradients(engine.rows.train.batch(0, 8), trained_labels(engine, 8))
-        found[dtype] = loss, torch.cat([g.flatten() for g in gradients(stage).values()])
+        results[dtype] = loss, torch.cat([g.flatten() for g in gradients(stage).values()])
         engine.optimizer.zero_grad()
         first = {n: p.detach().clone() for n, p in stage.named_parameters()}
         engine.run()
         assert any(not torch.equal(p, first[n]) for n, p in stage.named_parameters())
-        assert all("master" not in state for state in engine.optimizer.state.values())  # the weights are the masters
-    (loss, exact), (rounded_loss, rounded) = found.values()
+        assert all("master" not in state for state in engine.optimizer.state.values())  # fp32 weights need no masters
+    (loss, exact), (rounded_loss, rounded) = results.values()
     assert rounded_loss == pytest.approx(loss, rel=0.02)
     assert torch.cosine_similarity(rounded, exact, dim=0) > 0.99
 
@@ -314,10 +314,10 @@ def test_fp16_is_refused() -> None:
 
 
 def test_compiled_training_equals_eager_training(tmp_path: Path, monkeypatch) -> None:
-    """The same losses, names, and a model that measures and generates afterwards; packed documents stay apart."""
-    # the graph is captured as for inductor, which would compile it for minutes
+    """Losses and parameter names are the same, and the model validates and generates afterwards."""
+    # this backend captures the graph as inductor does, without the minutes of compilation
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    found = {}
+    results = {}
     for fast in (False, True):
         _, model, stage = grown(tiny_model("qwen3", {"head_dim": 8, "num_hidden_layers": 1}), num_layers=1)
         names = list(model.state_dict())
@@ -325,11 +325,11 @@ def test_compiled_training_equals_eager_training(tmp_path: Path, monkeypatch) ->
         with recompute_activations(stage.layers if fast else ()):
             history = engine.run()
         assert list(model.state_dict()) == names
-        said = model.eval().generate(token_ids(1, 5), max_new_tokens=4, do_sample=False, eos_token_id=None)
-        found[fast] = [r["loss"] for r in history.steps], [r["val_loss"] for r in history.evals], said
-    torch.testing.assert_close(found[True][0], found[False][0], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(found[True][1], found[False][1], rtol=1e-4, atol=1e-4)
-    assert torch.equal(found[True][2], found[False][2])
+        generated = model.eval().generate(token_ids(1, 5), max_new_tokens=4, do_sample=False, eos_token_id=None)
+        results[fast] = [r["loss"] for r in history.steps], [r["val_loss"] for r in history.evals], generated
+    torch.testing.assert_close(results[True][0], results[False][0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(results[True][1], results[False][1], rtol=1e-4, atol=1e-4)
+    assert torch.equal(results[True][2], results[False][2])
 
 
 def test_compilation_failure_is_one_message(tmp_path: Path, llama, monkeypatch) -> None:

@@ -1,4 +1,4 @@
-"""A stage inside TRL: the base rests, the stage learns, and what is saved is the stage."""
+"""Training a stage with TRL: the base stays frozen, and the trainer saves the stage."""
 
 import json
 import subprocess
@@ -59,7 +59,7 @@ def trainer(cascade: Cascade, folder: Path, *callbacks: TrainerCallback, **optio
 
 
 class Gradients(TrainerCallback):
-    """The names of the parameters that had a gradient at any step."""
+    """Records the names of the parameters that had a gradient at any step."""
 
     def __init__(self) -> None:
         self.seen: set[str] = set()
@@ -99,8 +99,8 @@ def test_checkpoints_and_result_are_stage_folders(saved_base, tmp_path: Path) ->
     base = sum(p.numel() for p in cascade.base.parameters())
     for path in (tmp_path / "out").rglob("model*.safetensors"):
         with safe_open(path, "pt") as file:
-            held = sum(file.get_tensor(key).numel() for key in file.keys())  # noqa: SIM118
-        assert held == cascade.stages["s"].num_parameters() < base
+            numbers = sum(file.get_tensor(key).numel() for key in file.keys())  # noqa: SIM118
+        assert numbers == cascade.stages["s"].num_parameters() < base
     assert sorted(path.name for path in (tmp_path / "out").rglob("*.safetensors")) == [
         *["delta.safetensors"] * 3,
         *["model.safetensors"] * 2,  # of the two checkpoints
@@ -160,7 +160,7 @@ def test_push_to_hub_of_the_trainer_is_refused(saved_base, tmp_path: Path) -> No
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Conversation]]:
-    """Rows as `poe data export` writes them, and the conversations that they are."""
+    """Return the rows that `poe data export` writes, and their conversations."""
     conversations = list(demo.read("40", DropReport()))
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     export(conversations, path)

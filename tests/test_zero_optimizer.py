@@ -1,4 +1,4 @@
-"""Many processes must do what one does: how parameters are divided, and two real processes against a single one."""
+"""The sharded optimizer: how parameters are divided, and two processes compared with a single one."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def test_every_element_has_one_owner_and_the_load_is_even(params: list[tuple[int
 
 @contextmanager
 def member(rank: int, world: int, backend: str = "fake") -> Iterator[dist.ProcessGroup]:
-    """Be one of `world` processes; with the fake backend nothing is sent, but everything is divided."""
+    """Act as one of `world` processes. The fake backend sends nothing, but the optimizer is divided."""
     store = FakeStore() if backend == "fake" else dist.HashStore()
     dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     try:
@@ -54,7 +54,7 @@ def member(rank: int, world: int, backend: str = "fake") -> Iterator[dist.Proces
 
 
 def shard(named: problem.Named, state: Weights, rank: int, world: int) -> tuple[Weights, dict[str, Any]]:
-    """What process `rank` of `world` saves after loading a whole state; the numbers have been through JSON."""
+    """Return the state that process `rank` of `world` saves after loading a whole state, with JSON values decoded."""
     with member(rank, world) as group:
         optimizer = problem.make(named, group)
         restore_optimizer(optimizer, problem.names_of(optimizer), state, {})
@@ -82,7 +82,7 @@ def trained(named: problem.Named, steps: int = 3) -> Weights:
 def test_joined_state_loads_with_any_number_of_processes(
     shapes: list[list[int]], dtype: torch.dtype, worlds: tuple[int, int]
 ) -> None:
-    """One process -> some -> others, by way of files' contents: the same numbers, each held exactly once."""
+    """From one process to some to others, by the content of files: every number is the same and held once."""
     named = problem.parameters({f"layers.{i}.w": tuple(s) for i, s in enumerate(shapes)}, dtype)
     whole = state = trained(named)
     for world in worlds:
@@ -148,7 +148,7 @@ def test_zero_grad_clears_summed_gradients() -> None:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that two processes have written, each with its own gradients, which one process would have summed."""
+    """Return the folder that two processes wrote, each with its own gradients."""
     folder = tmp_path_factory.mktemp("two")
     named = problem.parameters()
     state = trained(named, problem.HALF)
@@ -163,16 +163,16 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for rank in range(2)
     ]
     try:
-        said = [process.communicate(timeout=300)[1] for process in processes]
+        errors = [process.communicate(timeout=300)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
     return folder
 
 
 def outcome_record(folder: Path, scenario: str) -> tuple[Weights, dict[str, Any], list[tuple[Weights, dict[str, Any]]]]:
-    """The weights on which both ranks agree to the bit, rank 0's record, and what both saved."""
+    """Return the weights, which are bit-identical in both ranks, the record of rank 0, and the state of both."""
     ours, theirs = (load_file(folder / f"{scenario}-{rank}.weights") for rank in range(2))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     records = [json.loads((folder / f"{scenario}-{rank}.json").read_text()) for rank in range(2)]
