@@ -24,8 +24,8 @@ FAILED, INTERRUPTED = 1, 130
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
-Repo = Annotated[str, typer.Argument(help="a base or a stage: folder, Hub id, or 'demo'", show_default=False)]
-Base = Annotated[str | None, typer.Option(help="the stage's base, if it is not where the stage's config says")]
+Repo = Annotated[str, typer.Argument(help="A base or a stage: folder, Hub id, or 'demo'.", show_default=False)]
+Base = Annotated[str | None, typer.Option(help="The stage's base, if it is not where the stage's config says.")]
 
 
 class Command(TyperCommand):
@@ -57,7 +57,7 @@ def print_version(wanted: bool) -> None:
 def add_version(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=print_version, is_eager=True, help="print the versions and exit"),
+        typer.Option("--version", callback=print_version, is_eager=True, help="Print the versions and exit."),
     ] = False,
 ) -> None:
     """Add `--version` to a program, as the callback of its Typer application."""

@@ -15,10 +15,10 @@ app.add_typer(imports, name="import")
 
 @imports.command()
 def cognica(
-    folder: Annotated[Path, typer.Argument(help="folder of a release, or of a nanochat stage checkpoint")],
-    output: Annotated[Path, typer.Argument(help="folder for the stage")],
-    base: Annotated[str, typer.Option(help="the PoE base or stage below the stage: folder, Hub id, or 'demo'")],
-    name: Annotated[str, typer.Option(help="name of the stage")] = "tool",
+    folder: Annotated[Path, typer.Argument(help="Folder of a release, or of a nanochat stage checkpoint.")],
+    output: Annotated[Path, typer.Argument(help="Folder for the stage.")],
+    base: Annotated[str, typer.Option(help="The PoE base or stage below the stage: folder, Hub id, or 'demo'.")],
+    name: Annotated[str, typer.Option(help="Name of the stage.")] = "tool",
 ) -> None:
     """Convert a stage from the layout of Cognica's releases. Unknown tensors are listed and refused."""
     from poe.cascade import Cascade
@@ -31,8 +31,8 @@ def cognica(
 
 @imports.command()
 def nanochat(
-    checkpoint: Annotated[Path, typer.Argument(help="folder with model_*.pt and meta_*.json; the last step is used")],
-    output: Annotated[Path, typer.Argument(help="folder for the PoE base")],
+    checkpoint: Annotated[Path, typer.Argument(help="Folder with model_*.pt and meta_*.json; the last step is used.")],
+    output: Annotated[Path, typer.Argument(help="Folder for the PoE base.")],
 ) -> None:
     """Convert a nanochat checkpoint and its tokenizer into a PoE base. Unknown tensors are listed and refused."""
     from poe.loaders.nanochat_base import import_nanochat
@@ -49,9 +49,9 @@ def nanochat(
 @app.command()
 def export(
     repo: Repo,
-    native: Annotated[Path, typer.Option(help="new folder for an ordinary checkpoint of the base's family")],
+    native: Annotated[Path, typer.Option(help="New folder for an ordinary checkpoint of the base's family.")],
     base: Base = None,
-    max_shard_size: Annotated[str, typer.Option(help="largest weight file: a number and a unit")] = "5GB",
+    max_shard_size: Annotated[str, typer.Option(help="Largest weight file: a number and a unit.")] = "5GB",
 ) -> None:
     """Write a stage and all that it stands on as an ordinary checkpoint of the base's family.
 
@@ -66,9 +66,9 @@ def export(
 @app.command()
 def fold(
     repo: Repo,
-    to: Annotated[Path, typer.Option("--out", help="folder for the folded stage")],
+    to: Annotated[Path, typer.Option("--out", help="Folder for the folded stage.")],
     base: Base = None,
-    name: Annotated[str | None, typer.Option(help="name of the new stage; default: the old name and -folded")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the new stage; default: the old name and -folded.")] = None,
 ) -> None:
     """Fold a chain of stages into one stage that computes the same and needs no parent."""
     from poe.loaders.stage_folder import merge_training_records
@@ -83,9 +83,9 @@ def fold(
 @app.command()
 def compress(
     repo: Repo,
-    to: Annotated[Path, typer.Option("--out", help="folder for the smaller stage")],
-    rank: Annotated[int | None, typer.Option(help="replace the head delta by the nearest one of this rank")] = None,
-    int8: Annotated[bool, typer.Option("--int8", help="store the matrices in 8 bits per weight")] = False,
+    to: Annotated[Path, typer.Option("--out", help="Folder for the smaller stage.")],
+    rank: Annotated[int | None, typer.Option(help="Replace the head delta by the nearest one of this rank.")] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="Store the matrices in 8 bits per weight.")] = False,
     base: Base = None,
 ) -> None:
     """Make the files of a stage smaller, and print the error that this causes."""

@@ -17,10 +17,12 @@ from poe.stages import Augmentation, Recipe, load_recipe
 
 app = Program(help=__doc__)
 
-Spec = Annotated[str, typer.Argument(help="name[=path][*epochs][:weight], comma-separated", show_default=False)]
-Base = Annotated[str, typer.Option(help="base with the tokenizer and chat template: folder, Hub id, or 'demo'")]
+Spec = Annotated[
+    str, typer.Argument(help="Data as a SPEC: name[=path][*epochs][:weight], comma-separated.", show_default=False)
+]
+Base = Annotated[str, typer.Option(help="Base with the tokenizer and chat template: folder, Hub id, or 'demo'.")]
 RecipeName = Annotated[
-    str, typer.Option("--recipe", help="recipe with the options for the data: a shipped recipe, or a YAML file")
+    str, typer.Option("--recipe", help="Recipe with the options for the data: a shipped recipe, or a YAML file.")
 ]
 
 
@@ -38,11 +40,11 @@ class Step(StrEnum):
 @app.command()
 def show(
     spec: Spec,
-    after: Annotated[Step, typer.Option(help="last step to apply")] = Step.RENDER,
-    count: Annotated[int, typer.Option("-n", help="number of rows of each source", min=1)] = 3,
+    after: Annotated[Step, typer.Option(help="Last step to apply.")] = Step.RENDER,
+    count: Annotated[int, typer.Option("-n", help="Number of rows of each source.", min=1)] = 3,
     base: Base = "demo",
     recipe: RecipeName = "tool",
-    epoch: Annotated[int, typer.Option(help="number of the pass, which decides the augmentation", min=0)] = 0,
+    epoch: Annotated[int, typer.Option(help="Number of the pass, which decides the augmentation.", min=0)] = 0,
 ) -> None:
     """Print the first rows after a step. In rendered rows the trained tokens are green."""
     from poe.data.augment import ToolPool, augment
@@ -72,9 +74,9 @@ def show(
 def stats(
     spec: Spec,
     base: Base = "demo",
-    page: Annotated[Path | None, typer.Option("--out", help="also write a page: .html, or .md with a .png")] = None,
+    page: Annotated[Path | None, typer.Option("--out", help="Also write a page: .html, or .md with a .png.")] = None,
     recipe: RecipeName = "tool",
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Count rows, calls, tokens, licenses, repetitions, and dropped rows by reason."""
     from poe.data.drops import DropReport
@@ -100,7 +102,7 @@ def stats(
 @app.command()
 def export(
     spec: Spec,
-    file: Annotated[Path, typer.Argument(help="new .jsonl or .parquet file", show_default=False)],
+    file: Annotated[Path, typer.Argument(help="New .jsonl or .parquet file.", show_default=False)],
     recipe: RecipeName = "tool",
 ) -> None:
     """Write the training rows without repetitions, in the `messages` format of TRL and Axolotl."""

@@ -38,7 +38,7 @@ def inspect(repo: Repo, base: Base = None) -> None:
 def recipes(
     name: Annotated[
         str | None,
-        typer.Argument(help="a shipped recipe, or a YAML file", show_default=False, autocompletion=complete_any),
+        typer.Argument(help="A shipped recipe, or a YAML file.", show_default=False, autocompletion=complete_any),
     ] = None,
 ) -> None:
     """List the shipped recipes, or print the fields of one recipe with their meaning."""

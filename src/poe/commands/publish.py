@@ -16,7 +16,7 @@ app = Program()
 def verify(
     repo: Repo,
     base: Base = None,
-    revision: Annotated[str | None, typer.Option(help="branch, tag or commit of a repository")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a repository.")] = None,
 ) -> None:
     """Check every byte of a base or stage: one line per check, exit code 1 if a check fails.
 
@@ -36,13 +36,13 @@ def verify(
 
 @app.command()
 def push(
-    folder: Annotated[Path, typer.Argument(help="folder of a stage or base", show_default=False)],
-    repo: Annotated[str, typer.Argument(help="Hub repository, me/name; created if it is new", show_default=False)],
-    base: Annotated[str | None, typer.Option(help="Hub id of the stage's base, if the stage names a folder")] = None,
-    parent: Annotated[str | None, typer.Option(help="Hub id of the stage's parent, if it names a folder")] = None,
-    private: Annotated[bool, typer.Option("--private", help="make the repository private")] = False,
-    revision: Annotated[str | None, typer.Option(help="branch to push to; created if it is new")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="check, print files and sizes, upload nothing")] = False,
+    folder: Annotated[Path, typer.Argument(help="Folder of a stage or base.", show_default=False)],
+    repo: Annotated[str, typer.Argument(help="Hub repository, me/name; created if it is new.", show_default=False)],
+    base: Annotated[str | None, typer.Option(help="Hub id of the stage's base, if the stage names a folder.")] = None,
+    parent: Annotated[str | None, typer.Option(help="Hub id of the stage's parent, if it names a folder.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to; created if it is new.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, print files and sizes, upload nothing.")] = False,
 ) -> None:
     """Check the folder of a stage or base, and upload it in one commit.
 

@@ -29,21 +29,21 @@ if TYPE_CHECKING:
 app = Program(help=__doc__)
 app.callback(help=__doc__)(add_version)
 
-StageRecipe = Annotated[str, typer.Argument(help="a shipped recipe, or a YAML file", autocompletion=complete_stage)]
-BaseRecipeName = Annotated[str, typer.Argument(help="a shipped recipe, or a YAML file", autocompletion=complete_base)]
+StageRecipe = Annotated[str, typer.Argument(help="A shipped recipe, or a YAML file.", autocompletion=complete_stage)]
+BaseRecipeName = Annotated[str, typer.Argument(help="A shipped recipe, or a YAML file.", autocompletion=complete_base)]
 
 
 @app.command(cls=StageRecipeCommand)
 def stage(
     context: typer.Context,
     recipe: StageRecipe = "tool",
-    base: Annotated[str, typer.Option(help="Hub id or folder of the base; 'demo' is the embedded one")] = "demo",
+    base: Annotated[str, typer.Option(help="Hub id or folder of the base; 'demo' is the embedded one.")] = "demo",
     data: Annotated[
-        str | None, typer.Option(help="training data as a SPEC: name[=path][*epochs][:weight], comma-separated")
+        str | None, typer.Option(help="Training data as a SPEC: name[=path][*epochs][:weight], comma-separated.")
     ] = None,
-    out_folder: Annotated[Path | None, typer.Option("--out", help="folder of the run; default: runs/RECIPE")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="continue the run in --out")] = False,
-    no_eval: Annotated[bool, typer.Option("--no-eval", help="skip the held-out questions after training")] = False,
+    out_folder: Annotated[Path | None, typer.Option("--out", help="Folder of the run; default: runs/RECIPE.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+    no_eval: Annotated[bool, typer.Option("--no-eval", help="Skip the held-out questions after training.")] = False,
 ) -> None:
     """Train a stage and write its folder: delta, card, training.json, report.png."""
     plan = load_recipe(recipe, **context.obj)
@@ -65,16 +65,16 @@ def sweep(
     context: typer.Context,
     recipe: StageRecipe = "tool",
     tries: Annotated[
-        list[str] | None, typer.Option("--try", help="FIELD=VALUE,VALUE... (repeatable: every combination is trained)")
+        list[str] | None, typer.Option("--try", help="FIELD=VALUE,VALUE... (repeatable: every combination is trained).")
     ] = None,
-    base: Annotated[str, typer.Option(help="Hub id or folder of the base; 'demo' is the embedded one")] = "demo",
+    base: Annotated[str, typer.Option(help="Hub id or folder of the base; 'demo' is the embedded one.")] = "demo",
     data: Annotated[
-        str | None, typer.Option(help="training data as a SPEC: name[=path][*epochs][:weight], comma-separated")
+        str | None, typer.Option(help="Training data as a SPEC: name[=path][*epochs][:weight], comma-separated.")
     ] = None,
     out_folder: Annotated[
-        Path | None, typer.Option("--out", help="folder of the sweep; default: runs/RECIPE-sweep")
+        Path | None, typer.Option("--out", help="Folder of the sweep; default: runs/RECIPE-sweep.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="continue the sweep in --out")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the sweep in --out.")] = False,
 ) -> None:
     """Train every combination of some field values on the same cached hidden states, and keep the best stage."""
     plan = load_recipe(recipe, **context.obj)
@@ -117,12 +117,12 @@ def base(
     context: typer.Context,
     recipe: BaseRecipeName,
     data: Annotated[
-        str | None, typer.Option(help="training texts as a SPEC: demo, notations, text=FILES or text=USER/DATASET")
+        str | None, typer.Option(help="Training texts as a SPEC: demo, notations, text=FILES or text=USER/DATASET.")
     ] = None,
     out_folder: Annotated[
-        Path | None, typer.Option("--out", help="folder of the run; default: runs/base-RECIPE")
+        Path | None, typer.Option("--out", help="Folder of the run; default: runs/base-RECIPE.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="continue the run in --out")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
 ) -> None:
     """Train a PoE base and its tokenizer from scratch, and write a folder that transformers loads."""
     plan = load_base_recipe(recipe, **context.obj, **({"data": data} if data else {}))

@@ -15,29 +15,29 @@ app = Program()
 
 CALIBRATION_TOKENS = 512  # of each document
 
-NewTokens = Annotated[int, typer.Option(help="largest number of new tokens")]
-Off = Annotated[bool, typer.Option("--off", help="use the base without the stage")]
+NewTokens = Annotated[int, typer.Option(help="Largest number of new tokens.")]
+Off = Annotated[bool, typer.Option("--off", help="Use the base without the stage.")]
 
 
 @app.command()
 def generate(
     repo: Repo,
-    prompt: Annotated[str, typer.Argument(help="text to continue; '-' reads standard input")],
+    prompt: Annotated[str, typer.Argument(help="Text to continue; '-' reads standard input.")],
     base: Base = None,
     max_new_tokens: NewTokens = 128,
-    temperature: Annotated[float, typer.Option(help="sampling temperature; 0 is greedy")] = 0.0,
-    seed: Annotated[int, typer.Option(help="seed of the sampling")] = 0,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     off: Off = False,
     strategy: Annotated[
         str | None,
         typer.Option(
-            help="exit=DEPTH: use the first layers of the base; adaptive=FILE: thresholds of `poe calibrate`; "
-            "draft=DEPTH: draft with the exit at this depth, verify with full depth"
+            help="How to decode. exit=DEPTH: use the first layers of the base; adaptive=FILE: thresholds of "
+            "`poe calibrate`; draft=DEPTH: draft with the exit at this depth, verify with full depth."
         ),
     ] = None,
     sibling: Annotated[
         list[str] | None,
-        typer.Option("--with", help="REPO=WEIGHT: combine with another stage by this weight, 0 to 1 (repeatable)"),
+        typer.Option("--with", help="REPO=WEIGHT: combine with another stage by this weight, 0 to 1 (repeatable)."),
     ] = None,
 ) -> None:
     """Continue a text, without a chat template."""
@@ -72,11 +72,13 @@ def generate(
 @app.command()
 def calibrate(
     repo: Repo,
-    output: Annotated[Path, typer.Option("--out", help="JSON file for `poe generate --strategy adaptive=FILE`")],
-    data: Annotated[str, typer.Option(help="texts like those to generate: demo, or text=FILES")] = "demo",
-    agreement: Annotated[float, typer.Option(help="share of tokens that must equal those of full depth")] = 0.99,
-    confidence: Annotated[str, typer.Option(help="margin, probability or agreement")] = "margin",
-    rows: Annotated[int, typer.Option(help="documents: half to choose thresholds, half to measure them")] = 200,
+    output: Annotated[Path, typer.Option("--out", help="JSON file for `poe generate --strategy adaptive=FILE`.")],
+    data: Annotated[str, typer.Option(help="Texts like those to generate: demo, or text=FILES.")] = "demo",
+    agreement: Annotated[float, typer.Option(help="Share of tokens that must equal those of full depth.")] = 0.99,
+    confidence: Annotated[
+        str, typer.Option(help="Measure of confidence: margin, probability or agreement.")
+    ] = "margin",
+    rows: Annotated[int, typer.Option(help="Documents: half to choose thresholds, half to measure them.")] = 200,
     base: Base = None,
     off: Off = False,
 ) -> None:
@@ -108,10 +110,10 @@ def calibrate(
 @app.command()
 def call(
     repo: Repo,
-    question: Annotated[str, typer.Argument(help="the user's question")],
-    tools: Annotated[Path, typer.Option(help="JSON file with a list of OpenAI-style tools")],
+    question: Annotated[str, typer.Argument(help="The user's question.")],
+    tools: Annotated[Path, typer.Option(help="JSON file with a list of OpenAI-style tools.")],
     base: Base = None,
-    system: Annotated[str | None, typer.Option(help="system message")] = None,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
     max_new_tokens: NewTokens = 256,
     off: Off = False,
 ) -> None:
@@ -157,7 +159,7 @@ def _open_cascade(repo: str, base: str | None) -> Any:
 
 
 def _load_siblings(cascade: Any, siblings: list[str]) -> dict[str | None, float]:
-    """Load the stages of `--with`, and return the weights of all stages. The open stage has the rest of 1."""
+    """Load the stages of `--with`, and return the weights of all stages. The open stage gets 1 minus their sum."""
     own, weights = cascade.active, {}
     for spec in siblings:
         repo, _, number = spec.rpartition("=")
