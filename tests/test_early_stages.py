@@ -44,9 +44,9 @@ def test_old_layers_need_the_embedding() -> None:
 
 def test_features_of_the_base_must_be_kept() -> None:
     for features, changes in (("smear", {"smear_channels": None}), ("smear", {"smear_channels": 4})):
-        with pytest.raises(ValueError, match=r"has model\.smear.* no place"):
+        with pytest.raises(ValueError, match=r"has model\.smear.* has no such tensor"):
             with_early_layers(make((features,)), num_hidden_layers=5, layer_scalars=True, **changes)
-    with pytest.raises(ValueError, match=r"has lm_head_stages\.0\.weight .* no place"):
+    with pytest.raises(ValueError, match=r"has lm_head_stages\.0\.weight .* has no such tensor"):
         with_early_layers(make(("stage heads",)), num_hidden_layers=5, layer_scalars=True, stage_heads=False)
 
 
