@@ -98,16 +98,16 @@ def test_a_row_with_a_system_text_that_names_the_tool_stays_unchanged() -> None:
 
 
 def test_abstentions_vary() -> None:
-    said = Counter(make_abstention(Random(seed), [BOOK], [TIDE, POEM]) for seed in range(2000))
-    assert len(said) > 800
-    assert said.most_common(1)[0][1] < 20
-    everything = " ".join(said)
-    assert "reserve a table in a restaurant" in everything  # what cannot be done
-    assert "compose some verses" not in everything  # one that is no plain description is not put into words
-    assert all(one[0].isupper() and one[-1] in ".?" and "  " not in one and "{" not in one for one in said)
-    alone = " ".join(make_abstention(Random(seed), [BOOK], [TIDE]) for seed in range(200))
-    assert "tideTimes" in alone
-    assert "POEM" not in alone
+    abstentions = Counter(make_abstention(Random(seed), [BOOK], [TIDE, POEM]) for seed in range(2000))
+    assert len(abstentions) > 800
+    assert abstentions.most_common(1)[0][1] < 20
+    all_text = " ".join(abstentions)
+    assert "reserve a table in a restaurant" in all_text  # the impossible action
+    assert "compose some verses" not in all_text  # an unclear description is not used
+    assert all(one[0].isupper() and one[-1] in ".?" and "  " not in one and "{" not in one for one in abstentions)
+    with_one_tool = " ".join(make_abstention(Random(seed), [BOOK], [TIDE]) for seed in range(200))
+    assert "tideTimes" in with_one_tool
+    assert "POEM" not in with_one_tool
 
 
 @pytest.mark.parametrize(
@@ -179,9 +179,9 @@ def test_a_change_of_case_changes_copied_values_alike(conversation: Conversation
     assert [t.lower() for t in user_texts(made)] == [t.lower() for t in user_texts(conversation)]
     before, after = argument_strings(conversation), argument_strings(made)
     for old, new in zip(before, after, strict=False):
-        copied = any(re.search(rf"(?<!\w){re.escape(old)}(?!\w)", said) for said in user_texts(conversation))
+        copied = any(re.search(rf"(?<!\w){re.escape(old)}(?!\w)", text_) for text_ in user_texts(conversation))
         if len(before) == len(after) and copied and old != new:
-            assert any(new in said for said in user_texts(made))
+            assert any(new in text_ for text_ in user_texts(made))
 
 
 @pytest.mark.parametrize(
@@ -189,8 +189,8 @@ def test_a_change_of_case_changes_copied_values_alike(conversation: Conversation
     [
         ("Tides at Bar Harbor", "Bar Harbor", {"bar harbor", "BAR HARBOR"}),
         ("Tides at Kiel, Kiel", "Kiel", {"kiel", "KIEL"}),
-        ("Tides at Kiel", "kiel", {"kiel"}),  # not copied as it stands: it stays
-        ("Tides at Kiel", "Kiel, Germany", set()),  # made of a word of the text
+        ("Tides at Kiel", "kiel", {"kiel"}),  # not copied exactly: it does not change
+        ("Tides at Kiel", "Kiel, Germany", set()),  # uses a word of the text
         ("Tides at Kielport", "Kiel", set()),  # inside a word
         ("Tides at https://Kiel.de", "Kiel", set()),
         ("Write Kiel in capitals", "Kiel", set()),
@@ -201,14 +201,14 @@ def test_changes_of_case(question: str, value: str, values: set[str]) -> None:
     conversation = row(question, ("tideTimes", {"harbour": value}))
     made = [change_case(conversation, Random(seed)) for seed in range(40)]
     assert {arguments(one)[0]["harbour"] for one in made} == (values or {value})
-    said = {user_texts(one)[0] for one in made}
-    assert said == ({question.lower(), question.upper(), question.capitalize()} if values else {question})
+    variants = {user_texts(one)[0] for one in made}
+    assert variants == ({question.lower(), question.upper(), question.capitalize()} if values else {question})
 
 
 def test_case_leaves_a_row_with_an_ambiguous_value() -> None:
     conversation = row("Kiel tides at Kiel", ("tideTimes", {"harbour": "Kiel"}))
-    said = {user_texts(change_case(conversation, Random(seed)))[0] for seed in range(40)}
-    assert said == {"kiel tides at kiel", "KIEL TIDES AT KIEL", "Kiel tides at Kiel"}  # never "Kiel tides at kiel"
+    variants = {user_texts(change_case(conversation, Random(seed)))[0] for seed in range(40)}
+    assert variants == {"kiel tides at kiel", "KIEL TIDES AT KIEL", "Kiel tides at Kiel"}  # never "Kiel tides at kiel"
 
 
 def test_case_keeps_listed_values_and_the_schema() -> None:
@@ -252,16 +252,16 @@ def test_paraphrases(question: str, given: str, expected: str) -> None:
 
 def test_a_value_at_an_end_keeps_the_end() -> None:
     ends = row("Write verses about Monday rain", ("write_poem", {"topic": "monday rain"}), tools=(POEM,))
-    said = {user_texts(paraphrase(ends, Random(seed)))[0] for seed in range(200)}
-    assert len(said) > 5
-    assert {one[-11:] for one in said} == {"Monday rain"}
+    variants = {user_texts(paraphrase(ends, Random(seed)))[0] for seed in range(200)}
+    assert len(variants) > 5
+    assert {one[-11:] for one in variants} == {"Monday rain"}
     whole = row("What is love", ("write_poem", {"topic": "What is love"}), tools=(POEM,))
     assert {user_texts(paraphrase(whole, Random(seed)))[0] for seed in range(200)} == {"What is love"}
     for question, value in (("What is love to you?", "is love"), ("Compute the sum of a, b, etc.", "etc.")):
         inside = row(question, ("write_poem", {"topic": value}), tools=(POEM,))
-        said = {user_texts(paraphrase(inside, Random(seed)))[0] for seed in range(200)}
-        assert len(said) > 5
-        assert all(value in one for one in said)
+        variants = {user_texts(paraphrase(inside, Random(seed)))[0] for seed in range(200)}
+        assert len(variants) > 5
+        assert all(value in one for one in variants)
     loose = row("Write of the rain in spring.", ("write_poem", {"topic": "The Spring Rain Falls"}), tools=(POEM,))
     assert {paraphrase(loose, Random(seed)) is loose for seed in range(50)} == {True}
 
@@ -279,11 +279,11 @@ def test_formats_sets_a_form() -> None:
 
 def test_a_row_that_a_form_cannot_hold_gets_another_form_or_none() -> None:
     odd = as_tool("no name-for Python", "", {"type": "object", "properties": {}})
-    said = row("Do it", ("no name-for Python", {}), tools=(odd,))
+    unwritable = row("Do it", ("no name-for Python", {}), tools=(odd,))
     python = Augmentation(formats=1, call_formats=("python",))
-    assert [r.form for r in augment(said, python, epoch=0, seed=0, pool=NO_POOL)] == [None]
+    assert [r.form for r in augment(unwritable, python, epoch=0, seed=0, pool=NO_POOL)] == [None]
     either = Augmentation(formats=1, call_formats=("python", "hermes"))
-    found = [augment(said, either, epoch=e, seed=0, pool=NO_POOL)[0].form for e in range(40)]
+    found = [augment(unwritable, either, epoch=e, seed=0, pool=NO_POOL)[0].form for e in range(40)]
     assert {form.calls for form in found if form} == {"hermes"}
 
 
@@ -328,7 +328,7 @@ def test_augmentation_depends_on_seed_and_epoch_and_not_on_order() -> None:
 
 
 def count(share: float, step: str, changed: Any) -> float:
-    """The share of the demo rows, among those which it can be done to, that the augmentation changes."""
+    """Return the share of suitable demo rows that the augmentation changes."""
 
     def done(ratio: float) -> set[str]:
         options = Augmentation(**{step: ratio})
@@ -345,7 +345,7 @@ def test_shares_of_augmented_rows_match_the_options(step: str) -> None:
     def changed(before: Conversation, after: list[Conversation]) -> bool:
         return after != [before]
 
-    # `case` and `shuffle` may draw what is there already: a little less than the share is changed.
+    # `case` and `shuffle` may draw the present state, so slightly fewer rows change.
     assert count(0.3, step, changed) == pytest.approx(0.3, abs=0.07)
 
 

@@ -60,7 +60,7 @@ def test_text_is_written_unless_it_looks_like_a_call(form, data, text):
     try:
         written = form.write(calls, text)
     except RowError:
-        # only a mark, or what a bare call may begin with, is ever refused
+        # Only a mark, or a possible beginning of an unmarked call, is rejected.
         assert any(mark in text for mark in ("<tool_call>", "<functioncall>", "[TOOL_CALLS]", "<|py", '{"', "[f("))
     else:
         assert form.read(written) == Reply(text.strip(), calls)
@@ -223,7 +223,7 @@ def test_a_malformed_call_does_not_hide_the_next_call(form):
 @given(name=texts, key=texts)
 @example(name="f", key="class")
 @example(name="a-b", key="x")
-@example(name="ﬁnd", key="x")  # Python respells the ligature
+@example(name="ﬁnd", key="x")  # Python normalizes the ligature
 @example(name="a.b", key="größe")
 @thorough
 def test_the_python_form_rejects_invalid_names(name, key):

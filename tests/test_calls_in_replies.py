@@ -26,7 +26,7 @@ arguments = st.dictionaries(st.text(), st.none() | st.booleans() | st.integers()
 @given(st.lists(st.tuples(st.text(), arguments), max_size=3), st.text())
 def test_written_calls_are_read_back(calls, prose) -> None:
     if "<tool_call>" in prose or any("tool_call>" in json.dumps(c, ensure_ascii=False) for c in calls):
-        return  # the marks are special tokens: text cannot hold them
+        return  # the marks are special tokens, which a text cannot contain
     text = prose + "".join(
         f"<tool_call>{json.dumps({'name': n, 'arguments': a}, ensure_ascii=False)}</tool_call>" for n, a in calls
     )
@@ -77,10 +77,10 @@ def test_scores_count_exact_calls_and_right_abstentions() -> None:
         answer = {"role": "assistant", "content": None if calls else "no tool for that", "tool_calls": made}
         return Conversation([{"role": "user", "content": "x"}, answer], [TOOL])
 
-    wanted = row(("book_flight", {"city": "Oslo"}))
+    expected = row(("book_flight", {"city": "Oslo"}))
     right = '<tool_call>{"name": "book_flight", "arguments": {"city": "Oslo"}}</tool_call>'
     scores = score_replies(
-        [wanted, wanted, wanted, row(), row()],
+        [expected, expected, expected, row(), row()],
         [right, right.replace("Oslo", "Bergen"), "I booked it", "sorry", right],
     )
     assert (scores.exact, scores.names, scores.valid) == (0.3333, 0.6667, 0.6667)

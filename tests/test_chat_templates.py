@@ -17,7 +17,7 @@ from poe.evaluation.calls import score_replies, split_question
 from test_loss_mask import TOKENIZERS, assistant, trained, user
 from test_prompt_forms import ROW
 
-# As SmolLM2 has it: a default system text, every message by its content alone.
+# Like SmolLM2: a default system text, and only the content of every message.
 PLAIN = """\
 {%- for m in messages %}
 {%- if loop.first and m.role != 'system' %}{{- '<|im_start|>system\\nHelp.<|im_end|>\\n' }}{%- endif %}
@@ -25,7 +25,7 @@ PLAIN = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
 """
-# As Gemma 2 has it: no system role, and user and assistant take turns.
+# Like Gemma 2: no system role; user and assistant alternate.
 STRICT = """\
 {%- for m in messages %}
 {%- if m.role == 'system' %}{{- raise_exception('System role not supported') }}{%- endif %}
@@ -54,9 +54,9 @@ AFTER = {name: Renderer(tokenizer) for name, tokenizer in EXTENDED.items()}
 @settings(max_examples=40, deadline=None)
 def test_the_extended_template_writes_the_default_form(row) -> None:
     for name, (_, place) in PLACES.items():
-        told = BEFORE[name].render(Conversation(row.messages, row.tools, form=PromptForm(place=place)))
-        assert AFTER[name].render(row).text == told.text
-        assert AFTER[name].render(row).loss_mask == told.loss_mask
+        expected = BEFORE[name].render(Conversation(row.messages, row.tools, form=PromptForm(place=place)))
+        assert AFTER[name].render(row).text == expected.text
+        assert AFTER[name].render(row).loss_mask == expected.loss_mask
 
 
 @pytest.mark.parametrize("name", PLACES)
@@ -68,11 +68,11 @@ def test_conversations_without_tools_render_as_before(name) -> None:
 
 
 def test_only_the_assistants_text_is_trained() -> None:
-    said = trained(AFTER["plain"], AFTER["plain"].render(ROW))
-    assert said[0].startswith('<tool_call>\n{"name": "find_news"')
-    assert said[0].endswith("</tool_call><|im_end|>")
-    assert said[1].startswith('I shall.\n<tool_call>\n{"name": "send_mail"')
-    assert said[2] == "It is sent.<|im_end|>"
+    answers = trained(AFTER["plain"], AFTER["plain"].render(ROW))
+    assert answers[0].startswith('<tool_call>\n{"name": "find_news"')
+    assert answers[0].endswith("</tool_call><|im_end|>")
+    assert answers[1].startswith('I shall.\n<tool_call>\n{"name": "send_mail"')
+    assert answers[2] == "It is sent.<|im_end|>"
 
 
 def test_a_system_message_keeps_its_place_and_its_words() -> None:
@@ -130,13 +130,13 @@ def test_replies_are_read_in_the_form_of_the_template() -> None:
     row = make_conversation(3, kind="call")
     renderer = Renderer(TOKENIZERS["llama3"])
     text = renderer.render(row).text
-    said = text[len(renderer.prompt(split_question(row)[0], row.tools)) :].removesuffix("<|eot_id|>")
-    assert score_replies([row], [said], "llama").exact == 1.0
-    assert score_replies([row], [said]).exact == 0.0
+    answers = text[len(renderer.prompt(split_question(row)[0], row.tools)) :].removesuffix("<|eot_id|>")
+    assert score_replies([row], [answers], "llama").exact == 1.0
+    assert score_replies([row], [answers]).exact == 0.0
 
 
 def marked_tokenizer(*marks: str, eos: str | None):
-    """A byte-level tokenizer without a chat template that has these special tokens."""
+    """Return a byte-level tokenizer with these special tokens and without a chat template."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -149,7 +149,7 @@ def marked_tokenizer(*marks: str, eos: str | None):
 
 
 HRM = ("<|im_start|>", "<|object_ref_start|>", "<|im_end|>", "<|box_end|>")
-WITHOUT = {  # what a tokenizer has; a conversation as ours tells it
+WITHOUT = {  # special tokens; a conversation in our template
     "conditioned": (
         marked_tokenizer(*HRM, eos="<|box_end|>"),
         "<|im_start|><|object_ref_start|>Be brief.\n\nhello<|im_end|>Hello!<|box_end|>"
@@ -174,15 +174,15 @@ TALK = [{"role": "system", "content": "Be brief."}, user("hello"), assistant("He
 
 @pytest.mark.parametrize("name", WITHOUT)
 def test_a_tokenizer_without_a_template_gets_a_template(name) -> None:
-    tokenizer, whole, prompt = copy.deepcopy(WITHOUT[name][0]), *WITHOUT[name][1:]
+    tokenizer, expected_text, prompt = copy.deepcopy(WITHOUT[name][0]), *WITHOUT[name][1:]
     assert f"the template {name!r} is used" in complete_template(tokenizer)
     assert complete_template(tokenizer) == ""
     renderer = Renderer(tokenizer)
     talk = renderer.render(Conversation(TALK))
-    assert talk.text == whole
+    assert talk.text == expected_text
     assert renderer.prompt(TALK[:2]) == prompt
     stop = tokenizer.convert_ids_to_tokens(renderer.stop_token_ids)[-1]
-    assert [said.lstrip() for said in trained(renderer, talk)] == [f"Hello!{stop}", f"Bye.{stop}"]
+    assert [answer.lstrip() for answer in trained(renderer, talk)] == [f"Hello!{stop}", f"Bye.{stop}"]
     assert shows_tools(tokenizer)
     assert reply_form(tokenizer) == "hermes"
 
@@ -194,12 +194,12 @@ def test_our_templates_render_rows_with_tools(row) -> None:
         tokenizer = copy.deepcopy(tokenizer)
         complete_template(tokenizer)
         renderer = Renderer(tokenizer)
-        whole = renderer.render(row)
-        assert whole.text.startswith(renderer.prompt(split_question(row)[0], row.tools)), name
-        assert all(tool["function"]["description"] in whole.text for tool in row.tools)
-        said = trained(renderer, whole)
-        assert len(said) == sum(message["role"] == "assistant" for message in row.messages)
-        assert sum(turn.count("<tool_call>") for turn in said) == sum(
+        rendered = renderer.render(row)
+        assert rendered.text.startswith(renderer.prompt(split_question(row)[0], row.tools)), name
+        assert all(tool["function"]["description"] in rendered.text for tool in row.tools)
+        answers = trained(renderer, rendered)
+        assert len(answers) == sum(message["role"] == "assistant" for message in row.messages)
+        assert sum(turn.count("<tool_call>") for turn in answers) == sum(
             len(message.get("tool_calls") or ()) for message in row.messages
         )
 

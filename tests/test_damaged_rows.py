@@ -40,7 +40,7 @@ WHOLE = [
 
 
 def damage(value: Any, data: st.DataObject) -> Any:
-    """A copy with one part, at any depth and inside JSON text too, replaced by something else."""
+    """Return a copy with one part replaced, at any depth, also inside JSON text."""
     if isinstance(value, dict | list) and value and data.draw(st.integers(0, 9)):
         key = data.draw(st.sampled_from(list(value) if isinstance(value, dict) else range(len(value))))
         copy = dict(value) if isinstance(value, dict) else list(value)
@@ -59,8 +59,8 @@ def damage(value: Any, data: st.DataObject) -> Any:
 @pytest.mark.parametrize(("reader", "row"), WHOLE)
 @given(data=st.data())
 def test_damaged_rows_never_crash_a_reader(reader: Any, row: dict[str, Any], data: st.DataObject) -> None:
-    assert len(run(reader, row)[0]) == 1  # whole, it is read
+    assert len(run(reader, row)[0]) == 1  # the undamaged row is read
     conversations, counts = run(reader, damage(row, data))
-    if counts:  # an API without questions holds no rows
+    if counts:  # an API without questions has no rows
         assert len(conversations) == counts["kept"]
         assert counts["kept"] + sum(counts["dropped"].values()) == counts["read"] >= 1

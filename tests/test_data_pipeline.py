@@ -95,14 +95,14 @@ def packed_val(data: TrainingData) -> list:
 
 @pytest.fixture
 def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Forget what was prepared before."""
+    """Use an empty cache; a call of the fixture changes to another empty cache."""
     counter = count()
 
-    def forget() -> None:
+    def use_new_cache() -> None:
         monkeypatch.setenv("POE_CACHE", str(tmp_path / f"cache{next(counter)}"))
 
-    forget()
-    return forget
+    use_new_cache()
+    return use_new_cache
 
 
 def test_the_number_of_workers_changes_nothing(tmp_path: Path, renderer: Renderer, fresh, monkeypatch) -> None:
@@ -120,7 +120,7 @@ def test_prepared_data_is_reused(tmp_path: Path, renderer: Renderer, fresh, monk
     path.write_text(path.read_text() + "\nbroken")
     reports = [DropReport(tmp_path / f"{i}.jsonl") for i in range(2)]
     first = load(f"messages={path}", renderer, reports[0])
-    monkeypatch.setattr(pipeline, "_pack", None)  # nothing is made again
+    monkeypatch.setattr(pipeline, "_pack", None)  # nothing is prepared again
     monkeypatch.setattr(corpus, "_build", None)
     again = load(f"messages={path}", renderer, reports[1])
     assert packed(first) == packed(again)
@@ -171,8 +171,8 @@ def test_evaluation_rows_are_not_trained_on(tmp_path: Path, renderer: Renderer) 
         return {"messages": [{"role": "user", "content": question}, answer], "tools": [tool]}
 
     train = [row(f"Pay {n} coins", n) for n in range(100)]
-    asked = [row("Please could you pay 7", 7), row("pay  9 COINS", 1009), row("Pay a lot", 5000)]
-    for name, rows in (("train", train), ("asked", asked)):
+    evaluation = [row("Please could you pay 7", 7), row("pay  9 COINS", 1009), row("Pay a lot", 5000)]
+    for name, rows in (("train", train), ("asked", evaluation)):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     report = DropReport()
     recipe = make_recipe(

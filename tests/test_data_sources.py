@@ -198,10 +198,10 @@ json_rows = st.recursive(
 @given(st.lists(json_rows, max_size=6), st.integers(1, 9), st.booleans())
 def test_a_list_is_read_the_same_in_blocks_of_any_size(rows: list, size: int, ascii_only: bool) -> None:
     text = json.dumps(rows, ensure_ascii=ascii_only, indent=size % 3 or None)[1:]
-    whole = [("".join(e.parts).strip(), mark) for e, mark in sources._elements([text])]
+    elements = [("".join(e.parts).strip(), mark) for e, mark in sources._elements([text])]
     parts = [text[i : i + size] for i in range(0, len(text), size)]
-    assert [("".join(e.parts).strip(), mark) for e, mark in sources._elements(parts)] == whole
-    assert [json.loads(element) for element, mark in whole if element and mark != "after"] == rows
+    assert [("".join(e.parts).strip(), mark) for e, mark in sources._elements(parts)] == elements
+    assert [json.loads(element) for element, mark in elements if element and mark != "after"] == rows
 
 
 @pytest.mark.parametrize(("name", "begin", "end"), [("x.jsonl", "", "\n"), ("x.json", "[", ",")])
@@ -264,7 +264,7 @@ def test_deep_nesting_does_not_stop_the_drop_report(tmp_path: Path) -> None:
 
 
 class FakeHub:
-    """Stands in for `datasets` and `huggingface_hub`."""
+    """Replace `datasets` and `huggingface_hub` by fakes."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, info: Callable[..., Any], load: Callable[..., Any]) -> None:
         datasets, hub = pytest.importorskip("datasets"), pytest.importorskip("huggingface_hub")
@@ -280,20 +280,20 @@ def test_rows_are_read_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_unreachable_hub_raises_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
+    offline_values = []
 
     def info(*a: Any, **k: Any) -> None:
         raise ConnectionError("no route")
 
     def load(*a: Any, **k: Any) -> Any:
-        seen.append(hub.datasets.config.HF_HUB_OFFLINE)
+        offline_values.append(hub.datasets.config.HF_HUB_OFFLINE)
         raise ConnectionError("no cache")
 
     hub = FakeHub(monkeypatch, info, load)
     before = hub.datasets.config.HF_HUB_OFFLINE
     with pytest.raises(SourceError, match=r"'me/rows'.*cannot be reached and no copy is cached.*glaive=path"):
         list(hub_rows("me/rows", "glaive"))
-    assert seen == [True]  # from the cache alone: nothing is retried
+    assert offline_values == [True]  # only from the cache, without a retry
     assert before == hub.datasets.config.HF_HUB_OFFLINE
 
 

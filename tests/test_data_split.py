@@ -24,7 +24,7 @@ def row(
 
 
 def split(rows: list[Conversation], share: float = 0.02, seed: int = 0) -> tuple[list, list]:
-    """Training rows, held-out rows."""
+    """Return the training rows and the held-out rows."""
     sides: tuple[list, list] = ([], [])
     for conversation in rows:
         sides[is_held_out(conversation, share, seed)].append(conversation)
@@ -81,9 +81,9 @@ def test_repetitions_are_equal_rows_or_equal_questions_with_equal_tools() -> Non
     rows = [
         (row("Is it raining?", tools=(WEATHER, CLOCK)), None),
         (row("Is it raining?", tools=(WEATHER, CLOCK)), "duplicate row"),
-        (row("is it  raining?", "No.", tools=(CLOCK, WEATHER)), "same questions and tools"),  # contradicts the first
+        (row("is it  raining?", "No.", tools=(CLOCK, WEATHER)), "same questions and tools"),  # another answer
         (row("Is it raining?", tools=(WEATHER,)), None),  # other tools
-        (row("Is it raining?", tools=(WEATHER, CLOCK), more="And now?"), None),  # goes on
+        (row("Is it raining?", tools=(WEATHER, CLOCK), more="And now?"), None),  # another question follows
         (row("Is it raining?", tools=(WEATHER, CLOCK), more="And later?"), None),
         (row("Is it snowing?"), None),
     ]

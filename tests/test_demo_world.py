@@ -106,11 +106,11 @@ def test_notations_are_reproducible_and_contain_nothing_held_out(index: int) -> 
 @given(st.integers(0, 10**6), st.booleans())
 def test_calls_are_written_in_the_form_of_the_prompt(index: int, chat: bool) -> None:
     text, answers, _ = notations.make_calls(Random(index), chat)
-    wanted = [form for form in CALL_FORMS.values() if any(request in text for request in form.request)]
-    assert len(wanted) == 1
+    expected = [form for form in CALL_FORMS.values() if any(request in text for request in form.request)]
+    assert len(expected) == 1
     for start, end in answers:
         answer = text[start:end].removesuffix("<|assistant_end|>").removesuffix("\nEnd.\n")
-        reply = wanted[0].read(answer)
+        reply = expected[0].read(answer)
         assert not reply.malformed
         assert (reply.content, bool(reply.calls)) in (("", True), ("no form fits", False))
         for call in reply.calls:

@@ -20,7 +20,7 @@ slow = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, Heal
 
 
 def names(schema: Any) -> set[str]:
-    """The names that a schema declares or requires, at every depth."""
+    """Return the names that a schema declares or requires, at every depth."""
     found: set[str] = set()
     if isinstance(schema, dict):
         found |= {*schema.get("properties", {}), *schema.get("required", [])}
@@ -39,7 +39,7 @@ def test_masking_is_a_bijection_that_can_be_undone(conversation: Conversation, s
     mentions = {new: name for new, name in old.items() if is_identifier(name)}
     back = ToolRenamer(old, mentions).rename(masked)
     assert back == conversation
-    assert json.dumps(back.messages) == json.dumps(conversation.messages)  # the order of keys as well
+    assert json.dumps(back.messages) == json.dumps(conversation.messages)  # including the order of keys
     assert json.dumps(back.tools) == json.dumps(conversation.tools)
 
 
@@ -67,7 +67,7 @@ def test_a_mask_depends_on_the_row_and_its_randomness_alone() -> None:
 
 
 def test_words_stay_and_identifiers_are_replaced() -> None:
-    """A user who names the tool, an argument that repeats a name, keys of a default; an enum text is a value."""
+    """Names change in user texts, arguments and keys of a default. An enum text is a value and stays."""
     pick = tool(
         "pick_tool",
         "Picks book_table, or another tool for a city",

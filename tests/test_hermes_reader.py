@@ -34,7 +34,7 @@ RYE = '{"name": "bake_bread", "arguments": {"flour": "rye"}}'
 
 
 def row(*turns: str, tools: Any = WRAPPED, listed: str | None = None, prompt: str = "glaive") -> dict[str, Any]:
-    """A row; turns are `H:`, `G:` and `T:` texts. `tools` None: no field; `listed`: what the prompt shows instead."""
+    """Return a row from `H:`, `G:` and `T:` texts. `tools` None: no field. `listed`: the tools in the prompt."""
     field = None if tools is None else json.dumps(tools)
     shown = field if listed is None else listed
     heads = {"H": "human", "G": "gpt", "T": "tool"}
@@ -108,7 +108,7 @@ def test_a_literal_backslash_n_around_a_call() -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "why"),
+    ("text", "why"),
     [
         (tagged('{"arguments": {"flour": "rye", "name": "bake_bread"}}'), "name inside the arguments"),
         (tagged("{'name': 'bake_bread', 'arguments': {'flour': flour}}"), "call not JSON"),
@@ -122,8 +122,8 @@ def test_a_literal_backslash_n_around_a_call() -> None:
         ("", "empty turn"),
     ],
 )
-def test_turns_that_cannot_be_converted_are_dropped(said: str, why: str) -> None:
-    assert reason(hermes, row("H:Go", "G:" + said)) == why
+def test_turns_that_cannot_be_converted_are_dropped(text: str, why: str) -> None:
+    assert reason(hermes, row("H:Go", "G:" + text)) == why
 
 
 def test_responses() -> None:
@@ -173,13 +173,13 @@ def test_rows_of_another_format_are_dropped() -> None:
 
 @given(st.lists(st.dictionaries(plain, values, max_size=3), min_size=1, max_size=3), st.booleans())
 def test_calls_round_trip(calls: list[dict[str, Any]], python: bool) -> None:
-    """What is written between tags is what is read, in either notation."""
+    """Calls between tags are read back, in either notation."""
     written = [{"name": "f", "arguments": arguments} for arguments in calls]
     texts = [repr(call) if python else json.dumps(call) for call in written]
     if any("tool_call>" in text for text in texts):
         return
-    said, read = hermes.read_turn("".join(tagged(text) for text in texts), no_note)
-    assert (said, [(name, arguments) for name, arguments, _ in read]) == ("", [("f", c) for c in calls])
+    text, read = hermes.read_turn("".join(tagged(text) for text in texts), no_note)
+    assert (text, [(name, arguments) for name, arguments, _ in read]) == ("", [("f", c) for c in calls])
 
 
 def test_the_hub_s_five_configurations_are_one_source(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from poe.calls.conversation import Conversation, PromptForm
 from poe.data.render import Renderer, token_bytes
 from poe.errors import DataError, TemplateError
 
-# ChatML as Qwen2.5 writes it: a default system text, tools in the system turn, tool results in user turns, no marks.
+# ChatML like Qwen2.5: a default system text, tools in the system turn, tool results in user turns, no marks.
 CHATML = """\
 {%- if tools %}
 {{- '<|im_start|>system\\n' + (messages[0].content if messages[0].role == 'system' else 'Help.') + '\\n<tools>' }}
@@ -45,7 +45,7 @@ CHATML = """\
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
 """
 
-# As Qwen3: answers after the last question begin with a think block, earlier answers do not; thinking can be off.
+# Like Qwen3: answers after the last question begin with a think block, earlier answers do not; thinking can be off.
 REWRITING = """\
 {%- set ns = namespace(last=-1) %}
 {%- for m in messages %}{%- if m.role == 'user' %}{%- set ns.last = loop.index0 %}{%- endif %}{%- endfor %}
@@ -82,7 +82,7 @@ MARKED = """\
 {%- if add_generation_prompt %}{{- '<|assistant|>' }}{%- endif %}
 """
 
-# As SmolLM3: the marks take in the header and the newline after the stop token.
+# Like SmolLM3: the marks include the header and the newline after the stop token.
 WIDELY_MARKED = """\
 {%- for m in messages %}
 {%- if m.role == 'assistant' %}
@@ -162,7 +162,7 @@ def assistant(text, *calls):
 
 
 def trained(renderer, row):
-    """The text of each run of trained tokens."""
+    """Return the text of each run of trained tokens."""
     runs, previous = [], False
     for token, on in zip(row.input_ids, row.loss_mask, strict=True):
         if on and not previous:
@@ -186,7 +186,7 @@ def test_the_mask_covers_every_assistant_turn_and_nothing_else(name):
     assert renderer.tokenizer.decode(row.input_ids) == row.text
     assert len(row.input_ids) == len(row.loss_mask)
     assert row.text.startswith(renderer.prompt(messages[:4]))
-    if name != "llama3":  # there the pre-tokenizer parts "\n\n" before a word, but not at the end of a prompt
+    if name != "llama3":  # its pre-tokenizer splits "\n\n" before a word, but not at the end of a prompt
         prompt = renderer.prompt_ids(messages[:4])
         assert row.input_ids[: len(prompt)] == prompt
 
@@ -200,7 +200,7 @@ def test_calls_are_trained_and_tool_results_are_not():
     row = renderer.render(conversation)
     assert row.text.count("<|im_start|>user") == 2
     assert "<tools>" in row.text
-    # the newline before the call belongs to the header's "\n\n" or to the answer, as the tokenizer has it
+    # The newline before the call belongs to the header's "\n\n" or to the answer, depending on the tokenizer.
     assert [text.lstrip("\n") for text in trained(renderer, row)] == [call, "noon<|im_end|>"]
 
     renderer = Renderer(TOKENIZERS["marked"])
@@ -219,27 +219,27 @@ def test_calls_are_trained_and_tool_results_are_not():
 def test_training_can_cover_calls_only(name):
     messages = [user("time?"), assistant(None, CALL), {"role": "tool", "content": "12:00", "name": "get_time"},
                 assistant("noon"), user("again"), assistant("said", CALL)]  # fmt: skip
-    everything = Renderer(TOKENIZERS[name])
+    all_turns = Renderer(TOKENIZERS[name])
     calls = Renderer(TOKENIZERS[name], calls_only=True)
     row = Conversation(messages, TOOLS)
-    first, words, last = trained(everything, everything.render(row))
+    first, words, last = trained(all_turns, all_turns.render(row))
     assert "noon" in words
     assert trained(calls, calls.render(row)) == [first, last]
-    told = dataclasses.replace(row, form=PromptForm(calls="xlam"))
-    first, _, last = trained(everything, everything.render(told))
-    assert trained(calls, calls.render(told)) == [first, last]
+    row_with_form = dataclasses.replace(row, form=PromptForm(calls="xlam"))
+    first, _, last = trained(all_turns, all_turns.render(row_with_form))
+    assert trained(calls, calls.render(row_with_form)) == [first, last]
     assert trained(calls, calls.render(Conversation([user("hi"), assistant("hello")]))) == []
-    assert calls.fingerprint() != everything.fingerprint()
+    assert calls.fingerprint() != all_turns.fingerprint()
 
 
 def test_training_on_calls_only_with_a_template_that_rewrites_turns():
     renderer = Renderer(TOKENIZERS["rewriting"], calls_only=True)
-    told = PromptForm(calls="hermes", place="user")
+    form = PromptForm(calls="hermes", place="user")
     messages = [user("a"), assistant("no"), user("time?"), assistant(None, CALL), user("b"), assistant("bye")]
-    rows = renderer.render_all(Conversation(messages, TOOLS, form=told))
-    said = [text for row in rows for text in trained(renderer, row)]
-    assert len(said) == 1
-    assert "get_time" in said[0]
+    rows = renderer.render_all(Conversation(messages, TOOLS, form=form))
+    trained_texts = [text for row in rows for text in trained(renderer, row)]
+    assert len(trained_texts) == 1
+    assert "get_time" in trained_texts[0]
 
 
 def test_the_marks_agree_with_transformers():
@@ -268,13 +268,13 @@ def test_any_text_is_trained_exactly(name, texts):
     renderer = Renderer(TOKENIZERS[name])
     messages = [user(t) if i % 2 == 0 else assistant(t) for i, t in enumerate(texts)]
     row = renderer.render(Conversation(messages))
-    seen = partial(unicodedata.normalize, "NFC") if "nfc" in name else str  # what a tokenizer keeps of a text
-    assert renderer.tokenizer.decode(row.input_ids, clean_up_tokenization_spaces=False) == seen(row.text)
-    answers = [seen(expected(name, t)) for t in texts[1::2]]
+    normalize = partial(unicodedata.normalize, "NFC") if "nfc" in name else str  # the text after tokenization
+    assert renderer.tokenizer.decode(row.input_ids, clean_up_tokenization_spaces=False) == normalize(row.text)
+    answers = [normalize(expected(name, t)) for t in texts[1::2]]
     got = trained(renderer, row)
     assert len(got) == len(answers)
     for run, answer in zip(got, answers, strict=True):
-        # a token that begins in the header, such as "\n\n", is not the answer's own: only white space can be lost so
+        # A token that begins in the header, such as "\n\n", is not trained: this can only lose white space.
         assert answer.endswith(run)
         assert not answer.removesuffix(run).strip()
         if name == "marked" or not answer[0].isspace():
@@ -388,7 +388,7 @@ def test_unusual_rows_raise_data_errors(messages, message):
 
 
 def sentence_piece_like():
-    """BPE over words with a leading space mark, bytes as fallback, and a prompt that ends in a space."""
+    """Return a BPE tokenizer with space marks and byte fallback, and a prompt that ends in a space."""
     template = (
         "{%- for m in messages %}{{- m.role + ': ' }}{%- if m.role == 'assistant' %}{{- m.content + eos_token }}"
         "{%- else %}{{- m.content + '\n' }}{%- endif %}{%- endfor %}"
@@ -403,7 +403,7 @@ def sentence_piece_like():
     trainer = trainers.BpeTrainer(vocab_size=340, special_tokens=special, show_progress=False)
     tokenizer.train_from_iterator(["assistant: the fox user: the fox system: the fox over"] * 9, trainer)
     content = json.loads(tokenizer.to_str())
-    content["added_tokens"] = content["added_tokens"][:2]  # the bytes are ordinary entries
+    content["added_tokens"] = content["added_tokens"][:2]  # the bytes are normal entries
     tokenizer = Tokenizer.from_str(json.dumps(content))
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>", chat_template=template

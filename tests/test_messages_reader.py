@@ -45,7 +45,7 @@ def test_messages_conversation() -> None:
             {"role": "assistant", "content": "Done."},
         ],
         "tools": [{"type": "function", "function": BAKE}, NAP],
-        "created": object(),  # other columns are not looked at
+        "created": object(),  # other columns are ignored
     }
     conversation, _ = kept(messages, row)
     assert shape(conversation)[:3] == [
@@ -252,7 +252,7 @@ def test_coercion_never_changes_a_fitting_value(kind: str, value: Any) -> None:
 
 
 def test_typed_content() -> None:
-    """LLaMA-Factory's parts: reasoning goes, calls are calls, one tool message answers them all."""
+    """LLaMA-Factory's parts: reasoning is removed, and one tool message answers all calls."""
     declared = {
         "name": "bake",
         "description": "",
@@ -263,17 +263,17 @@ def test_typed_content() -> None:
     calls = ['{"name": "bake", "arguments": {"grams": "5"}}', '{"name": "nap", "arguments": {}}']
     results = [{"tool_call_id": "x", "name": "bake", "content": {"ok": 1}}, {"name": "nap", "content": "rested"}]
 
-    def said(role: str, *parts: tuple[str, str]) -> dict[str, Any]:
+    def typed_message(role: str, *parts: tuple[str, str]) -> dict[str, Any]:
         return {"role": role, "content": [{"type": kind, "value": value} for kind, value in parts]}
 
     row = {
         "tools": json.dumps([{"type": "function", "function": tool} for tool in (declared, flat)]),
         "messages": [
-            said("system", ("text", "Be brief.")),
-            said("user", ("text", "Go")),
-            said("assistant", ("reasoning", "Both."), *(("tool_call", call) for call in calls)),
-            said("tool", ("text", json.dumps(results))),
-            said("assistant", ("reasoning", "Say so."), ("text", "Done.")),
+            typed_message("system", ("text", "Be brief.")),
+            typed_message("user", ("text", "Go")),
+            typed_message("assistant", ("reasoning", "Both."), *(("tool_call", call) for call in calls)),
+            typed_message("tool", ("text", json.dumps(results))),
+            typed_message("assistant", ("reasoning", "Say so."), ("text", "Done.")),
         ],
     }
     conversation, repairs = kept(messages, row)
@@ -299,6 +299,6 @@ def test_typed_content() -> None:
         ([("tool_call", "bake()")], "call not JSON"),
         ([("text", "a"), ("text", None)], "content that is not text"),
     ):
-        assert reason(messages, {**row, "messages": [row["messages"][1], said("assistant", *parts)]}) == why
-    asked = said("user", ("tool_call", calls[0]))
-    assert reason(messages, {**row, "messages": [asked]}) == "part of an unknown kind ('tool_call')"
+        assert reason(messages, {**row, "messages": [row["messages"][1], typed_message("assistant", *parts)]}) == why
+    invalid = typed_message("user", ("tool_call", calls[0]))
+    assert reason(messages, {**row, "messages": [invalid]}) == "part of an unknown kind ('tool_call')"

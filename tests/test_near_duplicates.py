@@ -61,11 +61,11 @@ def test_few_rows_are_compared(texts: list[str]) -> None:
 
 
 def test_calls_and_tools_distinguish_rows() -> None:
-    def asked(n: int, tools: tuple[str, ...]) -> Conversation:
+    def make_row(n: int, tools: tuple[str, ...]) -> Conversation:
         call = {"function": {"name": "act", "arguments": {"n": n}}}
         messages = [{"role": "user", "content": "do it"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
         return Conversation(messages, [{"type": "function", "function": {"name": name}} for name in tools])
 
-    assert similarity(asked(1, ("act",)), asked(1, ("act",))) == 1
-    assert similarity(asked(1, ("act",)), asked(2, ("act",))) < 0.8
-    assert similarity(asked(1, ("act",)), asked(1, ("act", "wait", "see"))) < 0.8
+    assert similarity(make_row(1, ("act",)), make_row(1, ("act",))) == 1
+    assert similarity(make_row(1, ("act",)), make_row(2, ("act",))) < 0.8
+    assert similarity(make_row(1, ("act",)), make_row(1, ("act", "wait", "see"))) < 0.8

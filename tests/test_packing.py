@@ -20,14 +20,14 @@ PAD = 999_999
 
 
 def make_documents(lengths, seed=0):
-    """Every token id occurs once over all documents, so that its origin is known; masks are random."""
+    """Return documents in which every token id occurs once, with random masks."""
     rng = np.random.default_rng(seed)
     ends = np.cumsum([0, *lengths])
     return [(list(range(a, b)), list(rng.random(b - a) < 0.6)) for a, b in pairwise(ends)]
 
 
 def unpack(batch):
-    """A batch's documents as (ids, labels) tuples, padding left out."""
+    """Return a batch's documents as (ids, labels) tuples, without padding."""
     found = []
     for ids, labels, positions in zip(*(t.tolist() for t in batch), strict=True):
         starts = [t for t, p in enumerate(positions) if p == 0]
@@ -43,7 +43,7 @@ def unpack(batch):
 
 
 def expected_documents(documents):
-    """What must come out of rows, from the definition of labels."""
+    """Return the documents that rows must contain, by the definition of labels."""
     return Counter(
         (tuple(ids), tuple([t if m else -100 for t, m in zip(ids[1:], mask[1:], strict=True)] + [-100]))
         for ids, mask in documents
@@ -89,13 +89,13 @@ def test_splitting_keeps_every_token_and_every_label(lengths, seq_len, seed):
         return
     rows = pack(documents, seq_len, long="split", seed=seed, pad_id=PAD)
     pieces = unpack(rows.batch(0, rows.num_rows))
-    whole = {}  # pieces joined again: the ids of a document count upwards
+    joined = {}  # pieces in order of their ids, which increase within a document
     for ids, labels in sorted(pieces):
         origin = next(i for i, (d, _) in enumerate(documents) if d and d[0] <= ids[0] <= d[-1])
-        first, second = whole.get(origin, ((), ()))
-        whole[origin] = (first + ids, second + labels)
-    assert Counter(whole.values()) == expected_documents([d for d in documents if d[0]])
-    # only what does not fit is cut, and only into full rows
+        first, second = joined.get(origin, ((), ()))
+        joined[origin] = (first + ids, second + labels)
+    assert Counter(joined.values()) == expected_documents([d for d in documents if d[0]])
+    # Only documents that do not fit are cut, and only into full rows.
     assert len(pieces) == sum(-(-n // seq_len) for n in lengths)
     assert rows.stats.dropped_documents == 0
 
@@ -146,19 +146,19 @@ def test_packing_to_a_folder_holds_a_bounded_number_of_documents(tmp_path, monke
 def test_rows_repeat_for_a_seed_and_differ_for_another():
     documents = make_documents([5, 9, 3, 7, 8, 2, 6, 4] * 5)
     first, again, other = (pack(documents, 16, seed=s) for s in (1, 1, 2))
-    everything = [r.batch(0, r.num_rows).input_ids for r in (first, again, other)]
-    assert torch.equal(everything[0], everything[1])
-    assert everything[0].shape != everything[2].shape or not torch.equal(everything[0], everything[2])
+    inputs = [r.batch(0, r.num_rows).input_ids for r in (first, again, other)]
+    assert torch.equal(inputs[0], inputs[1])
+    assert inputs[0].shape != inputs[2].shape or not torch.equal(inputs[0], inputs[2])
 
 
 def test_batches_depend_on_the_step_alone():
     documents = make_documents([6] * 40)
     rows, fresh = pack(documents, 12, seed=3), pack(documents, 12, seed=3)
     order = [7, 0, 3, 7, 12, 1]
-    seen = {step: rows.batch(step, 3).input_ids for step in order}
+    batches = {step: rows.batch(step, 3).input_ids for step in order}
     for step in sorted(set(order)):
-        assert torch.equal(seen[step], fresh.batch(step, 3).input_ids)
-    # two processes of batch 3 see what one of batch 6 sees
+        assert torch.equal(batches[step], fresh.batch(step, 3).input_ids)
+    # Two processes with batch 3 have the rows of one process with batch 6.
     both = torch.cat([rows.batch(4 * 2 + r, 3).input_ids for r in range(2)])
     assert torch.equal(both, rows.batch(4, 6).input_ids)
 
@@ -168,7 +168,7 @@ def test_every_epoch_has_every_row_once_in_another_order():
     passes = [rows.batch(epoch, rows.num_rows).input_ids[:, 0].tolist() for epoch in range(3)]
     assert sorted(passes[0]) == sorted(passes[1]) == sorted(passes[2])
     assert len({tuple(p) for p in passes}) == 3
-    across = rows.batch(1, 15).input_ids[:, 0].tolist()  # 20 rows: 15..19 of one pass, 0..9 of the next
+    across = rows.batch(1, 15).input_ids[:, 0].tolist()  # 20 rows: 15..19 of one epoch, 0..9 of the next
     assert across == passes[0][15:] + passes[1][:10]
     assert len(rows.batch(0, 50).input_ids) == 50
 
@@ -186,7 +186,7 @@ def test_rows_are_full():
 
 
 def test_a_pair_of_documents_fills_a_gap_better_than_one():
-    """Rows of few documents: best fit alone leaves 1 to 6 % empty."""
+    """With few documents per row, best fit without pairs leaves 1 to 6 % empty."""
     lengths = np.random.default_rng(0).normal(330, 120, 3000).clip(100, 1000).astype(int)
     documents = [(np.zeros(n, np.int32), np.ones(n, bool)) for n in lengths]
     rows = pack(documents, 1024)
@@ -196,7 +196,7 @@ def test_a_pair_of_documents_fills_a_gap_better_than_one():
 
 
 def test_short_documents_are_kept_for_rows_that_need_them():
-    """Six in ten are longer than half a row: such need a row each, so the rows cannot be fewer, and are not more."""
+    """Six in ten documents are longer than half a row and need a row each, so 1800 rows are the minimum."""
     rng = np.random.default_rng(0)
     lengths = np.concatenate([rng.integers(257, 430, 1800), rng.integers(80, 257, 1200)])
     documents = [(np.zeros(n, np.int32), np.ones(n, bool)) for n in rng.permutation(lengths)]

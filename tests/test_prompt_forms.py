@@ -75,15 +75,15 @@ def reply_of(message):
 @given(forms)
 @settings(max_examples=80, deadline=None)
 def test_a_row_written_as_text_has_the_same_content(form) -> None:
-    told = write_as_text(ROW, form)
-    roles = [message["role"] for message in told.messages]
+    flattened = write_as_text(ROW, form)
+    roles = [message["role"] for message in flattened.messages]
     assert roles == ["system", "user", "assistant", "user", "assistant", "user", "assistant"]
-    assert (told.tools, told.form, told.source, told.id) == ([], None, "tests", "1")
-    assert all(message.keys() == {"role", "content"} for message in told.messages)
-    said = [m["content"] for m in told.messages if m["role"] == "assistant"]
-    assert [call_form(form.calls).read(text) for text in said] == [reply_of(ROW.messages[i]) for i in ANSWERS]
-    system, asked, later = (told.messages[i]["content"] for i in (0, 1, 3))
-    holder, other = (system, asked) if form.place == "system" else (asked, system)
+    assert (flattened.tools, flattened.form, flattened.source, flattened.id) == ([], None, "tests", "1")
+    assert all(message.keys() == {"role", "content"} for message in flattened.messages)
+    answers = [m["content"] for m in flattened.messages if m["role"] == "assistant"]
+    assert [call_form(form.calls).read(text) for text in answers] == [reply_of(ROW.messages[i]) for i in ANSWERS]
+    system, question, later = (flattened.messages[i]["content"] for i in (0, 1, 3))
+    holder, other = (system, question) if form.place == "system" else (question, system)
     assert write_tools(ROW.tools, form.tools) in holder
     assert any(sentence in holder for sentence in call_form(form.calls).request)
     assert other == ("What is new of Köln and Bonn?" if form.place == "system" else "Be brief.")
@@ -98,14 +98,14 @@ def test_a_row_written_as_text_has_the_same_content(form) -> None:
 def test_a_prompt_is_a_prefix_of_the_row_and_the_loss_covers_the_assistants_text(renderer, form) -> None:
     row = replace(ROW, form=form)
     rendered = renderer.render(row)
-    told = write_as_text(ROW, form).messages
+    flattened = write_as_text(ROW, form).messages
     runs, previous = [], False
     for token, on in zip(rendered.input_ids, rendered.loss_mask, strict=True):
         if on:
             runs = [*runs[:-1], [*runs[-1], token]] if previous else [*runs, [token]]
         previous = on
-    wanted = [m["content"] + "<|assistant_end|>" for m in told if m["role"] == "assistant"]
-    assert [renderer.tokenizer.decode(run) for run in runs] == wanted
+    expected = [m["content"] + "<|assistant_end|>" for m in flattened if m["role"] == "assistant"]
+    assert [renderer.tokenizer.decode(run) for run in runs] == expected
     for i in ANSWERS:
         prompt = renderer.prompt_ids(row.messages[:i], row.tools, row.form)
         assert rendered.input_ids[: len(prompt)] == prompt
@@ -128,12 +128,12 @@ def test_a_row_without_tools_stays_unchanged(form) -> None:
 
 @given(forms)
 def test_tools_are_listed_in_a_row_without_a_system_message(form) -> None:
-    told = write_as_text(Conversation([user("Sing!"), assistant("I cannot.")], [NEWS]), form).messages
-    assert [m["role"] for m in told] == ["system"] * (form.place == "system") + ["user", "assistant"]
-    assert write_tools([NEWS], form.tools) in told[0]["content"]
-    assert told[-1]["content"] == "I cannot."
+    flattened = write_as_text(Conversation([user("Sing!"), assistant("I cannot.")], [NEWS]), form).messages
+    assert [m["role"] for m in flattened] == ["system"] * (form.place == "system") + ["user", "assistant"]
+    assert write_tools([NEWS], form.tools) in flattened[0]["content"]
+    assert flattened[-1]["content"] == "I cannot."
     if form.place == "system":
-        assert told[1] == user("Sing!")
+        assert flattened[1] == user("Sing!")
 
 
 def test_phrasings_differ_and_repeat_after_the_last() -> None:
@@ -184,8 +184,10 @@ def test_replies_are_scored_in_the_form_of_the_prompt() -> None:
     row = Conversation([user("news of Rome?"), assistant(None, (1, "find_news", {"about": "Rome"}))], [NEWS])
     written = {name: form.write([Call("find_news", {"about": "Rome"})]) for name, form in CALL_FORMS.items()}
     for name in CALL_FORMS:
-        asked = replace(row, form=PromptForm(calls=name))
-        assert split_question(asked)[1] == [("find_news", {"about": "Rome"})]
-        right = {n for n, text in written.items() if score_replies([asked], [text]).exact == 1.0}
-        assert right == ({"xlam", "mistral"} if name == "xlam" else {name})  # behind mistral's mark is a list as xlam's
+        row_with_form = replace(row, form=PromptForm(calls=name))
+        assert split_question(row_with_form)[1] == [("find_news", {"about": "Rome"})]
+        right = {n for n, text in written.items() if score_replies([row_with_form], [text]).exact == 1.0}
+        assert right == (
+            {"xlam", "mistral"} if name == "xlam" else {name}
+        )  # after its mark, mistral writes a list like xlam
     assert score_replies([row], [written["hermes"]]).exact == 1.0

@@ -92,8 +92,8 @@ def test_random_rows_never_crash_a_reader_of_questions(reader: Any, row: Any) ->
 
 
 def test_the_configuration_of_the_hub_is_requested(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
-    monkeypatch.setattr("poe.data.readers.hub_rows", lambda *where, **how: asked.append((*where, how)) or [])
+    requests: list[Any] = []
+    monkeypatch.setattr("poe.data.readers.hub_rows", lambda *where, **how: requests.append((*where, how)) or [])
     for name in ("gsm8k", "alpaca"):
         assert list(READERS[name].read(None, None)) == []  # type: ignore[arg-type]
-    assert asked == [("openai/gsm8k", "gsm8k", {"config": "main"}), ("tatsu-lab/alpaca", "alpaca", {"config": None})]
+    assert requests == [("openai/gsm8k", "gsm8k", {"config": "main"}), ("tatsu-lab/alpaca", "alpaca", {"config": None})]

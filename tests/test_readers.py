@@ -51,7 +51,7 @@ def reason(reader: Any, row: Any) -> str:
 
 
 def shape(conversation: Conversation) -> list[Any]:
-    """(role, content, calls as (name, arguments))"""
+    """Return (role, content, calls as (name, arguments)) of each message."""
     return [
         (
             m["role"],
@@ -63,7 +63,7 @@ def shape(conversation: Conversation) -> list[Any]:
 
 
 def glaive_row(*turns: str, tools: Any = (BAKE,), system: str | None = None) -> dict[str, str]:
-    """A row of the original format; turns are `U:`, `A:` and `F:` texts, end marks are added."""
+    """Return a row in the original format from `U:`, `A:` and `F:` texts, with end marks."""
     heads = {"U": "USER: ", "A": "ASSISTANT: ", "F": "FUNCTION RESPONSE: "}
     chat = "".join(heads[t[0]] + t[2:] + (" <|endoftext|>" if t[0] == "A" else "") + "\n\n\n" for t in turns)
     return {"system": system or WITH + "\n\n".join(json.dumps(t, indent=4) for t in tools) + "\n", "chat": chat}
@@ -403,7 +403,7 @@ def test_xlam_in_the_ms_swift_format() -> None:
         "tools": json.dumps([tool]),
         "answers": json.dumps([json.loads(c["content"]) for c in calls]),
     }
-    assert kept(xlam, original)[0].key() == first.key()  # the two forms of one row are one row
+    assert kept(xlam, original)[0].key() == first.key()  # both formats of a row give the same row
     answers = [{"role": "tool_response", "content": t} for t in ("1", "2")]
     longer, _ = kept(xlam, {**row, "messages": [*row["messages"], *answers, {"role": "assistant", "content": "Done"}]})
     assert [m["role"] for m in longer.messages] == ["user", "assistant", "tool", "tool", "assistant"]

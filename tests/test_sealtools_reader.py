@@ -54,9 +54,9 @@ def row(*calling: dict[str, Any], id: str = "dev-1") -> dict[str, Any]:
 
 
 def prompted(row: dict[str, Any], offered: list[dict[str, Any]]) -> dict[str, Any]:
-    """The same row as a prompt."""
-    asked = f'Choose.\n\nInput:\napi_list = {offered}\ntask_instruction = "{row["query"]}"\nOutput:\n'
-    spoken = [{"from": "human", "value": asked}, {"from": "gpt", "value": str(row["calling"])}]
+    """Return the same row in the fine-tuning format."""
+    prompt = f'Choose.\n\nInput:\napi_list = {offered}\ntask_instruction = "{row["query"]}"\nOutput:\n'
+    spoken = [{"from": "human", "value": prompt}, {"from": "gpt", "value": str(row["calling"])}]
     return {"id": row["id"], "conversations": spoken}
 
 
@@ -102,7 +102,7 @@ def test_a_step_ends_only_before_a_dependent_call() -> None:
 
 @given(st.lists(st.integers(0, 7), min_size=1, max_size=6))
 def test_no_result_name_is_used_before_it_is_shown(uses: list[int]) -> None:
-    """Call k uses the result of call uses[k], if that is an earlier one, and text otherwise."""
+    """Call k uses the result of call uses[k] if that is an earlier call, and text if not."""
     calling = [
         step("weighLoaf", {"loaf": f"API_call_{use}" if use < k else "rye"}, f"API_call_{k}")
         for k, use in enumerate(uses)
@@ -157,9 +157,9 @@ def test_offered_tools_depend_only_on_the_id_and_the_pool() -> None:
     assert drawn == again
     assert all(len(set(names)) == 5 and {"findFlour", "setTimer"} <= set(names) for names in drawn)
     assert len({tuple(names) for names in drawn}) == 40
-    assert {names.index("findFlour") for names in drawn} == {0, 1, 2, 3, 4}  # the called one stands anywhere
+    assert {names.index("findFlour") for names in drawn} == {0, 1, 2, 3, 4}  # the called tool may have any position
     many = [step(f"other{i}", {"a": 1}, "API_call_0") for i in range(6)]
-    assert len(offered(read(row(*many, many[0]))[0][0])) == 8  # two that are not called, at least
+    assert len(offered(read(row(*many, many[0]))[0][0])) == 8  # at least two that are not called
     assert len(offered(read(row(FIND), {"findFlour": POOL["findFlour"]})[0][0])) == 1
 
 

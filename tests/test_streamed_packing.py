@@ -26,7 +26,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Source:
-    """Texts of one letter each, `a` of them, `b` ...; counts what is read and what is tokenized."""
+    """Texts that repeat one letter each. Counts the texts that are read and tokenized."""
 
     def __init__(self, lengths: list[int]) -> None:
         self.lengths = lengths
@@ -57,12 +57,12 @@ def same(one: Any, other: Any) -> bool:
     st.lists(st.integers(0, 30), min_size=1, max_size=6),
 )
 @settings(max_examples=50, deadline=None)
-def test_a_step_has_the_same_rows_in_any_order_of_steps(lengths: list[int], per_step: int, asked: list[int]) -> None:
+def test_a_step_has_the_same_rows_in_any_order_of_steps(lengths: list[int], per_step: int, steps: list[int]) -> None:
     rows = Source(lengths).rows(seed=3)
     in_order = [rows.batch(step, per_step) for step in range(31)]
     assert all(batch.input_ids.shape == (per_step, SEQ_LEN) for batch in in_order)
     other = Source(lengths).rows(seed=3)
-    for step in asked:
+    for step in steps:
         assert same(other.batch(step, per_step), in_order[step])
 
 
@@ -110,9 +110,9 @@ def test_a_resumed_run_packs_no_chunk_again(tmp_path: Path) -> None:
         assert same(rows.batch(step, 3), expected[step])
     assert again.encoded < first / 5
     assert rows.passes > 2
-    index.write_text(index.read_text()[:-5])  # killed while it was written
+    index.write_text(index.read_text()[:-5])  # as if the process was killed while writing
     assert same(Source(lengths).rows(index=index, resume=True).batch(149, 3), expected[149])
-    Source([9] * 100).rows(index=index)  # another run begins: what is noted is not its own
+    Source([9] * 100).rows(index=index)  # a new run does not use the old index
     with pytest.raises(DataError, match="have changed since the run began: chunk 0"):
         Source([8] * 100).rows(index=index, resume=True)
 

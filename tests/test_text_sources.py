@@ -23,9 +23,9 @@ TEXTS = ["One text.\nTwo lines.", "Ünï-\u2028code 日本語 🙂", "Third."]
 def read(spec: str) -> tuple[list[str], dict[str, int]]:
     report = DropReport()
     texts = [document.text for document in documents(spec, report=report)]
-    said = report.as_dict()["text"]
-    assert said["read"] == said["kept"] + sum(said["dropped"].values())
-    return texts, said["dropped"]
+    counts = report.as_dict()["text"]
+    assert counts["read"] == counts["kept"] + sum(counts["dropped"].values())
+    return texts, counts["dropped"]
 
 
 def as_lines(rows: list[Any]) -> bytes:
@@ -110,9 +110,9 @@ def test_a_truncated_file_gives_the_text_before_the_break(
     words = random.Random(0)
     rows = [{"text": f"{n} {words.getrandbits(200):x}"} for n in range(20_000)]
     for name, data in (("a.jsonl", as_lines(rows)), ("a.txt", b"\n".join(r["text"].encode() for r in rows))):
-        whole = compress(data)
+        compressed = compress(data)
         path = tmp_path / f"{name}{suffix}"
-        path.write_bytes(whole[: len(whole) * 3 // 4])
+        path.write_bytes(compressed[: len(compressed) * 3 // 4])
         texts, dropped = read(f"text={path}")
         assert dropped == {"truncated file": 1}
         assert len("".join(texts)) > 300_000
@@ -169,16 +169,16 @@ def test_files_are_interleaved_by_size(tmp_path: Path) -> None:
 
 
 class Hub:
-    """Stands in for the Hub: what was asked of `load_dataset`, and rows that may break off."""
+    """A fake Hub that records the requests to `load_dataset` and can fail while reading."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, rows: Callable[[], Iterator[Any]]) -> None:
         datasets, hub = pytest.importorskip("datasets"), pytest.importorskip("huggingface_hub")
         info = type("Info", (), {"sha": "c0ffee"})
         monkeypatch.setattr(hub.HfApi, "dataset_info", lambda *a, **k: info)
-        self.asked: list[Any] = []
+        self.requests: list[Any] = []
 
         def load(*names: Any, **options: Any) -> Any:
-            self.asked.append((names, options))
+            self.requests.append((names, options))
             return datasets.IterableDataset.from_generator(rows)
 
         monkeypatch.setattr(datasets, "load_dataset", load)
@@ -196,10 +196,10 @@ def test_a_data_set_of_the_hub_is_streamed_at_one_revision(monkeypatch: pytest.M
     hub = Hub(monkeypatch, rows)
     texts = [text.text for text in islice(documents("text=some/set"), 3)]
     assert texts == ["row 1", "row 2", "row 3"]
-    assert taken < 10  # an endless set is read as far as it is needed
+    assert taken < 10  # an endless set is only read as far as needed
     next(documents("text=some/set/english"))
     options = {"split": "train", "streaming": True, "revision": "c0ffee"}
-    assert hub.asked == [(("some/set", None), options), (("some/set", "english"), options)]
+    assert hub.requests == [(("some/set", None), options), (("some/set", "english"), options)]
 
 
 def test_a_data_set_that_fails_while_reading_raises_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,7 +221,7 @@ def test_an_existing_path_is_not_looked_up_on_the_hub(tmp_path: Path, monkeypatc
     assert read("text=some/set")[0] == ["near"]
     with pytest.raises(DataError, match=r"No file or folder 'some/other\.txt'"):
         read("text=some/other.txt")
-    assert not hub.asked
+    assert not hub.requests
 
 
 def test_only_generated_sources_count_as_generated() -> None:

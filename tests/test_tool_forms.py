@@ -151,7 +151,7 @@ def test_json_forms_contain_the_tools_unchanged(tools) -> None:
 
 
 def leaves_of(schema) -> list[str]:
-    """What of a schema must be told, in the two notations it may be told in."""
+    """Return the parts of a schema that must be written, in both possible notations."""
     if isinstance(schema, dict):
         return [leaf for key, value in schema.items() if key not in ("type", "title") for leaf in leaves_of(value)]
     return [leaf for value in schema for leaf in leaves_of(value)] if isinstance(schema, list) else [schema]

@@ -44,7 +44,7 @@ PROJECTION = {"lookIntoOven": ["/ovens/{oven}", "get"], "bakeLoaf": ["/loaves", 
 
 
 def api(*answers: Any, document: Any = DOCUMENT, projection: Any = PROJECTION) -> dict[str, Any]:
-    """An API with one question per answer; an answer is a list of (function, arguments as text or object)."""
+    """Return an API with one question per answer, a list of (function, arguments as text or object)."""
     return {
         "Name": "Bakery",
         "Documentation": json.dumps(document),
@@ -95,7 +95,7 @@ def test_empty_text_for_optional_arguments_is_left_out() -> None:
     conversation, repairs = kept(toolalpaca, api([("lookIntoOven", {"oven": 3, "side": "", "page": ""})]))
     assert shape(conversation)[1][2] == [("lookIntoOven", {"oven": 3})]
     assert repairs == {"empty text for an optional argument left out": 1}
-    blank = [("bakeLoaf", {"flour": ""})]  # required, and text: empty is what it says
+    blank = [("bakeLoaf", {"flour": ""})]  # required text: the empty text stays
     assert shape(kept(toolalpaca, api(blank))[0])[1][2] == blank
     assert reason(toolalpaca, api([("lookIntoOven", {"oven": ""})])) == "argument of another type than declared"
 
@@ -115,7 +115,7 @@ def test_answers_that_cannot_be_converted_are_dropped(answer: Any, why: str) -> 
 
 
 def changed(**places: Any) -> dict[str, Any]:
-    """The document with the named components' schemas replaced."""
+    """Return the document with other schemas for the named components."""
     document = json.loads(json.dumps(DOCUMENT))
     document["components"]["schemas"] = places
     return document

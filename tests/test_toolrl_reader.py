@@ -15,7 +15,7 @@ NAP = ("nap.v2", {"minutes": {"description": "How long", "type": "int, optional"
 
 
 def row(answer: str, *history: str, tools: Any = (BAKE, NAP)) -> dict[str, Any]:
-    """A row whose dialogue so far is the blocks of `history`."""
+    """Return a row with the blocks of `history` as the dialogue so far."""
     listed = "\n".join(
         f"{number}. Name: {name}\nDescription: {name} does it\nParameters: {json.dumps(parameters)}"
         for number, (name, parameters) in enumerate(tools, 1)
