@@ -296,7 +296,7 @@ def test_a_push_is_checked_first(hub: FakeHub, saved_base, tmp_path: Path) -> No
     publish_base(saved_base())
     publish_base(saved_base(seed=1), "me/other")
     folder = stage_folder(saved_base, tmp_path)
-    with pytest.raises(DeltaError, match=r"not fit to be published: base: Wrong base"):
+    with pytest.raises(DeltaError, match=r"cannot be published: base: Wrong base"):
         plan_upload(folder, "me/t", base="me/other")
     with pytest.raises(LineageError, match="base should be a repository on the Hub, got the folder"):
         plan_upload(folder, "me/t", base=str(saved_base()))

@@ -234,7 +234,7 @@ class Bomb:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("model_000010.pt", {"lm_head.weight": Bomb()}, "tensors alone"),
+        ("model_000010.pt", {"lm_head.weight": Bomb()}, "only tensors"),
         ("token_bytes.pt", Bomb(), "not one tensor"),
         ("tokenizer.pkl", Bomb(), "pickle of a tiktoken Encoding"),
         ("token_bytes.pt", torch.ones(499), "another tokenizer"),

@@ -136,7 +136,7 @@ class Cascade:
         """Add a new stage and make it active. A new stage does not change the model's output.
 
         `recipe` is a recipe's name, a recipe, a `StageConfig`, or None. `fields` are fields of `StageConfig` and
-        override the recipe's: `add_stage(name="mine", num_layers=2)`. The weights depend on `seed` alone and are in
+        override the recipe's: `add_stage(name="mine", num_layers=2)`. The weights depend only on `seed` and are in
         `dtype` (default: the base's). Raises `StageError` for a wrong field or a name that is taken.
         """
         known = [field.name for field in dataclasses.fields(StageConfig)]
@@ -292,7 +292,7 @@ class Cascade:
         `strategy` is one of `poe.decoding`: `Exit(depth)` uses the first layers of the base; `AdaptiveDepth` (from
         `calibrate_depth`) lets each token leave at the first exit that is confident enough; `SelfSpeculation` (from
         `calibrate_draft`, or `SelfSpeculation(depth)`) drafts with an exit and verifies with full depth, which changes
-        the time alone.
+        only the time.
 
         A list of stages has one for each row of the batch, in one pass through the base; "auto" chooses with `route`.
         With `return_dict_in_generate` the output then has the rows' `stages`, and after "auto" the `routing`.

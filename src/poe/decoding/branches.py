@@ -46,8 +46,8 @@ class BranchedModel(nn.Module):
     ) -> tuple[list[Tensor], Cache | None]:
         """Token ids (B, T) -> each expert's normalized states (its rows, kept positions, D), and the cache.
 
-        `rows` has each expert's row indices in rising order (default: all rows). A stage runs on the rows of the
-        experts above it alone. `inputs` are those of the backbone.
+        `rows` has each expert's row indices in rising order (default: all rows). A stage runs only on the rows of the
+        experts above it. `inputs` are those of the backbone.
         """
         rows = rows or [None] * len(self.experts)
         for branch in self._branches.values():
@@ -160,7 +160,7 @@ class _Branch(SkippedLayer):
         super().__init__(stage.layers[0])
         self.experts, self.slots = experts, range(slot, slot + len(stage.layers))
         self._stage_layers = tuple(stage.layers)
-        self._shift = slot - stage.below  # the layers use the slots of a model with this stage alone
+        self._shift = slot - stage.below  # the layers use the slots of a model with only this stage
 
     def output(self) -> State:
         """Return the output of the last layer, and its rows."""

@@ -169,7 +169,7 @@ def compose(
     """Return the product of stages (None: the base) with these weights, equal ones if only names are given.
 
     Raises `DecodingError` for an unknown mode or invalid weights: those of "log_op" must not be negative and must sum
-    to one; those of "delta" must be finite and for stages alone.
+    to one; those of "delta" must be finite and only for stages.
     """
     if mode not in MODES:
         raise DecodingError(f"The mode of a product must be one of {', '.join(map(repr, MODES))}, got {mode!r}.")

@@ -253,7 +253,7 @@ class _Rows:
             tokens = tokens * self._running + self._pad * (1 - self._running)
         self.ids = torch.cat([self.ids, tokens[:, None]], dim=1)
         self._running = self._running & ~self._criteria(self.ids, tuple(self.scores) if self.scores else None)
-        if self._pads_finished_rows:  # a finished row gets padding alone, so the others need not wait for it
+        if self._pads_finished_rows:  # a finished row gets only padding, so the others need not wait for it
             self.unfinished = self._running == 1
         if self._streamer is not None:
             self._streamer.put(tokens.cpu())

@@ -1,1 +1,1 @@
-"""Everything that turns files into a cascade and back."""
+"""Load bases and stages from files, save them, and publish them."""

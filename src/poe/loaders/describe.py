@@ -1,4 +1,4 @@
-"""Descriptions for people: of a folder or repository from its configs and headers, and of a cascade in memory."""
+"""Describe a folder or repository from its configs and headers, and summarize a cascade in memory."""
 
 import json
 import math

@@ -85,7 +85,7 @@ def plan_upload(
     failed = [check for check in verify(folder, base=base, access=access) if not check.ok]
     if failed:
         raise DeltaError(
-            f"{folder} is not fit to be published: "
+            f"{folder} cannot be published: "
             + "; ".join(f"{check.name}: {check.detail}" for check in failed)
             + " (`poe verify` shows every check.)"
         )

@@ -56,7 +56,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             else torch.load(path, map_location="cpu", weights_only=True)
         )
     except Exception as error:  # errors of the archive, of the header, or of a refused class
-        raise SourceError(f"{path} is not a file of tensors alone: {error}. Nothing was imported.") from error
+        raise SourceError(f"{path} is not a file of only tensors: {error}. Nothing was imported.") from error
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise SourceError(f"{path}: expected a mapping of names to tensors, got {type(content).__name__}.")
     return {str(name).removeprefix("_orig_mod."): tensor for name, tensor in content.items()}

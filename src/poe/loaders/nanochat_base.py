@@ -185,7 +185,7 @@ def build_config(
         value_gate_channels=next(iter(gates.values()), PoEConfig.value_gate_channels),
         value_gate_scale=layout.gate_scale,
         layer_types=[names[kind] for kind in kinds] if "S" in kinds else None,
-        # nanochat counts the earlier tokens alone, transformers also the current one
+        # nanochat counts only the earlier tokens, transformers also the current one
         sliding_window=layout.short_window(sizes["sequence_len"]) + 1 if "S" in kinds else None,
         smear_channels=None if smear_gate is None else smear_gate.shape[1],
         backout_layer=depth // 2 if "model.backout_scale" in tensors else None,

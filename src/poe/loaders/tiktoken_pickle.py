@@ -103,8 +103,8 @@ class _Machine:
                     raise _UnsupportedPickleError("it ends before an Encoding is made")
                 return self.state
             elif name not in ("PROTO", "FRAME"):
-                raise _UnsupportedPickleError(f"opcode {name} at byte {position} has no place in one")
-        raise _UnsupportedPickleError("it has no end")
+                raise _UnsupportedPickleError(f"it has the unsupported opcode {name} at byte {position}")
+        raise _UnsupportedPickleError("it has no STOP opcode")
 
     def _name_class(self) -> None:
         name, module = self.stack.pop(), self.stack.pop()
@@ -130,11 +130,11 @@ class _Machine:
 
     def _put(self, target: Any, items: list[Any]) -> None:
         if type(target) is not dict or any(type(key) not in (str, bytes) for key in items[::2]):
-            raise _UnsupportedPickleError("it fills something that is not a dictionary of tokens")
+            raise _UnsupportedPickleError("it fills an object that is not a dictionary of tokens")
         target.update(zip(items[::2], items[1::2], strict=True))
 
     def _take_state(self) -> None:
         state = self.stack.pop()
         if self.state is not None or self.stack[-1] is not self.instance or type(state) not in (dict, str):
-            raise _UnsupportedPickleError("it gives a state to something else")
+            raise _UnsupportedPickleError("it sets the state of another object")
         self.state = state

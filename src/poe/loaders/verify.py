@@ -81,7 +81,7 @@ class _Files:
         for file in package_files:
             path = fetch(self.repo, file.name, self.access, self.revision)
             if path is None:
-                raise DeltaError(f"{file.name} is missing: it cannot be opened without the package. Save it again.")
+                raise DeltaError(f"{file.name} is missing, which the stage needs without the package: save it again.")
             if Path(path).read_bytes() != file.read_bytes():
                 raise DeltaError(
                     f"{file.name} is not the one of this package: it was changed, or comes from another version. "

@@ -19,7 +19,7 @@ def with_early_layers(base: PoEForCausalLM, **changes: Any) -> PoEForCausalLM:
 
     `changes` to the config set the number of layers. The old layers read the embedding again, so `layer_scalars` must
     be on or among the changes. The reason: the residual stream of a base that predicts after few layers is forty times
-    as large as the embedding, and layers that read the stream alone would have to unlearn (docs/log.md has the
+    as large as the embedding, and layers that read only the stream would have to unlearn (docs/log has the
     numbers). The prediction equals the base's up to rounding. Raises `ValueError` for a config that does not contain
     the base, or without scalars.
     """

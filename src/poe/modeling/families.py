@@ -111,7 +111,7 @@ def grown_config(config: PreTrainedConfig, family: Family, below: int, count: in
         # In the base no layer has a window; with more layers the same number would give one to the new layers.
         grown.max_window_layers = max(config.max_window_layers, total)
     if getattr(grown, "stage_layers", None):
-        # A grown PoE base predicts at its top alone. The head below the new layers is folded into theirs.
+        # A grown PoE base predicts only at its top. The head below the new layers is folded into theirs.
         grown.stage_layers, grown.stage_heads, grown.combiner = None, False, "last"
     if (getattr(grown, "backout_layer", None) or 0) >= below:
         grown.backout_layer = None  # that layer is skipped, and no new layer replaces it

@@ -24,7 +24,7 @@ def build_layers(
 ) -> nn.ModuleList:
     """Return `count` new decoder layers of the base's class, for the place above `below` layers.
 
-    The family initializes them on the CPU from `seed` alone, so the values do not depend on the device. The modules
+    The family initializes them on the CPU from `seed`, so the values do not depend on the device. The modules
     that write into the residual stream then write zero, so the new layers are the identity. They are in `dtype`
     (default: the base's) on the device of the layer below them, in plain tensors without quantization or offloading.
     """

@@ -79,8 +79,8 @@ class FoldedHead(nn.Module):
     """The head of a grown model: the base's weight plus each stage's delta, folded into one (vocabulary, width) matrix.
 
     It has the attributes of the `nn.Linear` that it replaces. The sum runs in fp32 in chain order and is cast to the
-    base's dtype, so every way of loading computes the same weight. Gradients reach `deltas[-1]`, the last stage's own,
-    alone. Without gradients the folded weight is cached until one of its parts changes. The state dict is that of a
+    base's dtype, so every way of loading computes the same weight. Gradients reach only `deltas[-1]`, the last stage's
+    own. Without gradients the folded weight is cached until one of its parts changes. The state dict is that of a
     linear layer, so `save_pretrained` writes an ordinary checkpoint.
     """
 

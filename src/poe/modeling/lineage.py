@@ -200,7 +200,7 @@ def resolve_lineage(
     embedded: Sequence[str] = (),
     known_base: BaseSource | None = None,
 ) -> Lineage:
-    """Find the parents and the base of a stage. Reads small files alone.
+    """Find the parents and the base of a stage. Reads only small files.
 
     The base is at `base`, else at the environment variable `POE_BASE`, else where the stage names it. If it is not
     there, the `embedded` folders are searched. `known_base` is a base that is open already; then none is searched.
@@ -295,7 +295,7 @@ def check_stage_config(config: dict[str, Any], path: str) -> None:
 def _resolve_named_repo(stage: StageSource, repo: str) -> str:
     """Return the location of the parent or base that a stage names. Raises `SourceError` if it is not allowed.
 
-    A path must be relative to the stage's own folder. A stage from the Hub may name Hub repositories alone, so that a
+    A path must be relative to the stage's own folder. A stage from the Hub may name only Hub repositories, so that a
     stranger's repository cannot choose which folder of this machine is read.
     """
     if not is_path(repo):

@@ -109,12 +109,12 @@ def build_stage(
 ) -> Stage:
     """Return a new stage on a base (and a parent). It does not change the output of what lies below it.
 
-    Its values depend on `seed` alone. They are in `dtype` (default: the base's), on the devices of the base's last
+    Its values depend only on `seed`. They are in `dtype` (default: the base's), on the devices of the base's last
     layer and head. Raises `FamilyError` for a base that cannot be grown, `StageError` for a config that does not fit.
     """
     family = recognize_family(base)
     depth = base.config.num_hidden_layers if parent is None else parent.below + len(parent.layers)
-    below = config.attachment(depth)
+    below = config.layers_below(depth)
     if family.recurrent and below < depth:
         raise StageError(
             f"Stage {config.name!r}: attach_at is {below}, but a base of model type {family.model_type!r} is "

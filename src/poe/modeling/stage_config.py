@@ -1,9 +1,8 @@
 """The configuration of one stage."""
 
-import dataclasses
 import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from .failures import StageError
 
@@ -51,7 +50,7 @@ class StageConfig:
         if self.attach_at is not None and (not isinstance(self.attach_at, int) or self.attach_at < 1):
             raise StageError(f"Stage {self.name!r}: attach_at must be at least 1 or None, got {self.attach_at!r}.")
 
-    def attachment(self, depth: int) -> int:
+    def layers_below(self, depth: int) -> int:
         """Return the number of layers below the stage, where `depth` is that of the base and its parents."""
         if self.attach_at is None or self.attach_at == depth:
             return depth
@@ -63,7 +62,3 @@ class StageConfig:
         if self.attach_at > depth:
             raise StageError(f"Stage {self.name!r}: attach_at is {self.attach_at}, but the base has {depth} layers.")
         return self.attach_at
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as a dictionary."""
-        return dataclasses.asdict(self)

@@ -118,7 +118,7 @@ def raw_bytes(tensor: torch.Tensor) -> memoryview:
 def write_tensors(
     path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
 ) -> None:
-    """Write a safetensors file atomically; its bytes depend on its content alone.
+    """Write a safetensors file atomically; its bytes depend only on its content.
 
     The file is written under a temporary name in the same folder, flushed to the disk and renamed. An `OSError` (full
     disk, no permission) leaves the previous file.
