@@ -1,4 +1,4 @@
-"""Leaving early: each token gets the prediction of the first exit that is sure, and nothing is approximated."""
+"""Adaptive depth: each token gets the prediction of the first exit that is confident enough."""
 
 import json
 import math
@@ -35,7 +35,7 @@ def median_margin(cascade: Cascade, exit: int) -> float:
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("stage", [None, "top", "low"])
 @pytest.mark.parametrize("name", MODELS)
-def test_who_never_leaves_generates_plainly(name: str, stage: str | None, rows: int) -> None:
+def test_without_early_tokens_generation_is_plain(name: str, stage: str | None, rows: int) -> None:
     cascade, inputs = decoding_cascade(name, stage), prompts(rows)
     plain = cascade.generate(**inputs, **QUIET)
     assert torch.equal(early(cascade, [1, 2], [math.inf, math.inf]).generate(**inputs, **QUIET), plain)
@@ -43,7 +43,7 @@ def test_who_never_leaves_generates_plainly(name: str, stage: str | None, rows: 
 
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("name", MODELS)
-def test_who_always_leaves_is_the_model_that_ends_there(name: str, rows: int) -> None:
+def test_if_all_tokens_leave_at_one_exit_the_model_is_that_exit(name: str, rows: int) -> None:
     cascade, inputs = decoding_cascade(name), prompts(rows)
     plain = cascade.generate(**inputs, **QUIET, strategy=Exit(2))
     assert torch.equal(early(cascade, [2], [-1.0]).generate(**inputs, **QUIET), plain)
@@ -51,7 +51,7 @@ def test_who_always_leaves_is_the_model_that_ends_there(name: str, rows: int) ->
 
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("name", MODELS)
-def test_in_bf16_too(name: str, rows: int) -> None:
+def test_both_extremes_are_exact_in_bf16(name: str, rows: int) -> None:
     """As long as all tokens go the same way, every pass has the plain path's shape: equal to the last bit."""
     cascade, inputs = decoding_cascade(name, dtype=torch.bfloat16), prompts(rows)
     for threshold, exit in ((math.inf, None), (-1.0, 2)):
@@ -104,7 +104,7 @@ def test_sampling_and_beams_go_through_native_generate() -> None:
     assert torch.equal(beams, torch.cat(alone))
 
 
-def test_the_model_below_is_as_it_was() -> None:
+def test_the_model_is_not_changed() -> None:
     cascade, inputs = decoding_cascade("llama"), prompts(2)
     plain = cascade.generate(**inputs, **QUIET)
     early(cascade, [1], [0.0]).generate(**inputs, **QUIET)
@@ -113,7 +113,7 @@ def test_the_model_below_is_as_it_was() -> None:
 
 
 @pytest.mark.parametrize("confidence", CONFIDENCES)
-def test_calibration_keeps_its_word_and_is_remembered(confidence: str, tmp_path) -> None:
+def test_calibration_reaches_its_target_and_can_be_saved(confidence: str, tmp_path) -> None:
     cascade = nearly_settled()
     rows = token_ids(24, 30).tolist()
     exact, most = (cascade.calibrate_depth(rows, agreement=a, confidence=confidence) for a in (1.0, 0.9))
@@ -191,7 +191,7 @@ def test_a_stage_is_calibrated_against_itself() -> None:
         cascade.generate(**prompts(1), strategy=loud, stage=None)
 
 
-def test_what_does_not_fit_is_refused(tmp_path) -> None:
+def test_invalid_calibrations_files_and_caches_are_refused(tmp_path) -> None:
     cascade = nearly_settled()
     rows = token_ids(8, 12).tolist()
     with pytest.raises(DecodingError, match="confidence must be one of margin"):

@@ -83,7 +83,7 @@ def trained(base: Path, name: str = "tool", cascade: Cascade | None = None) -> C
 
 @pytest.mark.parametrize("whole", [False, True], ids=["release", "checkpoint"])
 @pytest.mark.parametrize("suffix", ["safetensors", "pt"])
-def test_their_stage_becomes_a_delta_with_the_same_logits(base, whole: bool, suffix: str, tmp_path: Path) -> None:
+def test_an_imported_stage_gives_the_same_logits(base, whole: bool, suffix: str, tmp_path: Path) -> None:
     original = trained(base)
     (tmp_path / "theirs").mkdir()
     tensors = in_their_layout(original, "tool", whole)
@@ -132,7 +132,7 @@ def change_scalar(tensors: dict[str, Tensor]) -> None:
     ],
     ids=["unknown name", "other head", "other scalars", "missing matrix", "other architecture", "no layers"],
 )
-def test_what_does_not_fit_is_refused_and_leaves_nothing(base, change, error, message: str, tmp_path: Path) -> None:
+def test_files_that_do_not_fit_are_refused_and_leave_nothing(base, change, error, message: str, tmp_path: Path) -> None:
     tensors = in_their_layout(trained(base), "tool")
     change(tensors)
     (tmp_path / "theirs").mkdir()
@@ -149,7 +149,7 @@ class Bomb:
         return (Path.touch, (Path("exploded"),))
 
 
-def test_a_checkpoint_that_is_more_than_tensors_is_refused(base, tmp_path: Path, monkeypatch) -> None:
+def test_a_checkpoint_with_other_objects_is_refused(base, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "theirs").mkdir()
     torch.save({"lm_head.weight": Bomb()}, tmp_path / "theirs" / "model_000001.pt")
@@ -158,7 +158,7 @@ def test_a_checkpoint_that_is_more_than_tensors_is_refused(base, tmp_path: Path,
     assert not (tmp_path / "exploded").exists()
 
 
-def test_only_a_poe_base_carries_them(saved_base, tmp_path: Path) -> None:
+def test_imported_stages_need_a_poe_base(saved_base, tmp_path: Path) -> None:
     with pytest.raises(FamilyError, match="PoE"):
         Cascade.from_pretrained(saved_base("qwen3")).import_stage(tmp_path, "tool")
 

@@ -1,4 +1,4 @@
-"""A model in parts: run one after the other, together or apart in time, they compute what the whole model computes."""
+"""Segments of a model, one after the other or apart in time, compute what the whole model computes."""
 
 import pytest
 import torch
@@ -63,7 +63,7 @@ def whole(model, inputs: Inputs, cuts: list[int]):
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
-def test_parts_in_turn_are_the_whole_model_to_the_last_bit(name: str, stage: str | None, rows: int) -> None:
+def test_segments_equal_the_whole_model_bit_for_bit(name: str, stage: str | None, rows: int) -> None:
     """A prompt, then token by token past the window, with rows padded on the left."""
     cascade, inputs = decoding_cascade(name, stage), Inputs(rows)
     cuts = [1, 2, 4] if stage else [1, 2]
@@ -83,7 +83,7 @@ def test_parts_in_turn_are_the_whole_model_to_the_last_bit(name: str, stage: str
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
-def test_a_lower_part_may_be_ahead_of_an_upper_one(name: str, stage: str | None) -> None:
+def test_a_lower_segment_can_be_ahead_of_an_upper_one(name: str, stage: str | None) -> None:
     """The lower part takes tokens one at a time, the upper ones all of them together, later: nothing else changes."""
     cascade, inputs = decoding_cascade(name, stage), Inputs(4)
     native, _ = whole(model_of(cascade), inputs, [])
@@ -108,7 +108,7 @@ def test_a_lower_part_may_be_ahead_of_an_upper_one(name: str, stage: str | None)
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("removed", [1, 2, 3])
 @torch.no_grad()
-def test_tokens_that_were_taken_back_leave_no_trace(name: str, stage: str | None, removed: int) -> None:
+def test_cropped_tokens_leave_no_trace(name: str, stage: str | None, removed: int) -> None:
     """Other tokens stood where the true ones come: after a crop the caches are as if they had never been."""
     cascade, inputs = decoding_cascade(name, stage), Inputs(4)
     native, _ = whole(model_of(cascade), inputs, [])
@@ -132,7 +132,7 @@ def test_tokens_that_were_taken_back_leave_no_trace(name: str, stage: str | None
 
 
 @torch.no_grad()
-def test_siblings_stand_on_one_trunk() -> None:
+def test_siblings_share_the_lower_segments() -> None:
     """Two stages at two depths start from the trunk's states at their own, each with a cache of its own slots."""
     cascade = decoding_cascade("poe with everything", "low")
     cascade.add_stage(name="t", num_layers=1, seed=5)
@@ -158,7 +158,7 @@ def test_siblings_stand_on_one_trunk() -> None:
             assert torch.equal(logits[real], natives[name](start, end)[0][real])
 
 
-def test_the_base_is_not_touched() -> None:
+def test_the_base_is_not_changed() -> None:
     cascade = decoding_cascade("qwen3 sliding", "top")
     inputs = Inputs(1)
     with torch.no_grad():
@@ -169,7 +169,7 @@ def test_the_base_is_not_touched() -> None:
         assert torch.equal(model_of(cascade)(inputs.ids).logits, before)
 
 
-def test_what_cannot_be_cut_is_refused() -> None:
+def test_invalid_cuts_are_refused() -> None:
     cascade = decoding_cascade("qwen3")
     with pytest.raises(DecodingError, match="model of 4 layers cannot be cut after \\[5\\]"):
         segmented(cascade, [5])

@@ -1,4 +1,4 @@
-"""The delta file: the same bytes every time, exact names, and no damage that goes unseen."""
+"""The delta file: reproducible bytes, exact names, and no undetected damage."""
 
 import json
 import os
@@ -47,7 +47,7 @@ def folder(saved_base, tmp_path: Path) -> Path:
 
 @HEADS
 @pytest.mark.parametrize("stored", [None, torch.float32], ids=["bf16", "fp32"])
-def test_saved_loaded_saved_again_is_the_same_bytes(saved_base, base_name, head, stored, tmp_path) -> None:
+def test_saving_a_loaded_stage_gives_the_same_bytes(saved_base, base_name, head, stored, tmp_path) -> None:
     cascade = make_stage(saved_base, head, base_name)
     first = cascade.save_stage("t", tmp_path / "first", dtype=stored) / "delta.safetensors"
     again = Cascade.from_pretrained(first.parent).save_stage("t", tmp_path / "again") / "delta.safetensors"
@@ -82,7 +82,7 @@ def test_saved_loaded_saved_again_is_the_same_bytes(saved_base, base_name, head,
 
 
 @HEADS
-def test_a_delta_holds_only_what_was_trained(saved_base, head, tmp_path) -> None:
+def test_a_delta_has_only_trained_tensors(saved_base, head, tmp_path) -> None:
     cascade = make_stage(saved_base, head)
     path = cascade.save_stage("t", tmp_path / "t") / "delta.safetensors"
     parameters = cascade.stages["t"].num_parameters()
@@ -134,7 +134,7 @@ def test_a_fingerprint_names_weights_not_files(description: dict, seed: int, tmp
 
 @settings(max_examples=40, deadline=None)
 @given(description=tensor_sets, seed=st.integers(0, 10**6))
-def test_one_bit_makes_another_fingerprint(description: dict, seed: int) -> None:
+def test_one_changed_bit_changes_the_fingerprint(description: dict, seed: int) -> None:
     tensors = realize(description)
     whole = fingerprint_tensors(tensors)
     chosen = [name for name, tensor in tensors.items() if tensor.numel() and tensor.dtype != torch.bool]
@@ -161,7 +161,7 @@ def test_a_fingerprint_can_be_computed_by_hand() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_base_has_one_fingerprint_however_it_is_stored(base_name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_a_base_has_one_fingerprint_in_every_storage(base_name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model = tiny_base(base_name, dtype)
     stored = revert_weight_conversion(model, model.state_dict())
     expected = fingerprint_tensors(stored)
@@ -181,7 +181,7 @@ def test_a_base_has_one_fingerprint_however_it_is_stored(base_name: str, dtype: 
     assert fingerprint_tensors(full) != expected
 
 
-def test_a_fingerprint_is_remembered_until_the_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fingerprint_is_cached_until_the_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = str(tmp_path / "model.safetensors")
     save_file({"a": torch.ones(3)}, path)
     first = fingerprint_files_cached([path])
@@ -269,7 +269,7 @@ def test_a_tampered_delta_is_refused_before_the_base_is_loaded(folder, change, e
         (lambda t: t["layers.0.mlp.up_proj.weight"].mul_(float("inf")), "not finite"),
     ],
 )
-def test_a_forged_delta_with_a_right_fingerprint_is_refused_too(folder, change, message) -> None:
+def test_a_forged_delta_with_a_correct_fingerprint_is_refused(folder, change, message) -> None:
     def forge(tensors: dict, metadata: dict) -> None:
         change(tensors)
         metadata["self_fingerprint"] = fingerprint_tensors(tensors)
@@ -294,7 +294,7 @@ def test_an_incomplete_folder_is_refused(folder: Path, missing: str) -> None:
         Cascade.from_pretrained(folder)
 
 
-def test_values_that_are_not_finite_are_never_written(saved_base, tmp_path: Path) -> None:
+def test_non_finite_values_are_never_written(saved_base, tmp_path: Path) -> None:
     cascade = make_stage(saved_base)
     with torch.no_grad():
         cascade.stages["t"].head.weight[0, 0] = float("nan")
@@ -351,7 +351,7 @@ except OutputError as error:
 @pytest.mark.parametrize(
     "limit", [pytest.param(10, marks=pytest.mark.slow), 3000, pytest.param(20000, marks=pytest.mark.slow)]
 )
-def test_the_kernel_refuses_to_write(saved_base, tmp_path: Path, limit: int) -> None:
+def test_an_unwritable_folder_is_refused(saved_base, tmp_path: Path, limit: int) -> None:
     code = LIMITED.format(
         tests=str(Path(__file__).parent), base=str(saved_base()), limit=limit, target=str(tmp_path / "out" / "t")
     )
@@ -369,7 +369,7 @@ def test_a_target_that_is_a_file_is_refused(saved_base, tmp_path: Path) -> None:
     assert (tmp_path / "t").read_text() == "mine"
 
 
-def test_config_and_card_say_what_the_stage_is(saved_base, tmp_path: Path) -> None:
+def test_config_and_card_describe_the_stage(saved_base, tmp_path: Path) -> None:
     cascade = make_stage(saved_base, "low_rank")
     source = {"hub_id": "me/rows", "conversations": 5, "epochs": 2.0, "license": "mit"}
     training = {
@@ -406,7 +406,7 @@ def test_config_and_card_say_what_the_stage_is(saved_base, tmp_path: Path) -> No
     assert Cascade.from_pretrained(folder).stages["t"].prompt == prompt
 
 
-def test_reading_returns_what_was_written(tmp_path: Path) -> None:
+def test_reading_returns_the_written_tensors(tmp_path: Path) -> None:
     tensors = {"layers.0.w": torch.randn(4, 2), "head.b": torch.randn(3, 1)}
     path = tmp_path / "delta.safetensors"
     fingerprint = write_delta(path, tensors, stage="t", attach_at=2, base_fingerprint="b", dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Leaving a base early, and specialists that stand below its top: any layer of most bases, a boundary of a PoE base."""
+"""Exits of a base, and stages that attach below its top: at any layer of most bases, at a boundary of a PoE base."""
 
 import copy
 
@@ -48,7 +48,7 @@ def test_generating_from_an_exit_is_generating_with_a_shallower_model(name: str)
     assert not torch.equal(cached, cascade.generate(input_ids=ids, **GREEDY))
 
 
-def test_where_a_base_cannot_be_left() -> None:
+def test_depths_without_an_exit_are_refused() -> None:
     ids = token_ids()
     for name, exit, said in (
         ("qwen3", 0, r"exit is after 0 layers, but this base has exits after its layers: expected 1, 2"),
@@ -76,7 +76,7 @@ def low(cascade: Cascade, depth: int, head: str = "dense") -> Cascade:
 
 @pytest.mark.parametrize("name", ["poe-stages", "qwen3-sliding", "gemma3-tied", "phi"])
 @torch.no_grad()
-def test_a_specialist_below_the_top_skips_what_lies_above(name: str, monkeypatch) -> None:
+def test_a_stage_below_the_top_skips_the_layers_above(name: str, monkeypatch) -> None:
     cascade = low(Cascade(tiny_base(name)), exits_of(tiny_base(name).config)[0])
     above = family_of(cascade.base).layers_of(cascade.base)[cascade.stages["low"].below]
     before = cascade.base(token_ids()).logits
@@ -91,7 +91,7 @@ def test_a_specialist_below_the_top_skips_what_lies_above(name: str, monkeypatch
     "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=["fp32", "bf16"]
 )
 @torch.no_grad()
-def test_a_specialist_below_the_top_is_the_same_through_every_door(saved_base, tmp_path, dtype) -> None:
+def test_a_stage_below_the_top_is_the_same_however_it_is_loaded(saved_base, tmp_path, dtype) -> None:
     """Package, remote code without it, plain transformers after the export, and folded into one stage."""
     folders, expected = [], {}
     for name, head in (("poe-stages", "dense"), ("poe-stages", "none"), ("qwen3-sliding", "low_rank")):
@@ -119,7 +119,7 @@ def test_a_specialist_below_the_top_is_the_same_through_every_door(saved_base, t
     assert {folder: seen[folder][2] for folder in folders} == expected
 
 
-def test_a_copy_of_a_base_with_stage_heads_is_its_own() -> None:
+def test_a_copy_of_a_base_with_stage_heads_is_independent() -> None:
     """What is kept of summed heads belongs to the model that made it."""
     base = tiny_base("poe-stages")
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Every family keeps every promise: identity when new, off is off, one head, caches, padding, files, the right loss."""
+"""Properties of every family: identity when new, no effect when off, one head, caches, padding, files, the loss."""
 
 from pathlib import Path
 
@@ -35,7 +35,7 @@ def grown(name: str, head: str = "low_rank", dtype: torch.dtype = torch.float32)
 
 
 @CASE
-def test_new_it_is_the_identity_and_off_it_is_gone(name: str, head: str, dtype: torch.dtype) -> None:
+def test_a_new_stage_is_the_identity_and_has_no_effect_when_off(name: str, head: str, dtype: torch.dtype) -> None:
     base, ids = tiny_base(name, dtype), token_ids()
     before = base(ids).logits
     cascade = Cascade(base).add_stage(StageConfig("t", 2, head, 4))
@@ -105,7 +105,7 @@ def test_greedy_decoding_does_not_depend_on_cache_or_padding(name: str, head: st
 
 
 @FAMILY
-def test_saved_and_loaded_with_its_child_it_is_the_same(name: str, saved_base, tmp_path: Path) -> None:
+def test_a_stage_and_its_child_are_the_same_after_loading(name: str, saved_base, tmp_path: Path) -> None:
     cascade = Cascade.from_pretrained(saved_base(name))
     for stage, parent in (("parent", None), ("child", "parent")):
         cascade.add_stage(StageConfig(stage, 1, "low_rank" if parent else "dense", 4, parent=parent))
@@ -129,7 +129,7 @@ def test_the_grown_model_is_an_ordinary_checkpoint(name: str, tmp_path: Path) ->
 
 
 @FAMILY
-def test_the_loss_is_that_of_the_models_own_logits(name: str) -> None:
+def test_the_training_loss_equals_the_loss_of_the_models_logits(name: str) -> None:
     """Training never makes all logits: it must scale and cap its own as the family does."""
     cascade, ids = grown(name), token_ids()
     model, stage = cascade.model("t").train(), cascade.stages["t"]
@@ -150,7 +150,7 @@ def test_the_loss_is_that_of_the_models_own_logits(name: str) -> None:
 
 
 @FAMILY
-def test_the_first_step_reaches_the_stage_and_is_a_small_one(name: str) -> None:
+def test_the_first_step_changes_the_stage_a_little(name: str) -> None:
     """No norm may stand between a module at zero and the residual stream: it would undo the zero in one step."""
     cascade, ids = Cascade(tiny_base(name)).add_stage(StageConfig("t", 2, "none")), token_ids()
     stage, before = cascade.stages["t"], cascade(ids).logits
@@ -168,7 +168,7 @@ def test_the_first_step_reaches_the_stage_and_is_a_small_one(name: str) -> None:
 
 
 @FAMILY
-def test_documents_of_one_row_do_not_see_each_other(name: str) -> None:
+def test_documents_of_one_row_are_isolated(name: str) -> None:
     model = grown(name).model("t")
     ids = token_ids(1, 10)
     positions = torch.cat([torch.arange(4), torch.arange(6)])[None]
@@ -206,7 +206,7 @@ def test_a_config_grows_in_all_its_lists(depth: int, below: int, count: int, ful
     assert config.to_dict() == before
 
 
-def test_a_config_without_lists_grows_in_depth_alone() -> None:
+def test_a_config_without_lists_grows_only_in_depth() -> None:
     config = LlamaConfig(num_hidden_layers=3)
     grown_fields = grown_config(config, FAMILIES["llama"], 3, 2).to_dict()
     assert {key for key, value in config.to_dict().items() if grown_fields[key] != value} == {"num_hidden_layers"}

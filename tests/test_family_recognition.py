@@ -1,4 +1,4 @@
-"""A family that nobody declared is tried before it is accepted; what cannot be grown is refused with the reason."""
+"""Undeclared families are tried before they are accepted, and refused with a reason."""
 
 import dataclasses
 
@@ -19,13 +19,13 @@ DECLARED = [name for name, (kind, _) in BASES.items() if kind in FAMILIES and na
 
 
 @pytest.mark.parametrize("name", DECLARED)
-def test_the_structure_says_what_was_declared(name: str) -> None:
+def test_recognition_finds_the_declared_parts(name: str) -> None:
     declared, found = declared_and_found(name)
     assert found == dataclasses.replace(declared, per_layer={})
 
 
 @pytest.mark.parametrize("model_type", ACCEPTED)
-def test_it_accepts(model_type: str) -> None:
+def test_recognized_families_are_accepted(model_type: str) -> None:
     if not exists(model_type):
         pytest.skip(f"transformers {transformers.__version__} has no {model_type}")
     found = outcome(model_type)
@@ -33,7 +33,7 @@ def test_it_accepts(model_type: str) -> None:
 
 
 @pytest.mark.parametrize("model_type", REFUSED)
-def test_it_refuses_and_says_why(model_type: str) -> None:
+def test_unsuitable_families_are_refused_with_the_reason(model_type: str) -> None:
     if not exists(model_type):
         pytest.skip(f"transformers {transformers.__version__} has no {model_type}")
     reason = outcome(model_type)
@@ -96,7 +96,7 @@ def breaking(how: str) -> PreTrainedModel:
         ("residual", "at zero changes the logits"),
     ],
 )
-def test_a_base_that_breaks_a_promise_is_refused(how: str, reason: str) -> None:
+def test_a_base_that_fails_a_check_is_refused(how: str, reason: str) -> None:
     base = breaking(how)
     with pytest.raises(FamilyError, match=reason):
         Cascade(base)
@@ -105,7 +105,7 @@ def test_a_base_that_breaks_a_promise_is_refused(how: str, reason: str) -> None:
         family_of(base)
 
 
-def test_a_base_of_an_undeclared_family_opens_and_says_why_not(saved_base, tmp_path) -> None:
+def test_a_base_of_an_undeclared_family_opens_or_names_the_reason(saved_base, tmp_path) -> None:
     cascade = Cascade.from_pretrained(saved_base("stablelm")).add_stage(StageConfig("t", 1))
     scramble(cascade.stages["t"])
     folder = cascade.save_stage("t", tmp_path / "t", dtype=torch.float32)
@@ -119,14 +119,14 @@ def test_a_base_of_an_undeclared_family_opens_and_says_why_not(saved_base, tmp_p
 
 
 @pytest.mark.parametrize("model_type", ["bloom", "falcon", "mamba", "opt"])
-def test_what_the_structure_alone_refuses_is_refused_before_weights_are_read(model_type: str, tmp_path) -> None:
+def test_unsuitable_structures_are_refused_before_weights_are_read(model_type: str, tmp_path) -> None:
     tiny_model(model_type, {**DEEPER, **REFUSED[model_type][0]}).config.save_pretrained(tmp_path)
     with pytest.raises(FamilyError, match=REFUSED[model_type][1].replace("(", r"\(")):
         Cascade.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("model_type", ["stablelm", "gpt2", "mixtral"])
-def test_what_it_cannot_refuse_is_left_to_the_trial(model_type: str, tmp_path) -> None:
+def test_the_trial_decides_if_the_structure_cannot(model_type: str, tmp_path) -> None:
     tiny_model(model_type).config.save_pretrained(tmp_path)
     with pytest.raises(SourceError, match="could not be loaded"):  # there are no weights
         Cascade.from_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""A grown model is a deeper model of its own kind: equal when fresh, sharing all, learning in the stage alone."""
+"""A grown model is a deeper model of its own kind: equal when new, shared tensors, gradients only in the stage."""
 
 import copy
 import dataclasses
@@ -42,7 +42,7 @@ def test_a_new_stage_computes_exactly_the_base(base_name: str, dtype: torch.dtyp
 
 
 @DTYPES
-def test_the_base_is_never_written_to(base_name: str, dtype: torch.dtype) -> None:
+def test_the_base_is_never_changed(base_name: str, dtype: torch.dtype) -> None:
     base, untouched = tiny_base(base_name, dtype), tiny_base(base_name, dtype)
     config = base.config.to_dict()
     cascade = Cascade(base).add_stage(StageConfig("t", 2))
@@ -131,7 +131,7 @@ def test_hidden_states_are_recorded_once(base_name: str, order: tuple) -> None:
         assert len(out.hidden_states) == depths[name] + 1
 
 
-def test_attention_implementation_stays_in_step(base_name: str) -> None:
+def test_the_attention_implementation_is_synchronized(base_name: str) -> None:
     cascade = grown(base_name).add_stage(StageConfig("sibling", 1))
     ids, mask = token_ids(), torch.ones(2, 9, dtype=torch.long)
     mask[0, :3] = 0
@@ -149,7 +149,7 @@ def test_attention_implementation_stays_in_step(base_name: str) -> None:
 
 
 @HEADS
-def test_saved_natively_it_is_an_ordinary_checkpoint(flat_name: str, head: str, tmp_path) -> None:
+def test_a_natively_saved_model_is_an_ordinary_checkpoint(flat_name: str, head: str, tmp_path) -> None:
     cascade = grown(flat_name, head=head)
     model = cascade.model("t")
     assert model.state_dict().keys() == type(model)(model.config).state_dict().keys()
@@ -194,7 +194,7 @@ def test_a_parent_is_frozen_once_a_child_stands_on_it() -> None:
     assert all(p.grad is not None for p in cascade.stages["child"].parameters())
 
 
-def test_new_layers_depend_on_the_seed_alone() -> None:
+def test_new_layers_depend_only_on_the_seed() -> None:
     base, config = tiny_base(), StageConfig("t", 2, "low_rank", 4)
     state = torch.get_rng_state()
     first, again, other = (build_stage(base, config, seed=seed).delta_state_dict() for seed in (0, 0, 1))
@@ -249,7 +249,7 @@ def test_a_grown_model_compiles_to_one_graph(name: str) -> None:
         ({"attach_at": 3}, "attach_at is 3, but the base has 2 layers"),
     ],
 )
-def test_bad_stages_are_refused(fields: dict, message: str) -> None:
+def test_invalid_stage_configs_are_refused(fields: dict, message: str) -> None:
     cascade = Cascade(tiny_base())
     with pytest.raises(StageError, match=message):
         cascade.add_stage(**{"name": "t", **fields})
@@ -271,7 +271,7 @@ def test_an_unknown_stage_field_is_refused_with_a_suggestion(recipe: str | Stage
         cascade.add_stage(num_layers=2)
 
 
-def test_options_of_opening_are_keywords(saved_base) -> None:
+def test_options_of_opening_are_keyword_only(saved_base) -> None:
     with pytest.raises(TypeError, match="positional"):
         Cascade.from_pretrained(saved_base(), torch.float32)
     with pytest.raises(TypeError, match="positional"):

@@ -1,4 +1,4 @@
-"""One folded weight: the sum in chain order, never stale, differentiable towards the stage's own delta alone."""
+"""One folded weight: summed in chain order, always current, with gradients only to the stage's own delta."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def test_the_fold_is_the_sum_in_chain_order(kinds: list[str], bf16: bool, seed: 
 
 @settings(max_examples=25, deadline=None)
 @given(kinds=st.lists(KINDS, min_size=1, max_size=4), seed=st.integers(0, 1000))
-def test_only_the_own_delta_learns(kinds: list[str], seed: int) -> None:
+def test_gradients_reach_only_the_own_delta(kinds: list[str], seed: int) -> None:
     folded = head(kinds, seed=seed)
     own = list(folded.deltas[-1].parameters())
     weight = folded.weight
@@ -69,7 +69,7 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("kind", ["dense", "low_rank"])
 @pytest.mark.parametrize("name", list(OPTIMIZERS))
-def test_a_step_is_seen_at_once(name: str, kind: str) -> None:
+def test_an_optimizer_step_updates_the_folded_weight(name: str, kind: str) -> None:
     folded = head([kind, kind])
     optimizer = OPTIMIZERS[name](list(folded.deltas[-1].parameters()))
     with torch.inference_mode():
@@ -90,7 +90,7 @@ def test_a_step_is_seen_at_once(name: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("which", [0, 1])
-def test_every_other_change_is_seen_too(which: int) -> None:
+def test_every_other_change_updates_the_folded_weight(which: int) -> None:
     folded = head(["dense", "low_rank"])
     with torch.no_grad():
         for change in (
@@ -119,7 +119,7 @@ def test_a_weight_cached_in_inference_mode_can_train_layers_below() -> None:
     assert hidden.grad is not None
 
 
-def test_nothing_to_fold_is_the_base_weight_itself() -> None:
+def test_without_deltas_the_weight_is_the_bases_own() -> None:
     folded = head(["none"])
     assert folded.weight is folded.base.weight
     assert folded.state_dict()["weight"].data_ptr() != folded.base.weight.data_ptr()

@@ -1,4 +1,4 @@
-"""Stages go to the Hub and come back, over HTTP with the real client: whole, pinned, private, interrupted, refused."""
+"""Publish stages on a Hub and load them, over HTTP with the real client."""
 
 import json
 import os
@@ -73,7 +73,7 @@ def edit_config(hub: FakeHub, repo: str, **changes) -> None:
     hub.put(repo, **{"config.json": json.dumps({**config, **changes}).encode()})
 
 
-def test_a_chain_over_three_repositories_comes_back_through_both_doors(chain, hub, saved_base, tmp_path) -> None:
+def test_a_chain_over_three_repositories_loads_with_and_without_the_package(chain, hub, saved_base, tmp_path) -> None:
     base, parent, child, expected = chain
     config = json.loads(hub.files(child)["config.json"])
     assert config["parent"]["repo"] == parent
@@ -100,7 +100,7 @@ def test_a_chain_over_three_repositories_comes_back_through_both_doors(chain, hu
     assert online[child][2] == cascade.activate("child").generate(input_ids=token_ids(), **greedy).tolist()
 
 
-def test_a_revision_is_what_it_was(hub: FakeHub, saved_base) -> None:
+def test_a_revision_is_pinned_to_a_commit(hub: FakeHub, saved_base) -> None:
     publish_base(saved_base())
     cascade = Cascade.from_pretrained("me/base").add_stage(StageConfig("t", 1))
     expected = []
@@ -117,7 +117,7 @@ def test_a_revision_is_what_it_was(hub: FakeHub, saved_base) -> None:
         Cascade.from_pretrained("me/t", revision="never")
 
 
-def test_a_private_repository_answers_its_owner_alone(hub: FakeHub, saved_base) -> None:
+def test_a_private_repository_opens_only_for_its_owner(hub: FakeHub, saved_base) -> None:
     publish_base(saved_base())
     cascade = Cascade.from_pretrained("me/base").add_stage(StageConfig("t", 1))
     cascade.push_to_hub("me/secret", private=True, **TOKEN)
@@ -142,7 +142,7 @@ def test_a_private_repository_answers_its_owner_alone(hub: FakeHub, saved_base) 
         ("me/limited", 403, r"may not do this \(403\)"),
     ],
 )
-def test_what_the_hub_refuses_is_said_in_one_message(hub, saved_base, no_waiting, repo, trouble, message) -> None:
+def test_a_refusal_of_the_hub_is_one_clear_error(hub, saved_base, no_waiting, repo, trouble, message) -> None:
     publish_base(saved_base(), "me/gated")
     hub.repos["me/gated"].gated = True
     hub.answer_all = trouble
@@ -152,7 +152,7 @@ def test_what_the_hub_refuses_is_said_in_one_message(hub, saved_base, no_waiting
     assert "\n" not in str(caught.value)
 
 
-def test_a_hub_that_fails_half_way_is_not_taken_for_an_empty_one(hub, saved_base, no_waiting) -> None:
+def test_a_failing_hub_is_not_taken_for_an_empty_repository(hub, saved_base, no_waiting) -> None:
     publish_base(saved_base(), "me/halfway")
     source = Cascade.from_pretrained("me/halfway").base_source
     hub.answer_all = 429
@@ -169,7 +169,7 @@ def test_a_hub_that_fails_half_way_is_not_taken_for_an_empty_one(hub, saved_base
         ("hf_me", 429, r"too many requests to the Hub \(429\)"),
     ],
 )
-def test_a_push_that_is_refused(hub, saved_base, no_waiting, token, trouble, message) -> None:
+def test_a_refused_push_is_one_clear_error(hub, saved_base, no_waiting, token, trouble, message) -> None:
     shipment = plan_upload(saved_base(), "me/t")
     hub.answer_all = trouble
     with pytest.raises(SourceError, match=message):
@@ -177,7 +177,7 @@ def test_a_push_that_is_refused(hub, saved_base, no_waiting, token, trouble, mes
     assert "me/t" not in hub.repos
 
 
-def test_an_upload_that_breaks_off_shows_nothing_and_is_repeated(hub: FakeHub, saved_base, no_waiting) -> None:
+def test_an_interrupted_upload_publishes_nothing_and_can_be_repeated(hub: FakeHub, saved_base, no_waiting) -> None:
     publish_base(saved_base())
     cascade = Cascade.from_pretrained("me/base").add_stage(StageConfig("t", 1))
     rounded(cascade, "t")
@@ -259,7 +259,7 @@ def test_push_of_a_folder_uploads_that_folder(hub: FakeHub, saved_base, tmp_path
     assert plan_upload(folder, "me/t", base="me/base").files["README.md"] == folder / "README.md"
 
 
-def test_a_parent_on_this_machine_is_pushed_first(hub: FakeHub, saved_base, tmp_path: Path) -> None:
+def test_a_local_parent_must_be_pushed_first(hub: FakeHub, saved_base, tmp_path: Path) -> None:
     parent = stage_folder(saved_base, tmp_path, "parent")
     cascade = Cascade.from_pretrained(parent).add_stage(StageConfig("child", 1, parent="parent"))
     child = rounded(cascade, "child", 5).save_stage("child", tmp_path / "child")
@@ -283,7 +283,7 @@ def test_a_parent_on_this_machine_is_pushed_first(hub: FakeHub, saved_base, tmp_
 
 
 @pytest.mark.parametrize("name", ["x.pkl", "sub/pytorch_model.bin", "notes.txt", "evil.py", "model.safetensors"])
-def test_what_does_not_belong_to_a_stage_is_refused_by_name(hub, saved_base, tmp_path: Path, name: str) -> None:
+def test_unexpected_files_are_refused_by_name(hub, saved_base, tmp_path: Path, name: str) -> None:
     publish_base(saved_base())
     folder = stage_folder(saved_base, tmp_path)
     (folder / name).parent.mkdir(exist_ok=True)
@@ -332,9 +332,7 @@ HOSTILE = ["../../../secret", "/etc", "~/private", "a/b/c", ".", "./x", "owner/.
 
 @pytest.mark.parametrize("where", HOSTILE)
 @pytest.mark.parametrize("what", ["base", "parent"])
-def test_a_repository_cannot_lead_to_a_folder_of_the_reader(
-    hub, saved_base, tmp_path, monkeypatch, what, where
-) -> None:
+def test_a_repository_cannot_name_a_folder_of_the_reader(hub, saved_base, tmp_path, monkeypatch, what, where) -> None:
     folder = stage_folder(saved_base, tmp_path)
     hub.repos.clear()
     publish_base(saved_base())
@@ -352,7 +350,7 @@ def test_a_repository_cannot_lead_to_a_folder_of_the_reader(
         assert Cascade.from_pretrained("me/hostile", base=saved_base()).active == "t"
 
 
-def test_a_folder_here_does_not_stand_in_for_a_repository(chain, saved_base, tmp_path, monkeypatch) -> None:
+def test_a_local_folder_does_not_replace_a_repository(chain, saved_base, tmp_path, monkeypatch) -> None:
     base, _, child, _ = chain
     shutil.copytree(saved_base(), tmp_path / base)
     monkeypatch.chdir(tmp_path)
@@ -360,7 +358,7 @@ def test_a_folder_here_does_not_stand_in_for_a_repository(chain, saved_base, tmp
         Cascade.from_pretrained(child)
 
 
-def test_an_absolute_path_is_refused_in_a_folder_too(saved_base, tmp_path: Path) -> None:
+def test_an_absolute_path_is_refused_in_a_folder(saved_base, tmp_path: Path) -> None:
     folder = stage_folder(saved_base, tmp_path)
     config = json.loads((folder / "config.json").read_text())
     config["base"]["repo"] = str(saved_base())
@@ -381,7 +379,7 @@ def test_an_absolute_path_is_refused_in_a_folder_too(saved_base, tmp_path: Path)
         {"stage": {"name": ["t"], "num_layers": 1, "attach_at": 2, "head": "none"}},
     ],
 )
-def test_a_config_of_the_wrong_shape_is_one_message(hub, saved_base, tmp_path, changes: dict) -> None:
+def test_a_malformed_config_is_one_clear_error(hub, saved_base, tmp_path, changes: dict) -> None:
     publish_base(saved_base())
     upload(plan_upload(stage_folder(saved_base, tmp_path), "me/shape", base="me/base", **TOKEN), **TOKEN)
     edit_config(hub, "me/shape", **changes)

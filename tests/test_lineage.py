@@ -1,4 +1,4 @@
-"""From a stage to its base: chains, wrong links, places that moved, and a Hub that does not answer."""
+"""From a stage to its base: chains, wrong parents, moved bases, and a Hub that does not answer."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def config(folder: Path) -> dict:
     return json.loads((folder / "config.json").read_text())
 
 
-def test_a_chain_of_two_comes_back_whole_wherever_it_lies(family: Path, tmp_path: Path) -> None:
+def test_a_chain_of_two_loads_from_any_location(family: Path, tmp_path: Path) -> None:
     expected = torch.load(family / "expected")
     cascade = Cascade.from_pretrained(family / "child")
     assert list(cascade.stages) == ["parent", "child"]
@@ -95,7 +95,7 @@ def test_a_wrong_base_stops_the_load_before_any_weight(family: Path, saved_base,
     assert "POE_BASE" in str(e.value)
 
 
-def test_base_can_be_said_and_the_fingerprint_still_decides(family: Path, saved_base, tmp_path, monkeypatch) -> None:
+def test_a_given_base_must_have_the_fingerprint(family: Path, saved_base, tmp_path, monkeypatch) -> None:
     expected = torch.load(family / "expected")
     shutil.move(family / "base", tmp_path / "moved")
     with pytest.raises(LineageError, match=r"child .* -> parent .* -> .*base ends before its base .*POE_BASE"):
@@ -111,7 +111,7 @@ def test_base_can_be_said_and_the_fingerprint_still_decides(family: Path, saved_
     assert not torch.equal(other(token_ids()).logits, expected)
 
 
-def test_the_embedded_base_stands_in_by_fingerprint(family: Path, saved_base, tmp_path, monkeypatch) -> None:
+def test_the_embedded_base_is_found_by_fingerprint(family: Path, saved_base, tmp_path, monkeypatch) -> None:
     expected = torch.load(family / "expected")
     shutil.move(family / "base", tmp_path / "assets")
     monkeypatch.setattr(repository, "EMBEDDED_BASE", tmp_path / "assets")
@@ -127,14 +127,14 @@ def test_the_embedded_base_stands_in_by_fingerprint(family: Path, saved_base, tm
         Cascade.from_pretrained("demo")
 
 
-def test_a_cycle_is_printed(family: Path) -> None:
+def test_the_error_for_a_cycle_shows_the_chain(family: Path) -> None:
     parent = config(family / "child")["parent"]
     edit(family / "parent", parent={**parent, "repo": "../child"})
     with pytest.raises(LineageError, match=r"child \(.*\) -> parent \(.*\) -> .*child is a cycle"):
         Cascade.from_pretrained(family / "child")
 
 
-def test_a_missing_link_is_printed(family: Path) -> None:
+def test_the_error_for_a_missing_parent_shows_the_chain(family: Path) -> None:
     shutil.rmtree(family / "parent")
     with pytest.raises(LineageError, match=r"child \(.*\) -> .*parent is broken: There is no folder"):
         Cascade.from_pretrained(family / "child")
@@ -148,7 +148,7 @@ def test_a_chain_longer_than_sixteen_is_refused(family: Path) -> None:
         Cascade.from_pretrained(family / "s0")
 
 
-def test_another_parent_is_refused(family: Path) -> None:
+def test_a_wrong_parent_is_refused(family: Path) -> None:
     cascade = Cascade.from_pretrained(family / "base").add_stage(StageConfig("parent", 1))
     cascade.save_stage("parent", family / "parent")
     with pytest.raises(FingerprintError, match=r"Stage 'child' .* stands on parent \.\./parent"):
@@ -165,7 +165,7 @@ def test_another_parent_is_refused(family: Path) -> None:
         Cascade.from_pretrained(family / "child", verify=False)
 
 
-def test_a_parent_must_have_files_that_are_what_it_is(saved_base, tmp_path: Path) -> None:
+def test_a_parent_must_be_saved_in_its_current_state(saved_base, tmp_path: Path) -> None:
     cascade = Cascade.from_pretrained(saved_base()).add_stage(StageConfig("parent", 1))
     cascade.add_stage(StageConfig("child", 1, parent="parent"))
     with pytest.raises(StageError, match="'parent' has no files yet"):
@@ -186,19 +186,19 @@ def test_a_parent_must_have_files_that_are_what_it_is(saved_base, tmp_path: Path
         ({"model_type": "gpt2"}, FamilyError, "'gpt2' cannot be grown: its layers have no"),
     ],
 )
-def test_a_config_of_another_kind_is_refused(family: Path, changes: dict, error: type, message: str) -> None:
+def test_an_invalid_stage_config_is_refused(family: Path, changes: dict, error: type, message: str) -> None:
     edit(family / "parent", **changes)
     with pytest.raises(error, match=message):
         Cascade.from_pretrained(family / "parent")
 
 
-def test_a_stage_that_trains_its_norm_is_refused(family: Path) -> None:
+def test_a_stage_with_its_own_norm_is_refused(family: Path) -> None:
     edit(family / "parent", stage={**config(family / "parent")["stage"], "own_norm": True})
     with pytest.raises(DeltaError, match="final norm"):
         Cascade.from_pretrained(family / "parent")
 
 
-def test_a_base_made_in_memory(tmp_path: Path) -> None:
+def test_a_stage_on_a_base_in_memory_needs_its_location(tmp_path: Path) -> None:
     cascade = Cascade(tiny_base(), tiny_tokenizer()).add_stage(StageConfig("t", 1))
     cascade.save_stage("t", tmp_path / "t")
     assert config(tmp_path / "t")["base"]["repo"] is None
@@ -210,12 +210,12 @@ def test_a_base_made_in_memory(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["./nowhere", "/no/such/folder", "a/b/c"])
-def test_a_folder_that_is_not_there(place: str) -> None:
+def test_a_missing_folder_is_refused(place: str) -> None:
     with pytest.raises(SourceError, match=r"(There is no folder|could not be reached).*"):
         Cascade.from_pretrained(place)
 
 
-def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"has no config\.json"):
         Cascade.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{not json")
@@ -244,7 +244,7 @@ print(time.monotonic() - start, file=sys.stderr)
 
 
 @pytest.mark.parametrize("offline", [True, False])
-def test_without_a_network_the_message_is_ours_and_comes_soon(family: Path, offline: bool) -> None:
+def test_without_a_network_a_clear_error_comes_soon(family: Path, offline: bool) -> None:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"} if offline else dict(os.environ)
     environment["HF_ENDPOINT"] = "http://127.0.0.1:9"  # nobody listens there
     code = HUB.format(stage=str(family / "parent"))
@@ -258,7 +258,7 @@ def test_without_a_network_the_message_is_ours_and_comes_soon(family: Path, offl
     assert float(done.stderr.splitlines()[-1]) < 15  # seconds
 
 
-def test_a_base_that_is_not_whole_is_refused(tmp_path: Path) -> None:
+def test_an_incomplete_base_is_refused(tmp_path: Path) -> None:
     """Otherwise transformers would fill what is missing with random numbers and only warn."""
     from safetensors.torch import load_file, save_file
 

@@ -1,4 +1,4 @@
-"""The model card says what was recorded, reads back as metadata, and links to nothing that is not there."""
+"""The model card has the recorded results, valid metadata, and no broken links."""
 
 import json
 import re
@@ -70,7 +70,7 @@ def test_the_front_matter_reads_back() -> None:
     assert "<!--" not in content.text
 
 
-def test_the_card_says_what_was_recorded() -> None:
+def test_the_card_has_the_recorded_results() -> None:
     text = card()
     for part in (
         "1,234,567 parameters",
@@ -96,7 +96,7 @@ def test_the_card_says_what_was_recorded() -> None:
 
 
 @pytest.mark.parametrize("license", ["CC-BY-NC-4.0", "cc-by-nc-sa-3.0", "non-commercial", "Noncommercial research"])
-def test_what_may_not_be_sold_is_said_first(license: str) -> None:
+def test_a_non_commercial_license_is_stated_first(license: str) -> None:
     data = {"sources": {"good": {"license": "Apache-2.0"}, "bad": {"license": license, "hub_id": "x/bad"}}}
     assert non_commercial({"data": data}) == ["bad"]
     body = ModelCard(card({"data": data})).text
@@ -107,7 +107,7 @@ def test_what_may_not_be_sold_is_said_first(license: str) -> None:
 
 
 @pytest.mark.parametrize("license", ["Apache-2.0", "mit", "CC-BY-4.0", "encumbered", None])
-def test_other_licenses_forbid_nothing(license: str | None) -> None:
+def test_other_licenses_add_no_restriction(license: str | None) -> None:
     assert non_commercial({"license": license}) == []
 
 
@@ -116,7 +116,7 @@ words = st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), m
 
 @settings(max_examples=40, deadline=None)
 @given(name=words, license=words, reason=words, example=words)
-def test_whatever_was_recorded_leaves_a_card_that_can_be_read(name, license, reason, example) -> None:
+def test_any_training_record_gives_a_readable_card(name, license, reason, example) -> None:
     training = {
         "license": license,
         "recipe": {name: reason},
@@ -131,7 +131,7 @@ def test_whatever_was_recorded_leaves_a_card_that_can_be_read(name, license, rea
     assert content.data.eval_results[0].dataset_name == name
 
 
-def test_a_prompt_is_rendered_with_a_tool_if_the_template_knows_tools() -> None:
+def test_the_example_prompt_has_a_tool_if_the_template_supports_tools() -> None:
     tokenizer = tiny_tokenizer()
     assert "Lisbon" in example_prompt(tokenizer)
     tokenizer.chat_template = "{{ tools[0].function.name }}{% if add_generation_prompt %}<go>{% endif %}"

@@ -149,7 +149,7 @@ def test_mixed_types_become_the_widest(imported, tmp_path: Path) -> None:
     assert torch.equal(written["lm_head.weight"], plain["lm_head.weight"])
 
 
-def test_the_last_step_is_taken_and_nanochats_own_folders_are_known(tmp_path: Path) -> None:
+def test_the_last_step_is_imported_and_nanochats_folders_are_found(tmp_path: Path) -> None:
     checkpoint = write(tmp_path / "base_checkpoints" / "d4", NEWEST)
     write(checkpoint, OLDEST, step=1_000_000)
     (tmp_path / "tokenizer").mkdir()
@@ -214,7 +214,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("change", "message"), WRONG.values(), ids=WRONG)
-def test_what_is_not_known_is_refused_and_nothing_is_written(change, message: str, tmp_path: Path) -> None:
+def test_unknown_checkpoints_are_refused_and_nothing_is_written(change, message: str, tmp_path: Path) -> None:
     checkpoint = write(tmp_path / "checkpoint", NEWEST)
     path = checkpoint / "meta_000010.json"
     tensors, meta = weights(NEWEST), json.loads(path.read_text())
@@ -246,7 +246,7 @@ class Bomb:
         ("model_000010.pt", None, "expected a nanochat checkpoint"),
     ],
 )
-def test_files_that_are_not_what_they_should_be(name: str, content, message, tmp_path: Path, monkeypatch) -> None:
+def test_damaged_files_are_refused(name: str, content, message, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     checkpoint = write(tmp_path / "checkpoint", NEWEST)
     (checkpoint / name).unlink()
@@ -299,7 +299,7 @@ def test_conversations_are_rendered_as_nanochat_does(row: dict, tokenizer) -> No
         (["user", "system"], "expected assistant, got system"),
     ],
 )
-def test_conversations_that_nanochat_does_not_know_are_refused(roles: list[str], message: str, tokenizer) -> None:
+def test_unsupported_conversations_are_refused(roles: list[str], message: str, tokenizer) -> None:
     with pytest.raises(Exception, match=message):
         tokenizer.apply_chat_template([{"role": role, "content": "x"} for role in roles], tokenize=False)
 
@@ -312,7 +312,7 @@ def test_a_stage_learns_its_turns_with_their_ends(tokenizer) -> None:
         assert [int(learned) for learned in rendered.loss_mask] == row["mask"]
 
 
-def test_tools_are_told_in_the_first_question(imported) -> None:
+def test_tools_are_described_in_the_first_question(imported) -> None:
     tokenizer = AutoTokenizer.from_pretrained(imported(NEWEST))
     assert extend_with_tools(tokenizer)
     tool = {"type": "function", "function": {"name": "weather", "description": "The sky", "parameters": {}}}
@@ -321,7 +321,7 @@ def test_tools_are_told_in_the_first_question(imported) -> None:
     assert text.index("The sky") < text.index("Rain?<|user_end|>")
 
 
-def test_the_command(tmp_path: Path) -> None:
+def test_the_import_command(tmp_path: Path) -> None:
     checkpoint = write(tmp_path / "checkpoint", "a91743c")
     done = run_program("poe", "import", "nanochat", checkpoint, tmp_path / "base")
     assert done.returncode == 0, done.stderr

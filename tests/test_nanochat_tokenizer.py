@@ -1,4 +1,4 @@
-"""Tokens of tiktoken as a BPE of `tokenizers`: the same ids for any vocabulary, a refusal where there can be none."""
+"""A BPE of `tokenizers` gives the ids of tiktoken for any vocabulary, or the vocabulary is refused."""
 
 import base64
 import dataclasses
@@ -56,7 +56,7 @@ def test_any_vocabulary_gives_the_ids_of_tiktoken(joins: list[tuple[int, int]], 
 
 
 @given(st.text(min_size=1))
-def test_every_text_comes_back(text: str) -> None:
+def test_every_text_survives_encoding_and_decoding(text: str) -> None:
     tokenizer = byte_level_bpe(encoding(dict(BYTES)), Path("t"))
     tokenizer.encode_special_tokens = True
     ids = tokenizer.encode(text, add_special_tokens=False).ids
@@ -64,7 +64,7 @@ def test_every_text_comes_back(text: str) -> None:
     assert bytes(ids) == text.encode()
 
 
-def test_a_special_token_keeps_its_id_whatever_the_order() -> None:
+def test_a_special_token_keeps_its_id_in_any_order() -> None:
     special = dict(reversed(encoding(BYTES, ("<|bos|>", "<|b|>", "<|c|>")).special_tokens.items()))
     tokenizer = byte_level_bpe(TiktokenEncoding(ONE_PIECE, BYTES, special), Path("t"))
     assert tokenizer.encode("<|c|>x<|b|>").ids == [256, 258, ord("x"), 257]
@@ -79,7 +79,7 @@ def test_a_special_token_keeps_its_id_whatever_the_order() -> None:
     ],
     ids=["a pattern that is none", "a byte that is missing", "special tokens before the others"],
 )
-def test_tokens_that_cannot_be_the_same_are_refused(change: dict, message: str) -> None:
+def test_vocabularies_without_equal_ids_are_refused(change: dict, message: str) -> None:
     with pytest.raises(SourceError, match=message):
         byte_level_bpe(dataclasses.replace(encoding(BYTES), **change), Path("t"))
 

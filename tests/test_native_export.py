@@ -1,4 +1,4 @@
-"""Native export: what a program that knows nothing of stages reads, and what is refused before anything is written."""
+"""Native export: an ordinary checkpoint for any program, and errors before anything is written."""
 
 import hashlib
 import json
@@ -181,7 +181,7 @@ def test_an_export_is_a_base_to_build_on(exports) -> None:
     assert len(again.model("next").model.layers) == 6
 
 
-def test_the_base_and_the_cascade_stay_as_they_were(exports) -> None:
+def test_export_does_not_change_the_base_or_the_cascade(exports) -> None:
     _, cascade, _ = exports["qwen3-tied-fp32-child"]
     assert cascade.config.tie_word_embeddings
     assert cascade.config.num_hidden_layers == 2
@@ -191,7 +191,7 @@ def test_the_base_and_the_cascade_stay_as_they_were(exports) -> None:
         assert torch.equal(mine, theirs), name
 
 
-def test_stages_of_another_dtype_are_stored_in_the_bases(saved_base, tmp_path: Path) -> None:
+def test_stages_are_stored_in_the_dtype_of_the_base(saved_base, tmp_path: Path) -> None:
     cascade = Cascade.from_pretrained(saved_base(dtype=torch.bfloat16)).add_stage(
         StageConfig("t", 1), dtype=torch.float32
     )
@@ -269,7 +269,7 @@ def test_a_base_without_plain_weights_is_refused(change, message: str, tmp_path:
     assert not list(tmp_path.iterdir())
 
 
-def test_what_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cascade = Cascade(tiny_base(), tiny_tokenizer()).add_stage(StageConfig("t", 1))
     out = tmp_path / "deep" / "out"
     usage = namedtuple("usage", "total used free")
@@ -301,7 +301,7 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pyte
     assert (out / "model.safetensors").exists()
 
 
-def test_the_command_exports(saved_base, tmp_path: Path) -> None:
+def test_the_export_command(saved_base, tmp_path: Path) -> None:
     from typer.testing import CliRunner
 
     from poe.commands.poe import app

@@ -1,4 +1,4 @@
-"""A base that transformers placed: on a device by name, or partly on the disk; a stage stands on it as on any."""
+"""Bases with a device map: on a named device, or partly offloaded to the disk."""
 
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ def options(folder: Path, where: str, tmp_path: Path) -> dict[str, Any]:
 
 
 @PLACED
-def test_a_stage_on_an_offloaded_base_is_the_stage_on_the_base(
+def test_a_stage_on_an_offloaded_base_gives_the_same_results(
     base_name: str, where: str, saved_base, tmp_path: Path
 ) -> None:
     folder = saved_base(base_name)
@@ -123,7 +123,7 @@ def test_the_trainer_trains_on_an_offloaded_base(tmp_path: Path) -> None:
     assert all(torch.equal(here[name], there[name]) for name in here)
 
 
-def test_what_needs_the_base_in_memory_is_refused(saved_base, tmp_path: Path) -> None:
+def test_operations_that_need_the_base_in_memory_are_refused(saved_base, tmp_path: Path) -> None:
     folder = saved_base("qwen3")
     placed = options(folder, "upper layers, head", tmp_path)
     cascade = Cascade.from_pretrained(folder, **placed).add_stage(StageConfig("t", 1))
@@ -140,7 +140,7 @@ def test_what_needs_the_base_in_memory_is_refused(saved_base, tmp_path: Path) ->
         stranger.add_stage(StageConfig("t", 1))
 
 
-def test_where_an_offloaded_module_computes() -> None:
+def test_the_device_of_an_offloaded_module() -> None:
     class Hook:
         execution_device = torch.device("cuda", 0)
 

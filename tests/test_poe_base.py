@@ -71,7 +71,7 @@ def test_loss_is_the_shifted_cross_entropy(model: PoEForCausalLM) -> None:
     assert torch.allclose(output.loss, expected, atol=1e-5)
 
 
-def test_a_layer_has_twelve_d_squared_weights_and_a_new_network_is_its_head_alone() -> None:
+def test_a_layer_has_twelve_d_squared_weights_and_a_new_network_only_applies_its_head() -> None:
     config = PoEConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
     model = PoEForCausalLM(config)
     assert sum(p.numel() for p in model.model.layers[0].parameters()) == 12 * 32**2

@@ -1,4 +1,4 @@
-"""What nanochat added to its network over time: each feature alone, all together, and under a stage."""
+"""Features that nanochat added to its network: each one, all together, and under a stage."""
 
 import itertools
 
@@ -69,7 +69,7 @@ def test_left_padding_and_packing_do_not_leak(features) -> None:
 
 
 @torch.no_grad()
-def test_a_stage_on_top_starts_as_the_base_and_moves_nothing_below(features) -> None:
+def test_a_new_stage_equals_the_base_and_does_not_change_it(features) -> None:
     base = make(features)
     before = base(IDS).logits
     cascade = Cascade(base).add_stage(StageConfig("t", 2))
@@ -85,7 +85,7 @@ def test_a_stage_on_top_starts_as_the_base_and_moves_nothing_below(features) -> 
     assert torch.equal(cached, uncached)
 
 
-def test_a_saved_base_comes_back(features, tmp_path) -> None:
+def test_a_saved_base_loads_the_same(features, tmp_path) -> None:
     model = make(features)
     model.save_pretrained(tmp_path)
     with torch.no_grad():
@@ -118,7 +118,7 @@ def test_every_boundary_is_an_exit(heads, more) -> None:
 
 
 @torch.no_grad()
-def test_a_vote_is_the_normalized_mean_of_log_probabilities() -> None:
+def test_log_op_is_the_normalized_mean_of_log_probabilities() -> None:
     model = make(("stage heads", "vote"))
     votes = torch.stack([logits.log_softmax(-1) for logits in predictions(model)]).mean(0)
     torch.testing.assert_close(model(IDS).logits, votes - votes.logsumexp(-1, keepdim=True))
@@ -126,7 +126,7 @@ def test_a_vote_is_the_normalized_mean_of_log_probabilities() -> None:
 
 
 @torch.no_grad()
-def test_a_specialist_stands_on_any_boundary_and_begins_as_its_prediction() -> None:
+def test_a_stage_at_a_boundary_starts_as_its_prediction() -> None:
     model = make(("stage heads", "backout", "scalars"))
     for depth, logits in zip([2, 3, 4], predictions(model), strict=True):
         cascade = Cascade(model).add_stage(StageConfig("low", 1, attach_at=depth))
@@ -136,7 +136,7 @@ def test_a_specialist_stands_on_any_boundary_and_begins_as_its_prediction() -> N
         Cascade(model).add_stage(StageConfig("low", 1, attach_at=1))
 
 
-def test_stages_that_do_not_make_up_the_layers_are_refused() -> None:
+def test_stage_layers_that_do_not_sum_to_the_layers_are_refused() -> None:
     for wrong, said in (({"stage_layers": [2, 1]}, "sum to 4"), ({"combiner": "mean"}, "'log_op'")):
         with pytest.raises(ValueError, match=said):
             make((), **wrong)

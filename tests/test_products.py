@@ -1,4 +1,4 @@
-"""Products: what several stages decide together is the arithmetic on what each of them says alone."""
+"""Products: the combined prediction of several stages is the arithmetic on their separate predictions."""
 
 from typing import Any
 
@@ -46,7 +46,7 @@ MIXTURES: list[tuple[str, dict[str | None, float]]] = [
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", MODELS)
-def test_a_product_is_the_formula_of_the_whole_models(name: str, dtype: torch.dtype, rows: int) -> None:
+def test_a_product_equals_the_formula_on_whole_models(name: str, dtype: torch.dtype, rows: int) -> None:
     cascade, inputs = branched_cascade(name, dtype), prompts(rows)
     real = inputs["attention_mask"].bool()
     for mode, weights in MIXTURES:
@@ -77,7 +77,7 @@ def test_one_stage_at_weight_one_is_that_stage(name: str, stage: str, mode: str)
 
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("name", MODELS)
-def test_what_is_generated_with_a_cache_is_what_the_formula_says_without(name: str, rows: int) -> None:
+def test_generation_with_a_cache_equals_the_formula_without(name: str, rows: int) -> None:
     """Every step's scores, past the windows, are those of whole models that read everything again."""
     cascade, inputs = branched_cascade(name), prompts(rows)
     for mode, weights in MIXTURES:
@@ -93,7 +93,7 @@ def test_what_is_generated_with_a_cache_is_what_the_formula_says_without(name: s
         torch.testing.assert_close(torch.stack(output.logits, 1), expected, atol=5e-5, rtol=5e-5)
 
 
-def test_the_trunk_is_read_and_cached_once() -> None:
+def test_the_trunk_runs_and_is_cached_once() -> None:
     cascade, inputs = branched_cascade("llama"), prompts(2)
     calls = [0] * 4
     for index, layer in enumerate(cascade.base.model.layers):
@@ -138,7 +138,7 @@ def test_beams_streamers_processors_and_stopping_are_those_of_generate(name: str
 
 
 @pytest.mark.parametrize("name", ["poe", "qwen3"])
-def test_a_product_learns_no_weights_but_its_own(name: str) -> None:
+def test_fitting_changes_no_weights_of_the_models(name: str) -> None:
     cascade = branched_cascade(name)
     before = {key: value.clone() for key, value in cascade.base.state_dict().items()}
     stages = {s: {k: v.clone() for k, v in cascade.stages[s].state_dict().items()} for s in STAGES}
@@ -158,7 +158,7 @@ def test_a_product_learns_no_weights_but_its_own(name: str) -> None:
     ("mode", "truth"),
     [("log_op", {"tool": 0.15, "math": 0.6, "low": 0.25}), ("delta", {"tool": 0.9, "math": -0.5, "low": 0.4})],
 )
-def test_fit_recovers_the_mixture_that_spoke(mode: str, truth: dict) -> None:
+def test_fit_recovers_the_weights_that_generated_the_data(mode: str, truth: dict) -> None:
     """Text that a known product has said is said best by that product."""
     cascade = branched_cascade("llama")
     teacher = cascade.compose(truth, mode)
@@ -205,7 +205,7 @@ def test_fit_reads_padding_and_labels_as_a_loss_does() -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(data=st.data(), count=st.integers(1, 4), seed=st.integers(0, 10_000))
-def test_the_pool_does_not_see_a_constant_and_keeps_agreement(data: st.DataObject, count: int, seed: int) -> None:
+def test_the_pool_ignores_constants_and_keeps_agreement(data: st.DataObject, count: int, seed: int) -> None:
     """Adding a number to a model's logits changes nothing; models that agree are not changed by being pooled."""
     torch.manual_seed(seed)
     logits = [torch.randn(2, 7) * 4 for _ in range(count)]
@@ -232,19 +232,19 @@ def test_the_pool_does_not_see_a_constant_and_keeps_agreement(data: st.DataObjec
         ({"tool": 1.0}, "mean", "'log_op', 'delta'"),
     ],
 )
-def test_what_is_no_product_is_refused(stages: Any, mode: str, message: str) -> None:
+def test_invalid_products_are_refused(stages: Any, mode: str, message: str) -> None:
     with pytest.raises(DecodingError, match=message):
         branched_cascade("llama").compose(stages, mode)
 
 
-def test_a_product_is_no_checkpoint(tmp_path: Any) -> None:
+def test_a_product_cannot_be_saved_as_a_checkpoint(tmp_path: Any) -> None:
     with pytest.raises(FamilyError, match="save_stage"):
         branched_cascade("llama").compose(["tool"]).save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("combiner", ["last", "log_op"])
-def test_a_base_with_a_head_for_every_stage(combiner: str) -> None:
+def test_products_on_a_base_with_stage_heads(combiner: str) -> None:
     """Each tip is read by the head that belongs to its depth; a base that votes has no single state to stand for it."""
     fields = {"num_hidden_layers": 4, "stage_layers": [2, 1, 1], "stage_heads": True, "combiner": combiner}
     cascade = Cascade(tiny_model("poe", fields))
@@ -264,7 +264,7 @@ def test_a_base_with_a_head_for_every_stage(combiner: str) -> None:
     torch.testing.assert_close(cascade.compose(stages).logits(**inputs)[real], expected[real], atol=2e-5, rtol=2e-5)
 
 
-def test_a_recurrent_base_has_products_too() -> None:
+def test_products_on_a_recurrent_base() -> None:
     cascade = Cascade(tiny_model("hrm_text", {"head_dim": 8, "num_key_value_heads": 4, "L_cycles": 2}))
     for seed, name in enumerate("ab"):
         cascade.add_stage(name=name, num_layers=1)

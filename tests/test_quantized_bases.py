@@ -1,4 +1,4 @@
-"""A base loaded in 8 or 4 bit keeps its quantized weights; the stage beside it is plain, learns, and is saved alone."""
+"""A base in 8 or 4 bits keeps its quantized weights; the stage is plain, learns, and is saved separately."""
 
 import copy
 import hashlib
@@ -88,14 +88,14 @@ def learn(cascade: Cascade, ids: torch.Tensor) -> None:
     model.eval()
 
 
-def test_weights_that_a_quantizer_leaves_unread_are_refused(tmp_path: Path) -> None:
+def test_weights_that_a_quantizer_does_not_read_are_refused(tmp_path: Path) -> None:
     """Of a fused matrix that it quantizes, transformers 5.23 reads one part and fills the rest with random numbers."""
     with pytest.raises(SourceError, match=r"incomplete: 16 tensors.*without quantization_config"):
         Cascade.from_pretrained(wide_base("hrm", tmp_path), quantization_config=torchao_int8())
 
 
 @HOW
-def test_a_stage_stands_beside_quantized_weights(folder: Path, how: Callable, tmp_path: Path) -> None:
+def test_a_stage_on_a_quantized_base(folder: Path, how: Callable, tmp_path: Path) -> None:
     cascade, ids = Cascade.from_pretrained(folder, quantization_config=how()), token_ids()
     named = cascade.base_source.fingerprint
     assert named == Cascade.from_pretrained(folder).base_source.fingerprint
@@ -138,7 +138,7 @@ def test_stages_are_folded_and_compressed_but_never_merged(how: Callable, tmp_pa
 
 
 @HOW
-def test_a_quantized_folder_is_a_base_of_its_own(how: Callable, tmp_path: Path) -> None:
+def test_a_quantized_folder_is_a_different_base(how: Callable, tmp_path: Path) -> None:
     original = wide_base("qwen3-tied", tmp_path)
     base = AutoModelForCausalLM.from_pretrained(original, quantization_config=how())
     base.save_pretrained(tmp_path / "small")
@@ -151,7 +151,7 @@ def test_a_quantized_folder_is_a_base_of_its_own(how: Callable, tmp_path: Path) 
 
 
 @HOW
-def test_the_model_from_the_door_is_an_ordinary_quantized_one(how: Callable, tmp_path: Path) -> None:
+def test_remote_code_gives_an_ordinary_quantized_model(how: Callable, tmp_path: Path) -> None:
     cascade = Cascade.from_pretrained(wide_base("qwen3-tied", tmp_path)).add_stage(StageConfig("t", 1))
     scramble(cascade.stages["t"], scale=0.05)
     saved = cascade.save_stage("t", tmp_path / "t")
@@ -163,7 +163,7 @@ def test_the_model_from_the_door_is_an_ordinary_quantized_one(how: Callable, tmp
 
 
 @HOW
-def test_the_table_says_so_and_counts_what_is_held(how: Callable, tmp_path: Path) -> None:
+def test_the_summary_shows_quantization_and_counts_stored_bytes(how: Callable, tmp_path: Path) -> None:
     folder = wide_base("llama", tmp_path)
     plain, small = (
         repr(Cascade.from_pretrained(folder, **options)).splitlines()[1]

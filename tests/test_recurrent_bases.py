@@ -1,4 +1,4 @@
-"""A recurrent base: the stage runs once, in the last cycle, with cache slots of its own; PrefixLM prompts reach it."""
+"""Recurrent bases: the stage runs once, in the last cycle, with its own cache slots; prefix prompts reach it."""
 
 import copy
 from pathlib import Path
@@ -112,7 +112,7 @@ def test_any_number_of_cycles_and_layers(cycles: tuple[int, int], layers: int, c
     torch.testing.assert_close(torch.cat([first.logits, rest.logits], dim=1), whole, rtol=1e-3, atol=1e-4)
 
 
-def test_a_prompt_attends_both_ways_where_the_user_says_so() -> None:
+def test_a_marked_prompt_attends_in_both_directions() -> None:
     cascade, ids = grown(), token_ids()
     types = prefix_types(ids, 5)
     other = ids.clone()
@@ -180,7 +180,7 @@ def test_a_stage_attaches_on_top_only(tmp_path: Path) -> None:
     assert cascade.add_stage(StageConfig("t", 1, attach_at=depth)).stages["t"].below == depth
 
 
-def test_no_ordinary_checkpoint_is_written(saved_base, tmp_path: Path) -> None:
+def test_saving_an_ordinary_checkpoint_is_refused(saved_base, tmp_path: Path) -> None:
     cascade = Cascade.from_pretrained(saved_base("hrm")).add_stage(StageConfig("t", 1, "none"))
     folder = cascade.save_stage("t", tmp_path / "t")
     door = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
@@ -240,7 +240,7 @@ def test_a_stage_is_trained_saved_and_opened(tmp_path: Path) -> None:
     assert torch.equal(door(ids, token_type_ids=types).logits, opened(ids, token_type_ids=types).logits)
 
 
-def test_packed_documents_read_their_own_prompts_both_ways() -> None:
+def test_packed_documents_attend_in_both_directions_within_their_prompts() -> None:
     """What training computes of a row of documents is what the model says of each alone, its prompt being of type 1."""
     model = grown().model("child")
     lengths, prompts = [6, 9, 5], [3, 4, 5]  # of the last document nothing is learned
@@ -266,7 +266,7 @@ def test_packed_documents_read_their_own_prompts_both_ways() -> None:
     assert not torch.allclose(packed, causal)
 
 
-def test_a_base_that_reads_both_ways_is_asked_so(tmp_path: Path) -> None:
+def test_evaluation_marks_prompts_of_a_prefix_base(tmp_path: Path) -> None:
     """Questions after training come with types; the cache of hidden states, which does not know prompts, is refused."""
     cascade = Cascade.from_pretrained(trainable_base(tmp_path / "base"))
     seen = []
@@ -279,7 +279,7 @@ def test_a_base_that_reads_both_ways_is_asked_so(tmp_path: Path) -> None:
         train_stage(cascade, "demo", "demo=80", tmp_path / "t", cache_hidden=True, **fields)
 
 
-def test_a_base_in_memory_is_known_by_its_files(saved_base, tmp_path: Path) -> None:
+def test_a_base_in_memory_has_the_fingerprint_of_its_files(saved_base, tmp_path: Path) -> None:
     """Its files join projections into one tensor: the fingerprint is theirs, wherever the base came from."""
     cascade = Cascade(tiny_base("hrm")).add_stage(StageConfig("t", 1, "none"))
     scramble(cascade.stages["t"])

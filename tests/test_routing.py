@@ -1,4 +1,4 @@
-"""Routing: every row of a mixed batch says what it would say alone with its stage; and stages found by likelihood."""
+"""Routing: each row of a mixed batch gets the output of its own stage, and stages are chosen by likelihood."""
 
 from typing import Any
 
@@ -36,7 +36,7 @@ def routed(cascade: Cascade, stages: list[str | None]) -> tuple[Any, torch.Tenso
 
 @pytest.mark.parametrize("eos", [None, list(range(40, 50))], ids=["endless", "eos"])
 @pytest.mark.parametrize("name", MODELS)
-def test_every_row_says_what_it_would_say_alone(name: str, eos: Any) -> None:
+def test_each_row_generates_what_it_generates_alone(name: str, eos: Any) -> None:
     """Greedy, past the windows, with left padding; with a stop token rows end one after the other."""
     cascade, inputs = branched_cascade(name), prompts(len(ROWS), 8)
     output = cascade.generate(**inputs, **GREEDY, eos_token_id=eos, stage=ROWS)
@@ -54,7 +54,7 @@ def test_every_row_says_what_it_would_say_alone(name: str, eos: Any) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
-def test_the_logits_of_a_mixed_batch_are_those_of_whole_models(name: str, dtype: torch.dtype, stages: list) -> None:
+def test_the_logits_of_a_mixed_batch_equal_those_of_whole_models(name: str, dtype: torch.dtype, stages: list) -> None:
     """A prompt, then tokens one by one into the cache."""
     cascade, inputs = branched_cascade(name, dtype), prompts(len(stages), 12)
     model, branch = routed(cascade, stages)
@@ -92,7 +92,7 @@ def test_the_trunk_runs_once_and_a_stage_on_its_rows_only() -> None:
 
 
 @pytest.mark.parametrize("name", ["poe with everything", "llama", "qwen3 sliding"])
-def test_beams_and_several_answers_stay_with_their_row(name: str) -> None:
+def test_beams_and_several_sequences_stay_with_their_row(name: str) -> None:
     cascade, inputs = branched_cascade(name), prompts(4)
     stages = ["tool", None, "low", "tool"]
     options = {**GREEDY, "num_beams": 3, "num_return_sequences": 2, "eos_token_id": [7, 8, 9]}
@@ -151,7 +151,7 @@ def test_rows_stop_at_the_stop_tokens_of_their_own_stage() -> None:
 
 
 @pytest.mark.parametrize("name", ["poe", "llama", "qwen3 sliding"])
-def test_a_prompt_goes_to_the_stage_that_expects_it(name: str) -> None:
+def test_a_prompt_is_routed_to_the_most_likely_stage(name: str) -> None:
     """The scores are those of whole models, padding or not; a stage's own text is likeliest under it."""
     cascade = branched_cascade(name)
     torch.manual_seed(0)
@@ -197,7 +197,7 @@ def test_a_stage_may_be_called_auto() -> None:
     assert torch.equal(cascade.generate(ids, stage="auto", **GREEDY), cascade.model("auto").generate(ids, **GREEDY))
 
 
-def test_a_recurrent_base_is_routed_too() -> None:
+def test_routing_on_a_recurrent_base() -> None:
     cascade = Cascade(tiny_model("hrm_text", {"head_dim": 8, "num_key_value_heads": 4, "L_cycles": 2}))
     for seed, name in enumerate("ab"):
         cascade.add_stage(name=name, num_layers=1)
@@ -209,7 +209,7 @@ def test_a_recurrent_base_is_routed_too() -> None:
         assert torch.equal(output[row, 7:], expected[0, -9:])
 
 
-def test_what_cannot_be_routed_is_refused() -> None:
+def test_invalid_routing_is_refused() -> None:
     cascade = branched_cascade("llama")
     ids = token_ids(2)
     with pytest.raises(DecodingError, match="got 3 for 2 rows"):

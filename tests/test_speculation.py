@@ -1,4 +1,4 @@
-"""Self-speculation changes nothing but the time: greedy the same tokens, sampled the same distribution."""
+"""Self-speculation changes only the time: greedy the same tokens, sampled the same distribution."""
 
 import itertools
 
@@ -72,7 +72,7 @@ def test_drafts_are_accepted_and_rejected() -> None:
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("name", MODELS)
-def test_in_bf16_only_what_is_nearly_equal_may_be_chosen_otherwise(name: str, stage: str | None, rows: int) -> None:
+def test_in_bf16_only_nearly_equal_logits_may_be_swapped(name: str, stage: str | None, rows: int) -> None:
     """A pass over several tokens rounds differently: of two tokens whose logits are as good as equal either may come.
 
     Claimed and tested: every token's logit is, in the plain model on what came before it, within rounding of the best.
@@ -89,7 +89,7 @@ def test_in_bf16_only_what_is_nearly_equal_may_be_chosen_otherwise(name: str, st
     assert (said.max(-1).values - chosen).max() < 0.05 * float(said.abs().max())
 
 
-def test_processors_see_what_they_would_see() -> None:
+def test_logits_processors_get_the_same_inputs() -> None:
     """Native ones that look at all tokens so far, and one of ours that records what it was shown."""
     seen: list[int] = []
 
@@ -147,7 +147,7 @@ def test_generation_ends_where_plain_generation_ends() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*(r.got for r in records), strict=True))
 
 
-def test_scores_come_back_as_asked_for() -> None:
+def test_scores_and_logits_are_returned() -> None:
     cascade, inputs = settled(decoding_cascade("llama")), prompts(2)
     options = {**GREEDY, "return_dict_in_generate": True, "output_scores": True, "output_logits": True, "top_k": 9}
     plain = cascade.generate(**inputs, **options)
@@ -158,7 +158,7 @@ def test_scores_come_back_as_asked_for() -> None:
         assert (a - b).abs().max() < 1e-4
 
 
-def test_text_that_repeats_is_drafted_without_a_layer() -> None:
+def test_repeated_text_is_drafted_without_running_a_layer() -> None:
     """Without its layers a model says the same after the same token, so it goes round; no draft is sure of anything."""
     cascade, inputs = decoding_cascade("llama"), prompts(1)
     with torch.no_grad():
@@ -176,7 +176,7 @@ def test_text_that_repeats_is_drafted_without_a_layer() -> None:
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.integers(0, 6))
-def test_what_is_looked_up_followed_the_same_tokens_before(row: list[int], most: int) -> None:
+def test_copied_tokens_followed_the_same_tokens_before(row: list[int], most: int) -> None:
     found = look_up_tokens(torch.tensor([row]), most)[0].tolist()
     before = {size: [i for i in range(size, len(row)) if row[i - size : i] == row[-size:]] for size in (3, 2)}
     places = (before[3] if len(row) > 3 else []) or (before[2] if len(row) > 2 else [])
@@ -192,7 +192,7 @@ probabilities = st.lists(st.floats(0.0, 1.0), min_size=5, max_size=5).filter(lam
 
 @settings(max_examples=50, deadline=None)
 @given(probabilities, probabilities, st.integers(0, 1000))
-def test_the_rule_of_acceptance_gives_the_targets_distribution(p: list[float], q: list[float], seed: int) -> None:
+def test_accepted_or_resampled_tokens_have_the_targets_distribution(p: list[float], q: list[float], seed: int) -> None:
     """Drafted from q and accepted or drawn again, tokens are distributed as p; the share that p and q share is kept."""
     torch.manual_seed(seed)
     count = 20_000
@@ -226,7 +226,7 @@ def chi_square(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
         pytest.param("poe with everything", 4, 0, marks=pytest.mark.slow),
     ],
 )
-def test_sampled_tokens_have_exactly_the_targets_distribution(name: str, rows: int, lookup: int) -> None:
+def test_generated_samples_have_the_distribution_of_full_depth(name: str, rows: int, lookup: int) -> None:
     """Three tokens over a vocabulary cut to three: all 27 continuations against their exact probabilities.
 
     Equal rows are sampled in groups of `rows`, which advance together. To be looked up, every pair is in the prompt.
@@ -260,7 +260,7 @@ def test_sampled_tokens_have_exactly_the_targets_distribution(name: str, rows: i
     assert chi_square(counts.double(), expected) < 75  # of 26 degrees: by chance once in a million
 
 
-def test_a_draft_that_is_the_model_is_always_accepted() -> None:
+def test_drafts_of_a_model_with_idle_upper_layers_are_always_accepted() -> None:
     """With upper layers that add nothing the draft says what full depth says, and sampling keeps every token too."""
     cascade = settled(decoding_cascade("qwen3"), 0.0)
     for sampling in (False, True):
@@ -270,7 +270,7 @@ def test_a_draft_that_is_the_model_is_always_accepted() -> None:
         assert loop.passes == 11  # one for the prompt, then six tokens each
 
 
-def test_what_cannot_be_drafted_is_refused() -> None:
+def test_unsupported_options_are_refused() -> None:
     cascade = decoding_cascade("llama", "low")
     inputs = prompts(1)
     with pytest.raises(DecodingError, match="after 1, 2, 3 \\(layers\\)"):
@@ -311,7 +311,7 @@ def count_layers(cascade: Cascade, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drafts, "perf_counter", lambda: float(ran[0]))
 
 
-def test_the_draft_that_saves_most_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calibration_finds_the_fastest_draft(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where layers above the second add nothing, that is where to draft: a passing token costs least there."""
     cascade = settled(decoding_cascade("llama"), 0.0)
     with torch.no_grad():

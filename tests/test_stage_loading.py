@@ -1,4 +1,4 @@
-"""The same stage through every door: remote code without this package, the package, plain transformers."""
+"""A stage gives the same results from remote code without this package, from the package, and from transformers."""
 
 import json
 import os
@@ -105,7 +105,7 @@ def seen(stages: dict[str, str]) -> dict:
 
 @pytest.mark.parametrize("head", [*HEADS, "child"])
 @pytest.mark.parametrize("label", list(DTYPES))
-def test_remote_code_and_the_package_say_the_same(base_name, label, head, stages, seen, tmp_path) -> None:
+def test_remote_code_and_the_package_give_the_same_results(base_name, label, head, stages, seen, tmp_path) -> None:
     import hashlib
 
     folder = stages[f"{base_name}-{label}-{head}"]
@@ -224,7 +224,7 @@ def test_options_and_errors_through_remote_code(name: str, saved_base, tmp_path:
         assert torch.equal(stored, tensor.to(torch.bfloat16).float()), name
 
 
-def test_auto_classes_open_a_stage_when_the_package_is_there(stages: dict[str, str]) -> None:
+def test_auto_classes_open_a_stage_when_the_package_is_installed(stages: dict[str, str]) -> None:
     folder = stages["qwen3-fp32-dense"]
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert torch.equal(model(token_ids()).logits, Cascade.from_pretrained(folder)(token_ids()).logits)

@@ -1,4 +1,4 @@
-"""Folders that somebody tampered with: an error of ours, never code that runs, never silently another model."""
+"""Tampered folders raise an error of ours; they never run code or load another model."""
 
 import json
 import random
@@ -43,7 +43,7 @@ def test_flipped_bytes_are_refused_or_change_nothing(saved_base, tmp_path: Path,
     assert refused > 0.95 * flips
 
 
-def test_nonsense_in_a_config_is_an_error_of_ours(saved_base, tmp_path: Path) -> None:
+def test_an_invalid_config_value_is_an_error_of_ours(saved_base, tmp_path: Path) -> None:
     """Every value of a stage's config.json in turn becomes something else."""
     cascade = Cascade.from_pretrained(saved_base("qwen3")).add_stage(StageConfig("t", 1))
     scramble(cascade.stages["t"])

@@ -70,7 +70,7 @@ def read(content: bytes, folder: Path):
     return read_tiktoken_pickle(path)
 
 
-def test_the_pickle_that_nanochat_wrote(tmp_path: Path) -> None:
+def test_a_pickle_of_nanochat_is_read(tmp_path: Path) -> None:
     encoding = read(NANOCHATS, tmp_path)
     assert len(encoding.ranks) + len(encoding.special_tokens) == 500
     assert encoding.ranks[b" the"] > 255
@@ -80,7 +80,7 @@ def test_the_pickle_that_nanochat_wrote(tmp_path: Path) -> None:
 
 
 @given(st.sets(st.binary(min_size=1, max_size=300), min_size=1), st.sets(st.text(min_size=1)), st.sampled_from([4, 5]))
-def test_what_was_pickled_is_what_is_read(tmp_path_factory, tokens, special, protocol: int) -> None:
+def test_any_pickled_encoding_is_read(tmp_path_factory, tokens, special, protocol: int) -> None:
     ranks = {token: number for number, token in enumerate(tokens)}
     specials = {token: len(ranks) + number for number, token in enumerate(special)}
     encoding = read(pickled(fields(ranks, specials), protocol), tmp_path_factory.getbasetemp())
@@ -157,7 +157,7 @@ def test_other_pickles_are_refused_and_run_nothing(content: bytes, tmp_path: Pat
     assert "tiktoken" not in sys.modules
 
 
-def test_the_bomb_is_one(tmp_path: Path, monkeypatch) -> None:
+def test_the_hostile_pickle_runs_code_when_unpickled(tmp_path: Path, monkeypatch) -> None:
     """Unpickled as usual it goes off, so that the refusals above mean something."""
     monkeypatch.chdir(tmp_path)
     pickle.loads(HOSTILE["a class that runs code"])
@@ -174,7 +174,7 @@ def test_an_opcode_that_an_encoding_does_not_need_is_refused(opcode, tmp_path: P
 
 
 @pytest.mark.filterwarnings("ignore:invalid escape sequence")  # of an opcode that is then refused
-def test_damage_is_refused_or_means_nothing(tmp_path: Path) -> None:
+def test_damage_is_refused_or_has_no_effect(tmp_path: Path) -> None:
     """A cut file is refused. Of flipped bytes some only rename a token: what comes back still is what one should be."""
     for end in range(0, len(NANOCHATS), 37):
         with pytest.raises(SourceError):

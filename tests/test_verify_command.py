@@ -1,4 +1,4 @@
-"""`poe verify`: a line per check, and a folder that is wrong in one respect fails in that one."""
+"""`poe verify`: one line per check, and a damaged folder fails only the check of its damage."""
 
 import json
 import shutil
@@ -41,7 +41,7 @@ def failures(folder: Path) -> dict[str, str]:
     return {check.name: check.detail for check in verify(folder) if not check.ok}
 
 
-def test_a_family_in_order_passes_every_check(family: Path) -> None:
+def test_an_intact_chain_passes_every_check(family: Path) -> None:
     checks = list(verify(family / "child"))
     assert all(check.ok for check in checks), checks
     assert [check.name for check in checks] == [
@@ -118,7 +118,7 @@ BREAKS = {
 
 
 @pytest.mark.parametrize("what", BREAKS)
-def test_what_is_wrong_is_named_and_nothing_else(family: Path, what: str) -> None:
+def test_only_the_check_of_the_damage_fails(family: Path, what: str) -> None:
     change, expected = BREAKS[what]
     change(family)
     found = failures(family / "child")
@@ -130,7 +130,7 @@ def test_what_is_wrong_is_named_and_nothing_else(family: Path, what: str) -> Non
     assert run.output.count("FAIL") == len(expected)
 
 
-def test_a_base_is_verified_by_itself(family: Path) -> None:
+def test_a_base_without_stages_is_verified(family: Path) -> None:
     base = family / "base"
     append(base / "modeling_poe.py")
     assert failures(base).keys() == {"network files"}
@@ -144,7 +144,7 @@ def test_a_base_is_verified_by_itself(family: Path) -> None:
     assert "expected a base in safetensors" in failures(base)["fingerprint"]
 
 
-def test_a_native_base_brings_no_code(saved_base, tmp_path: Path) -> None:
+def test_a_native_base_has_no_remote_code(saved_base, tmp_path: Path) -> None:
     checks = {check.name: check for check in verify(saved_base("qwen3-tied"))}
     assert all(check.ok for check in checks.values())
     assert "no remote code" in checks["network files"].detail
@@ -157,7 +157,7 @@ def test_nothing_to_verify_is_an_error(tmp_path: Path) -> None:
         list(verify(tmp_path))
 
 
-def test_torch_reads_what_verify_accepts(family: Path) -> None:
+def test_torch_reads_every_file_that_verify_accepts(family: Path) -> None:
     assert all(check.ok for check in verify(family / "parent"))
     for tensor in load_file(family / "parent/delta.safetensors").values():
         assert torch.isfinite(tensor).all()
