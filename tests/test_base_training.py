@@ -54,8 +54,8 @@ class StopsAt(Progress):
         super().__init__("test", quiet=True)
         self.last = last
 
-    def step(self, step: int, *args: Any, **kwargs: Any) -> None:
-        super().step(step, *args, **kwargs)
+    def show_step(self, step: int, *args: Any, **kwargs: Any) -> None:
+        super().show_step(step, *args, **kwargs)
         if step == self.last:
             signal.raise_signal(signal.SIGINT)
 

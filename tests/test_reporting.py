@@ -146,10 +146,10 @@ def shown(terminal: bool, monkeypatch, epochs: float = 2.5) -> str:
     progress.console = Console(file=io.StringIO(), force_terminal=terminal, width=150, highlight=False, soft_wrap=True)
     progress.start(0, 10, 10 / epochs)
     for step in range(1, 11):
-        progress.step(step, 2.0, 1000.0)
+        progress.show_step(step, 2.0, 1000.0)
         for row in range(4):
-            progress.evaluating(row + 1, 4)
-        progress.evaluated(step, 0.5)
+            progress.show_validation(row + 1, 4)
+        progress.report_validation(step, 0.5)
         if progress._live is not None:
             progress._live.refresh()
     progress.note("[brackets] are not markup")

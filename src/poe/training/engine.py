@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from poe.modeling.placement import device_of
 from poe.stages.recipe import Plan
 from poe.training.checkpoints.files import has_checkpoint, remove_checkpoints
 from poe.training.checkpoints.identity import check_resumable, run_identity
@@ -136,7 +135,7 @@ class Engine:
         }
         self.history.steps.append(record)
         metrics.write(record)
-        self.context.progress.step(step, result.loss, result.num_tokens / seconds)
+        self.context.progress.show_step(step, result.loss, result.num_tokens / seconds)
 
     def _validate(self, step: int, metrics: Metrics) -> None:
         if self.rows.val is None:
@@ -149,7 +148,7 @@ class Engine:
         self.history.evals.append(record)
         self.history.eval_seconds += time.perf_counter() - started
         metrics.write(record)
-        self.context.progress.evaluated(step, record["val_bpb"])
+        self.context.progress.report_validation(step, record["val_bpb"])
         self.keep_best_weights(step, record["val_bpb"])
 
     def keep_best_weights(self, step: int, bpb: float) -> None:
@@ -168,7 +167,7 @@ class Engine:
             self.history.estimate = estimate.as_dict()
             self.history.name = f"{self.settings.folder.absolute().name}-{time.strftime('%Y%m%d-%H%M%S')}"
         table, line = estimate_table(self.history.estimate), estimate_line(self.history.estimate)
-        self.context.progress.table(table, line)
+        self.context.progress.show_table(table, line)
 
     def _refine_estimate(self, step_seconds: float) -> None:
         """Estimate the time again from measured steps and a measured validation."""
@@ -200,8 +199,7 @@ class Engine:
     def _save_checkpoint(self, step: int) -> None:
         parameters = self.trained.parameters
         check_weights_are_finite(step, parameters)
-        device = device_of(self.trained.model.get_input_embeddings())
-        self.history.peak_bytes = max(self.history.peak_bytes, memory_peak(device))
+        self.history.peak_bytes = max(self.history.peak_bytes, memory_peak(self.trained.device))
         best = self.best_weights if self.history.best_step != step else {}  # empty: the current weights are the best
         state = RunState(step, dict(parameters), best, self._identity, self.history.__dict__)
         folder, keep = self.settings.folder, self.plan.keep_checkpoints

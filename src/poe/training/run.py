@@ -4,10 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from poe.data.packing import Rows
+from poe.modeling.placement import device_of
 from poe.training.hidden_states.sources import HiddenSources
 from poe.training.parallel.distributed import SINGLE_PROCESS, World
 from poe.training.reporting.progress import Progress
@@ -22,6 +24,11 @@ class TrainedModel:
     parameters: list[tuple[str, nn.Parameter]]
     sources: HiddenSources
     token_bytes: Tensor  # (V,) UTF-8 bytes of every token, 0 for special tokens; bits per byte are divided by them
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the token ids."""
+        return device_of(self.model.get_input_embeddings())
 
 
 @dataclass(frozen=True)

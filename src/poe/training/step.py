@@ -7,7 +7,6 @@ import torch
 
 from poe.data.packing import Batch
 from poe.modeling.families import logits_of
-from poe.modeling.placement import device_of
 from poe.stages.recipe import Plan
 from poe.training.checks import check_step_is_finite
 from poe.training.loss import IGNORED, cross_entropy_sum
@@ -68,9 +67,8 @@ class TrainingStep:
         return [total / num_labels for total in self._world.all_reduce(*totals)]
 
     def _micro_batches(self, batch: Batch) -> Iterator[Batch]:
-        device = device_of(self._trained.model.get_input_embeddings())
         for parts in zip(*(tensor.split(self._rows_per_batch) for tensor in batch), strict=True):
-            yield Batch(*(part.to(device) for part in parts))
+            yield Batch(*(part.to(self._trained.device) for part in parts))
 
     def _replay_forward(self, batch: Batch) -> None:
         for part in self._micro_batches(batch):

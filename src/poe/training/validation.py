@@ -7,7 +7,6 @@ import torch
 
 from poe.data.packing import Batch, Rows
 from poe.modeling.families import logits_of
-from poe.modeling.placement import device_of
 from poe.training.loss import IGNORED, per_label_losses
 from poe.training.parallel.distributed import World
 from poe.training.reporting.progress import Progress
@@ -28,7 +27,7 @@ def validate(
         # A process without rows runs one unlabeled row: with a sharded base all processes must run the layers.
         parts = [rows.batch(number, 1) for number in numbers] or [_remove_labels(rows.batch(0, 1))]
         totals = totals + torch.tensor(_sum_losses(trained, parts), dtype=torch.float64)
-        progress.evaluating(numbers.stop, rows.num_rows)
+        progress.show_validation(numbers.stop, rows.num_rows)
     sums = [world.all_reduce(*values) for values in totals.tolist()]
     nats, num_labels, bits, num_bytes = sums[-1]
     record: dict[str, Any] = {"val_bpb": bits / max(num_bytes, 1), "val_loss": nats / max(num_labels, 1)}
@@ -39,8 +38,7 @@ def validate(
 
 def _sum_losses(trained: TrainedModel, rows: list[Batch]) -> list[list[float]]:
     """Return the sums of nats, labels, bits and bytes for every prediction. Bits count tokens with bytes only."""
-    device = device_of(trained.model.get_input_embeddings())
-    batch = Batch(*(torch.cat(tensors).to(device) for tensors in zip(*rows, strict=True)))
+    batch = Batch(*(torch.cat(tensors).to(trained.device) for tensors in zip(*rows, strict=True)))
     logits = logits_of(trained.model.config)
     sizes = trained.token_bytes.to(batch.labels.device)[batch.labels[batch.labels != IGNORED]]
     sums = []

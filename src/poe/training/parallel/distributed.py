@@ -97,7 +97,7 @@ class World:
         """Return the main process's `value`, a JSON value, in every process. There is no timeout."""
         if self.size == 1:
             return value  # type: ignore[return-value]
-        key = f"poe/share/{next(self._turns)}"
+        key = f"poe/broadcast/{next(self._turns)}"
         if self.is_main:
             self._set(key, value)
         return self._wait(key)
@@ -142,7 +142,7 @@ class World:
         A launcher ends all processes when the first of them fails, so no process may leave before the report is out.
         """
         reporter = self._claim_report(text)
-        key = f"poe/said/{_digest(text)}"
+        key = f"poe/reported/{_digest(text)}"
         try:
             yield reporter == self.rank
         finally:
@@ -157,7 +157,7 @@ class World:
         if self.store is None:
             return self.rank
         with contextlib.suppress(RuntimeError):
-            reporter = self.store.compare_set(f"poe/speaker/{_digest(text)}", "", str(self.rank))
+            reporter = self.store.compare_set(f"poe/reporter/{_digest(text)}", "", str(self.rank))
             return int(reporter.decode())
         return self.rank
 

@@ -34,6 +34,7 @@ class Progress:
         self._first = 0
 
     def start(self, step: int, num_steps: int, steps_per_epoch: float) -> None:
+        """Show the bars of a run that starts, or continues, after `step` steps."""
         self._steps, self._steps_per_epoch = num_steps, steps_per_epoch
         self._first, self._started = step, time.monotonic()
         if self.quiet or not self.console.is_interactive:
@@ -50,14 +51,13 @@ class Progress:
         self._eval_bar = self._live.add_task("validation", total=None, visible=False, text="")
         self._live.start()
 
-    def step(self, step: int, loss: float, tokens_per_s: float) -> None:
+    def show_step(self, step: int, loss: float, tokens_per_s: float) -> None:
+        """Show a finished step. A log gets a line at most every `LINE_INTERVAL_S` seconds, and for the last step."""
         smooth = self._smooth_loss
         self._smooth_loss = loss if smooth is None else 0.9 * smooth + 0.1 * loss
         text = f"step {step}/{self._steps}  loss {self._smooth_loss:.3f}  {tokens_per_s:,.0f} tok/s"
         if self._live is not None:
-            epoch = min(
-                int((step - 1) / self._steps_per_epoch), self._epochs - 1
-            )  # 0, 1, ...: the epoch in which this step began
+            epoch = min(int((step - 1) / self._steps_per_epoch), self._epochs - 1)  # in which the step began, from 0
             self._live.update(self._step_bar, completed=step, text=text)
             self._live.update(
                 self._epoch_bar,
@@ -74,14 +74,16 @@ class Progress:
     def _epochs(self) -> int:
         return max(1, -int(-self._steps // self._steps_per_epoch))
 
-    def evaluating(self, row: int, num_rows: int) -> None:
+    def show_validation(self, row: int, num_rows: int) -> None:
+        """Show how many validation rows are done."""
         if self._live is not None:
             self._live.update(self._eval_bar, completed=row, total=num_rows, visible=row < num_rows)
 
-    def evaluated(self, step: int, bpb: float) -> None:
+    def report_validation(self, step: int, bpb: float) -> None:
+        """Report the result of a validation, in bits per byte."""
         self.note(f"step {step}: val bpb {bpb:.4f}")
 
-    def table(self, table: Table, line: str) -> None:
+    def show_table(self, table: Table, line: str) -> None:
         """Show `table` on a terminal, or `line` in a log."""
         if self.quiet:
             return
@@ -91,10 +93,12 @@ class Progress:
             self.note(line)
 
     def note(self, text: str) -> None:
+        """Print a line with the title of the run."""
         if not self.quiet:
             self.console.print(f"{self.title}: {text}", markup=False)
 
     def stop(self) -> None:
+        """Remove the bars."""
         if self._live is not None:
             self._live.stop()
             self._live = None
