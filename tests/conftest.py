@@ -155,6 +155,12 @@ def _demo_tokenizer() -> transformers.PreTrainedTokenizerFast:
     return train_tokenizer([make_text(i).text for i in range(300)], 600)
 
 
+def render_one(renderer: Any, conversation: Any) -> Any:
+    """Render a conversation that takes one row."""
+    (row,) = renderer.render(conversation)
+    return row
+
+
 def demo_tokenizer() -> transformers.PreTrainedTokenizerFast:
     """Return a tokenizer of 600 tokens with the demo's special tokens and chat template."""
     return copy.deepcopy(_demo_tokenizer())

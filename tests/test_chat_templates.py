@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from augmentation_rows import demo_rows
+from conftest import render_one
 from poe.calls.conversation import Conversation, PromptForm
 from poe.data.render import Renderer
 from poe.data.templates import complete_template, extend_with_tools, reply_form, shows_tools, template_call_form
@@ -54,21 +55,21 @@ AFTER = {name: Renderer(tokenizer) for name, tokenizer in EXTENDED.items()}
 @settings(max_examples=40, deadline=None)
 def test_the_extended_template_writes_the_default_form(row) -> None:
     for name, (_, place) in PLACES.items():
-        expected = BEFORE[name].render(Conversation(row.messages, row.tools, form=PromptForm(place=place)))
-        assert AFTER[name].render(row).text == expected.text
-        assert AFTER[name].render(row).loss_mask == expected.loss_mask
+        expected = render_one(BEFORE[name], Conversation(row.messages, row.tools, form=PromptForm(place=place)))
+        assert render_one(AFTER[name], row).text == expected.text
+        assert render_one(AFTER[name], row).loss_mask == expected.loss_mask
 
 
 @pytest.mark.parametrize("name", PLACES)
 def test_conversations_without_tools_render_as_before(name) -> None:
     messages = [user("hello"), assistant("Hello!"), user("bye"), assistant("Bye.")]
-    assert AFTER[name].render(Conversation(messages)) == BEFORE[name].render(Conversation(messages))
+    assert render_one(AFTER[name], Conversation(messages)) == render_one(BEFORE[name], Conversation(messages))
     assert AFTER[name].prompt(messages[:3]) == BEFORE[name].prompt(messages[:3])
     assert AFTER[name].stop_token_ids == BEFORE[name].stop_token_ids
 
 
 def test_only_the_assistants_text_is_trained() -> None:
-    answers = trained(AFTER["plain"], AFTER["plain"].render(ROW))
+    answers = trained(AFTER["plain"], render_one(AFTER["plain"], ROW))
     assert answers[0].startswith('<tool_call>\n{"name": "find_news"')
     assert answers[0].endswith("</tool_call><|im_end|>")
     assert answers[1].startswith('I shall.\n<tool_call>\n{"name": "send_mail"')
@@ -76,7 +77,7 @@ def test_only_the_assistants_text_is_trained() -> None:
 
 
 def test_a_system_message_keeps_its_place_and_its_words() -> None:
-    text = AFTER["plain"].render(ROW).text
+    text = render_one(AFTER["plain"], ROW).text
     assert text.startswith("<|im_start|>system\nBe brief.\n\nYou have access to these functions:\n{")
     assert text.count("<|im_start|>system") == 1
     assert "Help." not in text
@@ -106,7 +107,7 @@ def test_extending_twice_is_extending_once() -> None:
 def test_one_of_several_templates_is_made_for_tools() -> None:
     tokenizer = tokenizer_with({"default": PLAIN, "short": "x"})
     assert extend_with_tools(tokenizer)
-    assert Renderer(tokenizer).render(ROW) == AFTER["plain"].render(ROW)
+    assert render_one(Renderer(tokenizer), ROW) == render_one(AFTER["plain"], ROW)
     assert tokenizer.chat_template["default"] == PLAIN
 
 
@@ -114,7 +115,7 @@ def test_an_extended_template_survives_saving(tmp_path) -> None:
     from transformers import AutoTokenizer
 
     EXTENDED["plain"].save_pretrained(tmp_path)
-    assert Renderer(AutoTokenizer.from_pretrained(tmp_path)).render(ROW) == AFTER["plain"].render(ROW)
+    assert render_one(Renderer(AutoTokenizer.from_pretrained(tmp_path)), ROW) == render_one(AFTER["plain"], ROW)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +130,7 @@ def test_the_call_form_of_a_template_is_found(name, form) -> None:
 def test_replies_are_read_in_the_form_of_the_template() -> None:
     row = make_conversation(3, kind="call")
     renderer = Renderer(TOKENIZERS["llama3"])
-    text = renderer.render(row).text
+    text = render_one(renderer, row).text
     answers = text[len(renderer.prompt(split_question(row)[0], row.tools)) :].removesuffix("<|eot_id|>")
     assert score_replies([row], [answers], "llama").exact == 1.0
     assert score_replies([row], [answers]).exact == 0.0
@@ -178,7 +179,7 @@ def test_a_tokenizer_without_a_template_gets_a_template(name) -> None:
     assert f"the template {name!r} is used" in complete_template(tokenizer)
     assert complete_template(tokenizer) == ""
     renderer = Renderer(tokenizer)
-    talk = renderer.render(Conversation(TALK))
+    talk = render_one(renderer, Conversation(TALK))
     assert talk.text == expected_text
     assert renderer.prompt(TALK[:2]) == prompt
     stop = tokenizer.convert_ids_to_tokens(renderer.stop_token_ids)[-1]
@@ -194,7 +195,7 @@ def test_our_templates_render_rows_with_tools(row) -> None:
         tokenizer = copy.deepcopy(tokenizer)
         complete_template(tokenizer)
         renderer = Renderer(tokenizer)
-        rendered = renderer.render(row)
+        rendered = render_one(renderer, row)
         assert rendered.text.startswith(renderer.prompt(split_question(row)[0], row.tools)), name
         assert all(tool["function"]["description"] in rendered.text for tool in row.tools)
         answers = trained(renderer, rendered)

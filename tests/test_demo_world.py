@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from conftest import demo_tokenizer
+from conftest import demo_tokenizer, render_one
 from poe.calls.forms.call_forms import CALL_FORMS
 from poe.calls.forms.tool_forms import TOOL_FORMS
 from poe.calls.schema import check_call, lint_schema
@@ -158,7 +158,7 @@ def test_the_template_trains_exactly_the_assistant_and_its_stop_token() -> None:
     renderer = Renderer(tokenizer)
     for index in range(40):
         row = make_conversation(index)
-        rendered = renderer.render(row)
+        rendered = render_one(renderer, row)
         trained = tokenizer.decode([i for i, m in zip(rendered.input_ids, rendered.loss_mask, strict=True) if m])
         expected = ""
         for message in row.messages:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from conftest import render_one
 from poe.calls.conversation import Conversation, PromptForm
 from poe.data.render import Renderer, token_bytes
 from poe.errors import DataError, TemplateError
@@ -181,7 +182,7 @@ def test_the_mask_covers_every_assistant_turn_and_nothing_else(name):
     stop = STOP.get(name, "<|im_end|>")
     messages = [{"role": "system", "content": "Be brief."}, user("the fox?"), assistant("jumps  over 🙂"), user("and?"),
                 assistant('the "lazy"\n\ndog {}')]  # fmt: skip
-    row = renderer.render(Conversation(messages))
+    row = render_one(renderer, Conversation(messages))
     assert trained(renderer, row) == [f"jumps  over 🙂{stop}", f'the "lazy"\n\ndog {{}}{stop}']
     assert renderer.tokenizer.decode(row.input_ids) == row.text
     assert len(row.input_ids) == len(row.loss_mask)
@@ -197,7 +198,7 @@ def test_calls_are_trained_and_tool_results_are_not():
     conversation = Conversation(messages, TOOLS)
     call = '<tool_call>\n{"name": "get_time", "arguments": {"city": "Köln"}}\n</tool_call><|im_end|>'
     renderer = Renderer(TOKENIZERS["chatml"])
-    row = renderer.render(conversation)
+    row = render_one(renderer, conversation)
     assert row.text.count("<|im_start|>user") == 2
     assert "<tools>" in row.text
     # The newline before the call belongs to the header's "\n\n" or to the answer, depending on the tokenizer.
@@ -205,14 +206,14 @@ def test_calls_are_trained_and_tool_results_are_not():
 
     renderer = Renderer(TOKENIZERS["marked"])
     call = '<tool_call>{"name": "get_time", "arguments": {"city": "Köln"}}</tool_call><|im_end|>'
-    row = renderer.render(conversation)
+    row = render_one(renderer, conversation)
     assert trained(renderer, row) == [call, "noon<|im_end|>"]
     assert "<|im_start|>tools" in renderer.prompt(messages[:1], TOOLS)
     assert "<|im_start|>tools" not in renderer.prompt(messages[:1])
 
     renderer = Renderer(TOKENIZERS["llama3"])
     call = '{"name": "get_time", "parameters": {"city": "Köln"}}<|eot_id|>'
-    assert trained(renderer, renderer.render(conversation)) == [call, "noon<|eot_id|>"]
+    assert trained(renderer, render_one(renderer, conversation)) == [call, "noon<|eot_id|>"]
 
 
 @pytest.mark.parametrize("name", ["chatml", "marked", "llama3"])
@@ -222,13 +223,13 @@ def test_training_can_cover_calls_only(name):
     all_turns = Renderer(TOKENIZERS[name])
     calls = Renderer(TOKENIZERS[name], calls_only=True)
     row = Conversation(messages, TOOLS)
-    first, words, last = trained(all_turns, all_turns.render(row))
+    first, words, last = trained(all_turns, render_one(all_turns, row))
     assert "noon" in words
-    assert trained(calls, calls.render(row)) == [first, last]
+    assert trained(calls, render_one(calls, row)) == [first, last]
     row_with_form = dataclasses.replace(row, form=PromptForm(calls="xlam"))
-    first, _, last = trained(all_turns, all_turns.render(row_with_form))
-    assert trained(calls, calls.render(row_with_form)) == [first, last]
-    assert trained(calls, calls.render(Conversation([user("hi"), assistant("hello")]))) == []
+    first, _, last = trained(all_turns, render_one(all_turns, row_with_form))
+    assert trained(calls, render_one(calls, row_with_form)) == [first, last]
+    assert trained(calls, render_one(calls, Conversation([user("hi"), assistant("hello")]))) == []
     assert calls.fingerprint() != all_turns.fingerprint()
 
 
@@ -236,7 +237,7 @@ def test_training_on_calls_only_with_a_template_that_rewrites_turns():
     renderer = Renderer(TOKENIZERS["rewriting"], calls_only=True)
     form = PromptForm(calls="hermes", place="user")
     messages = [user("a"), assistant("no"), user("time?"), assistant(None, CALL), user("b"), assistant("bye")]
-    rows = renderer.render_all(Conversation(messages, TOOLS, form=form))
+    rows = renderer.render(Conversation(messages, TOOLS, form=form))
     trained_texts = [text for row in rows for text in trained(renderer, row)]
     assert len(trained_texts) == 1
     assert "get_time" in trained_texts[0]
@@ -246,7 +247,7 @@ def test_the_marks_agree_with_transformers():
     tokenizer = TOKENIZERS["marked"]
     messages = [user("a 🙂"), assistant("b é"), user("c"), assistant("d", CALL), user("e")]
     theirs = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-    row = Renderer(tokenizer).render(Conversation(messages))
+    row = render_one(Renderer(tokenizer), Conversation(messages))
     assert row.input_ids == theirs["input_ids"]
     assert row.loss_mask == [bool(m) for m in theirs["assistant_masks"]]
 
@@ -267,7 +268,7 @@ def expected(name, text):
 def test_any_text_is_trained_exactly(name, texts):
     renderer = Renderer(TOKENIZERS[name])
     messages = [user(t) if i % 2 == 0 else assistant(t) for i, t in enumerate(texts)]
-    row = renderer.render(Conversation(messages))
+    row = render_one(renderer, Conversation(messages))
     normalize = partial(unicodedata.normalize, "NFC") if "nfc" in name else str  # the text after tokenization
     assert renderer.tokenizer.decode(row.input_ids, clean_up_tokenization_spaces=False) == normalize(row.text)
     answers = [normalize(expected(name, t)) for t in texts[1::2]]
@@ -286,21 +287,18 @@ def test_any_text_is_trained_exactly(name, texts):
 def test_a_template_that_rewrites_takes_a_row_per_history(texts):
     renderer = Renderer(TOKENIZERS["rewriting"])
     messages = [user(t) if i % 2 == 0 else assistant(t) for i, t in enumerate(texts)]
-    rows = renderer.render_all(Conversation(messages))
+    rows = renderer.render(Conversation(messages))
     turns = range(1, len(texts), 2)
     assert [trained(renderer, row) for row in rows] == [[f"<think>\n\n</think>\n\n{texts[i]}<|im_end|>"] for i in turns]
     for i, row in zip(turns, rows, strict=True):
         assert row.text.startswith(renderer.prompt(messages[:i]))
-    if len(rows) > 1:
-        with pytest.raises(TemplateError, match="render_all"):
-            renderer.render(Conversation(messages))
 
 
 def test_turns_that_are_not_rewritten_share_a_row():
     renderer = Renderer(TOKENIZERS["rewriting"])
     messages = [user("a"), assistant("b"), user("c"), assistant("d"), {"role": "tool", "content": "e"}, assistant("f")]
     think = "<think>\n\n</think>\n\n"
-    rows = renderer.render_all(Conversation(messages))
+    rows = renderer.render(Conversation(messages))
     assert [trained(renderer, r) for r in rows] == [
         [f"{think}b<|im_end|>"],
         [f"{think}d<|im_end|>", f"{think}f<|im_end|>"],
@@ -309,13 +307,13 @@ def test_turns_that_are_not_rewritten_share_a_row():
 
 def test_template_options_reach_prompts_and_rows():
     renderer = Renderer(TOKENIZERS["rewriting"], template_options={"enable_thinking": False})
-    rows = renderer.render_all(Conversation([user("a"), assistant("b"), user("c"), assistant("d")]))
+    rows = renderer.render(Conversation([user("a"), assistant("b"), user("c"), assistant("d")]))
     assert [trained(renderer, r) for r in rows] == [["b<|im_end|>"], ["d<|im_end|>"]]
 
 
 def test_a_row_without_an_assistant_trains_nothing():
     for name in ("chatml", "marked"):
-        row = Renderer(TOKENIZERS[name]).render(Conversation([user("hello")]))
+        row = render_one(Renderer(TOKENIZERS[name]), Conversation([user("hello")]))
         assert row.input_ids
         assert not any(row.loss_mask)
 
@@ -323,7 +321,7 @@ def test_a_row_without_an_assistant_trains_nothing():
 def test_empty_answers_train_the_stop_token():
     for name in ("chatml", "marked", "llama3"):
         renderer = Renderer(TOKENIZERS[name])
-        row = renderer.render(Conversation([user("hello"), assistant("")]))
+        row = render_one(renderer, Conversation([user("hello"), assistant("")]))
         assert trained(renderer, row) == [STOP.get(name, "<|im_end|>")]
 
 
@@ -349,15 +347,15 @@ HIDDEN_ANSWER = CHATML.replace("{{- '<|im_start|>assistant\\n' }}{%- endif %}", 
 def test_templates_that_cannot_be_trained_are_rejected(template, message):
     renderer = Renderer(byte_level(template))
     with pytest.raises(TemplateError, match=message):
-        renderer.render(Conversation([user("hello"), assistant("you")]))
+        render_one(renderer, Conversation([user("hello"), assistant("you")]))
 
 
 def test_a_stop_token_in_the_text_does_not_end_the_turn():
     renderer = Renderer(TOKENIZERS["chatml"])
-    row = renderer.render(Conversation([user("x"), assistant("a<|im_end|>b")]))
+    row = render_one(renderer, Conversation([user("x"), assistant("a<|im_end|>b")]))
     assert trained(renderer, row) == ["a<|im_end|>b<|im_end|>"]
     with pytest.raises(TemplateError, match="must end in a stop token"):
-        Renderer(byte_level(STOPLESS)).render(Conversation([user("x"), assistant("a<|endoftext|>b")]))
+        render_one(Renderer(byte_level(STOPLESS)), Conversation([user("x"), assistant("a<|endoftext|>b")]))
 
 
 def test_unusable_tokenizers():
@@ -384,7 +382,7 @@ def test_unusable_tokenizers():
 )
 def test_unusual_rows_raise_data_errors(messages, message):
     with pytest.raises(DataError, match=message):
-        Renderer(TOKENIZERS["llama3"]).render(Conversation(messages))
+        render_one(Renderer(TOKENIZERS["llama3"]), Conversation(messages))
 
 
 def sentence_piece_like():
@@ -412,7 +410,7 @@ def sentence_piece_like():
 
 def test_a_space_at_the_end_of_the_prompt_is_not_trained():
     renderer = Renderer(sentence_piece_like())
-    row = renderer.render(Conversation([user("fox"), assistant("thefox over")]))
+    row = render_one(renderer, Conversation([user("fox"), assistant("thefox over")]))
     assert renderer.tokenizer.decode(row.input_ids) == row.text
     assert "▁the" in renderer.tokenizer.convert_ids_to_tokens(row.input_ids)
     assert trained(renderer, row) == ["fox over</s>"]
@@ -423,7 +421,7 @@ def test_a_space_at_the_end_of_the_prompt_is_not_trained():
         trim_offsets=True,
     )
     renderer = Renderer(trimmed)
-    row = renderer.render(Conversation([user("fox"), assistant("the the")]))
+    row = render_one(renderer, Conversation([user("fox"), assistant("the the")]))
     assert trained(renderer, row) == [" the<|endoftext|>"]
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from command_line import run_program
-from conftest import scramble
+from conftest import render_one, scramble
 from poe import Cascade, StageConfig
 from poe.calls.conversation import Conversation
 from poe.data.render import Renderer, token_bytes
@@ -307,7 +307,7 @@ def test_unsupported_conversations_are_refused(roles: list[str], message: str, t
 def test_a_stage_learns_its_turns_with_their_ends(tokenizer) -> None:
     """nanochat's rows, rendered for training: what it learns, up to the token that ends an answer."""
     for row in TOKENS["conversations"][:2]:  # the third is in parts, which rows of ours never are
-        rendered = Renderer(tokenizer).render(Conversation(row["messages"]))
+        rendered = render_one(Renderer(tokenizer), Conversation(row["messages"]))
         assert rendered.input_ids == row["ids"]
         assert [int(learned) for learned in rendered.loss_mask] == row["mask"]
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import demo_tokenizer
+from conftest import demo_tokenizer, render_one
 from poe.calls.conversation import Call, Conversation, PromptForm
 from poe.calls.forms.base import Reply
 from poe.calls.forms.call_forms import CALL_FORMS, call_form
@@ -97,7 +97,7 @@ def test_a_row_written_as_text_has_the_same_content(form) -> None:
 @settings(max_examples=40, deadline=None)
 def test_a_prompt_is_a_prefix_of_the_row_and_the_loss_covers_the_assistants_text(renderer, form) -> None:
     row = replace(ROW, form=form)
-    rendered = renderer.render(row)
+    rendered = render_one(renderer, row)
     flattened = write_as_text(ROW, form).messages
     runs, previous = [], False
     for token, on in zip(rendered.input_ids, rendered.loss_mask, strict=True):
@@ -111,11 +111,11 @@ def test_a_prompt_is_a_prefix_of_the_row_and_the_loss_covers_the_assistants_text
         assert rendered.input_ids[: len(prompt)] == prompt
         assert rendered.loss_mask[len(prompt)]
     assert "<|output_start|>" not in rendered.text
-    assert rendered.text == renderer.render(write_as_text(ROW, form)).text
+    assert rendered.text == render_one(renderer, write_as_text(ROW, form)).text
 
 
 def test_without_a_form_the_template_writes_the_tools(renderer) -> None:
-    text = renderer.render(ROW).text
+    text = render_one(renderer, ROW).text
     assert "<|output_start|>rain<|output_end|>" in text
     assert renderer.prompt(ROW.messages[:2], ROW.tools) == text[: text.index("<tool_call>")]
 
@@ -147,8 +147,8 @@ def test_rows_that_a_form_cannot_hold_are_rejected_with_a_reason(renderer) -> No
     with pytest.raises(RowError, match="text that looks like a call in the form glaive"):
         write_as_text(row, PromptForm(calls="glaive"))
     with pytest.raises(RowError, match="text that looks like a call in the form glaive"):
-        renderer.render_all(replace(row, form=PromptForm(calls="glaive")))
-    assert len(renderer.render_all(replace(row, form=PromptForm(calls="llama")))) == 1
+        renderer.render(replace(row, form=PromptForm(calls="glaive")))
+    assert len(renderer.render(replace(row, form=PromptForm(calls="llama")))) == 1
     with pytest.raises(RowError, match="no user turn"):
         write_as_text(replace(ROW, messages=[assistant("x")]), PromptForm(place="user"))
 

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from trl import SFTConfig, SFTTrainer
 
-from conftest import VOCABULARY, scramble, tiny_base
+from conftest import VOCABULARY, render_one, scramble, tiny_base
 from poe import Cascade, StageConfig
 from poe.calls.conversation import Conversation
 from poe.data.drops import DropReport
@@ -178,7 +178,7 @@ def test_trl_reads_exported_rows_with_the_same_labels(exported, tmp_path: Path) 
     )
     renderer = Renderer(cascade.tokenizer)
     for conversation, theirs in zip(conversations, run.train_dataset, strict=True):
-        ours = renderer.render(conversation)
+        ours = render_one(renderer, conversation)
         assert theirs["input_ids"] == ours.input_ids
         assert [label != -100 for label in theirs["labels"]] == ours.loss_mask
 

@@ -123,7 +123,7 @@ def _print_row(row: Any, renderer: Any) -> None:
         content = {"messages": row.messages, "tools": row.tools}
         out.print_json(json.dumps(content | ({"form": asdict(row.form)} if row.form else {}), ensure_ascii=False))
         return
-    for part in renderer.render_all(row):
+    for part in renderer.render(row):
         out.print(_color_tokens(renderer.tokenizer, part.input_ids, part.loss_mask))
         out.print(f"{len(part.input_ids)} tokens, {sum(part.loss_mask)} trained", style="dim")
 

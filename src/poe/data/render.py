@@ -89,27 +89,16 @@ class Renderer:
         parts.append(self._calls_only)
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
-    def render(self, conversation: Conversation) -> RenderedRow:
-        """Render to one row that trains every assistant message. Without assistant messages, the mask is all False.
-
-        The conversation's `form`, if any, is applied. Raises `DataError` if the template rejects the messages,
-        `RowError` if the form cannot hold them, and `TemplateError` if the template does not show which tokens are the
-        assistant's, if a turn does not end in a stop token, or if one row cannot show all turns (see `render_all`).
-        """
-        rows = self.render_all(conversation)
-        if len(rows) > 1:
-            raise TemplateError(
-                f"The chat template of {_name(self.tokenizer)} changes earlier turns when later ones follow, so that "
-                f"this conversation takes {len(rows)} rows. Use render_all(), or a template that only appends."
-            )
-        return rows[0]
-
-    def render_all(self, conversation: Conversation) -> list[RenderedRow]:
+    def render(self, conversation: Conversation) -> list[RenderedRow]:
         """Render to the fewest rows that train every assistant message once, after the prompt that generates it.
 
         This is one row for templates with `{% generation %}` marks and for templates that only append. A template that
-        rewrites earlier turns (Qwen3 removes their thinking) takes a row per version of the history. Raises the errors
-        of `render`.
+        rewrites earlier turns (Qwen3 removes their thinking) takes a row per version of the history. Without assistant
+        messages, the mask is all False. The conversation's `form`, if any, is applied.
+
+        Raises `DataError` if the template rejects the messages, `RowError` if the form cannot hold them, and
+        `TemplateError` if the template does not show which tokens are the assistant's, or if a turn does not end in a
+        stop token.
         """
         messages, tools = _write_messages(conversation.messages, conversation.tools, conversation.form)
         if not messages:

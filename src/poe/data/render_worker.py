@@ -81,7 +81,7 @@ class RenderWorker:
 
     def _documents(self, conversation: Conversation) -> list[Document]:
         try:
-            parts = self.renderer.render_all(conversation)
+            parts = self.renderer.render(conversation)
         except RowError as error:
             raise _UnusableError(error.reason) from error
         except DataError as error:
