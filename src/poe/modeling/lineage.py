@@ -306,7 +306,9 @@ def _resolve_named_repo(stage: StageSource, repo: str) -> str:
             )
         return repo
     if not os.path.isdir(stage.repo):
-        raise SourceError(f"{stage.repo} comes from the Hub and names a folder, {repo!r}: expected a Hub repository.")
+        raise SourceError(
+            f"{stage.repo} comes from the Hub and names a folder, {repo!r}: it may name only repositories."
+        )
     if not repo.startswith("."):
         raise SourceError(f"{stage.repo} names the folder {repo!r}, expected a path relative to its own.")
     return os.path.normpath(os.path.join(os.path.realpath(stage.folder), repo))
