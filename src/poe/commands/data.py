@@ -80,10 +80,10 @@ def stats(
 ) -> None:
     """Count rows, calls, tokens, licenses, repetitions, and dropped rows by reason."""
     from poe.data.drops import DropReport
-    from poe.data.statistics import statistics, write_page
+    from poe.data.statistics import compute_statistics, write_page
 
     report = DropReport()
-    counted = statistics(_read_corpus(spec, load_recipe(recipe), report), _load_renderer(base))
+    counted = compute_statistics(_read_corpus(spec, load_recipe(recipe), report), _load_renderer(base))
     if page is not None:
         write_page(page, counted, report)
         err.print(f"wrote {page}", markup=False)

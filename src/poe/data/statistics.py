@@ -23,10 +23,11 @@ _SIDES = {
     "train": TRAIN,
     "held out": HELD_OUT,
     "near-duplicates": NEAR,
-    "in the evaluation too": LEAK,
-    "asked": EVALUATION,
+    "evaluation leaks": LEAK,
+    "evaluation": EVALUATION,
 }
-_CHUNK = 128
+_ROWS_PER_TASK = 128
+_MIN_ROWS_FOR_WORKERS = 2000
 
 
 @dataclass
@@ -60,7 +61,7 @@ class SourceStatistics:
         }
 
 
-def statistics(corpus: Corpus, renderer: Renderer | None = None) -> list[SourceStatistics]:
+def compute_statistics(corpus: Corpus, renderer: Renderer | None = None) -> list[SourceStatistics]:
     """Count the rows of every source, and their tokens if there is a renderer.
 
     A row that the chat template rejects has 0 tokens.
@@ -86,10 +87,12 @@ def statistics(corpus: Corpus, renderer: Renderer | None = None) -> list[SourceS
 
 
 def _count_tokens(corpus: Corpus, renderer: Renderer, used: np.ndarray) -> Iterator[tuple[int, int, int]]:
+    """Yield (row, tokens, trained tokens) of the used rows."""
     items = np.stack([used, np.zeros_like(used)], axis=1)
-    chunks = (items[i : i + _CHUNK] for i in range(0, len(items), _CHUNK))
+    tasks = (items[i : i + _ROWS_PER_TASK] for i in range(0, len(items), _ROWS_PER_TASK))
     worker = RenderWorker(corpus.folder, renderer, seq_len=2**31)
-    for results in ordered_map(worker, chunks, default_workers() if len(items) > 2000 else 1):
+    workers = default_workers() if len(items) > _MIN_ROWS_FOR_WORKERS else 1
+    for results in ordered_map(worker, tasks, workers):
         for result in results:
             lengths = [(len(ids), int(mask.sum())) for ids, mask in result.documents]
             yield result.row, sum(n for n, _ in lengths), sum(n for _, n in lengths)
