@@ -172,9 +172,14 @@ def token_ids(rows: int = 2, length: int = 9, seed: int = 0) -> torch.Tensor:
 
 
 def mostly_slow(values: Iterable[Any], quick: Iterable[Any]) -> list[Any]:
-    """Return `values` as parameters of a test, those that are not in `quick` marked slow."""
+    """Return `values` as parameters of a test, with the mark `slow` on those that are not in `quick`."""
     quick = list(quick)
-    return [value if value in quick else pytest.param(value, marks=pytest.mark.slow) for value in values]
+    return [
+        pytest.param(
+            *(value if isinstance(value, tuple) else (value,)), marks=() if value in quick else pytest.mark.slow
+        )
+        for value in values
+    ]
 
 
 @pytest.fixture(params=EXEMPLARS)

@@ -1,11 +1,13 @@
 """Segments of a model, one after the other or apart in time, compute what the whole model computes."""
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from conftest import tiny_base
+from conftest import mostly_slow, tiny_base
 from decoding_models import MODELS, decoding_cascade, model_of, positions, prompts
 from poe import Cascade
 from poe.decoding.segments import Segment, SegmentedCache, SegmentedModel
@@ -13,6 +15,12 @@ from poe.errors import DecodingError, FamilyError
 
 ROUNDING = 2e-5  # the same sums over a batch of another shape; logits are of size 5
 STAGES = (None, "top", "low")
+# In `make test` every model with every stage, several rows where there is a stage, one row where there is none.
+ALL = list(itertools.product(MODELS, STAGES, (1, 4)))
+CASES = pytest.mark.parametrize(
+    ("name", "stage", "rows"),
+    mostly_slow(ALL, [(n, stage, rows) for n, stage, rows in ALL if bool(stage) == (rows > 1)]),
+)
 
 
 def segmented(cascade: Cascade, cuts: list[int]) -> SegmentedModel:
@@ -59,9 +67,7 @@ def whole(model, inputs: Inputs, cuts: list[int]):
     return call, cache
 
 
-@pytest.mark.parametrize("rows", [1, 4])
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("name", MODELS)
+@CASES
 @torch.no_grad()
 def test_segments_equal_the_whole_model_bit_for_bit(name: str, stage: str | None, rows: int) -> None:
     """A prompt, then token by token past the window, with rows padded on the left."""

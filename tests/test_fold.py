@@ -1,5 +1,6 @@
 """Folding a chain of stages: the layers are copied, the head deltas are summed, the logits stay the same."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 from typer.testing import CliRunner
 
-from conftest import RECURRENT, scramble, tiny_base, token_ids
+from conftest import EXEMPLARS, RECURRENT, mostly_slow, scramble, tiny_base, token_ids
 from poe import Cascade, StageConfig
 from poe.commands.poe import app
 from poe.errors import StageError
@@ -18,7 +19,6 @@ from poe.modeling.heads import FoldedHead, build_head
 from poe.stages.fold import fold_heads
 
 KINDS = st.sampled_from(["dense", "low_rank", "none"])
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 SIZE = (23, 12)
 
 
@@ -111,7 +111,13 @@ EXACT = [["none", "none"], ["none", "dense", "none"], ["low_rank", "none"], ["de
 MIXED = [["dense", "low_rank", "none"], ["none", "low_rank", "dense"], ["low_rank", "low_rank"], ["dense", "dense"]]
 
 
-@DTYPES
+@pytest.mark.parametrize(
+    ("base_name", "dtype"),
+    mostly_slow(
+        itertools.product(EXEMPLARS, (torch.float32, torch.bfloat16)),
+        [*((name, torch.float32) for name in EXEMPLARS), ("poe", torch.bfloat16), ("qwen3-tied", torch.bfloat16)],
+    ),
+)
 @pytest.mark.parametrize("heads", [*EXACT, *MIXED], ids="+".join)
 def test_a_folded_chain_has_the_logits_of_the_chain(heads, dtype, base_name, saved_base, tmp_path: Path) -> None:
     attach_at = 1 if "none" in heads and base_name not in RECURRENT else None

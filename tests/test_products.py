@@ -1,5 +1,6 @@
 """Products: the combined prediction of several stages is the arithmetic on their separate predictions."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from branched_cascade import STAGES, branched_cascade
-from conftest import VOCABULARY, scramble, tiny_model, token_ids
+from conftest import VOCABULARY, mostly_slow, scramble, tiny_model, token_ids
 from decoding_models import MODELS, positions, prompts
 from poe import Cascade
 from poe.decoding.products import combine
@@ -43,8 +44,9 @@ MIXTURES: list[tuple[str, dict[str | None, float]]] = [
 ]
 
 
-@pytest.mark.parametrize("rows", [1, 4])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("dtype", "rows"), mostly_slow(itertools.product(ROUNDING, (1, 4)), [(torch.float32, 4), (torch.bfloat16, 1)])
+)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_product_equals_the_formula_on_whole_models(name: str, dtype: torch.dtype, rows: int) -> None:
     cascade, inputs = branched_cascade(name, dtype), prompts(rows)

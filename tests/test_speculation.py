@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, LogitsProcessor, StoppingCriteria, TextStreamer
 
-from conftest import tiny_model, token_ids
+from conftest import mostly_slow, tiny_model, token_ids
 from decoding_models import MODELS, decoding_cascade, model_of, prompts
 from poe import Cascade
 from poe.decoding import drafts
@@ -27,6 +27,12 @@ LENGTH = 16
 GREEDY = {"max_new_tokens": LENGTH, "do_sample": False}
 ALWAYS = {"min_probability": 0.0}
 STAGES = (None, "top", "low")
+# In `make test` every model with every stage, several rows where there is a stage, one row where there is none.
+ALL = list(itertools.product(MODELS, STAGES, (1, 4)))
+CASES = pytest.mark.parametrize(
+    ("name", "stage", "rows"),
+    mostly_slow(ALL, [(n, stage, rows) for n, stage, rows in ALL if bool(stage) == (rows > 1)]),
+)
 
 
 def settled(cascade: Cascade, scale: float = 0.3) -> Cascade:
@@ -43,9 +49,7 @@ def loop_of(cascade: Cascade, exit: int = 2, tokens: int = 4, least: float = 0.0
     return build_loop(cascade.expert(cascade.active), plan)
 
 
-@pytest.mark.parametrize("rows", [1, 4])
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("name", MODELS)
+@CASES
 def test_greedy_tokens_are_those_of_plain_decoding(name: str, stage: str | None, rows: int) -> None:
     """Past the windows, with rows padded on the left that end at different times."""
     cascade, inputs = settled(decoding_cascade(name, stage)), prompts(rows)
@@ -69,9 +73,7 @@ def test_drafts_are_accepted_and_rejected() -> None:
     assert sure.accepted / sure.drafted > loop.accepted / loop.drafted
 
 
-@pytest.mark.parametrize("rows", [1, 4])
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("name", MODELS)
+@CASES
 def test_in_bf16_only_nearly_equal_logits_may_be_swapped(name: str, stage: str | None, rows: int) -> None:
     """A pass over several tokens rounds differently: of two tokens whose logits are as good as equal either may come.
 

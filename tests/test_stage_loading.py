@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import poe.modeling
-from conftest import EXEMPLARS, RECURRENT, scramble, token_ids
+from conftest import EXEMPLARS, RECURRENT, mostly_slow, scramble, token_ids
 from poe import Cascade, StageConfig
 from poe.errors import SourceError
 from poe.loaders.stage_folder import network_files
@@ -208,7 +208,7 @@ print("ALL GOOD")
 """
 
 
-@pytest.mark.parametrize("name", ["poe", "qwen3-tied"])
+@pytest.mark.parametrize("name", mostly_slow(("poe", "qwen3-tied"), ["qwen3-tied"]))
 def test_options_and_errors_through_remote_code(name: str, saved_base, tmp_path: Path) -> None:
     cascade = Cascade.from_pretrained(saved_base(name)).add_stage(StageConfig("t", 2, head_rank=4))
     scramble(cascade.stages["t"], seed=1)
