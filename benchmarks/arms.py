@@ -1,6 +1,6 @@
 """The ways to train that the benchmarks compare, each as one optimizer step on one batch, and what each must compute.
 
-Every arm gets the same base, made anew, and the same `Batch`. Rivals are trained as their users train them: PEFT's
+Every arm gets the same base, created again, and the same `Batch`. Rivals are trained as their users train them: PEFT's
 LoRA on all linear layers, the last layers with the base's own head, everything; torch's AdamW (fused); transformers'
 own loss, or the chunked loss of this package where `chunked` says so, so that only the method differs.
 """
@@ -28,7 +28,7 @@ LORA_RANK = 16
 
 @dataclass(frozen=True)
 class Settings:
-    """What an arm may be told: sizes, rates, loss, and how a GPU computes."""
+    """The options of an arm: sizes, learning rates, loss, and how a GPU computes."""
 
     stage_layers: int = 2
     head_rank: int = 64

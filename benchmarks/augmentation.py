@@ -3,7 +3,7 @@
     python benchmarks/augmentation.py [--steps 380 --seeds 0 1 2 --rows 100 --arms plain all ...] [--json FILE]
 
 Every arm has the same base, rows and tokens. It is asked: in the format of its training (the chat template); in five
-prompt formats that no arm was trained on (tools told as TypeScript, as XML, as a list, in the system's or the user's
+prompt formats that no arm was trained on (tools written as TypeScript, as XML, as a list, in the system's or the user's
 turn), for calls in the form of its training; the same for two call forms that arms with `formats` have seen, and for
 two that none has; with masked names; and where no tool fits. "Not trained on" speaks of the stage: the embedded base
 has read all of these notations. A call counts if names and arguments equal the reference.
@@ -41,7 +41,7 @@ UNSEEN = {  # of prompts: tool forms that no arm has seen
     "typescript, user": PromptForm("typescript", "hermes", "user", 41),
     "xml, user": PromptForm("xml", "hermes", "user", 17),
 }
-OTHER_CALLS = {  # that `formats` trains, among tools told as no arm has seen them
+OTHER_CALLS = {  # call forms that `formats` trains, with tools in forms that no arm has seen
     "llama": PromptForm("typescript", "llama", "system", 5),
     "openai": PromptForm("xml", "openai", "user", 9),
 }
@@ -80,8 +80,8 @@ def questions(rows: int) -> dict[str, list[Conversation]]:
     values = demo["unseen values"]
     masked = [mask(row, row_rng(row_digest(row), seed=1, epoch=0, step="benchmark"))[0] for row in values]
     formats = {**UNSEEN, **OTHER_CALLS, **UNSEEN_CALLS}
-    told = {name: [replace(row, form=form) for row in values[: rows // 2]] for name, form in formats.items()}
-    return {"trained format": values, "unseen tools": demo["unseen tools"], **told, "masked names": masked} | {
+    by_format = {name: [replace(row, form=form) for row in values[: rows // 2]] for name, form in formats.items()}
+    return {"trained format": values, "unseen tools": demo["unseen tools"], **by_format, "masked names": masked} | {
         "no tool fits": demo["no tool fits"]
     }
 

@@ -51,7 +51,7 @@ def base_model(args: argparse.Namespace) -> LlamaForCausalLM:
         max_position_embeddings=4096,
         tie_word_embeddings=False,
     )
-    # Not cast afterwards: that would round the rotary frequencies, which a checkpoint does not.
+    # Not cast after loading: that would round the rotary frequencies, which a checkpoint does not.
     model: LlamaForCausalLM = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype))
     model.to(args.device).eval()
     model.generation_config.eos_token_id = None

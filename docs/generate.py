@@ -89,7 +89,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
 
 
 def fill(text: str) -> str:
-    """Return a page with its generated blocks written anew."""
+    """Return a page with new generated blocks."""
     return BLOCK.sub(lambda match: match[1] + BLOCKS[match[2]]() + match[4], text)
 
 

@@ -64,7 +64,7 @@ def test_both_extremes_are_exact_in_bf16(name: str, rows: int) -> None:
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_each_token_has_the_logits_of_its_own_exit_in_the_plain_model(name: str, stage: str | None, rows: int) -> None:
-    """Some leave and some do not: whatever was skipped when, a token's logits are those that the whole models give."""
+    """Some rows leave early and some do not. The logits of every token are those of the whole models."""
     cascade, inputs = decoding_cascade(name, stage), prompts(rows)
     thresholds = [median_margin(cascade, 1), median_margin(cascade, 2)]
     out = early(cascade, [1, 2], thresholds).generate(
@@ -114,7 +114,7 @@ def test_the_model_is_not_changed() -> None:
 
 @pytest.mark.parametrize("confidence", CONFIDENCES)
 def test_calibration_reaches_its_target_and_can_be_saved(confidence: str, tmp_path) -> None:
-    cascade = nearly_settled()
+    cascade = nearly_constant()
     rows = token_ids(24, 30).tolist()
     exact, most = (cascade.calibrate_depth(rows, agreement=a, confidence=confidence) for a in (1.0, 0.9))
     assert most.depths  # leaving pays here
@@ -136,7 +136,7 @@ def refuse(constant: str) -> None:
     raise AssertionError(constant)
 
 
-def nearly_settled() -> Cascade:
+def nearly_constant() -> Cascade:
     """A base whose upper layers rarely change what is likeliest."""
     cascade = decoding_cascade("poe")
     with torch.no_grad():
@@ -176,7 +176,7 @@ def test_an_exit_that_does_not_pay_is_not_used() -> None:
 
 def test_a_stage_is_calibrated_against_itself() -> None:
     """The base's exits below a specialist speak for the base; where they mislead, the specialist is asked."""
-    cascade = nearly_settled()
+    cascade = nearly_constant()
     cascade.add_stage(name="s", num_layers=1)
     rows = token_ids(24, 30).tolist()
     assert list_exits(cascade.expert("s")) == [1, 2, 3, 4]
@@ -192,7 +192,7 @@ def test_a_stage_is_calibrated_against_itself() -> None:
 
 
 def test_invalid_calibrations_files_and_caches_are_refused(tmp_path) -> None:
-    cascade = nearly_settled()
+    cascade = nearly_constant()
     rows = token_ids(8, 12).tolist()
     with pytest.raises(DecodingError, match="confidence must be one of margin"):
         cascade.calibrate_depth(rows, confidence="certainty")

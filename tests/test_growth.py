@@ -244,7 +244,7 @@ def test_a_grown_model_compiles_to_one_graph(name: str) -> None:
         ({"head": "low_rank", "head_rank": 0}, "head_rank"),
         ({"head": "low_rank", "head_rank": 500}, "larger than the head itself"),
         ({"parent": "t"}, "parent must be another"),
-        ({"parent": "nobody"}, "There is no stage 'nobody'"),
+        ({"parent": "missing"}, "There is no stage 'missing'"),
         ({"attach_at": 0}, "attach_at must be at least 1"),
         ({"attach_at": 3}, "attach_at is 3, but the base has 2 layers"),
     ],

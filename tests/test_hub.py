@@ -81,7 +81,7 @@ def test_a_chain_over_three_repositories_loads_with_and_without_the_package(chai
     assert config["base"]["repo"] == base
     assert config["base"]["revision"] == hub.repos[base].branches["main"]
     assert f"base_model: {base}" in hub.files(child)["README.md"].decode()
-    # What is pinned stays, whatever its owners do next.
+    # A pinned commit stays the same after its owners change the repository.
     for repo, file in ((base, "model.safetensors"), (parent, "delta.safetensors"), (parent, "config.json")):
         hub.put(repo, **{file: b"another"})
     cascade = Cascade.from_pretrained(child)
@@ -170,10 +170,10 @@ def test_a_failing_hub_is_not_taken_for_an_empty_repository(hub, saved_base, no_
     ],
 )
 def test_a_refused_push_is_one_clear_error(hub, saved_base, no_waiting, token, trouble, message) -> None:
-    shipment = plan_upload(saved_base(), "me/t")
+    plan = plan_upload(saved_base(), "me/t")
     hub.answer_all = trouble
     with pytest.raises(SourceError, match=message):
-        upload(shipment, token=token)
+        upload(plan, token=token)
     assert "me/t" not in hub.repos
 
 

@@ -231,9 +231,9 @@ import sys, time
 from poe import Cascade, PoEError
 start = time.monotonic()
 for call in (
-    lambda: Cascade.from_pretrained("nobody/nothing"),
-    lambda: Cascade.from_pretrained({stage!r}, base="nobody/nothing"),
-    lambda: Cascade.from_pretrained({stage!r}).push_to_hub("nobody/nothing", token="hf_none", base="nobody/base"),
+    lambda: Cascade.from_pretrained("missing/nothing"),
+    lambda: Cascade.from_pretrained({stage!r}, base="missing/nothing"),
+    lambda: Cascade.from_pretrained({stage!r}).push_to_hub("missing/nothing", token="hf_none", base="missing/base"),
 ):
     try:
         call()
@@ -246,14 +246,14 @@ print(time.monotonic() - start, file=sys.stderr)
 @pytest.mark.parametrize("offline", [True, False])
 def test_without_a_network_a_clear_error_comes_soon(family: Path, offline: bool) -> None:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"} if offline else dict(os.environ)
-    environment["HF_ENDPOINT"] = "http://127.0.0.1:9"  # nobody listens there
+    environment["HF_ENDPOINT"] = "http://127.0.0.1:9"  # nothing listens there
     code = HUB.format(stage=str(family / "parent"))
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, env=environment, check=False
     )
     lines = done.stdout.splitlines()
     assert [line.split(" | ")[0] for line in lines] == ["SourceError", "LineageError", "SourceError"], done.stderr
-    assert "nobody/nothing" in lines[0]
+    assert "missing/nothing" in lines[0]
     assert "Check the name, the network" in lines[0]
     assert float(done.stderr.splitlines()[-1]) < 15  # seconds
 

@@ -161,12 +161,12 @@ def test_every_link_of_a_card_leads_somewhere(hub, saved_base, tmp_path: Path) -
     again = Cascade.from_pretrained(folder).save_stage("t", tmp_path / "u", json.loads(json.dumps(TRAINING)))
     assert "report.png" not in links((again / "README.md").read_text())
     upload(plan_upload(saved_base(), "me/base", token="hf_me"), token="hf_me")
-    shipment = plan_upload(folder, "me/t", base="me/base", token="hf_me")
-    published = shipment.files["README.md"]
+    plan = plan_upload(folder, "me/t", base="me/base", token="hf_me")
+    published = plan.files["README.md"]
     assert isinstance(published, bytes)
     assert 'from_pretrained("me/t")' in published.decode()
     assert "base_model: me/base" in published.decode()
-    assert set(links(published.decode())) <= shipment.files.keys()
+    assert set(links(published.decode())) <= plan.files.keys()
 
 
 def test_every_link_of_the_readme_leads_somewhere() -> None:

@@ -1,7 +1,7 @@
 """nanochat checkpoints as PoE bases, against golden numbers from nanochat's own code.
 
 Seven of its versions, by commit, ran in fp32 on weights that `weights` makes here again, and its tokenizer on texts
-that are hard to cut. Where a version computes in bf16 whatever its weights are, or calls FlashAttention, fp32 and its
+that are hard to cut. Where a version always computes in bf16, or calls FlashAttention, fp32 and its
 own later fallback stood in.
 """
 
@@ -125,7 +125,7 @@ def test_every_constant_matters_to_the_golden_numbers(change: dict, imported) ->
 
 @torch.no_grad()
 def test_padded_rows_are_left_out(imported, tmp_path: Path) -> None:
-    """nanochat pads its tables to a multiple of 64 rows and never computes with the padding, whatever is in it."""
+    """nanochat pads its tables to a multiple of 64 rows and never computes with the padding."""
     tensors = weights(NEWEST)
     for name in ("transformer.wte.weight", "lm_head.weight", "value_embeds.1.weight"):
         assert tensors[name].shape[0] == 512

@@ -145,6 +145,6 @@ def test_the_device_of_an_offloaded_module() -> None:
         execution_device = torch.device("cuda", 0)
 
     layer = tiny_base().model.layers[0].to("meta")
-    assert device_of(layer) == torch.device("cpu")  # offloaded, and nobody says where it runs
+    assert device_of(layer) == torch.device("cpu")  # offloaded, and no attribute has its execution device
     layer.self_attn.q_proj._hf_hook = Hook()
     assert device_of(layer) == torch.device("cuda", 0)

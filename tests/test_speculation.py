@@ -35,7 +35,7 @@ CASES = pytest.mark.parametrize(
 )
 
 
-def settled(cascade: Cascade, scale: float = 0.3) -> Cascade:
+def weaken_upper_layers(cascade: Cascade, scale: float = 0.3) -> Cascade:
     """Make the upper layers weaker, so that some drafts are accepted and some are not."""
     with torch.no_grad():
         for layer in cascade.base.model.layers[2:]:
@@ -52,7 +52,7 @@ def loop_of(cascade: Cascade, exit: int = 2, tokens: int = 4, least: float = 0.0
 @CASES
 def test_greedy_tokens_are_those_of_plain_decoding(name: str, stage: str | None, rows: int) -> None:
     """Past the windows, with rows padded on the left that end at different times."""
-    cascade, inputs = settled(decoding_cascade(name, stage)), prompts(rows)
+    cascade, inputs = weaken_upper_layers(decoding_cascade(name, stage)), prompts(rows)
     plain = cascade.generate(**inputs, **GREEDY)
     for tokens, least, lookup in ((1, 0.0, 0), (4, 0.0, 0), (6, 0.2, 0), (4, 0.1, 5)):
         loop = loop_of(cascade, 2, tokens, least, lookup)
@@ -62,7 +62,7 @@ def test_greedy_tokens_are_those_of_plain_decoding(name: str, stage: str | None,
 
 def test_drafts_are_accepted_and_rejected() -> None:
     """Or the test above would say little: between nothing and everything is accepted, in fewer passes than tokens."""
-    cascade = settled(decoding_cascade("poe"))
+    cascade = weaken_upper_layers(decoding_cascade("poe"))
     loop = loop_of(cascade)
     generate_with(loop, cascade.base, **prompts(1), max_new_tokens=60, do_sample=False, eos_token_id=None)
     assert 0 < loop.accepted < loop.drafted
@@ -79,7 +79,7 @@ def test_in_bf16_only_nearly_equal_logits_may_be_swapped(name: str, stage: str |
 
     Claimed and tested: every token's logit is, in the plain model on what came before it, within rounding of the best.
     """
-    cascade, inputs = settled(decoding_cascade(name, stage, torch.bfloat16)), prompts(rows)
+    cascade, inputs = weaken_upper_layers(decoding_cascade(name, stage, torch.bfloat16)), prompts(rows)
     options = {**GREEDY, "eos_token_id": None}
     ids = generate_with(loop_of(cascade), model_of(cascade), **inputs, **options)
     mask = torch.cat([inputs["attention_mask"], torch.ones(rows, LENGTH, dtype=torch.long)], 1)
@@ -100,7 +100,7 @@ def test_logits_processors_get_the_same_inputs() -> None:
             seen.append(input_ids.shape[1])
             return scores + (input_ids.shape[1] % 3 == 0) * torch.arange(scores.shape[1]) * 0.05
 
-    cascade, inputs = settled(decoding_cascade("qwen3")), prompts(3)
+    cascade, inputs = weaken_upper_layers(decoding_cascade("qwen3")), prompts(3)
     options = {**GREEDY, "repetition_penalty": 1.3, "no_repeat_ngram_size": 3, "min_new_tokens": 9}
     plain = cascade.generate(**inputs, **options, logits_processor=[Watch()])
     seen.clear()
@@ -117,7 +117,10 @@ def test_generation_ends_where_plain_generation_ends() -> None:
         def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
             return input_ids[:, -1] % 5 == 0
 
-    cascade, tokenizer = settled(decoding_cascade("poe with everything")), AutoTokenizer.from_pretrained(EMBEDDED_BASE)
+    cascade, tokenizer = (
+        weaken_upper_layers(decoding_cascade("poe with everything")),
+        AutoTokenizer.from_pretrained(EMBEDDED_BASE),
+    )
     free = cascade.generate(**prompts(1), **GREEDY, eos_token_id=None)[0, 7:].tolist()
     ways = [
         {"eos_token_id": free[5]},
@@ -150,7 +153,7 @@ def test_generation_ends_where_plain_generation_ends() -> None:
 
 
 def test_scores_and_logits_are_returned() -> None:
-    cascade, inputs = settled(decoding_cascade("llama")), prompts(2)
+    cascade, inputs = weaken_upper_layers(decoding_cascade("llama")), prompts(2)
     options = {**GREEDY, "return_dict_in_generate": True, "output_scores": True, "output_logits": True, "top_k": 9}
     plain = cascade.generate(**inputs, **options)
     ours = cascade.generate(**inputs, **options, strategy=SelfSpeculation(2))
@@ -233,7 +236,7 @@ def test_generated_samples_have_the_distribution_of_full_depth(name: str, rows: 
 
     Equal rows are sampled in groups of `rows`, which advance together. To be looked up, every pair is in the prompt.
     """
-    cascade = settled(decoding_cascade(name))
+    cascade = weaken_upper_layers(decoding_cascade(name))
     few = [5, 11, 23]
     pairs = torch.tensor([[5, 5, 11, 11, 23, 23, 5, 23, 11, 5]])
     prompt = pairs if lookup else prompts(1)["input_ids"]
@@ -264,7 +267,7 @@ def test_generated_samples_have_the_distribution_of_full_depth(name: str, rows: 
 
 def test_drafts_of_a_model_with_idle_upper_layers_are_always_accepted() -> None:
     """With upper layers that add nothing the draft says what full depth says, and sampling keeps every token too."""
-    cascade = settled(decoding_cascade("qwen3"), 0.0)
+    cascade = weaken_upper_layers(decoding_cascade("qwen3"), 0.0)
     for sampling in (False, True):
         loop = loop_of(cascade, exit=2, tokens=5)
         generate_with(loop, cascade.base, token_ids(1, 5), max_new_tokens=61, do_sample=sampling, eos_token_id=None)
@@ -315,7 +318,7 @@ def count_layers(cascade: Cascade, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_calibration_finds_the_fastest_draft(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where layers above the second add nothing, that is where to draft: a passing token costs least there."""
-    cascade = settled(decoding_cascade("llama"), 0.0)
+    cascade = weaken_upper_layers(decoding_cascade("llama"), 0.0)
     with torch.no_grad():
         cascade.base.lm_head.weight.mul_(20)  # a model that is sure of itself
     count_layers(cascade, monkeypatch)

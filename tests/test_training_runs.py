@@ -190,7 +190,7 @@ def test_dropped_rows_are_recorded_with_their_reasons(base: Path, tmp_path: Path
     [
         (["stage", "tol"], 1, "Did you mean 'tool'"),
         (["stage", "demo", "--no-such-option"], 2, "no-such-option"),
-        (["stage", "demo", "--base", "nobody/no-such-model-anywhere"], 1, "nobody/no-such-model-anywhere"),
+        (["stage", "demo", "--base", "missing/no-such-model-anywhere"], 1, "missing/no-such-model-anywhere"),
         (["base", "nothing"], 1, "Unknown recipe 'nothing'"),
     ],
 )

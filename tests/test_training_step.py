@@ -314,7 +314,7 @@ def test_fp16_is_refused() -> None:
 
 
 def test_compiled_training_equals_eager_training(tmp_path: Path, monkeypatch) -> None:
-    """Losses and parameter names are the same, and the model validates and generates afterwards."""
+    """Losses and parameter names are the same, and the model still validates and generates."""
     # this backend captures the graph as inductor does, without the minutes of compilation
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     results = {}

@@ -286,7 +286,7 @@ KINDS: tuple[Kind, ...] = (
     _flag(
         ("private", "hidden"),
         "whether others cannot see it",
-        ("and keep it private", "visible to nobody else"),
+        ("and keep it private", "visible to nobody else"),  # codespell:ignore nobody
         ("and make it public", "visible to everyone"),
     ),
     _flag(

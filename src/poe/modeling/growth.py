@@ -97,7 +97,7 @@ def sync_attention(base: PreTrainedModel, model: PreTrainedModel) -> None:
 def make_standalone(base: PreTrainedModel, model: PreTrainedModel) -> PreTrainedModel:
     """Make a shell independent of its base: an ordinary model with one config and a linear head.
 
-    The folded head becomes an `nn.Linear` with its own weight. `base` must not be used afterwards.
+    The folded head becomes an `nn.Linear` with its own weight. Do not use `base` after the call.
     """
     family = family_of(base)
     folded = family.head_of(model)

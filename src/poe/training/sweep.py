@@ -91,8 +91,8 @@ def sweep(
     """Train one candidate for every combination of `tries` (recipe field -> values) and keep the best by val bpb.
 
     Each candidate has its own folder in `output_dir` (default `runs/RECIPE-sweep`). The folder of the best is a whole
-    stage folder, the others keep their records, and sweep.json has the table. The best stage is active in `cascade`
-    afterwards. `resume` skips finished candidates and continues the interrupted one. The other arguments are those of
+    stage folder, the others keep their records, and sweep.json has the table. At the end the best stage is active in
+    `cascade`. `resume` skips finished candidates and continues the interrupted one. The other arguments are those of
     `train_stage`.
 
     Raises what `train_stage` raises, and `RecipeError` for candidates that cannot be compared.

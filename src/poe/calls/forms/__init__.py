@@ -1,1 +1,1 @@
-"""How tools, calls and results are told in text: every way is defined here once, its writing beside its reading."""
+"""The forms of tools, calls and results in text. Each form defines its writer and its parser in one place."""

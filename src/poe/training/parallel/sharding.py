@@ -25,7 +25,7 @@ from poe.training.parallel.distributed import World
 def shard_base(cascade: Cascade, world: World) -> None:
     """Shard the layers of the cascade's base over the processes of `world`, and move the rest to its device.
 
-    Load the base on the CPU: it moves to the device layer by layer. Afterwards all processes must run the base, and
+    Load the base on the CPU: it moves to the device layer by layer. Then all processes must run the base, and
     every model grown from it, at the same time; this includes `generate`. A sharded base is not changed again. Raises
     `RecipeError` for a base that is quantized, offloaded, on several devices, or recurrent.
     """
