@@ -2,9 +2,10 @@
 
     python examples/train_stage.py [--steps 60] [--out runs/example]
 
-It does in the open what `poe.train_stage` does: open a base, read the data, add a stage, train it, save it, and load it
-again in a process that cannot import `poe`. It is offline and takes under a minute on two CPU cores. `poe.train_stage`
-adds validation, checkpoints, resuming, caches, several processes and reports.
+It shows the steps of `poe.train_stage`: open a base, read the data, add a stage, train it, save it, and load it again in
+a process that cannot import `poe`. It runs offline and takes under a minute on two CPU cores. That is enough for a first
+call with a new tool; `make demo` trains ten times as long. `poe.train_stage` adds validation, checkpoints, resuming,
+caches, several processes and reports.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from poe.training.optim import MuonAdamW, build_optimizer
 from poe.training.schedule import apply_lr, lr_factor
 
 EXAMPLES = Path(__file__).parent
-QUESTION = "Please book a gondola for Marla for 37 people."  # no training row has a gondola, or these values
+QUESTION = "Please cancel the gondola with the code QX-4417."  # no training row has a gondola, or this code
 TOOLS = json.loads((EXAMPLES / "tools.json").read_text(encoding="utf-8"))
 
 

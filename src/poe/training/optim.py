@@ -182,9 +182,8 @@ class MuonAdamW(torch.optim.Optimizer):
             total = self.shards.global_norm(total)
         if max_norm is not None:
             factor = (max_norm / (total + 1e-6)).clamp_(max=1.0)
-            factor = torch.where(
-                total.isfinite(), factor, 1.0
-            )  # keeps the finite gradients finite, so that the bad tensor can be found
+            # a norm that is not finite leaves the gradients unchanged, so that the bad tensor can be found
+            factor = torch.where(total.isfinite(), factor, 1.0)
             for grad in grads:
                 grad.mul_(factor.to(grad.device))
         return total
@@ -197,9 +196,7 @@ class MuonAdamW(torch.optim.Optimizer):
                 raise ValueError("MuonAdamW takes dense gradients: build the embedding with sparse=False.")
             if self._owned(p) is None:
                 continue
-            shape = (
-                p.shape if group["kind"] == "muon" else None
-            )  # only Muon stacks parameters, which needs equal shapes
+            shape = p.shape if group["kind"] == "muon" else None  # Muon stacks parameters of equal shapes
             buckets.setdefault((shape, p.dtype, p.device), []).append(p)
         for params in buckets.values():
             batch: list[_Update] = []

@@ -116,9 +116,8 @@ def _continue_network(recipe: BaseRecipe) -> Any:
     known = {name: value for name, value in config.to_dict().items() if name in PoEConfig.__annotations__}
     try:
         if recipe.num_layers == num_layers:
-            config = PoEConfig(
-                **{**known, **shape}
-            )  # a new config, because PoEConfig checks its values only when it is created
+            # a new config, because PoEConfig checks its values only when it is created
+            config = PoEConfig(**{**known, **shape})
         base = PoEForCausalLM.from_pretrained(locate(str(recipe.init)), config=config, local_files_only=True)
         if recipe.num_layers == num_layers:
             return base

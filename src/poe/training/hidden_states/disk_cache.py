@@ -120,9 +120,8 @@ class DiskCache:
         if not missing:
             return
         self._prepare_folder(sum(sizes.values()))
-        random.Random().shuffle(
-            missing
-        )  # an unseeded generator: every process has its own order, and the run's generator is untouched
+        # An unseeded generator gives every process its own order, and does not change the generator of the run.
+        random.Random().shuffle(missing)
         started = last_note = time.monotonic()
         done = 0
         for shard in missing:
