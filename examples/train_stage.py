@@ -2,10 +2,10 @@
 
     python examples/train_stage.py [--steps 60] [--out runs/example]
 
-It shows the steps of `poe.train_stage`: open a base, read the data, add a stage, train it, save it, and load it again in
-a process that cannot import `poe`. It runs offline and takes under a minute on two CPU cores. That is enough for a first
-call with a new tool; `make demo` trains ten times as long. `poe.train_stage` adds validation, checkpoints, resuming,
-caches, several processes and reports.
+It shows the steps of `poe.train_stage`: open a base, read the data, add a stage, train it, save it, and load it again
+in a process that cannot import `poe`. It runs offline and takes about a minute on two CPU cores. That is enough for a
+first call of a new tool; `make demo` trains for more than ten times as many tokens. `poe.train_stage` adds validation,
+checkpoints, resuming, caches, several processes and reports.
 """
 
 import argparse
