@@ -127,7 +127,7 @@ def test_steps_that_cannot_be_converted_are_dropped(output: str, why: str) -> No
         ("API-Request: [ToolSearcher(keywords='a'), ToolSearcher(keywords='b')]->[]", "one result for several calls"),
         ("API-Request: [ToolSearcher('a')]->{'name': 'f', 'parameters': {'none'}}", "tool parameter is not an object"),
         ("AI: Yes.\nAI: Yes.", "two assistant turns in a row"),
-        ("Generate API Request:", "row is of no known format"),
+        ("Generate API Request:", "row of an unknown format"),
     ],
 )  # fmt: skip
 def test_histories_that_cannot_be_converted_are_dropped(history: str, why: str) -> None:
@@ -137,7 +137,7 @@ def test_histories_that_cannot_be_converted_are_dropped(history: str, why: str) 
 def test_a_request_without_brackets_is_read() -> None:
     row = step("API-Request: ToolSearcher(keywords='bread')")
     assert shape(kept(apibank, row)[0])[-1] == ("assistant", None, [("ToolSearcher", {"keywords": "bread"})])
-    assert reason(apibank, {**row, "input": "User: Bread"}) == "row is of no known format"
+    assert reason(apibank, {**row, "input": "User: Bread"}) == "row of an unknown format"
     assert reason(apibank, {**row, "input": row["input"].replace("{", "<")}) == "tool declaration not JSON"
 
 
@@ -169,10 +169,10 @@ def test_dialogues_declare_what_a_search_finds() -> None:
         ("assistant", "There is no oven.", []),
     ]
     assert repairs["str coerced to integer"] == 1
-    assert reason(apibank, {"turns": [turns[0], turns[3]]}) == "no declaration of a tool that is called"
+    assert reason(apibank, {"turns": [turns[0], turns[3]]}) == "called tool is not declared"
     assert reason(apibank, {"turns": [turns[0], {**turns[2], "result": "ok"}]}) == "request without a result"
     assert reason(apibank, {"turns": [{"role": "Robot", "text": "x"}]}) == "turn of an unknown speaker ('Robot')"
-    assert reason(apibank, {"turns": ["x"]}) == "row is of no known format"
+    assert reason(apibank, {"turns": ["x"]}) == "row of an unknown format"
 
 
 def test_rows_of_level_three() -> None:
@@ -184,7 +184,7 @@ def test_rows_of_level_three() -> None:
     roles = [message["role"] for message in conversation.messages]
     assert roles == ["user", "assistant", "tool", "assistant", "tool", "assistant"]
     assert conversation.messages[4]["content"] == '{"status": "ok"}'
-    assert reason(apibank, {**row, "apis": 5}) == "row is of no known format"
+    assert reason(apibank, {**row, "apis": 5}) == "row of an unknown format"
     assert reason(apibank, {**row, "response": None}) == "turn is not text"
 
 

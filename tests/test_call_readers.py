@@ -37,10 +37,10 @@ def test_a_signature_becomes_a_tool() -> None:
         },
         "required": ["flour"],
     }
-    assert notes == ["type that names none of JSON's left out"]
+    assert notes == ["type without a JSON equivalent left out"]
     schema = read_definition("def f(a: int=2.5, b=len('x')): ...", notes.append)["function"]["parameters"]
     assert schema["properties"] == {"a": {"type": "integer"}, "b": {}}
-    assert notes[1:] == ["default of another type left out", "default that is no literal left out"]
+    assert notes[1:] == ["default of another type left out", "default that is not a literal left out"]
 
 
 @pytest.mark.parametrize("source", ["def f(*a): ...", "def f(**a): ...", "def f(a, /): ...", "f = 1", "def f(:", ""])
@@ -101,7 +101,7 @@ def test_nexusraven_calls_that_cannot_be_converted_are_dropped(answer: str, why:
 
 def test_nexusraven_files_without_declarations() -> None:
     assert reason(nexusraven, {"query": "Bread?", "reference": "bake('rye')"}) == "no declaration of tools"
-    assert reason(nexusraven, {"question": "Bread?"}) == "row is of no known format"
+    assert reason(nexusraven, {"question": "Bread?"}) == "row of an unknown format"
     assert reason(nexusraven, raven("nap()", NAP, "def nap(a): ...")) == "one tool name, two definitions"
     assert reason(nexusraven, raven("nap()", "class Nap: ...")) == "tool declaration is not a Python function"
 
@@ -128,7 +128,7 @@ def test_nexusraven_slots() -> None:
     bake = conversations[0].tools[0]["function"]
     assert (bake["description"], bake["parameters"]["required"]) == ("Bake a loaf.", ["flour"])
     assert bake["parameters"]["properties"]["flour"]["description"] == "Required. string. Which."
-    assert reason(nexusraven, {"turns_1": empty}) == "row is of no known format"
+    assert reason(nexusraven, {"turns_1": empty}) == "row of an unknown format"
     assert reason(nexusraven, {**slot, "docstring": "<func_start>def f()"}) == "tool declaration is not a signature"
 
 
@@ -160,14 +160,14 @@ def test_droidcall_mime(mime: Any, rule: str | None) -> None:
 @pytest.mark.parametrize(
     ("row", "why"),
     [
-        (droid("ACTION_DANCE"), "intent that is not known"),
+        (droid("ACTION_DANCE"), "unknown intent"),
         (droid("ACTION_GET_CONTENT", mime={"image/*": "", "video/*": ""}), "mime that is not one type"),
         (droid("ACTION_GET_CONTENT", mime={"image/*": "png"}), "mime that is not one type"),
         (droid("ACTION_SET_TIMER", {"EXTRA_LENGTH": "soon"}), "argument of another type than declared"),
         (droid("ACTION_SET_TIMER", {"EXTRA_COLOUR": "red"}), "argument that the tool does not declare"),
         (droid("ACTION_WIFI_SETTINGS", uri="content://x"), "argument that the tool does not declare"),
-        ({"query": "Do it"}, "row is of no known format"),
-        (droid("ACTION_SEND", [1]), "row is of no known format"),
+        ({"query": "Do it"}, "row of an unknown format"),
+        (droid("ACTION_SEND", [1]), "row of an unknown format"),
     ],
 )
 def test_droidcall_rows_that_cannot_be_converted_are_dropped(row: dict[str, Any], why: str) -> None:
@@ -239,7 +239,7 @@ def test_toolformer_headers() -> None:
     row = former("oracle('x')")
     for text in ("Tell me.", row["instruction"].replace("oracle(query)", "oracle: a query"), "toolformer: enabled\n"):
         assert reason(gpteacher_toolformer, {**row, "instruction": text}) in (
-            "row is of no known format",
+            "row of an unknown format",
             "tool declaration is not a signature",
         )
 

@@ -86,7 +86,7 @@ def test_documentation_among_the_tools_is_removed() -> None:
     documentation = {"name": "components", "description": "#Loaf: Object{crust}", "parameters": {}}
     conversation, repairs = kept(hammer, row(tools=[BAKE, documentation]))
     assert [tool["function"]["name"] for tool in conversation.tools] == ["bake"]
-    assert repairs == {"documentation of results taken out of the tools": 1}
+    assert repairs == {"documentation of results removed from the tools": 1}
 
 
 def test_masked_rows_follow_the_rule_of_xlam() -> None:
@@ -95,8 +95,8 @@ def test_masked_rows_follow_the_rule_of_xlam() -> None:
     assert conversation.tools[0]["function"]["parameters"]["required"] == ["flour", "grams"]
     assert reason(hammer, masked([RYE])) == "required argument missing"
     assert reason(hammer, masked([])) == "answer without a call or a text"
-    assert reason(hammer, masked([RYE], input="more")) == "row is of no known format"
-    assert reason(hammer, masked([RYE], instruction="Bread, please.")) == "row is of no known format"
+    assert reason(hammer, masked([RYE], input="more")) == "row of an unknown format"
+    assert reason(hammer, masked([RYE], instruction="Bread, please.")) == "row of an unknown format"
 
 
 def test_rows_that_cannot_be_converted_are_dropped() -> None:
@@ -105,5 +105,5 @@ def test_rows_that_cannot_be_converted_are_dropped() -> None:
     assert reason(hammer, row(answers=["bake"])) == "call is not an object"
     assert reason(hammer, {**row(), "answers": "bake"}) == "answers not JSON"
     assert reason(hammer, {**row(), "answers": {}}) == "answers are not a list"
-    assert reason(hammer, {**row(), "tools": None}) == "row is of no known format"
-    assert reason(hammer, {**row(), "query": 5}) == "row is of no known format"
+    assert reason(hammer, {**row(), "tools": None}) == "row of an unknown format"
+    assert reason(hammer, {**row(), "query": 5}) == "row of an unknown format"

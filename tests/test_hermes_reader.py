@@ -104,7 +104,7 @@ def test_python_notation_is_read_as_data() -> None:
 def test_a_literal_backslash_n_around_a_call() -> None:
     conversation, repairs = kept(hermes, row("H:Go", f"G:<tool_call>\\n{RYE}\\n</tool_call>\\n", tools=[BAKE]))
     assert shape(conversation)[1][2] == [("bake_bread", {"flour": "rye"})]
-    assert repairs == {"literal backslash-n around a block taken off": 2}
+    assert repairs == {"literal backslash-n around a block removed": 2}
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_a_literal_backslash_n_around_a_call() -> None:
         (tagged('{"name": "bake_bread"}'), "call without a name or arguments"),
         (tagged('"bake_bread"'), "call is not an object"),
         (tagged(RYE) + "There.", "text after a call"),
-        (f"<tool_call>\n{RYE}", "call breaks off"),
+        (f"<tool_call>\n{RYE}", "call cut off"),
         (tagged(RYE.replace("bake_bread", "bake")), "call to a tool that is not offered"),
         (tagged(RYE.replace('"rye"', "[]")), "argument of another type than declared"),
         ("", "empty turn"),
@@ -165,7 +165,7 @@ def test_json_mode_keeps_its_schema_and_its_answer() -> None:
 
 
 def test_rows_of_another_format_are_dropped() -> None:
-    assert reason(hermes, {"conversations": "a"}) == "row is of no known format"
+    assert reason(hermes, {"conversations": "a"}) == "row of an unknown format"
     assert reason(hermes, {"conversations": [{"from": "gpt", "value": 1}]}) == "turn is not text"
     robot = {"conversations": [{"from": "robot", "value": "a"}]}
     assert reason(hermes, robot) == "turn of an unknown speaker ('robot')"

@@ -109,7 +109,7 @@ def test_messages_from_parquet_lose_their_null_members(tmp_path: Any) -> None:
         ({"messages": [USER, assistant(tool_call("{"))], "tools": [BAKE]}, "arguments not JSON"),
         ({"messages": [USER, assistant(tool_call("[]"))], "tools": [BAKE]}, "arguments are not an object"),
         ({"messages": [USER, assistant(tool_call({}, None, ""))], "tools": [BAKE]}, "call without a name"),
-        ({"messages": [USER, assistant({"type": "custom"})]}, "call of something that is not a function"),
+        ({"messages": [USER, assistant({"type": "custom"})]}, "call that is not a function call"),
         ({"messages": [USER, {"role": "assistant", "tool_calls": 5}]}, "tool_calls are not a list"),
         ({"messages": [USER, {"role": "tool", "content": "x"}]}, "response without a call"),
         ({"messages": [USER], "tools": {"a": 1}}, "tools are not a list"),

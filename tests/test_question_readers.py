@@ -40,8 +40,8 @@ def test_alpaca_with_and_without_an_input() -> None:
     assert turns(alpaca, {"instruction": "Name a tree.", "input": None, "output": "Birch"})[0] == "Name a tree."
     assert reason(alpaca, {**row, "output": " "}) == "empty turn"
     assert reason(alpaca, {**row, "instruction": ""}) == "empty turn"
-    assert reason(alpaca, {"instruction": "Name a tree."}) == "row is of no known format"
-    assert reason(alpaca, {**row, "input": ["birch"]}) == "row is of no known format"
+    assert reason(alpaca, {"instruction": "Name a tree."}) == "row of an unknown format"
+    assert reason(alpaca, {**row, "input": ["birch"]}) == "row of an unknown format"
 
 
 def test_alpaca_seed_tasks_give_a_conversation_per_instance() -> None:
@@ -50,7 +50,7 @@ def test_alpaca_seed_tasks_give_a_conversation_per_instance() -> None:
     assert [c.messages[1]["content"] for c in conversations] == ["odd", "even"]
     assert [c.id for c in conversations] == ["row 0.instances[0]", "row 0.instances[1]"]
     assert (counts["read"], counts["dropped"]) == (3, {"row is not an object": 1})
-    assert reason(alpaca, {"instruction": "Odd or even?", "instances": []}) == "row is of no known format"
+    assert reason(alpaca, {"instruction": "Odd or even?", "instances": []}) == "row of an unknown format"
 
 
 def test_codealpaca_reads_both_names_of_the_answer_and_keeps_indentation() -> None:
@@ -70,7 +70,7 @@ def test_mbpp_adds_the_tests_to_the_task() -> None:
     on_the_hub = {"text": row["question"], "code": "def double(x):\n    return 2 * x", "test_list": row["test_list"]}
     assert kept(mbpp, on_the_hub) == (kept(mbpp, row)[0], {})
     for change in ({"test_list": []}, {"test_list": [5]}, {"code": None}, {"question": 5}):
-        assert reason(mbpp, {**row, **change}) == "row is of no known format"
+        assert reason(mbpp, {**row, **change}) == "row of an unknown format"
     assert reason(mbpp, {**row, "question": " "}) == "empty turn"
 
 
@@ -81,7 +81,7 @@ def test_mathinstruct_and_magicoder() -> None:
         "Sort a list.",
         "```python\nx.sort()\n```",
     )
-    assert reason(magicoder, {"problem": "Sort a list."}) == "row is of no known format"
+    assert reason(magicoder, {"problem": "Sort a list."}) == "row of an unknown format"
 
 
 @pytest.mark.parametrize("reader", [alpaca, codealpaca, gsm8k, magicoder, mathinstruct, mbpp])

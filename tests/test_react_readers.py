@@ -80,7 +80,7 @@ def test_toolbench_rows_that_cannot_be_converted_are_dropped(turns: list[tuple[s
 
 def test_toolbench_queries_have_no_answer() -> None:
     assert reason(toolbench, {"api_list": [], "query": "Bread?", "query_id": 1}) == "query without an answer"
-    assert reason(toolbench, {"id": 1}) == "row is of no known format"
+    assert reason(toolbench, {"id": 1}) == "row of an unknown format"
 
 
 def rotten(answers: Any, tools: Any = (BAKE, FINISH)) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def test_rotbench_uses_the_first_correct_answer() -> None:
     answers = [f"Thought:\nAction: bake_bread\nAction Input: {json.dumps({'flour': f})}" for f in ("rye", "oat")]
     conversation, repairs = kept(rotbench, rotten(answers))
     assert shape(conversation) == [("user", "Bread?", []), ("assistant", None, [("bake_bread", {"flour": "rye"})])]
-    assert repairs == {"other right answers left out": 1}
+    assert repairs == {"other correct answers left out": 1}
     assert kept(rotbench, rotten(answers[:1]))[1] == {}
 
 
@@ -105,7 +105,7 @@ def test_rotbench_names_have_no_special_meaning() -> None:
 
 def test_rotbench_rows_that_cannot_be_converted_are_dropped() -> None:
     for answers in ([], "Action: bake_bread", [5], None):
-        assert reason(rotbench, rotten(answers)) == "row is of no known format"
+        assert reason(rotbench, rotten(answers)) == "row of an unknown format"
     good = ['Action: bake_bread\nAction Input: {"flour": "rye"}']
     assert reason(rotbench, rotten(good, {"a": 1})) == "tools are not a list"
     row = rotten(good)

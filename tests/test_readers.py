@@ -167,8 +167,8 @@ def test_glaive_arguments(text: str, arguments: dict[str, Any], repair: str | No
 
 def test_glaive_null_arguments_and_parameters_for_arguments() -> None:
     for text, repair in (
-        (call("null", "take_nap"), "null arguments read as none"),
-        (call("'null'", "take_nap"), "null arguments read as none"),
+        (call("null", "take_nap"), "null arguments read as no arguments"),
+        (call("'null'", "take_nap"), "null arguments read as no arguments"),
         ('A:<functioncall> {"name": "take_nap", "parameters": {}}', "parameters read as arguments"),
         ('A:<functioncall> {"name": "take_nap", "parameters": \'{}\'}', "parameters read as arguments"),
     ):
@@ -191,7 +191,7 @@ RYE = """'{"flour": "rye"}'"""
         (["U:Go", call("""'{"flour": [your flour]}'""")], "arguments not JSON"),
         (["U:Go", call("""'{"flour": "rye", "grams": Infinity}'""")], "arguments not JSON"),
         (["U:Go", call("""'["rye"]'""")], "arguments are not an object"),
-        (["U:Go", """A:<functioncall> {"name": "bake_bread", "arguments": '{"flour": "r"""], "call breaks off"),
+        (["U:Go", """A:<functioncall> {"name": "bake_bread", "arguments": '{"flour": "r"""], "call cut off"),
         (["U:Go", """A:<functioncall> {"arguments": {}}"""], "call without a name or arguments"),
         (["U:Go", """A:<functioncall> {bake_bread: rye}"""], "call not JSON"),
         (["U:Go", "A:<functioncall> [1]"], "call is not an object"),
@@ -212,7 +212,7 @@ RYE = """'{"flour": "rye"}'"""
         (["U:", "A:Done"], "empty turn"),
         (["U:Go", "A:News of ", "A:1. a list"], "two assistant turns in a row"),
         (["U:Go", "U:Go on", "A:Yes"], "two user turns in a row"),
-        (["A:Hello"], "conversation that the assistant begins"),
+        (["A:Hello"], "conversation that begins with the assistant"),
         (["U:Go"], "no assistant turn"),
         (["U:A book, \"\nASSISTANT: A tale\"", "A:Yes"], "turn heading inside a turn"),
         (["U:A book <|endoftext|>", "A:Yes"], "end mark inside a turn"),
@@ -287,7 +287,7 @@ def test_glaive_cut_into_turns() -> None:
     first = {**row, "input_messages": messages[:2], "ground_truth": bake["content"]}
     assert shape(kept(glaive, first)[0])[-1] == ("assistant", None, [("bake_bread", {"flour": "rye"})])
     assert reason(glaive, {**row, "ground_truth": None}) == "turn is not text"
-    assert reason(glaive, {**row, "input_messages": "Two loaves"}) == "row is of no known format"
+    assert reason(glaive, {**row, "input_messages": "Two loaves"}) == "row of an unknown format"
     assert reason(glaive, {**row, "input_messages": [3]}) == "turn is not text"
     for message, why in (
         ({"role": "robot", "content": "a"}, "turn of an unknown speaker ('robot')"),
@@ -456,7 +456,7 @@ def test_xlam_types(text: str, schema: dict[str, Any], optional: bool, default: 
 def test_xlam_types_that_json_cannot_write(text: str) -> None:
     assert (
         reason(xlam, xlam_row([{"name": "bake", "arguments": {}}], {"f": {"type": text}}))
-        == "type that JSON cannot write"
+        == "type without a JSON equivalent"
     )
 
 
@@ -490,7 +490,7 @@ def test_xlam_rows_that_cannot_be_converted_are_dropped() -> None:
     assert reason(xlam, {**good, "answers": "[" * 10_000}) == "answers not JSON"
     assert reason(xlam, {**good, "tools": "{}"}) == "tools are not a list"
     assert reason(xlam, {**good, "query": " "}) == "empty turn"
-    assert reason(xlam, {**good, "query": None}) == "row is of no known format"
+    assert reason(xlam, {**good, "query": None}) == "row of an unknown format"
     assert (
         reason(xlam, xlam_row([{"name": "bake", "arguments": {}}], {"f": {"type": "str"}}))
         == "required argument missing"

@@ -135,7 +135,7 @@ def test_no_result_name_is_used_before_it_is_shown(uses: list[int]) -> None:
         ([step("eatLoaf", {})], "call to a tool that the pool does not have"),
         ([step("bakeLoaf", {})], "required argument missing"),
         ([{"parameters": {}}], "call without a name or arguments"),
-        ([], "row is of no known format"),
+        ([], "row of an unknown format"),
     ],
 )
 def test_rows_that_cannot_be_converted_are_dropped(calling: list[Any], why: str) -> None:
@@ -178,8 +178,8 @@ def test_prompts_contain_their_tools() -> None:
     broken["conversations"][1]["value"] = "[{'api': find}]"
     assert reason(broken) == "tools or calls not in Python notation"
     broken["conversations"][0]["value"] = "Choose."
-    assert reason(broken) == "row is of no known format"
-    assert reason({"conversations": broken["conversations"][:1]}) == "row is of no known format"
+    assert reason(broken) == "row of an unknown format"
+    assert reason({"conversations": broken["conversations"][:1]}) == "row of an unknown format"
 
 
 def write(path: Path, *rows: Any) -> Path:

@@ -126,10 +126,10 @@ def changed(**places: Any) -> dict[str, Any]:
     [
         (changed(Loaf={"properties": {"a": {"$ref": "#/components/schemas/Loaf"}}}), "schema that contains itself"),
         (changed(Loaf={"$ref": "loaf.json"}), "tool schema that refers to another document"),
-        (changed(), "reference to nothing"),
+        (changed(), "unresolvable reference"),
         (changed(Loaf={"type": "string"}), "request body that is not an object"),
         ({**DOCUMENT, "paths": {}}, "function that the documentation does not describe"),
-        ([], "row is of no known format"),
+        ([], "row of an unknown format"),
     ],
 )
 def test_documents_that_cannot_be_converted_are_dropped(document: Any, why: str) -> None:
@@ -147,7 +147,7 @@ def test_rows_of_another_format_are_dropped() -> None:
     row = api(LOOK)
     assert reason(toolalpaca, {**row, "Golden_Answers": []}) == "question without a golden answer"
     assert reason(toolalpaca, {**row, "Function_Projection": {"f": "x"}}) == "function without a path and a method"
-    assert reason(toolalpaca, {"Instances": []}) == "row is of no known format"
+    assert reason(toolalpaca, {"Instances": []}) == "row of an unknown format"
     clash = json.loads(json.dumps(DOCUMENT))
     clash["paths"]["/loaves"]["post"]["parameters"] = [{"name": "flour", "in": "query"}]
     assert reason(toolalpaca, api(LOOK, document=clash)) == "one parameter name, two places"

@@ -99,7 +99,7 @@ def test_answers_that_cannot_be_converted_are_dropped(answer: str, why: str) -> 
 
 def test_tools_that_cannot_be_converted_are_dropped() -> None:
     answer = "<response> Hello </response>"
-    assert reason(toolrl, {**row(answer), "instruction": "Use tools."}) == "row is of no known format"
+    assert reason(toolrl, {**row(answer), "instruction": "Use tools."}) == "row of an unknown format"
     broken = row(answer)
     broken["instruction"] = broken["instruction"].replace("2. Name", "3. Name")
     assert reason(toolrl, broken) == "tools are not numbered one by one"
@@ -113,7 +113,7 @@ def test_tools_that_cannot_be_converted_are_dropped() -> None:
     schema = kept(toolrl, row(answer, tools=[("f", {"a": either})]))[0].tools[0]["function"]["parameters"]
     assert schema["properties"]["a"]["anyOf"] == [{"type": "string"}, {"type": "integer"}]
     either["type"] = ["matrix"]
-    assert reason(toolrl, row(answer, tools=[("f", {"a": either})])) == "type that JSON cannot write"
+    assert reason(toolrl, row(answer, tools=[("f", {"a": either})])) == "type without a JSON equivalent"
 
 
 spoken = plain.map(str.strip).filter(lambda text: text and "<" not in text)

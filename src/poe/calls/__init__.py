@@ -1,1 +1,1 @@
-"""What a call is: conversations, tool schemas, call forms, prompt forms, parsing, and checking."""
+"""Conversations, tool schemas, call forms and prompt forms: the format of calls, their parsing and checking."""

@@ -1,1 +1,1 @@
-"""Rows -> `Conversation` -> text through the chat template -> packed token batches with a loss mask."""
+"""Read rows from sources, augment them, render them with the chat template, and pack them into batches."""

@@ -16,7 +16,7 @@ from poe.data.store import RowStore
 from poe.errors import DataError, RowError, TemplateError
 from poe.stages.augmentation import Augmentation
 
-REFUSED, HIDDEN = "the chat template refuses it", "the chat template hides the assistant's tokens"
+REFUSED, HIDDEN = "the chat template rejects it", "the chat template hides the assistant's tokens"
 
 Document = tuple[np.ndarray, np.ndarray]  # token ids int32, loss mask bool
 
@@ -91,7 +91,7 @@ class RenderWorker:
         if any(len(part.input_ids) > self.seq_len for part in parts):
             raise _UnusableError(f"longer than {self.seq_len} tokens")
         if not any(any(part.loss_mask) for part in parts):
-            raise _UnusableError("nothing of the assistant's to train on")
+            raise _UnusableError("no assistant tokens to train on")
         return [(np.array(p.input_ids, dtype=np.int32), np.array(p.loss_mask, dtype=bool)) for p in parts]
 
 

@@ -53,7 +53,7 @@ class CallForm(ABC):
         except ValueError as error:
             if isinstance(error, RowError):
                 raise
-            raise RowError("a number too long to be written") from None
+            raise RowError("number too long to be written") from None
         if self.read(written) != Reply(text.strip(), list(calls)):
             raise RowError(f"call that the form {self.name} cannot hold")
         return written

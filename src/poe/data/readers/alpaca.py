@@ -60,5 +60,5 @@ def join_instruction(row: dict[str, Any]) -> str:
     """Return the user's text: the instruction and the input, if any."""
     parts = [row.get("instruction"), row.get("input", "")]
     if not all(isinstance(part, str) for part in parts):
-        raise RowError("row is of no known format")
+        raise RowError("row of an unknown format")
     return "\n\n".join(part.strip() for part in parts if part.strip())

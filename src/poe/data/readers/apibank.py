@@ -73,7 +73,7 @@ def _convert(row: dict[str, Any], note: Note) -> Turns:
         return _convert_dialogue(row["turns"], note)
     if "apis" in row:
         if not isinstance(row["apis"], list) or not all(isinstance(api, dict) for api in row["apis"]):
-            raise RowError("row is of no known format")
+            raise RowError("row of an unknown format")
         calls = [
             {
                 "role": "API",
@@ -93,11 +93,11 @@ def _convert_step(row: dict[str, Any], note: Note) -> Turns:
         case str() as instruction, str() as history, str() as answer:
             pass
         case _:
-            raise RowError("row is of no known format")
+            raise RowError("row of an unknown format")
     before, *parts = _HEADING.split(history)
     raw_turns = [(head, body.strip()) for head, body in zip(parts[::2], parts[1::2], strict=True)]
     if not raw_turns or not raw_turns[-1][0].startswith("Generate"):
-        raise RowError("row is of no known format")
+        raise RowError("row of an unknown format")
     requests = [_parse_request(body) if head == "API-Request" else None for head, body in raw_turns]
     declared = [*_parse_lines(instruction.partition("API descriptions:")[2]), *_parse_lines(before)]
     tools = _find_tools(
@@ -114,7 +114,7 @@ def _convert_step(row: dict[str, Any], note: Note) -> Turns:
         elif head == "AI":
             _add_text(turns, body)
         else:
-            raise RowError("row is of no known format")
+            raise RowError("row of an unknown format")
     if answer.strip().startswith("API-Request:"):
         turns.add_calls(read_calls(answer.strip().removeprefix("API-Request:").strip(), tools))
     else:
@@ -181,7 +181,7 @@ def _read_tool(declared: Any, note: Note) -> Tool:
 def _convert_dialogue(raw_turns: Any, note: Note) -> Turns:
     """Convert turns of User and AI (`text`) and API (`api_name`, `param_dict`, `result`)."""
     if not isinstance(raw_turns, list) or not all(isinstance(turn, dict) for turn in raw_turns):
-        raise RowError("row is of no known format")
+        raise RowError("row of an unknown format")
     searches = [_get_result(turn) for turn in raw_turns if turn.get("api_name") == "ToolSearcher"]
     tools = _find_tools([_SEARCHER] if searches else [], searches, note)
     turns = Turns(tools, note)
@@ -190,7 +190,7 @@ def _convert_dialogue(raw_turns: Any, note: Note) -> Turns:
         if role == "API":
             name = turn.get("api_name")
             if not isinstance(name, str) or find_tool(tools, name) is None:
-                raise RowError("no declaration of a tool that is called")
+                raise RowError("called tool is not declared")
             _add_answered_call(turns, [(name, turn.get("param_dict"), None)], _get_result(turn))
         elif not isinstance(text, str):
             raise RowError("turn is not text")

@@ -154,9 +154,9 @@ def read(rows: Iterable[Row], report: DropReport) -> Iterator[Conversation]:
 def _convert(row: dict[str, Any], note: Note) -> Turns:
     query, intent, extras = row.get("query"), row.get("intent"), row.get("extras", {})
     if not isinstance(query, str) or not isinstance(intent, str) or not isinstance(extras, dict):
-        raise RowError("row is of no known format")
+        raise RowError("row of an unknown format")
     if intent not in _TOOLS:
-        raise RowError("intent that is not known")
+        raise RowError("unknown intent")
     arguments = {"uri": row.get("uri"), "mime": read_mime(row.get("mime"), note), **extras}
     turns = Turns(deepcopy(_TOOLS[intent]), note)
     turns.add_user(query.strip())

@@ -106,7 +106,7 @@ def _declared_type(kind: Any) -> tuple[dict[str, Any], bool, Any]:
     if isinstance(kind, str):
         return python_type(kind)
     if not isinstance(kind, list) or not kind or not all(isinstance(name, str) and name in TYPES for name in kind):
-        raise RowError("type that JSON cannot write")
+        raise RowError("type without a JSON equivalent")
     schema, nullable = _without_null(_any_of([{"type": name} for name in kind]))
     return schema, nullable, None
 
@@ -114,7 +114,7 @@ def _declared_type(kind: Any) -> tuple[dict[str, Any], bool, Any]:
 def python_type(text: str) -> tuple[dict[str, Any], bool, Any]:
     """Parse `"List[int], optional, default=[]"` to (JSON Schema, whether optional, default or None)."""
     if len(text) > _MAX_TYPE:
-        raise RowError("type that JSON cannot write")
+        raise RowError("type without a JSON equivalent")
     match = _DEFAULT.search(text)
     kind, *extras = _top_level_parts(text[: match.start()] if match else text)
     optional, default = match is not None, _literal_value(text[match.end() :].strip()) if match else None
@@ -122,7 +122,7 @@ def python_type(text: str) -> tuple[dict[str, Any], bool, Any]:
         if extra.lower() in ("optional", "required", ""):
             optional = optional or extra.lower() == "optional"
         else:
-            raise RowError("type that JSON cannot write")
+            raise RowError("type without a JSON equivalent")
     schema, nullable = _TypeParser(kind).parse()
     return schema, optional or nullable, default
 
@@ -157,7 +157,7 @@ class _TypeParser:
         while position < len(text):
             match = _TOKEN.match(text, position)
             if match is None:
-                raise RowError("type that JSON cannot write")
+                raise RowError("type without a JSON equivalent")
             self.tokens.append(match[0].strip())
             position = match.end()
         self.next_token = 0
@@ -166,7 +166,7 @@ class _TypeParser:
         """Return the schema, and whether None is one of the top-level types."""
         schema = self._parse_union()
         if self.next_token < len(self.tokens):
-            raise RowError("type that JSON cannot write")
+            raise RowError("type without a JSON equivalent")
         return _without_null(schema)
 
     def _peek(self) -> str:
@@ -199,12 +199,12 @@ class _TypeParser:
                 if self._peek() == ",":
                     self._next()
                 elif self._peek() != "]":
-                    raise RowError("type that JSON cannot write")
+                    raise RowError("type without a JSON equivalent")
             self._next()
         if lower == "tuple":
             return _tuple_schema(inner)
         if "..." in inner:
-            raise RowError("type that JSON cannot write")
+            raise RowError("type without a JSON equivalent")
         if lower == "any" and not inner:
             return {}
         if lower in _ARRAYS and len(inner) < 2:
@@ -217,15 +217,15 @@ class _TypeParser:
             return _any_of(inner)
         if lower in _SIMPLE and not inner:
             return {"type": _SIMPLE[lower]}
-        raise RowError("type that JSON cannot write")
+        raise RowError("type without a JSON equivalent")
 
     def _parse_literals(self) -> dict[str, Any]:
         values: list[Any] = []
         if self._next() != "[":
-            raise RowError("type that JSON cannot write")
+            raise RowError("type without a JSON equivalent")
         while (token := self._next()) != "]":
             if not token or token in ("[", "|"):
-                raise RowError("type that JSON cannot write")
+                raise RowError("type without a JSON equivalent")
             if token != ",":
                 values.append(_literal_value(token))
         kinds = {type(value) for value in values}
@@ -239,7 +239,7 @@ def _tuple_schema(inner: list[Any]) -> dict[str, Any]:
     if inner[-1] == "..." and len(inner) == 2:
         return {"type": "array", "items": inner[0]}
     if "..." in inner:
-        raise RowError("type that JSON cannot write")
+        raise RowError("type without a JSON equivalent")
     fixed = {"minItems": len(inner), "maxItems": len(inner)}
     if all(kind == inner[0] for kind in inner):
         return {"type": "array", "items": inner[0], **fixed}

@@ -77,13 +77,13 @@ def _convert(row: dict[str, Any], note: Note) -> Turns:
         return _convert_sharegpt(row, note)
     system, chat = row.get("system", ""), row.get("chat")
     if not isinstance(system, str):
-        raise RowError("row is of no known format")
+        raise RowError("row of an unknown format")
     if "input_messages" in row:
         raw_turns = _split_messages(row, system)
     elif isinstance(chat, str):
         raw_turns = split_chat(chat)
     else:
-        raise RowError("row is of no known format")
+        raise RowError("row of an unknown format")
     text, tools = read_system(system, note)
     turns = Turns(tools, note)
     turns.add_system(text)
@@ -156,7 +156,7 @@ def _split_messages(row: dict[str, Any], system: str) -> list[tuple[str, str]]:
     """Return the turns of a row with messages in the format of `split_chat`."""
     messages, last = row["input_messages"], row.get("ground_truth")
     if not isinstance(messages, list):
-        raise RowError("row is of no known format")
+        raise RowError("row of an unknown format")
     turns = []
     for message in [*messages, {"role": "assistant", "content": last}]:
         role, text = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
@@ -190,7 +190,7 @@ def read_call(text: str, note: Note) -> tuple[str, Any]:
         return _read_json_call(call, note)
     match = _QUOTED_CALL.match(text)
     if match is None:
-        raise RowError("call breaks off" if not text.endswith("}") else "call not JSON")
+        raise RowError("call cut off" if not text.endswith("}") else "call not JSON")
     if match[2] == "parameters":
         note("parameters read as arguments")
     if match[4].count("}") == 2:
@@ -209,7 +209,7 @@ def _read_json_call(call: dict[str, Any], note: Note) -> tuple[str, Any]:
     if isinstance(arguments, str):
         arguments = _parse_arguments(arguments, note)
     if arguments is None:
-        note("null arguments read as none")
+        note("null arguments read as no arguments")
         arguments = {}
     return call["name"], arguments
 
@@ -229,7 +229,7 @@ def _parse_arguments(text: str, note: Note) -> Any:
         if rule:
             note(rule)
         if arguments is None:
-            note("null arguments read as none")
+            note("null arguments read as no arguments")
             return {}
         return arguments
     raise RowError("arguments not JSON")
@@ -240,7 +240,7 @@ def _convert_sharegpt(row: dict[str, Any], note: Note) -> Turns:
     turns = Turns(_read_tools(declared if isinstance(declared, list) else [declared], note), note)
     system = row.get("system", "")
     if not isinstance(system, str) or not isinstance(row["conversations"], list):
-        raise RowError("row is of no known format")
+        raise RowError("row of an unknown format")
     system = system.strip().removeprefix("SYSTEM:").strip()
     turns.add_system("" if system in FIXED_SENTENCES else system)
     for turn in row["conversations"]:
@@ -256,7 +256,7 @@ def _convert_sharegpt(row: dict[str, Any], note: Note) -> Turns:
             turns.add_user(value)
         elif speaker in ("gpt", "assistant"):
             if CALL in value:
-                raise RowError("call not in a turn of its own")
+                raise RowError("call inside a text turn")
             turns.add_assistant(value)
         elif speaker == "function_call":
             parsed = parse_field(value, "call")

@@ -53,7 +53,7 @@ def read(rows: Iterable[Row], report: DropReport) -> Iterator[Conversation]:
 def _convert(row: dict[str, Any], note: Note) -> Turns:
     text, response = row.get("instruction"), row.get("response")
     if not isinstance(text, str) or not isinstance(response, str):
-        raise RowError("row is of no known format")
+        raise RowError("row of an unknown format")
     tools, request = read_header(text, note)
     turns = Turns(tools, note)
     turns.add_user(join_instruction({**row, "instruction": request}))
@@ -68,7 +68,7 @@ def read_header(text: str, note: Note) -> tuple[list[Tool], str]:
     """Return the tools of an instruction's header and the request after it."""
     header = _HEADER.match(text)
     if header is None:
-        raise RowError("row is of no known format")
+        raise RowError("row of an unknown format")
     names = [name.strip() for name in header[1].split(",")]
     lines = text[header.end() :].split("\n")
     tools = []

@@ -56,10 +56,10 @@ def _convert(row: dict[str, Any], note: Note) -> Turns:
     declared = parse_field(row.get("tools"), "tools")
     query = row.get("query")
     if not isinstance(declared, list) or not isinstance(query, str | list):
-        raise RowError("row is of no known format")
+        raise RowError("row of an unknown format")
     tools = [tool for tool in declared if not _is_documentation(tool)]
     if len(tools) < len(declared):
-        note("documentation of results taken out of the tools")
+        note("documentation of results removed from the tools")
     turns = Turns(unique_tools([read_tool(_add_required(tool), note) for tool in tools], note), note)
     if isinstance(query, str):
         turns.add_user(query.strip())
@@ -123,7 +123,7 @@ def _remove_fence(text: str) -> str:
 def _convert_masked(row: dict[str, Any], note: Note) -> Turns:
     instruction, output = row.get("instruction"), row.get("output")
     if not isinstance(instruction, str) or not isinstance(output, str) or row.get("input"):
-        raise RowError("row is of no known format")
+        raise RowError("row of an unknown format")
     declared = parse_field(_section(instruction, "AVAILABLE TOOLS"), "tools")
     if not isinstance(declared, list):
         raise RowError("tools are not a list")
@@ -136,5 +136,5 @@ def _convert_masked(row: dict[str, Any], note: Note) -> Turns:
 def _section(instruction: str, name: str) -> str:
     texts, _ = split_sections(instruction, f"[BEGIN OF {name}]", f"[END OF {name}]")
     if len(texts) != 1:
-        raise RowError("row is of no known format")
+        raise RowError("row of an unknown format")
     return texts[0]

@@ -79,7 +79,7 @@ def read(rows: Iterable[Row], report: DropReport) -> Iterator[Conversation]:
 def _convert(row: dict[str, Any], note: Note) -> Turns:
     raw_turns = row.get("conversations")
     if not isinstance(raw_turns, list) or not all(isinstance(turn, dict) for turn in raw_turns):
-        raise RowError("row is of no known format")
+        raise RowError("row of an unknown format")
     if not all(isinstance(turn.get("value"), str) for turn in raw_turns):
         raise RowError("turn is not text")
     system = next((turn["value"] for turn in raw_turns[:1] if turn.get("from") == "system"), "")
@@ -149,7 +149,7 @@ def read_turn(text: str, note: Note) -> tuple[str, list[tuple[Any, Any, None]]]:
     for block in blocks:
         inside, end, after = block.partition(_CALL[1])
         if not end:
-            raise RowError("call breaks off")
+            raise RowError("call cut off")
         if _strip(after, note):
             raise RowError("text after a call")
         for call in _as_list(parse_notation(_strip(inside, note), "call", note)):
@@ -179,5 +179,5 @@ def _strip(text: str, note: Note) -> str:
     while stripped.startswith("\\n") or stripped.endswith("\\n"):
         stripped = stripped.removeprefix("\\n").removesuffix("\\n").strip()
     if stripped != text.strip():
-        note("literal backslash-n around a block taken off")
+        note("literal backslash-n around a block removed")
     return stripped

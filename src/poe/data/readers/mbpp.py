@@ -39,7 +39,7 @@ def _convert(row: dict[str, Any], note: Note) -> Turns:
         case str() as task, [*tests], str() as code if tests and all(isinstance(test, str) for test in tests):
             pass
         case _:
-            raise RowError("row is of no known format")
+            raise RowError("row of an unknown format")
     if "\r\n" in code:
         note("CRLF written as a line feed")
     task, code, *tests = (text.replace("\r\n", "\n") for text in [task, code, *tests])

@@ -156,7 +156,7 @@ def read_call(call: Any, tools: list[Tool], prune: bool) -> tuple[Any, Any, str 
     if not isinstance(function, dict):
         raise RowError("call is not an object")
     if call.get("type") not in (None, "function"):
-        raise RowError("call of something that is not a function")
+        raise RowError("call that is not a function call")
     name, arguments = function.get("name"), function.get("arguments")
     if isinstance(arguments, str):
         arguments = parse_field(arguments.strip() or "{}", "arguments")

@@ -68,7 +68,7 @@ def _convert(row: dict[str, Any], note: Note) -> Turns:
     if "context" in row:
         question, answer, sources = row.get("Input"), row.get("Output"), row["context"]
         if not isinstance(sources, list) or not all(isinstance(source, str) for source in sources):
-            raise RowError("row is of no known format")
+            raise RowError("row of an unknown format")
         tools = [read_definition(source, note) for source in sources]
     elif "docstring" in row:
         question, answer = row.get("instruction"), _join_calls(parse_field(row.get("golden_answer"), "golden answer"))
@@ -76,9 +76,9 @@ def _convert(row: dict[str, Any], note: Note) -> Turns:
     elif "reference" in row:
         raise RowError("no declaration of tools")
     else:
-        raise RowError("row is of no known format")
+        raise RowError("row of an unknown format")
     if not isinstance(question, str) or not isinstance(answer, str):
-        raise RowError("row is of no known format")
+        raise RowError("row of an unknown format")
     turns = Turns(unique_tools(tools, note), note)
     turns.add_user(question.strip())
     turns.add_calls(read_calls(answer, turns.tools))

@@ -71,5 +71,5 @@ def read_turns(row: dict[str, Any]) -> list[tuple[str, Any]]:
     """Return the turns of `conversations` as (speaker, value)."""
     turns = row.get("conversations")
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise RowError("row is of no known format")
+        raise RowError("row of an unknown format")
     return [(str(turn.get("from")), turn.get("value")) for turn in turns]

@@ -42,9 +42,9 @@ def _convert(row: dict[str, Any], note: Note) -> Turns:
         case [("system", str() as system), ("user", str() as question), ("assistant", [str() as answer, *others])]:
             pass
         case _:
-            raise RowError("row is of no known format")
+            raise RowError("row of an unknown format")
     if others:
-        note("other right answers left out")
+        note("other correct answers left out")
     turns = Turns(read_tools(system, "you have access of the following tools:", note), note)
     turns.add_user(read_question(question))
     step = read_step(answer)

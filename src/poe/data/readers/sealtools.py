@@ -125,7 +125,7 @@ def _convert(row: dict[str, Any], note: Note, pool: Pool) -> Turns:
     if "conversations" in row:
         entries, query, calling = _read_prompt(row["conversations"])
     if not isinstance(query, str) or not isinstance(calling, list) or not calling:
-        raise RowError("row is of no known format")
+        raise RowError("row of an unknown format")
     if not all(isinstance(call, dict) and isinstance(call.get("api"), str) for call in calling):
         raise RowError("call without a name or arguments")
     if entries is None:
@@ -149,11 +149,11 @@ def _read_prompt(conversation: Any) -> tuple[list[dict[str, Any]], str, Any]:
     values = [turn.get("value") for turn in turns if isinstance(turn, dict)]
     prompt, answer = values if len(values) == 2 else (None, None)
     if not isinstance(prompt, str) or not isinstance(answer, str):
-        raise RowError("row is of no known format")
+        raise RowError("row of an unknown format")
     before_tools, before_query, end = _PROMPT
     tools_text, mark, query = prompt.partition(before_tools)[2].partition(before_query)
     if not mark or not query.rstrip().endswith(end):
-        raise RowError("row is of no known format")
+        raise RowError("row of an unknown format")
     try:
         entries, calling = parse_literal(tools_text), parse_literal(answer)
     except ValueError:

@@ -27,7 +27,7 @@ def type_schema(text: str, note: Note) -> dict[str, Any]:
     try:
         return python_type(text)[0]
     except RowError:
-        note("type that names none of JSON's left out")
+        note("type without a JSON equivalent left out")
         return {}
 
 
@@ -66,7 +66,7 @@ def _add_default(schema: dict[str, Any], node: ast.expr, note: Note) -> None:
     try:
         default = coerce(schema, parse_literal(ast.unparse(node)))
     except ValueError:
-        note("default that is no literal left out")
+        note("default that is not a literal left out")
         return
     if default is None:
         return

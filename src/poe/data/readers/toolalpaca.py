@@ -63,7 +63,7 @@ def _split_questions(rows: Iterable[Row]) -> Iterator[Row]:
 def _convert(row: dict[str, Any], note: Note) -> Turns:
     question, answer = row.get("Instruction"), row.get("Golden_Answer")
     if not isinstance(question, str):
-        raise RowError("row is of no known format")
+        raise RowError("row of an unknown format")
     if not isinstance(answer, list):
         raise RowError("question without a golden answer")
     turns = Turns(read_tools(row, note), note)
@@ -98,7 +98,7 @@ def read_tools(row: dict[str, Any], note: Note) -> list[Tool]:
     document = parse_field(row.get("Documentation"), "documentation")
     projection = row.get("Function_Projection")
     if not isinstance(document, dict) or not isinstance(projection, dict):
-        raise RowError("row is of no known format")
+        raise RowError("row of an unknown format")
     tools = []
     for name, place in projection.items():
         if not isinstance(place, list) or len(place) != 2:
@@ -177,6 +177,6 @@ class _Resolver:
         for key in reference[2:].split("/"):
             key = key.replace("~1", "/").replace("~0", "~")
             if not isinstance(target, dict) or key not in target:
-                raise RowError("reference to nothing")
+                raise RowError("unresolvable reference")
             target = target[key]
         return target

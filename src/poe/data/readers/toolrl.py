@@ -55,7 +55,7 @@ def read(rows: Iterable[Row], report: DropReport) -> Iterator[Conversation]:
 def _convert(row: dict[str, Any], note: Note) -> Turns:
     instruction, history, output = (row.get(field) for field in _FIELDS)
     if not isinstance(instruction, str) or not isinstance(history, str) or not isinstance(output, str):
-        raise RowError("row is of no known format")
+        raise RowError("row of an unknown format")
     turns = Turns(read_tools(instruction, note), note)
     history_blocks, answer = split_blocks(history.strip().removeprefix(_HISTORY)), split_blocks(output)
     if any(tag in ("user", "obs") for tag, _ in answer):
@@ -96,7 +96,7 @@ def read_tools(instruction: str, note: Note) -> list[Tool]:
     """Return the numbered tools of an `instruction`."""
     texts, _ = split_sections(instruction, *_TOOLS)
     if len(texts) != 1:
-        raise RowError("row is of no known format")
+        raise RowError("row of an unknown format")
     _, *parts = _NUMBER.split(texts[0])
     if [int(number) for number in parts[::2]] != list(range(1, len(parts) // 2 + 1)):
         raise RowError("tools are not numbered one by one")

@@ -215,7 +215,7 @@ class Turns:
 
     def _check_user_spoke(self) -> None:
         if self._last_role() in ("", "system"):
-            raise RowError("conversation that the assistant begins")
+            raise RowError("conversation that begins with the assistant")
 
     def finish(self) -> tuple[list[Message], list[Tool]]:
         """Return the messages and the tools, without turns after the last assistant turn."""
@@ -244,7 +244,7 @@ def as_text(value: Any) -> str:
 def question_turns(question: Any, answer: Any, note: Note) -> Turns:
     """Return the turns of a question and its answer, both text. Indentation at the start of the answer stays."""
     if not isinstance(question, str) or not isinstance(answer, str):
-        raise RowError("row is of no known format")
+        raise RowError("row of an unknown format")
     turns = Turns([], note)
     turns.add_user(question.strip())
     turns.add_assistant(answer.rstrip().lstrip("\r\n"))

@@ -64,7 +64,7 @@ def _convert(row: dict[str, Any], note: Note) -> Turns:
     query = row.get("query")
     answers = parse_field(row.get("answers"), "answers")
     if not isinstance(query, str) or not isinstance(answers, list):
-        raise RowError("row is of no known format")
+        raise RowError("row of an unknown format")
     turns.add_user(query.strip())
     turns.add_calls([_read_call(answer) for answer in answers])
     return turns
@@ -79,7 +79,7 @@ def _read_call(value: Any) -> tuple[Any, Any, None]:
 def _add_messages(messages: Any, turns: Turns) -> None:
     """Add messages of the ms-swift format. Adjacent `tool_call` messages are one turn."""
     if not isinstance(messages, list):
-        raise RowError("row is of no known format")
+        raise RowError("row of an unknown format")
     pending: list[tuple[Any, Any, None]] = []
     for message in [*messages, {"role": ""}]:
         if not isinstance(message, dict):
