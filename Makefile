@@ -28,7 +28,7 @@ test-quantized: $(READY)
 	$(BIN)/python -m pytest tests/test_quantized_bases.py
 
 docs: $(READY)
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 lint: $(READY)
 	$(BIN)/ruff check .

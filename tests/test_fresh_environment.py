@@ -67,7 +67,7 @@ def test_a_stranger_sees_the_same(version, saved_base, tmp_path: Path) -> None:
     install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", torch_pin]
     subprocess.run([*install, f"transformers=={version()}", "safetensors"], check=True, timeout=900)
     done = subprocess.run(
-        [python, "-W", "ignore", "-c", STRANGER],
+        [python, "-I", "-W", "ignore", "-c", STRANGER],  # isolated: without PYTHONPATH
         input=json.dumps({"ids": token_ids().tolist(), "folders": list(expected)}),
         capture_output=True,
         text=True,
