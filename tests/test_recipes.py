@@ -189,8 +189,16 @@ def test_only_what_is_given_overrides_the_recipe(tmp_path: Path) -> None:
     @app.command(cls=Probe)
     def stage(recipe: Annotated[str, typer.Argument()] = "tool") -> None: ...
 
-    typer.main.get_command(app).main(["--head-rank", "64", "demo", "--matrix-lr", "1e-3"], standalone_mode=False)
-    assert given == {"head_rank": 64, "matrix_lr": 0.001}
+    options = ["--matrix-lr", "1e-3", "--max-steps", "null", "--augment", "{mask: 0.3}", "--cache-hidden"]
+    typer.main.get_command(app).main(["--head-rank", "64", "demo", *options], standalone_mode=False)
+    assert given == {
+        "head_rank": 64,
+        "matrix_lr": 0.001,
+        "max_steps": None,
+        "augment": {"mask": 0.3},
+        "cache_hidden": True,
+    }
+    assert load_recipe("demo", **given).augment == Augmentation(mask=0.3)
 
 
 @pytest.mark.parametrize(
