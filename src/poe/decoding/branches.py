@@ -52,15 +52,15 @@ class BranchedModel(nn.Module):
         rows = rows or [None] * len(self.experts)
         for branch in self._branches.values():
             branch.rows = _union_rows([rows[index] for index in branch.experts])
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         try:
             output = self._backbone(input_ids=input_ids, past_key_values=past_key_values, **inputs)
             states = []
-            for expert, own in zip(self.experts, rows, strict=True):
+            for expert, expert_rows in zip(self.experts, rows, strict=True):
                 if expert.stage is None:
-                    states.append(_select_rows((output.last_hidden_state, None), own)[:, kept])
+                    states.append(_select_rows((output.last_hidden_state, None), expert_rows)[:, positions])
                 else:
-                    states.append(self._normalized(expert.stage, own, kept))
+                    states.append(self._normalized(expert.stage, expert_rows, positions))
             return states, output.past_key_values
         finally:
             for branch in self._branches.values():
@@ -77,12 +77,12 @@ class BranchedModel(nn.Module):
     def _backbone(self) -> Any:
         return self._family.backbone_of(self)  # type: ignore[arg-type]
 
-    def _normalized(self, stage: Stage, rows: Tensor | None, kept: Any) -> Tensor:
+    def _normalized(self, stage: Stage, rows: Tensor | None, positions: Any) -> Tensor:
         """Return the input of a stage's head: the states after the family's final norm (and a PoE base's backout)."""
-        states = _select_rows(self._branches[stage].output(), rows)[:, kept]
+        states = _select_rows(self._branches[stage].output(), rows)[:, positions]
         subtracted = getattr(self.config, "backout_layer", None)
         if subtracted is not None and subtracted < stage.chain[0].below:
-            middle = _select_rows((self._recorded[subtracted].state, None), rows)[:, kept]  # type: ignore[arg-type]
+            middle = _select_rows((self._recorded[subtracted].state, None), rows)[:, positions]  # type: ignore[arg-type]
             states = states - self._backbone.backout_scale.to(middle.dtype) * middle
         normalized: Tensor = self._backbone.get_submodule(self._family.norm)(states)
         return normalized
@@ -91,8 +91,8 @@ class BranchedModel(nn.Module):
         """Reorder the cache for a beam search: row i continues row `beam_idx[i]`, of the same prompt."""
         rows = {slot: branch.rows for branch in self._branches.values() for slot in branch.slots}
         for slot, layer in enumerate(cache.layers):
-            own = rows.get(slot)
-            index: Any = beam_idx if own is None else torch.searchsorted(own, beam_idx[own])
+            slot_rows = rows.get(slot)
+            index: Any = beam_idx if slot_rows is None else torch.searchsorted(slot_rows, beam_idx[slot_rows])
             layer.reorder_cache(index)
         return cache
 

@@ -114,11 +114,11 @@ def calibrate_depth(
     fingerprint = expert.fingerprint_base()
     depths = list_exits(expert)
     segmented = segment_model(expert, depths)
-    found, measured = (
+    calibration, held_out = (
         ExitPredictions.collect(segmented, rows[half::2], confidence, expert.model.device) for half in (0, 1)
     )
     cost_of = _Cost(expert)
-    target = min(1.0, agreement + MARGIN * math.sqrt(agreement * (1 - agreement) / found.correct.shape[1]))
+    target = min(1.0, agreement + MARGIN * math.sqrt(agreement * (1 - agreement) / calibration.correct.shape[1]))
     chosen: list[int] = []
     thresholds: list[float] = []
     cost = cost_of([], [1.0]) * MAX_COST
@@ -129,13 +129,13 @@ def calibrate_depth(
         added_at_once = 2 if confidence == "agreement" and not chosen else 1
         for added in itertools.combinations(others, added_at_once):
             exits = sorted([*chosen, *added])
-            trial_thresholds = find_thresholds(found, exits, target)
-            _, shares = measure_exits(found, exits, trial_thresholds)
+            trial_thresholds = find_thresholds(calibration, exits, target)
+            _, shares = measure_exits(calibration, exits, trial_thresholds)
             trials.append((cost_of([depths[i] for i in exits], shares), exits, trial_thresholds))
         if not trials or min(trials)[0] >= cost:
             break
         cost, chosen, thresholds = min(trials)
-    agreed, shares = measure_exits(measured, chosen, thresholds)
+    agreed, shares = measure_exits(held_out, chosen, thresholds)
     return AdaptiveDepth(
         depths=tuple(depths[i] for i in chosen),
         thresholds=tuple(thresholds),

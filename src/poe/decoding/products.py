@@ -67,7 +67,7 @@ class Product(BranchedModel):
             use_cache=use_cache,
             **kwargs,
         )
-        expert_logits = [self.expert_logits(expert, own) for expert, own in enumerate(states)]
+        expert_logits = [self.expert_logits(expert, expert_states) for expert, expert_states in enumerate(states)]
         logits = combine(expert_logits, self._factors(list(self.weights.values())))
         loss = None
         if labels is not None:
@@ -139,21 +139,21 @@ class Product(BranchedModel):
                 f"Expected rows that are mappings with `input_ids` and optionally `labels`, got {row!r:.80}."
             )
         fields = ("input_ids", "labels", "attention_mask")
-        given = {name: torch.atleast_2d(torch.as_tensor(row[name])) for name in fields if row.get(name) is not None}
-        ids, mask = given["input_ids"].to(self.device), given.get("attention_mask")
+        tensors = {name: torch.atleast_2d(torch.as_tensor(row[name])) for name in fields if row.get(name) is not None}
+        ids, mask = tensors["input_ids"].to(self.device), tensors.get("attention_mask")
         mask = mask if mask is None else mask.to(ids.device)
-        labels = given.get("labels", ids).to(ids.device)
+        labels = tensors.get("labels", ids).to(ids.device)
         if labels.shape != ids.shape:
             raise DataError(
                 f"Expected as many labels as tokens, got shapes {tuple(labels.shape)} and {tuple(ids.shape)}."
             )
-        wanted = labels[:, 1:] != -100
+        is_labeled = labels[:, 1:] != -100
         if mask is not None:  # padding does not predict the first token of a row
-            wanted &= (mask[:, 1:] * mask[:, :-1]).bool()
+            is_labeled &= (mask[:, 1:] * mask[:, :-1]).bool()
         states, _ = self.expert_states(ids, attention_mask=mask, position_ids=count_positions(mask), use_cache=False)
-        return [self.expert_logits(expert, own[:, :-1][wanted]) for expert, own in enumerate(states)], labels[:, 1:][
-            wanted
-        ]
+        return [
+            self.expert_logits(expert, expert_states[:, :-1][is_labeled]) for expert, expert_states in enumerate(states)
+        ], labels[:, 1:][is_labeled]
 
     def _factors(self, weights: Sequence[Any]) -> list[Any]:
         """Return the factor of each expert's logits. In "delta" the first expert is the base."""
@@ -178,8 +178,8 @@ def compose(
         raise DecodingError(
             f"Expected one or more different stages, such as {{'tool': 0.7, 'math': 0.3}}, got {stages!r}."
         )
-    given = stages if isinstance(stages, Mapping) else dict.fromkeys(names, 1 / len(names))
-    weights = {name: float(given[name]) for name in names}
+    numbers = stages if isinstance(stages, Mapping) else dict.fromkeys(names, 1 / len(names))
+    weights = {name: float(numbers[name]) for name in names}
     total = sum(weights.values())
     if not math.isfinite(total):
         raise DecodingError(f"The weights of a product must be finite numbers, got {weights}.")

@@ -61,7 +61,7 @@ class RoutedModel(BranchedModel):
             use_cache=use_cache,
             **kwargs,
         )
-        logits = torch.cat([self.expert_logits(expert, own) for expert, own in enumerate(states)])
+        logits = torch.cat([self.expert_logits(expert, expert_states) for expert, expert_states in enumerate(states)])
         return CausalLMOutputWithPast(logits=logits[torch.cat(rows).argsort()], past_key_values=cache)
 
     @torch.no_grad()
@@ -80,8 +80,8 @@ class RoutedModel(BranchedModel):
         for row, (ids, kept) in enumerate(zip(input_ids, has_target, strict=True)):
             targets = ids[1:][kept][:, None]
             log_probs = [
-                self.expert_logits(expert, own[row, :-1][kept]).float().log_softmax(-1)
-                for expert, own in enumerate(states)
+                self.expert_logits(expert, expert_states[row, :-1][kept]).float().log_softmax(-1)
+                for expert, expert_states in enumerate(states)
             ]
             means = [each.gather(-1, targets).sum() / max(1, len(each)) for each in log_probs]
             scores.append(dict(zip(names, torch.stack(means).tolist(), strict=True)))
@@ -129,10 +129,10 @@ def generate_routed(
     model = build_branched_model(base, experts, RoutedModel)
     names = [expert.name for expert in experts]
     branch = torch.tensor([names.index(name) for name in stages])
-    given = options.get("generation_config")
-    model.generation_config = _common_config(experts, given is not None)
+    given_config = options.get("generation_config")
+    model.generation_config = _common_config(experts, given_config is not None)
     stops = [_stop_tokens(expert.model.generation_config) for expert in experts]
-    if len(set(stops)) > 1 and "eos_token_id" not in options and getattr(given, "eos_token_id", None) is None:
+    if len(set(stops)) > 1 and "eos_token_id" not in options and getattr(given_config, "eos_token_id", None) is None:
         criteria = _RowStops(stops, branch)
         model.generation_config.eos_token_id = None
         if model.generation_config.pad_token_id is None:
@@ -144,15 +144,17 @@ def generate_routed(
     return output
 
 
-def _common_config(experts: Sequence[Expert], given: bool) -> GenerationConfig:
+def _common_config(experts: Sequence[Expert], has_given_config: bool) -> GenerationConfig:
     """Return a copy of the first expert's generation config. Raises `DecodingError` if others differ."""
     configs = [expert.model.generation_config for expert in experts]
     sampling = [{k: v for k, v in config.to_diff_dict().items() if not k.startswith(_IGNORED)} for config in configs]
-    if not given and any(options != sampling[0] for options in sampling):
-        found = "; ".join(f"{expert.name or 'the base'}: {own}" for expert, own in zip(experts, sampling, strict=True))
+    if not has_given_config and any(options != sampling[0] for options in sampling):
+        differences = "; ".join(
+            f"{expert.name or 'the base'}: {options}" for expert, options in zip(experts, sampling, strict=True)
+        )
         raise DecodingError(
-            f"The rows' stages were saved with different ways to generate ({found}), but one batch has one: expected "
-            "generation_config=..."
+            f"The rows' stages were saved with different ways to generate ({differences}), but one batch has one: "
+            "expected generation_config=..."
         )
     return copy.deepcopy(configs[0])
 

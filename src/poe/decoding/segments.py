@@ -94,10 +94,10 @@ class Segment:
         mask from the first slot of a kind.
         """
         cache = DynamicCache(config=self._config)
-        own = cache.layers[self.start : self.end]
+        own_layers = cache.layers[self.start : self.end]
         for index, below in enumerate(cache.layers[: self.start]):
-            alike = (layer for layer in own if layer.is_sliding == below.is_sliding)  # type: ignore[union-attr]
-            cache.layers[index] = next(alike, own[0])
+            alike = (layer for layer in own_layers if layer.is_sliding == below.is_sliding)  # type: ignore[union-attr]
+            cache.layers[index] = next(alike, own_layers[0])
         return cache
 
 

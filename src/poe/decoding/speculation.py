@@ -307,9 +307,9 @@ def _check_options(input_ids: Tensor, config: Any, past_key_values: Any) -> None
         "cache_implementation": past_key_values is not None and not isinstance(past_key_values, DynamicCache),
         "use_cache=False": config.use_cache is False,
     }
-    given = [name for name, is_given in unsupported.items() if is_given]
-    if given:
+    rejected = [name for name, is_used in unsupported.items() if is_used]
+    if rejected:
         raise DecodingError(
-            f"Self-speculation does not support {', '.join(given)}: expected greedy decoding or sampling from token "
+            f"Self-speculation does not support {', '.join(rejected)}: expected greedy decoding or sampling from token "
             "ids. Leave out these options or strategy=."
         )

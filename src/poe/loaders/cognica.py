@@ -52,10 +52,10 @@ def read_stage(folder: Path, below: PreTrainedModel, base_head: Tensor) -> dict[
     return delta
 
 
-def _check_copies(copies: Mapping[str, Tensor], known: Mapping[str, Tensor], path: Path) -> None:
+def _check_copies(copies: Mapping[str, Tensor], base_tensors: Mapping[str, Tensor], path: Path) -> None:
     """Raise unless the file's copies of base tensors equal the base's."""
     for name, tensor in copies.items():
-        base_tensor = known.get(name)
+        base_tensor = base_tensors.get(name)
         if base_tensor is None:
             if not _is_neutral_scalar(name, tensor, path):
                 raise SourceError(f"{path} holds {name}, which the base does not have: expected its own base.")

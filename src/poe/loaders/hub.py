@@ -161,15 +161,15 @@ def push_stage(
 def _select_files(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, Path], list[str]]:
     """Return the files to publish, and the names of those to leave out. Raises `DeltaError` for any other file."""
     check_no_pickles(folder)
-    known = (*PUBLISHED, *(path.name for path in network_files()))
-    known += (DELTA_NAME,) if is_stage(config) else BASE_WEIGHTS
+    allowed = (*PUBLISHED, *(path.name for path in network_files()))
+    allowed += (DELTA_NAME,) if is_stage(config) else BASE_WEIGHTS
     files: dict[str, Path] = {}
     left_out, unexpected = [], []
     for path in sorted(path for path in folder.rglob("*") if not path.is_dir()):
         name = path.relative_to(folder)
         if any(fnmatch(name.parts[0], pattern) for pattern in UNPUBLISHED):
             left_out.append(name.as_posix())
-        elif len(name.parts) == 1 and any(fnmatch(name.name, pattern) for pattern in known):
+        elif len(name.parts) == 1 and any(fnmatch(name.name, pattern) for pattern in allowed):
             files[name.name] = path
         else:
             unexpected.append(name.as_posix())

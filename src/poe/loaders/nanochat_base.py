@@ -137,8 +137,8 @@ def recognize_layout(tensors: Mapping[str, Tensor], path: Path) -> Layout:
     """Return the layout of a checkpoint from its tensors (with the names of a PoE base). Raises `SourceError`."""
     channels = {tensor.shape[1] for name, tensor in tensors.items() if name.endswith("value_gate.weight")}
     last = _LAST & tensors.keys()
-    known = len(channels) <= 1 and last in (set(), _LAST)
-    layout = _LAYOUTS.get((bool(last), next(iter(channels), None))) if known else None
+    is_consistent = len(channels) <= 1 and last in (set(), _LAST)
+    layout = _LAYOUTS.get((bool(last), next(iter(channels), None))) if is_consistent else None
     if layout is None:
         raise SourceError(
             f"{path} is not of a known version of nanochat: expected gates of value embeddings that read 32 channels, "

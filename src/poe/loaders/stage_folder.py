@@ -190,9 +190,9 @@ def _build_generation_config(base: Base, stage: Stage) -> GenerationConfig:
         ids = base.tokenizer.encode(text, add_special_tokens=False) if base.tokenizer is not None else []
         stop_ids += ids if len(ids) == 1 else []
     if stop_ids:
-        known = config.eos_token_id
-        known = known if isinstance(known, list) else [] if known is None else [known]
-        config.eos_token_id = list(dict.fromkeys([*known, *stop_ids]))
+        eos_ids = config.eos_token_id
+        eos_ids = eos_ids if isinstance(eos_ids, list) else [] if eos_ids is None else [eos_ids]
+        config.eos_token_id = list(dict.fromkeys([*eos_ids, *stop_ids]))
     return config
 
 

@@ -89,14 +89,14 @@ def delta_size(
             stored[name] = torch.empty(tensor.shape, dtype=torch.int8, device="meta")
             stored[name + SCALE] = torch.empty(tensor.shape[:1], dtype=torch.float32, device="meta")
         else:
-            kept = torch.bfloat16 if dtype == torch.int8 else dtype
-            stored[name] = torch.empty(tensor.shape, dtype=kept, device="meta")
+            stored_dtype = torch.bfloat16 if dtype == torch.int8 else dtype
+            stored[name] = torch.empty(tensor.shape, dtype=stored_dtype, device="meta")
     placeholder = "0" * 64  # the length of every fingerprint
     metadata = _metadata(stage, attach_at, placeholder, placeholder if has_parent else "", placeholder)
     return file_size(stored, metadata)
 
 
-def _metadata(stage: str, attach_at: int, base: str, parent: str, own: str) -> dict[str, str]:
+def _metadata(stage: str, attach_at: int, base: str, parent: str, fingerprint: str) -> dict[str, str]:
     return {
         "format": "pt",
         "poe_format": POE_FORMAT,
@@ -104,7 +104,7 @@ def _metadata(stage: str, attach_at: int, base: str, parent: str, own: str) -> d
         "attach_at": str(attach_at),
         "base_fingerprint": base,
         "parent_fingerprint": parent,
-        "self_fingerprint": own,
+        "self_fingerprint": fingerprint,
     }
 
 
@@ -115,8 +115,8 @@ def as_stored(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[s
         if dtype == torch.int8 and tensor.dim() == 2:
             stored[name], stored[name + SCALE] = quantize(tensor.detach().cpu())
         else:
-            kept = torch.bfloat16 if dtype == torch.int8 else dtype
-            stored[name] = tensor.detach().to(device="cpu", dtype=kept)
+            stored_dtype = torch.bfloat16 if dtype == torch.int8 else dtype
+            stored[name] = tensor.detach().to(device="cpu", dtype=stored_dtype)
     return stored
 
 
@@ -222,14 +222,14 @@ def check_finite(stage: str, tensors: Mapping[str, torch.Tensor]) -> None:
 
 def check_no_pickles(folder: str | os.PathLike[str]) -> None:
     """Raise `DeltaError` if a file in a stage folder could hold a pickle."""
-    found = sorted(
+    pickles = sorted(
         os.path.relpath(os.path.join(where, name), folder)
         for where, _, names in os.walk(folder)
         for name in names
         if name.lower().endswith(PICKLES)
     )
-    if found:
+    if pickles:
         raise DeltaError(
-            f"{folder} holds {', '.join(found[:5])}: expected no file that can carry a pickle. "
+            f"{folder} holds {', '.join(pickles[:5])}: expected no file that can carry a pickle. "
             "A stage has delta.safetensors and text files: remove the others."
         )

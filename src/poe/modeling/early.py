@@ -44,8 +44,8 @@ def with_early_layers(base: PoEForCausalLM, **changes: Any) -> PoEForCausalLM:
     model.to(base.dtype)
     state = model.state_dict()
     for name, tensor in base.state_dict().items():
-        moved = _LAYER.sub(lambda found: str(int(found[0]) + new_layers), name)
-        target = state.get(_HEAD.sub(lambda found: str(int(found[0]) + new_stages), moved))
+        moved = _LAYER.sub(lambda match: str(int(match[0]) + new_layers), name)
+        target = state.get(_HEAD.sub(lambda match: str(int(match[0]) + new_stages), moved))
         if target is None or target.shape != tensor.shape:
             raise ValueError(f"the base has {name} {tuple(tensor.shape)}, but the changed network has no such tensor")
         target.copy_(tensor)

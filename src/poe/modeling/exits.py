@@ -29,9 +29,9 @@ def no_exit_reason(base: PreTrainedModel, depth: int) -> str | None:
             "no exit"
         )
     if isinstance(depth, bool) or depth not in exits:
-        known = ", ".join(map(str, exits)) if len(exits) <= 12 else f"1 to {exits[-1]}"
+        depths = ", ".join(map(str, exits)) if len(exits) <= 12 else f"1 to {exits[-1]}"
         kind = "stages" if getattr(base.config, "stage_layers", None) else "layers"
-        return f"this base has exits after its {kind}: expected {known} (layers)"
+        return f"this base has exits after its {kind}: expected {depths} (layers)"
     return None
 
 

@@ -152,10 +152,10 @@ def _lists_per_layer(config: PreTrainedConfig, family: Family) -> dict[str, Any]
     """Return the config's lists that have one entry per layer, by name."""
     depth = config.num_hidden_layers
     named = {"layer_types", *family.per_layer}
-    found = {}
+    lists = {}
     for name, value in vars(config).items():
         if not isinstance(value, (list, tuple)) or hasattr(PreTrainedConfig, name) or name.endswith("token_id"):
             continue
         if len(value) == depth or (name in named and len(value) > depth):
-            found[name] = value
-    return found
+            lists[name] = value
+    return lists

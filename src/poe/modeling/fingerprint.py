@@ -32,14 +32,14 @@ Description = tuple[str, str, str]  # dtype, shape, digest
 
 def hash_descriptions(described: Mapping[str, Description]) -> str:
     """Return the fingerprint of tensors from their descriptions: name -> (dtype, shape, digest)."""
-    kept = dict(described)
+    counted = dict(described)
     for head in TIED_HEADS:
-        twin = kept.get(head)
-        if twin is not None and any(value == twin for name, value in kept.items() if "embed" in name):
-            del kept[head]
+        twin = counted.get(head)
+        if twin is not None and any(value == twin for name, value in counted.items() if "embed" in name):
+            del counted[head]
     text = hashlib.sha256()
-    for name in sorted(kept, key=str.encode):
-        text.update("\0".join((name, *kept[name])).encode() + b"\n")
+    for name in sorted(counted, key=str.encode):
+        text.update("\0".join((name, *counted[name])).encode() + b"\n")
     return text.hexdigest()
 
 

@@ -128,10 +128,13 @@ class SyncAttention:
         shell_config._attn_implementation_internal = self.agreed
 
     def __call__(self, module: nn.Module, args: Any) -> None:
-        ours, theirs = self.shell_config._attn_implementation, self.layers_config._attn_implementation
-        if ours == theirs == self.agreed:
+        shell_attention, layers_attention = (
+            self.shell_config._attn_implementation,
+            self.layers_config._attn_implementation,
+        )
+        if shell_attention == layers_attention == self.agreed:
             return
-        self.agreed = ours if ours != self.agreed else theirs
+        self.agreed = shell_attention if shell_attention != self.agreed else layers_attention
         self.shell_config._attn_implementation_internal = self.agreed
         self.layers_config._attn_implementation_internal = self.agreed
 

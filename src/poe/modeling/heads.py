@@ -115,12 +115,12 @@ class FoldedHead(nn.Module):
         """The folded weight (vocabulary, width), in the base's dtype on the base's device."""
         if not any(True for _ in self.deltas.parameters()):
             return self._base_weight()
-        own = self.deltas[-1]
-        if torch.is_grad_enabled() and any(p.requires_grad for p in own.parameters()):
+        last_delta = self.deltas[-1]
+        if torch.is_grad_enabled() and any(p.requires_grad for p in last_delta.parameters()):
             self._folded = None
             return self._fold()
         # Fused optimizers do not raise a tensor's version, so nothing is cached while there are gradients.
-        if torch.compiler.is_compiling() or any(p.grad is not None for p in own.parameters()):
+        if torch.compiler.is_compiling() or any(p.grad is not None for p in last_delta.parameters()):
             return self._fold().detach()
         key = tuple(_state(tensor) for tensor in self._parts())
         if self._folded is None or key != self._key:

@@ -299,13 +299,15 @@ class PoEForCausalLM(PoEPreTrainedModel, GenerationMixin):
         shared = self.lm_head.weight
         if not self.config.stage_heads:
             return shared
-        own: Tensor = self.lm_head_stages[stage].weight  # type: ignore[assignment]
-        if torch.is_grad_enabled() and (shared.requires_grad or own.requires_grad):
+        stage_head: Tensor = self.lm_head_stages[stage].weight  # type: ignore[assignment]
+        if torch.is_grad_enabled() and (shared.requires_grad or stage_head.requires_grad):
             self._summed.clear()
-            return (shared.float() + own.float()).to(shared.dtype)
-        key = tuple((t.data_ptr(), t.device, t.dtype, 0 if t.is_inference() else t._version) for t in (shared, own))
+            return (shared.float() + stage_head.float()).to(shared.dtype)
+        key = tuple(
+            (t.data_ptr(), t.device, t.dtype, 0 if t.is_inference() else t._version) for t in (shared, stage_head)
+        )
         if stage not in self._summed or self._summed[stage][0] != key:
-            self._summed[stage] = key, (shared.float() + own.float()).to(shared.dtype)
+            self._summed[stage] = key, (shared.float() + stage_head.float()).to(shared.dtype)
         return self._summed[stage][1]
 
     def _logits(self, hidden_states: Tensor, stage: int) -> Tensor:

@@ -80,8 +80,8 @@ def exclude_from_quantization(config: PreTrainedConfig, base: PreTrainedModel, n
     for field in _EXCLUSION_FIELDS:
         if hasattr(quantization, field):
             defaults = getattr(getattr(base, "hf_quantizer", None), "modules_to_not_convert", None)
-            known = getattr(quantization, field) or defaults or []
-            setattr(quantization, field, list(dict.fromkeys([*known, *names])))
+            excluded = getattr(quantization, field) or defaults or []
+            setattr(quantization, field, list(dict.fromkeys([*excluded, *names])))
 
 
 def _hooks(module: nn.Module) -> Iterator[Any]:

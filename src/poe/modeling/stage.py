@@ -74,9 +74,9 @@ class Stage(nn.Module):
     @torch.no_grad()
     def load_delta(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Copy `tensors` into the stage. Raises `DeltaError`, before any copy, if names or shapes do not match."""
-        own = self.delta_state_dict()
-        check_names_and_shapes(self.name, {n: tuple(t.shape) for n, t in own.items()}, tensors)
-        for name, tensor in own.items():
+        stage_tensors = self.delta_state_dict()
+        check_names_and_shapes(self.name, {n: tuple(t.shape) for n, t in stage_tensors.items()}, tensors)
+        for name, tensor in stage_tensors.items():
             tensor.copy_(tensors[name])
 
 
