@@ -246,7 +246,7 @@ def rename_stage(tensors: dict, metadata: dict) -> None:
         (lambda t, m: t.pop("head.weight"), FingerprintError, "changed after"),
         (lambda t, m: m.update(base_fingerprint="0" * 64), FingerprintError, "another base"),
         (lambda t, m: m.update(parent_fingerprint="0" * 64), FingerprintError, "stands on parent"),
-        (lambda t, m: m.update(poe_format="2"), DeltaError, "format '2', expected '1'"),
+        (lambda t, m: m.update(poe_format="9"), DeltaError, "format '9', expected 1 or 2"),
         (lambda t, m: m.pop("self_fingerprint"), DeltaError, "lacks self_fingerprint"),
         (lambda t, m: t.update({"head.weight": t["head.weight"].to(torch.int8)}), DeltaError, "type I8"),
         (rename_stage, DeltaError, "names 'other'"),

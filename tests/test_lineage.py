@@ -180,7 +180,7 @@ def test_a_parent_must_be_saved_in_its_current_state(saved_base, tmp_path: Path)
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"poe_format": "9"}, DeltaError, "format '9', expected '1'"),
+        ({"poe_format": "9"}, DeltaError, "format '9', expected 1 or 2"),
         ({"stage": {"name": "parent"}}, DeltaError, "'stage' lacks num_layers, attach_at, head"),
         ({"base": None}, DeltaError, "'base' lacks fingerprint"),
         ({"model_type": "gpt2"}, FamilyError, "'gpt2' cannot be grown: its layers have no"),

@@ -19,7 +19,7 @@ from poe.decoding.products import Product, compose
 from poe.decoding.routing import RoutedModel, Routing, generate_routed
 from poe.decoding.speculation import SelfSpeculation
 from poe.decoding.strategy import Expert, Strategy
-from poe.errors import DecodingError, DeltaError, FamilyError, StageError, suggest
+from poe.errors import DecodingError, DeltaError, StageError, suggest
 from poe.loaders.base import Base, open_base
 from poe.loaders.repository import embedded_folders, locate
 from poe.modeling.access import Access, read_config
@@ -32,6 +32,7 @@ from poe.modeling.recognition import recognize_family
 from poe.modeling.stage import Stage, assemble, build_stage, detach_stage_input, set_gradient_input
 from poe.modeling.stage_config import StageConfig
 from poe.stages.compress import HeadReport, compress_head
+from poe.stages.copying import find_copying_layer
 from poe.stages.fold import fold_chain
 
 AutoConfig.register("poe", PoEConfig, exist_ok=True)
@@ -157,6 +158,8 @@ class Cascade:
             config = recipe.stage_config(**fields)
         self._check_name_is_free(config.name)
         parent = None if config.parent is None else self._find_stage(config.parent)
+        if config.attach_at == "auto":
+            config = dataclasses.replace(config, attach_at=find_copying_layer(self.base))
         stage = build_stage(self.base, config, parent, seed=seed, dtype=dtype)
         return self._insert(stage).activate(config.name)
 
@@ -183,23 +186,15 @@ class Cascade:
         return self._attach(lineage)
 
     def import_stage(self, folder: str | os.PathLike[str], name: str) -> "Cascade":
-        """Add a stage in the layout of Cognica's releases or of nanochat on top of the active one, and make it active.
+        """Add a stage that another project trained, and make it active: `save_stage` then writes it as a delta.
 
-        `save_stage` then writes it in the delta format. Raises `SourceError` for an unknown layout, `FingerprintError`
-        if it was trained on another base, `FamilyError` if the base is not a PoE base.
+        A LoRA adapter of PEFT becomes a fork of the base. A stage in the layout of Cognica's releases or of nanochat is
+        added on top of the active one. Raises `SourceError` for an unknown layout or one that no stage can compute,
+        `FingerprintError` for a stage of another base, `FamilyError` for a base that such stages do not stand on.
         """
-        from poe.loaders.cognica import read_stage
+        from poe.loaders.foreign import read_foreign_stage
 
-        if not isinstance(self.base, PoEForCausalLM):
-            raise FamilyError(f"Such stages stand on PoE bases: got a base of type {self.config.model_type!r}.")
-        parent = self.active
-        tensors = read_stage(Path(folder).expanduser(), self.model(parent), self.base.lm_head.weight)
-        config = StageConfig(
-            name,
-            num_layers=1 + max(int(key.split(".")[1]) for key in tensors if key.startswith("layers.")),
-            head="dense" if "head.weight" in tensors else "none",
-            parent=parent,
-        )
+        config, tensors = read_foreign_stage(Path(folder).expanduser(), name, self.base, self.active, self.model)
         self.add_stage(config, dtype=next(iter(tensors.values())).dtype)
         try:
             self.stages[name].load_delta(tensors)
@@ -378,18 +373,41 @@ class Cascade:
         stage = self._find_stage(name)
         return save_stage_folder(self._base, stage, Path(folder), training=training, dtype=dtype, prompt=prompt)
 
-    def export_native(self, name: str, folder: str | os.PathLike[str], *, max_shard_size: int | str = "5GB") -> Path:
+    def export_native(
+        self,
+        name: str,
+        folder: str | os.PathLike[str],
+        *,
+        max_shard_size: int | str = "5GB",
+        all_tokens: bool = False,
+    ) -> Path:
         """Write the model that ends in a stage as an ordinary checkpoint of the base's family and return its path.
 
         Plain `AutoModelForCausalLM.from_pretrained(folder)` then gives the same logits without this package (for a PoE
         base with `trust_remote_code=True`). Weights are in the base's dtype, in files of at most `max_shard_size`.
         Raises `FamilyError` for a quantized, offloaded or recurrent base, `OutputError` for a folder that is not empty
-        or a full disk.
+        or a full disk. A fork's weights are merged; one that is active on the answer is refused (`StageError`) unless
+        `all_tokens` says that it may act on every token.
         """
         from poe.loaders.native import export_native
 
         stage, model = self._find_stage(name), self.model(name)
-        return export_native(self._base, stage, model, Path(folder), max_shard_size=max_shard_size)
+        return export_native(
+            self._base, stage, model, Path(folder), max_shard_size=max_shard_size, all_tokens=all_tokens
+        )
+
+    def export_peft(
+        self, name: str, folder: str | os.PathLike[str], *, invocation_tokens: Sequence[int] | None = None
+    ) -> Path:
+        """Write a low-rank fork as a LoRA adapter that PEFT loads, and return its path.
+
+        `invocation_tokens` are the token ids that end a prompt: with them a stage that is active on the answer becomes
+        an Activated LoRA; without them the adapter acts on all tokens. Raises `FamilyError` for a stage that no LoRA
+        can hold, `OutputError` if the folder cannot be written.
+        """
+        from poe.loaders.peft import export_peft
+
+        return export_peft(self._base, self._find_stage(name), Path(folder), invocation_tokens)
 
     def push_to_hub(
         self,

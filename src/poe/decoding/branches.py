@@ -1,14 +1,15 @@
 """Several experts on one base as one native model: all of them share one pass through the base's layers.
 
 The model is an instance of the base's class. Its layer list holds the trunk (the base's layers), then one slot for each
-layer of each stage. The first slot of a stage runs all of its layers on the hidden states at its attachment; its other
-slots are skipped. The family's own code computes masks, rotary positions and the key-value cache (one slot per layer)
-and has its own `generate`. Siblings, chains and stages that attach below the top share everything below them.
+layer of each stage. The slot of a stage's lowest layer reads the hidden states at its attachment, every other slot the
+output of the layer below it. The family's own code computes masks, rotary positions and the key-value cache (one slot
+per layer) and has its own `generate`. Siblings, chains and stages below the top share everything below them.
 Shape letters: B batch, T tokens of a call, D width, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from poe.decoding.strategy import Expert
-from poe.errors import FamilyError
+from poe.errors import FamilyError, StageError
+from poe.modeling.answering import limit_to_answer
 from poe.modeling.exits import head_below
 from poe.modeling.families import Family, family_of, logits_of
 from poe.modeling.growth import build_shell, sync_attention
@@ -33,7 +35,7 @@ class BranchedModel(nn.Module):
     config: Any
     experts: Sequence[Expert]
     _family: Family
-    _branches: "dict[Stage, _Branch]"
+    _branches: "dict[nn.Module, _Branch]"  # by layer, in the order of the slots
     _recorded: dict[int, RecordedLayer]
 
     def expert_states(
@@ -79,9 +81,9 @@ class BranchedModel(nn.Module):
 
     def _normalized(self, stage: Stage, rows: Tensor | None, positions: Any) -> Tensor:
         """Return the input of a stage's head: the states after the family's final norm (and a PoE base's backout)."""
-        states = _select_rows(self._branches[stage].output(), rows)[:, positions]
+        states = _select_rows(self._branches[stage.stack[-1]].output(), rows)[:, positions]
         subtracted = getattr(self.config, "backout_layer", None)
-        if subtracted is not None and subtracted < stage.chain[0].below:
+        if subtracted is not None and subtracted < stage.foot:
             middle = _select_rows((self._recorded[subtracted].state, None), rows)[:, positions]  # type: ignore[arg-type]
             states = states - self._backbone.backout_scale.to(middle.dtype) * middle
         normalized: Tensor = self._backbone.get_submodule(self._family.norm)(states)
@@ -89,7 +91,8 @@ class BranchedModel(nn.Module):
 
     def _reorder_cache(self, cache: Cache, beam_idx: Tensor) -> Cache:
         """Reorder the cache for a beam search: row i continues row `beam_idx[i]`, of the same prompt."""
-        rows = {slot: branch.rows for branch in self._branches.values() for slot in branch.slots}
+        first = self.config.num_hidden_layers - len(self._branches)
+        rows = {slot: branch.rows for slot, branch in enumerate(self._branches.values(), start=first)}
         for slot, layer in enumerate(cache.layers):
             slot_rows = rows.get(slot)
             index: Any = beam_idx if slot_rows is None else torch.searchsorted(slot_rows, beam_idx[slot_rows])
@@ -110,60 +113,64 @@ def build_branched_model(base: PreTrainedModel, experts: Sequence[Expert], kind:
     It shares every tensor with the base and the stages. The trunk has only the layers that the experts need.
     """
     family = family_of(base)
-    chains = [[] if expert.stage is None else expert.stage.chain for expert in experts]
-    depth = max(chain[0].below if chain else base.config.num_hidden_layers for chain in chains)
-    branches: dict[Stage, _Branch] = {}
-    slots: list[nn.Module] = []
-    for stage in dict.fromkeys(link for chain in chains for link in chain):
-        users = [index for index, chain in enumerate(chains) if stage in chain]
-        branches[stage] = _Branch(stage, users, depth + len(slots))
-        slots += [branches[stage], *(SkippedLayer(layer) for layer in stage.layers[1:])]
     if None in [expert.stage for expert in experts] and getattr(base.config, "combiner", "last") != "last":
         raise FamilyError(
             "This base combines the predictions of all its stages (combiner='log_op'), so its last layer alone does "
             "not predict: leave the base (None) out, or open it with combiner='last'."
         )
+    stages = [expert.stage for expert in experts if expert.stage is not None]
+    depths = [base.config.num_hidden_layers if expert.stage is None else expert.stage.foot for expert in experts]
+    if 0 in depths:
+        raise StageError("A fork with attach_at=0 has no layer in common with other stages: use it alone.")
+    depth = max(depths)
+    branches: dict[nn.Module, _Branch] = {}
+    for stage in stages:
+        for index, layer in enumerate(stage.stack, start=stage.foot):
+            if layer not in branches:
+                users = [i for i, e in enumerate(experts) if e.stage is not None and layer in e.stage.stack]
+                branches[layer] = _Branch(layer, users, depth + len(branches) - index)
     heads = [head_below(base, depth) if expert.stage is None else family.head_of(expert.model) for expert in experts]
-    model = build_shell(base, slots, nn.ModuleList(heads), below=depth)
+    model = build_shell(base, list(branches.values()), nn.ModuleList(heads), below=depth)
     sync_attention(base, model)
     layers = family.layers_of(model)
     subtracted = getattr(model.config, "backout_layer", None)
-    lower = {chain[0].below - 1 for chain in chains if chain} - {depth - 1}
+    lower = {stage.foot - 1 for stage in stages} - {depth - 1}
     recorded: dict[int, RecordedLayer] = {}
     for index in sorted(lower if subtracted is None else lower | {subtracted}):
         recorded[index] = RecordedLayer(layers[index])
         layers[index] = recorded[index]
-    for stage, branch in branches.items():
-        if stage.parent is not None:
-            branch.source = branches[stage.parent].output
-        elif stage.below < depth:
-            branch.source = partial(_recorded_state, recorded[stage.below - 1])
+    for stage in stages:
+        if stage.foot < depth:
+            branches[stage.stack[0]].source = partial(_recorded_state, recorded[stage.foot - 1])
+        for below, layer in pairwise(stage.stack):
+            branches[layer].source = branches[below].output
     model.__class__ = type(kind.__name__, (kind, type(model)), {})
     branched: Any = model
     branched.experts, branched._branches, branched._recorded = list(experts), branches, recorded
     branched._family = family
+    activities = {link.activity for stage in stages for link in stage.chain if link.config.active == "answer"}
+    if activities:
+        limit_to_answer(branched, list(activities))
     return branched
 
 
 class _Branch(SkippedLayer):
-    """The first slot of a stage: runs all of its layers on its rows, and returns its input unchanged.
+    """The slot of one layer of a stage: runs the layer on its rows, and returns its own input unchanged.
 
-    `experts` are the indices of the experts that use the stage. `source` returns the stage's input; None means the
-    input of the slot. `state` is the output.
+    `experts` are the indices of the experts that use the layer. `source` returns the layer's input; None means the
+    input of the slot. `shift` is the distance to the slot that the layer has in a model with its stage alone.
     """
 
     source: Callable[[], State] | None = None
     rows: Tensor | None = None
     state: Tensor | None = None
 
-    def __init__(self, stage: Stage, experts: list[int], slot: int) -> None:
-        super().__init__(stage.layers[0])
-        self.experts, self.slots = experts, range(slot, slot + len(stage.layers))
-        self._stage_layers = tuple(stage.layers)
-        self._shift = slot - stage.below  # the layers use the slots of a model with only this stage
+    def __init__(self, layer: nn.Module, experts: list[int], shift: int) -> None:
+        super().__init__(layer)
+        self.experts, self._shift = experts, shift
 
     def output(self) -> State:
-        """Return the output of the last layer, and its rows."""
+        """Return the output of the layer, and its rows."""
         assert self.state is not None
         return self.state, self.rows
 
@@ -175,9 +182,7 @@ class _Branch(SkippedLayer):
         cache = kwargs.get("past_key_values")
         if cache is not None and self._shift:
             kwargs["past_key_values"] = _ShiftedCache(cache, self._shift)
-        for layer in self._stage_layers:
-            state = layer(state, *args, **kwargs)
-        self.state = state
+        self.state = self._layer[0](state, *args, **kwargs)
         return hidden_states
 
 

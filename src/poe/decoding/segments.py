@@ -182,4 +182,4 @@ def _list_layers(base: PreTrainedModel, stage: Stage | None) -> tuple[int, list[
     """Return the number of the base's layers below a stage's chain, and the chain's layers."""
     if stage is None:
         return int(base.config.num_hidden_layers), []
-    return stage.chain[0].below, [layer for link in stage.chain for layer in link.layers]
+    return stage.foot, stage.stack

@@ -15,7 +15,7 @@ from huggingface_hub import ModelCardData, split_torch_state_dict_into_shards
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
-from poe.errors import FamilyError, OutputError
+from poe.errors import FamilyError, OutputError, StageError
 from poe.loaders.base import Base
 from poe.loaders.output import atomic_folder
 from poe.modeling.access import read_config
@@ -30,7 +30,13 @@ _RESERVED_BYTES = 64 << 20  # free space for the tokenizer, the configs and the 
 
 
 def export_native(
-    base: Base, stage: Stage, model: PreTrainedModel, folder: Path, *, max_shard_size: int | str = "5GB"
+    base: Base,
+    stage: Stage,
+    model: PreTrainedModel,
+    folder: Path,
+    *,
+    max_shard_size: int | str = "5GB",
+    all_tokens: bool = False,
 ) -> Path:
     """Write `model`, the native model that ends in `stage`, atomically as a checkpoint of its family.
 
@@ -38,6 +44,10 @@ def export_native(
     text with a unit), or one tensor. The logits equal the cascade's bit for bit if the stages are in the base's dtype;
     stages from files are. Raises `FamilyError` for a base that is quantized, offloaded or recurrent, `OutputError` for
     a folder that is not empty or a disk that is too small.
+
+    The weights of a fork are merged, W + dW in the base's dtype, so its logits are the cascade's up to that rounding.
+    A fork that is active on the answer would act on every token: that is another function, and refused with a
+    `StageError` unless `all_tokens` is True.
     """
     target = folder.expanduser().absolute()
     if target.is_dir() and any(target.iterdir()):
@@ -45,13 +55,18 @@ def export_native(
             f"{target} is not empty: expected a new folder, because a loader could read the weights of an older "
             "export there. Remove it or choose another."
         )
+    if not all_tokens and any(link.config.active == "answer" for link in stage.chain):
+        raise StageError(
+            f"Stage {stage.name!r} is active on the answer alone, and an ordinary checkpoint acts on every token: "
+            "measure what that costs, then export it with all_tokens=True (--all-tokens)."
+        )
     if family_of(base.model).recurrent:
         raise_no_checkpoint(base.model.config.model_type)
     _check_plain_weights(base.model)
     with torch.no_grad():
         tensors: dict[str, torch.Tensor] = model.state_dict()
     # Meta tensors have the sizes of the file without a copy of the weights.
-    below = stage.chain[0].below
+    below = stage.foot
     planned = {
         name: torch.empty(tensor.shape, dtype=_stored_dtype(base.model, name, tensor, below), device="meta")
         for name, tensor in tensors.items()

@@ -18,7 +18,7 @@ from poe.loaders.card import example_prompt, notice, stage_card
 from poe.loaders.output import atomic_folder
 from poe.modeling import modeling_poe_stage
 from poe.modeling.access import Access, fetch, read_config
-from poe.modeling.delta_file import DELTA_NAME, POE_FORMAT, as_stored, write_delta
+from poe.modeling.delta_file import DELTA_NAME, as_stored, format_of, write_delta
 from poe.modeling.fingerprint import fingerprint_tensors
 from poe.modeling.stage import Stage
 
@@ -56,6 +56,7 @@ def save_stage_folder(
             attach_at=stage.below,
             base_fingerprint=base.source.fingerprint,
             parent_fingerprint=str(parent["fingerprint"]) if parent else "",
+            active=stage.config.active,
             dtype=dtype,
         )
         config = _build_config(base, stage, parent, folder, dtype)
@@ -133,7 +134,7 @@ def _build_config(
         "architectures": ["PoEStageForCausalLM"],
         "auto_map": AUTO_MAP,
         "model_type": "poe_stage",
-        "poe_format": POE_FORMAT,
+        "poe_format": format_of(stage.delta_state_dict()),
         "stage": {
             "name": stage.name,
             "num_layers": stage.config.num_layers,
@@ -141,6 +142,7 @@ def _build_config(
             "head": stage.config.head,
             "head_rank": stage.config.head_rank if stage.config.head == "low_rank" else None,
             "own_norm": False,
+            **_fork_fields(stage),
             "dtype": str(dtype).removeprefix("torch."),
         },
         "parent": None if parent is None else {**parent, "repo": _relative_repo(parent["repo"], folder)},
@@ -153,6 +155,12 @@ def _build_config(
         "prompt": stage.prompt,
         "transformers_version": transformers.__version__,
     }
+
+
+def _fork_fields(stage: Stage) -> dict[str, Any]:
+    """Return the fields of a forked stage's config.json; a stage of new layers has none of them."""
+    config = stage.config
+    return {"layers": "fork", "rank": config.rank, "active": config.active} if config.layers == "fork" else {}
 
 
 def _find_parent_files(parent: Stage | None) -> dict[str, str | None] | None:

@@ -27,11 +27,9 @@ class Boundary:
 
     def __init__(self, base: Any, stage: Stage) -> None:
         family = family_of(base)
-        chain = stage.chain
-        parents = [layer for link in chain[:-1] for layer in link.layers]
-        head, depth = family.head_of(base), chain[0].below
-        lower = build_shell(base, parents, head, below=depth)
-        upper = build_shell(base, [*parents, *stage.layers], head, below=depth)
+        head, stack, foot = family.head_of(base), stage.stack, stage.foot
+        lower = build_shell(base, stack[: stage.below - foot], head, below=foot)
+        upper = build_shell(base, stack, head, below=foot)
         for model in (lower, upper):
             sync_attention(base, model)
         self._lower, self._upper = family.backbone_of(lower), family.backbone_of(upper)

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from .int8 import SCALE, dequantize, quantize
 from .tensor_file import DTYPES, Entry, file_size, read_header, write_tensors
 
 DELTA_NAME = "delta.safetensors"
-POE_FORMAT = "1"
+FORMATS = ("1", "2")  # 2: changes of the base's own layers (forks)
 PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib", ".npy", ".npz", ".dill", ".h5", ".msgpack")
 _FIELDS = ("stage", "attach_at", "base_fingerprint", "parent_fingerprint", "self_fingerprint")
 _FLOATS = ("F32", "BF16", "F16")
@@ -24,7 +24,8 @@ _FLOATS = ("F32", "BF16", "F16")
 class DeltaHeader:
     """The header of a delta file. Fingerprints have 64 hexadecimal digits; `parent_fingerprint` is "" without a parent.
 
-    `attach_at` is the number of layers below the stage, in decimal. No tensor's name or shape contains it.
+    `attach_at` is the number of layers below the stage, in decimal, and `active` the tokens on which it acts. No
+    tensor's name or shape contains them.
     """
 
     stage: str
@@ -32,6 +33,7 @@ class DeltaHeader:
     base_fingerprint: str
     parent_fingerprint: str
     self_fingerprint: str
+    active: str
     tensors: Mapping[str, Entry]
 
     @property
@@ -55,6 +57,7 @@ def write_delta(
     attach_at: int,
     base_fingerprint: str,
     parent_fingerprint: str = "",
+    active: str = "all",
     dtype: torch.dtype = torch.bfloat16,
 ) -> str:
     """Write a stage's tensors in `dtype` atomically and return their fingerprint. Equal tensors give equal bytes.
@@ -69,7 +72,7 @@ def write_delta(
     stored = as_stored(tensors, dtype)
     check_finite(stage, stored)
     fingerprint = fingerprint_tensors(stored)
-    metadata = _metadata(stage, attach_at, base_fingerprint, parent_fingerprint, fingerprint)
+    metadata = _metadata(stored, stage, attach_at, active, base_fingerprint, parent_fingerprint, fingerprint)
     write_tensors(path, stored, metadata)
     return fingerprint
 
@@ -80,6 +83,7 @@ def delta_size(
     stage: str,
     attach_at: int,
     has_parent: bool = False,
+    active: str = "all",
     dtype: torch.dtype = torch.bfloat16,
 ) -> int:
     """Return the size in bytes of the file that `write_delta` would write. Reads names and shapes, not values."""
@@ -92,14 +96,24 @@ def delta_size(
             stored_dtype = torch.bfloat16 if dtype == torch.int8 else dtype
             stored[name] = torch.empty(tensor.shape, dtype=stored_dtype, device="meta")
     placeholder = "0" * 64  # the length of every fingerprint
-    metadata = _metadata(stage, attach_at, placeholder, placeholder if has_parent else "", placeholder)
-    return file_size(stored, metadata)
+    parent = placeholder if has_parent else ""
+    return file_size(stored, _metadata(stored, stage, attach_at, active, placeholder, parent, placeholder))
 
 
-def _metadata(stage: str, attach_at: int, base: str, parent: str, fingerprint: str) -> dict[str, str]:
+def format_of(names: Iterable[str]) -> str:
+    """Return the format of a delta with tensors of these names: 2 if it changes layers of the base, else 1."""
+    ends = {name.rpartition(".")[2] for name in names if name.startswith("layers.")}
+    return "2" if ends & {"a", "b", "delta"} else "1"
+
+
+def _metadata(
+    names: Iterable[str], stage: str, attach_at: int, active: str, base: str, parent: str, fingerprint: str
+) -> dict[str, str]:
+    poe_format = format_of(names)
     return {
         "format": "pt",
-        "poe_format": POE_FORMAT,
+        "poe_format": poe_format,
+        **({"active": active} if poe_format == "2" else {}),
         "stage": stage,
         "attach_at": str(attach_at),
         "base_fingerprint": base,
@@ -150,16 +164,17 @@ def parse_delta_header(
     entries: Mapping[str, Entry], metadata: Mapping[str, str], path: str | os.PathLike[str]
 ) -> DeltaHeader:
     """Return a delta's header from that of its safetensors file; `path` is for messages. Raises `DeltaError`."""
-    if metadata.get("poe_format") != POE_FORMAT:
+    if metadata.get("poe_format") not in FORMATS:
         raise DeltaError(
-            f"{path} is of delta format {metadata.get('poe_format')!r}, expected {POE_FORMAT!r}. "
+            f"{path} is of delta format {metadata.get('poe_format')!r}, expected {' or '.join(FORMATS)}. "
             "Was it written by a newer version? Update poe-cascade."
         )
     missing = [field for field in _FIELDS if field not in metadata]
     if missing:
         raise DeltaError(f"{path} lacks {', '.join(missing)} in its metadata. Fetch it again.")
     _check_types(path, entries)
-    return DeltaHeader(**{field: metadata[field] for field in _FIELDS}, tensors=entries)
+    known = {field: metadata[field] for field in _FIELDS}
+    return DeltaHeader(**known, active=metadata.get("active", "all"), tensors=entries)
 
 
 def verify_delta(path: str | os.PathLike[str], header: DeltaHeader) -> None:

@@ -6,7 +6,7 @@ needs one line in `FAMILIES`. A family that is not declared is recognized by its
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,26 +95,31 @@ def family_of(base: PreTrainedModel) -> Family:
     return family
 
 
-def grown_config(config: PreTrainedConfig, family: Family, below: int, count: int) -> PreTrainedConfig:
-    """Return a copy of a base's config for `below` layers and `count` new ones on top, with an untied head.
+def grown_config(config: PreTrainedConfig, family: Family, below: int, like: Sequence[int | None]) -> PreTrainedConfig:
+    """Return a copy of a base's config for `below` layers and those of `like` on top, with an untied head.
+
+    `like` has an entry for each layer on top: the index of the base's layer that it is a fork of, None for a new layer.
 
     A smaller `below` than the base's depth skips layers; a larger one means layers of other stages in between, which
     are like the new ones.
     """
     grown = copy.deepcopy(config)
-    depth, total, template = config.num_hidden_layers, below + count, family.template_layer(config)
+    depth, total, template = config.num_hidden_layers, below + len(like), family.template_layer(config)
     for name, values in _lists_per_layer(config, family).items():
         kept = list(values[: min(below, depth)])
         entry = family.per_layer.get(name, values[template])
-        setattr(grown, name, type(values)([*kept, *[entry] * (total - len(kept))]))
+        between = [entry] * (below - len(kept))
+        above = [entry if index is None else values[index] for index in like]
+        setattr(grown, name, type(values)([*kept, *between, *above]))
     if (getattr(config, "max_window_layers", None) or 0) >= depth:
         # In the base no layer has a window; with more layers the same number would give one to the new layers.
         grown.max_window_layers = max(config.max_window_layers, total)
     if getattr(grown, "stage_layers", None):
         # A grown PoE base predicts only at its top. The head below the new layers is folded into theirs.
         grown.stage_layers, grown.stage_heads, grown.combiner = None, False, "last"
-    if (getattr(grown, "backout_layer", None) or 0) >= below:
-        grown.backout_layer = None  # that layer is skipped, and no new layer replaces it
+    backout = getattr(grown, "backout_layer", None) or 0
+    if backout >= below and list(like)[backout - below : backout - below + 1] != [backout]:
+        grown.backout_layer = None  # that layer is skipped, and no fork replaces it
     grown.num_hidden_layers = total
     grown.tie_word_embeddings = False
     return grown

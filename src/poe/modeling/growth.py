@@ -31,7 +31,7 @@ def build_layers(
     family = family_of(base)
     base_layers = family.layers_of(base)
     layer_class = type(base_layers[min(family.template_layer(base.config), len(base_layers) - 1)])
-    config = grown_config(base.config, family, below, count)
+    config = grown_config(base.config, family, below, [None] * count)
     layers_config = _layers_config(base)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
         torch.manual_seed(seed)
@@ -64,7 +64,8 @@ def build_shell(
     kept = family.layers_of(base)[:below]
     below = base.config.num_hidden_layers if below is None else below
     with torch.device("meta"):
-        model = type(base)(grown_config(base.config, family, below, len(layers)))
+        like = [getattr(layer, "base_index", None) for layer in layers]
+        model = type(base)(grown_config(base.config, family, below, like))
     backbone, base_backbone = family.backbone_of(model), family.backbone_of(base)
     _install_output_hooks(base_backbone, backbone, family.layers, layers)
     child = family.layers.partition(".")[0]

@@ -11,7 +11,7 @@ from typing import Any
 from transformers.utils.hub import extract_commit_hash
 
 from .access import Access, fetch, is_path, read_config
-from .delta_file import DELTA_NAME, POE_FORMAT, DeltaHeader, check_no_pickles, read_delta_header, verify_delta
+from .delta_file import DELTA_NAME, FORMATS, DeltaHeader, check_no_pickles, read_delta_header, verify_delta
 from .failures import DeltaError, FingerprintError, LineageError, SourceError
 from .fingerprint import fingerprint_files_cached
 from .stage_config import StageConfig
@@ -104,6 +104,9 @@ class StageSource:
             head_rank=stage.get("head_rank") or 1,
             parent=parent,
             attach_at=stage["attach_at"],
+            layers=stage.get("layers", "new"),
+            rank=stage.get("rank"),
+            active=stage.get("active", "all"),
         )
 
     @cached_property
@@ -127,6 +130,12 @@ class StageSource:
             raise DeltaError(
                 f"{self.repo}: config.json attaches stage {self.name!r} at {self.config['stage']['attach_at']!r}, "
                 f"{DELTA_NAME} at {header.attach_at}. The two files are not from one save."
+            )
+        if header.active != self.config["stage"].get("active", "all"):
+            raise DeltaError(
+                f"{self.repo}: config.json says that stage {self.name!r} is active on "
+                f"{self.config['stage'].get('active', 'all')!r}, {DELTA_NAME} on {header.active!r}. The two "
+                "files are not from one save."
             )
         return header
 
@@ -275,9 +284,10 @@ def check_stage_config(config: dict[str, Any], path: str) -> None:
         raise LineageError(
             f"{path} is not a stage config: expected model_type 'poe_stage', got {config.get('model_type')!r}."
         )
-    if str(config.get("poe_format")) != POE_FORMAT:
+    if str(config.get("poe_format")) not in FORMATS:
         raise DeltaError(
-            f"{path} is of format {config.get('poe_format')!r}, expected {POE_FORMAT!r}. Update poe-cascade to read it."
+            f"{path} is of format {config.get('poe_format')!r}, expected {' or '.join(FORMATS)}. "
+            "Update poe-cascade to read it."
         )
     required = {"stage": ("name", "num_layers", "attach_at", "head"), "base": ("fingerprint",)}
     if config.get("parent"):
@@ -287,7 +297,7 @@ def check_stage_config(config: dict[str, Any], path: str) -> None:
         missing = [key for key in keys if value.get(key) is None] if isinstance(value, dict) else keys
         if missing:
             raise DeltaError(f"{path}: {name!r} lacks {', '.join(missing)}. Fetch it again.")
-        for key in ("name", "head", "dtype", "repo", "revision", "fingerprint"):
+        for key in ("name", "head", "dtype", "layers", "active", "repo", "revision", "fingerprint"):
             if not isinstance(value.get(key, ""), str | None):
                 raise DeltaError(f"{path}: {key!r} of {name!r} should be text, got {value[key]!r}. Fetch it again.")
 

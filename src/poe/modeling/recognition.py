@@ -199,7 +199,7 @@ def _record(base: PreTrainedModel, family: Family) -> Iterator[_Trace]:
     trace, layers = _Trace(family), family.layers_of(base)
     template = family.template_layer(base.config)
     with torch.device("meta"):  # a quantized base has other classes where a new layer has nn.Linear
-        config = grown_config(base.config, family, len(layers), 1)
+        config = grown_config(base.config, family, len(layers), [None])
         new = type(layers[template])(config, template)
         linear = [name for name, module in new.named_modules() if isinstance(module, nn.Linear)]
         norms = [name for name, child in new.named_children() if [p.dim() for p in child.parameters()] in ([1], [1, 1])]

@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -10,9 +10,11 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
+from .answering import limit_to_answer
 from .delta_file import storage_error
 from .exits import head_below, no_exit_reason
-from .failures import DeltaError, StageError
+from .failures import DeltaError, FamilyError, StageError
+from .fork import Activity, ForkedLinear, fork_layers
 from .growth import build_layers, build_shell
 from .heads import FoldedHead, automatic_rank, build_head
 from .recognition import recognize_family
@@ -38,6 +40,7 @@ class Stage(nn.Module):
         self.layers = layers
         self.head = head
         self.below = below
+        self.activity = Activity()
         self._parent = (parent,)  # in a tuple, so that the parent's weights are not counted as this stage's
         self.source: dict[str, str | None] | None = None
         self.saved_dtype: torch.dtype | None = None
@@ -55,9 +58,46 @@ class Stage(nn.Module):
         return self._parent[0]
 
     @property
+    def depth(self) -> int:
+        """How many layers the model has that ends in this stage."""
+        return self.below + len(self.layers)
+
+    @property
+    def foot(self) -> int:
+        """How many of the base's own layers that model has; all of its other layers are stages'."""
+        return self.below if self.parent is None else min(self.below, self.parent.foot)
+
+    @property
+    def head_depth(self) -> int:
+        """After how many of the base's layers the base's head reads a state like that at the top of the model."""
+        if self.parent is not None:
+            return self.parent.head_depth
+        return self.depth if self.config.layers == "fork" else self.below
+
+    @property
+    def stack(self) -> "list[nn.Module]":
+        """The layers of that model above the base's own, the stage's own last."""
+        under = [] if self.parent is None else self.parent.stack[: self.below - self.foot]
+        return [*under, *self.layers]
+
+    @property
     def chain(self) -> "list[Stage]":
         """The stages from the base upwards, this one last."""
         return [*(self.parent.chain if self.parent is not None else []), self]
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the names and parameters that the stage adds; the parts of a fork that belong to the base are not."""
+        if self.config.layers != "fork":
+            yield from super().named_parameters(prefix, recurse, remove_duplicate)
+            return
+        start = f"{prefix}." if prefix else ""
+        for path, module in self.layers.named_modules():
+            if isinstance(module, ForkedLinear) and module.activity is self.activity:
+                for name, parameter in module.changes().items():
+                    yield f"{start}layers.{path}.{name}", parameter
+        yield from self.head.named_parameters(f"{start}head", recurse, remove_duplicate)
 
     def num_parameters(self) -> int:
         """Return the number of parameters of the stage."""
@@ -65,6 +105,8 @@ class Stage(nn.Module):
 
     def delta_state_dict(self) -> dict[str, torch.Tensor]:
         """Return the stage's tensors by their names in the delta format (views, not copies)."""
+        if self.config.layers == "fork":
+            return {name: parameter.detach() for name, parameter in self.named_parameters()}
         return dict(self.state_dict())
 
     def storage_error(self, dtype: torch.dtype) -> float:
@@ -113,26 +155,38 @@ def build_stage(
     layer and head. Raises `FamilyError` for a base that cannot be grown, `StageError` for a config that does not fit.
     """
     family = recognize_family(base)
-    depth = base.config.num_hidden_layers if parent is None else parent.below + len(parent.layers)
+    depth = base.config.num_hidden_layers if parent is None else parent.depth
     below = config.layers_below(depth)
+    forks, activity = config.layers == "fork", Activity()
     if family.recurrent and below < depth:
         raise StageError(
             f"Stage {config.name!r}: attach_at is {below}, but a base of model type {family.model_type!r} is "
             "recurrent, and a stage stands above all its cycles: expected attach_at None."
         )
-    if parent is None and (reason := no_exit_reason(base, below)):
+    if forks and getattr(base.config, "combiner", "last") != "last":
+        raise FamilyError("A fork has one prediction, at its top, and this base's is a vote of all its stages.")
+    if not forks and parent is None and (reason := no_exit_reason(base, below)):
         raise StageError(f"Stage {config.name!r}: attach_at is {below}, but {reason}.")
-    attached = below if parent is None else parent.chain[0].below
-    # Building the head first raises for a base head without a plain weight.
-    folded = FoldedHead(head_below(base, attached), [])
-    layers = build_layers(base, config.num_layers, below, seed=seed, dtype=dtype)
+    head_depth = (depth if forks else below) if parent is None else parent.head_depth
+    # Refuses a head that cannot carry a delta, before anything is built.
+    folded = FoldedHead(head_below(base, head_depth), [])
+    if forks:
+        config = dataclasses.replace(config, num_layers=depth - below)
+        foot, stack = (depth, []) if parent is None else (parent.foot, parent.stack)
+        path = [*family.layers_of(base)[:foot], *stack]
+        indices = [*range(foot), *(getattr(layer, "base_index", None) for layer in stack)]
+        layers = fork_layers(path[below:], indices[below:], config.rank, activity, seed=seed, dtype=dtype or base.dtype)
+    else:
+        layers = build_layers(base, config.num_layers, below, seed=seed, dtype=dtype)
     if config.head == "low_rank" and config.head_rank == "auto":
         rank = automatic_rank(folded.out_features, folded.in_features, sum(p.numel() for p in layers.parameters()))
         config = dataclasses.replace(config, head_rank=rank)
     generator = torch.Generator().manual_seed(seed)
     head = build_head(config, folded.out_features, folded.in_features, generator)
     head.to(device=folded.weight.device, dtype=dtype or base.dtype)
-    return Stage(config, layers, head, below, parent)
+    stage = Stage(config, layers, head, below, parent)
+    stage.activity = activity
+    return stage
 
 
 def assemble(base: PreTrainedModel, stage: Stage) -> PreTrainedModel:
@@ -140,10 +194,11 @@ def assemble(base: PreTrainedModel, stage: Stage) -> PreTrainedModel:
 
     It shares every tensor with the base and the stages.
     """
-    chain = stage.chain
-    layers = [layer for link in chain for layer in link.layers]
-    head = FoldedHead(head_below(base, chain[0].below), [link.head for link in chain])
-    model = build_shell(base, layers, head, below=chain[0].below)
+    head = FoldedHead(head_below(base, stage.head_depth), [link.head for link in stage.chain])
+    model = build_shell(base, stage.stack, head, below=stage.foot)
+    activities = [link.activity for link in stage.chain if link.config.active == "answer"]
+    if activities:
+        limit_to_answer(model, activities)
     if stage.generation_config is not None:
         model.generation_config = copy.deepcopy(stage.generation_config)
     return model
@@ -152,10 +207,12 @@ def assemble(base: PreTrainedModel, stage: Stage) -> PreTrainedModel:
 def detach_stage_input(stage: Stage, dtype: torch.dtype) -> None:
     """Detach the input of a stage, so gradients end there, and let its dtype differ from the base's `dtype`.
 
-    Hooks on the first and last layer cast the hidden states (batch, tokens, width) to the stage's dtype and back.
+    Hooks on the first and last layer cast the hidden states (batch, tokens, width) to the stage's dtype and back. A
+    fork computes in the base's dtype: its changes are cast, because they are added to the base's weights.
     """
-    stage.layers[0].register_forward_pre_hook(_detach_input)
-    if next(stage.layers.parameters()).dtype != dtype:
+    own = dtype if stage.config.layers == "fork" else next(stage.layers.parameters()).dtype
+    stage.layers[0].register_forward_pre_hook(partial(_detach_input, own))
+    if own != dtype:
         stage.layers[-1].register_forward_hook(partial(_cast_output, dtype))
 
 
@@ -168,8 +225,8 @@ def set_gradient_input(model: PreTrainedModel, stage: Stage) -> None:
     model.disable_input_require_grads = partial(_set_input_gradients, stage.layers[0], False)  # type: ignore[method-assign]
 
 
-def _detach_input(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    hidden = args[0].detach().to(next(layer.parameters()).dtype)
+def _detach_input(dtype: torch.dtype, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    hidden = args[0].detach().to(dtype)
     if getattr(layer, "_input_gradients", False) and torch.is_grad_enabled():
         hidden.requires_grad_(True)
     return (hidden, *args[1:])

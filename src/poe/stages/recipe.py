@@ -133,14 +133,20 @@ class Recipe(Plan):
     """Mask attention between the documents that are packed into one row."""
     augment: Augmentation = field(default_factory=Augmentation)
     """Changes to the training rows, by name, as in {mask: 0.33, formats: 0.5}."""
+    layers: Literal["new", "fork"] = "new"
+    """New layers above the base, or a fork: the stage's own version of the base's layers from attach_at up."""
     num_layers: PositiveInt = 4
-    """Number of new decoder layers."""
+    """Number of new decoder layers. A fork has one for every layer of the base above attach_at."""
+    rank: PositiveInt | None = 16
+    """Rank of a fork's change of each linear layer. Null: full rank."""
+    active: Literal["all", "answer"] = "all"
+    """Tokens on which a fork acts: all, or the answer alone, over a prompt that the base reads."""
     head: Literal["dense", "low_rank", "none"] = "dense"
     """Kind of head delta, which is added to the head of the base."""
     head_rank: PositiveInt | Literal["auto"] = 64
     """Rank of a low_rank head. Auto: the largest power of two with which it is no larger than the layers."""
-    attach_at: PositiveInt | None = None
-    """Number of layers of the base below the stage. Null: all."""
+    attach_at: NonNegativeInt | Literal["auto"] | None = None
+    """Number of layers of the base below the stage. Null: all. Auto, for a fork: the lowest layer that copies."""
     epochs: dict[str, PositiveInt] = field(default_factory=dict)
     """Passes over the rows of each reader, as in {glaive: 4}, unless the SPEC gives them."""
     validation_ratio: Ratio = 0.02
@@ -160,6 +166,13 @@ class Recipe(Plan):
         if not isinstance(self.augment, Augmentation):
             object.__setattr__(self, "augment", Augmentation.from_dict(self.augment))
         super().__post_init__()
+        if self.attach_at == 0 and self.layers == "new":
+            raise RecipeError(f"Recipe {self.name!r}: attach_at should be at least 1 for new layers, got 0.")
+        if self.layers == "fork" and self.shard_base:
+            raise RecipeError(
+                f"Recipe {self.name!r}: shard_base divides the base's layers, and a fork reads their weights. Remove "
+                "shard_base, or use layers: new."
+            )
         for other in ("compile", "shard_base"):
             if self.cache_hidden and getattr(self, other):
                 raise RecipeError(
@@ -173,7 +186,8 @@ class Recipe(Plan):
 
     def stage_config(self, **fields: Any) -> StageConfig:
         """Return the shape of the stage, with some fields changed."""
-        own = {name: getattr(self, name) for name in ("name", "num_layers", "head", "head_rank", "attach_at")}
+        names = ("name", "num_layers", "head", "head_rank", "attach_at", "layers", "rank", "active")
+        own = {name: getattr(self, name) for name in names}
         return StageConfig(**{**own, **fields})
 
 
@@ -237,8 +251,8 @@ GROUPS = {
         "data train_on isolate_documents augment epochs seq_len validation_ratio near_duplicates eval_data eval_rows"
     ),
     "Shape": (
-        "num_layers head head_rank attach_at vocab_size hidden_size num_heads num_kv_heads attention_logit_scale "
-        "stage_layers stage_heads combiner network init"
+        "layers num_layers attach_at rank active head head_rank vocab_size hidden_size num_heads num_kv_heads "
+        "attention_logit_scale stage_layers stage_heads combiner network init"
     ),
     "Optimizer": (
         "matrix_optimizer matrix_lr head_lr embed_lr weight_decay momentum initial_momentum max_grad_norm z_loss "

@@ -67,5 +67,6 @@ def delta_bytes(stage: Stage) -> int:
         stage=stage.name,
         attach_at=stage.below,
         has_parent=stage.parent is not None,
+        active=stage.config.active,
         dtype=stage.saved_dtype or torch.bfloat16,
     )

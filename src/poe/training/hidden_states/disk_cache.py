@@ -18,7 +18,7 @@ import time
 import zlib
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import transformers
@@ -30,7 +30,6 @@ from poe.cascade import Cascade
 from poe.data.cache import cache_root
 from poe.data.packing import Batch, PackedRows
 from poe.errors import OutputError
-from poe.modeling.boundary import Boundary
 from poe.modeling.fingerprint import fingerprint_tensors
 from poe.modeling.placement import quantization_of
 from poe.training.reporting.progress import Progress
@@ -42,7 +41,19 @@ _LAYOUT = 1  # version of the content of a shard; increase it when that changes
 _STATES = "states"
 
 
-def boundary_facts(cascade: Cascade, name: str, boundary: Boundary) -> dict[str, Any]:
+class RowReader(Protocol):
+    """What the layers below a stage leave of rows, as `states` vectors of `width` numbers a token; see `Boundary`."""
+
+    states: int
+    width: int
+    layers: list[Any]
+    device: torch.device
+
+    def below(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """Return (B, states, T, width) for token ids and positions (B, T), without a graph."""
+
+
+def boundary_facts(cascade: Cascade, name: str, boundary: RowReader) -> dict[str, Any]:
     """Return, as JSON values, everything that decides the states of a row at the boundary below stage `name`."""
     base, stage = cascade.base, cascade.stages[name]
     config = {k: v for k, v in base.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
@@ -68,7 +79,7 @@ class DiskCache:
 
     def __init__(
         self,
-        boundary: Boundary,
+        boundary: RowReader,
         facts: dict[str, Any],
         dtype: torch.dtype,
         rows: PackedRows,

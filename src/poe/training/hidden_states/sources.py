@@ -7,21 +7,24 @@ has `cache_hidden` (see disk_cache.py). The fallback is the whole model.
 
 import hashlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from poe.cascade import Cascade
-from poe.data.packing import Batch, PackedRows
+from poe.data.packing import IGNORED, Batch, PackedRows
 from poe.errors import TrainingError
+from poe.modeling.answer_boundary import AnswerBoundary, Read
 from poe.modeling.boundary import Boundary
 from poe.modeling.families import is_prefix_lm
 from poe.modeling.modeling_poe import PoEForCausalLM
 from poe.stages.recipe import Recipe
 from poe.training.forward import compile_forward, prefix_lm_mask
-from poe.training.hidden_states.disk_cache import DiskCache, boundary_facts
+from poe.training.hidden_states.disk_cache import DiskCache, RowReader, boundary_facts
 from poe.training.reporting.progress import Progress
 
 BoundaryStates = Callable[[Batch], Tensor]  # rows of (B, T) tokens -> states at the boundary (B, K, T, D)
@@ -41,6 +44,7 @@ class HiddenSource(Protocol):
     """Computes the hidden states that the head reads."""
 
     cached: bool  # whether the states below the boundary come from a cache, so that these layers cost nothing
+    answers_only: bool  # whether only the tokens of answers go through the stage
 
     def __call__(self, batch: Batch) -> Tensor:
         """Return the normalized hidden states (B, T, D) of rows of (B, T) tokens."""
@@ -60,6 +64,7 @@ class WholeModel:
     """All layers of the model, compiled on request. Documents in a packed row do not attend to each other."""
 
     cached = False
+    answers_only = False
 
     def __init__(self, model: PreTrainedModel, compile: bool = False) -> None:
         backbone = getattr(model, model.base_model_prefix)
@@ -80,6 +85,7 @@ class AboveBoundary:
     """The layers of `model` above the boundary, on states from a cache."""
 
     cached = True
+    answers_only = False
 
     def __init__(self, model: PreTrainedModel, boundary: Boundary, states: BoundaryStates) -> None:
         self._model, self._boundary, self._states = model, boundary, states
@@ -102,6 +108,7 @@ class StagePredictions:
     """
 
     cached = False
+    answers_only = False
 
     def __init__(self, model: PoEForCausalLM, local: bool) -> None:
         self._model, self._local = model, local
@@ -133,7 +140,7 @@ def _predict(model: PreTrainedModel, hidden: Tensor) -> Prediction:
 class MemoryCache:
     """Boundary states of whole batches, kept on the CPU in the dtype they were computed in, up to `max_bytes`."""
 
-    def __init__(self, boundary: Boundary, max_bytes: int = MEMORY_CACHE_BYTES) -> None:
+    def __init__(self, boundary: RowReader, max_bytes: int = MEMORY_CACHE_BYTES) -> None:
         self._boundary, self._bytes_left = boundary, max_bytes
         self._states: dict[bytes, Tensor] = {}
 
@@ -147,6 +154,66 @@ class MemoryCache:
             self._bytes_left -= states.nbytes
             self._states[key] = states.cpu()
         return states
+
+
+class AnswerTokens:
+    """The answers' tokens of rows, through the layers of a fork that is active on the answer.
+
+    The layers below read the whole rows without a graph; `read` does that, or returns what they left from a cache.
+    """
+
+    answers_only = True
+
+    def __init__(
+        self, model: PreTrainedModel, boundary: AnswerBoundary, read: Callable[[Batch], Read], cached: bool
+    ) -> None:
+        self._model, self._boundary, self._read, self.cached = model, boundary, read, cached
+
+    def __call__(self, batch: Batch) -> Tensor:
+        return self._boundary.above(self._read(batch), batch.input_ids, batch.position_ids, batch.labels != IGNORED)
+
+    def predictions(self, batch: Batch, learning: bool = False) -> Iterator[Prediction]:
+        yield _predict(self._model, self(batch))
+
+
+class PackedReads:
+    """An `AnswerBoundary` as a `Boundary`: everything that the layers below leave of a token is one vector."""
+
+    states = 1
+
+    def __init__(self, boundary: AnswerBoundary, batch: Batch) -> None:
+        self._boundary, self.device = boundary, boundary.device
+        some = Batch(*(t[:, :1].to(boundary.device) for t in batch))
+        parts = self._parts(boundary.below(some.input_ids, some.position_ids))
+        self._shapes = [part.shape[2:] for part in parts]
+        self.width = sum(shape.numel() for shape in self._shapes)
+        self.layers = [*boundary.layers, "keys and values above"]
+
+    def below(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """Return (B, 1, T, width)."""
+        parts = self._parts(self._boundary.below(input_ids, position_ids))
+        return torch.cat([part.flatten(2) for part in parts], dim=2).unsqueeze(1)
+
+    def unpack(self, packed: Tensor) -> Read:
+        """Return what `below` was made of."""
+        parts = packed.squeeze(1).split([shape.numel() for shape in self._shapes], dim=2)
+        states, keys, values, *rest = (
+            part.unflatten(2, shape) for part, shape in zip(parts, self._shapes, strict=True)
+        )
+        return Read(
+            rearrange(states, "b t k d -> b k t d"),
+            rearrange(keys, "b t l h e -> l b h t e"),
+            rearrange(values, "b t l h e -> l b h t e"),
+            rest[0] if rest else None,
+        )
+
+    def _parts(self, read: Read) -> list[Tensor]:
+        parts = [
+            rearrange(read.states, "b k t d -> b t k d"),
+            rearrange(read.keys, "l b h t e -> b t l h e"),
+            rearrange(read.values, "l b h t e -> b t l h e"),
+        ]
+        return parts if read.embeddings is None else [*parts, read.embeddings]
 
 
 def whole_model_sources(model: PreTrainedModel, compile: bool = False) -> HiddenSources:
@@ -163,6 +230,10 @@ def stage_sources(
     with upper layers that read more than the hidden state below them, or with states that depend on more than the row.
     """
     model, base = cascade.model(plan.name), cascade.base
+    if cascade.stages[plan.name].config.active == "answer":
+        return _answer_sources(cascade, plan, train, val, num_steps, progress)
+    if cascade.stages[plan.name].below == 0:  # a fork of every layer has no boundary
+        return whole_model_sources(model, plan.compile)
     boundary = Boundary(base, cascade.stages[plan.name])
     sources = whole_model_sources(model, plan.compile)
     if is_prefix_lm(base.config):
@@ -181,6 +252,52 @@ def stage_sources(
         return sources
     if not plan.cache_hidden:
         return sources._replace(val=AboveBoundary(model, boundary, MemoryCache(boundary)))
+    train_cache, val_cache = _fill_caches(cascade, plan, boundary, train, val, num_steps, progress)
+    return HiddenSources(AboveBoundary(model, boundary, train_cache), AboveBoundary(model, boundary, val_cache))
+
+
+def _answer_sources(
+    cascade: Cascade, plan: Recipe, train: PackedRows, val: PackedRows, num_steps: int, progress: Progress
+) -> HiddenSources:
+    """Return the sources of a fork that is active on the answer."""
+    model, base = cascade.model(plan.name), cascade.base
+    if is_prefix_lm(base.config):
+        raise TrainingError(
+            "active: answer needs a base that reads its prompt from left to right, and this one reads it in both "
+            "directions (prefix_lm). Use active: all."
+        )
+    boundary = AnswerBoundary(base, cascade.stages[plan.name])
+    packed = PackedReads(boundary, train.batch(0, 1))
+    if not plan.cache_hidden:
+        read = partial(_read_rows, boundary)
+        remembered = MemoryCache(packed)
+        return HiddenSources(
+            AnswerTokens(model, boundary, read, cached=False),
+            AnswerTokens(model, boundary, partial(_read_cache, packed, remembered), cached=True),
+        )
+    caches = _fill_caches(cascade, plan, packed, train, val, num_steps, progress)
+    reads = [partial(_read_cache, packed, cache) for cache in caches]
+    return HiddenSources(*(AnswerTokens(model, boundary, read, cached=True) for read in reads))
+
+
+def _read_rows(boundary: AnswerBoundary, batch: Batch) -> Read:
+    return boundary.below(batch.input_ids, batch.position_ids)
+
+
+def _read_cache(packed: PackedReads, cache: BoundaryStates, batch: Batch) -> Read:
+    return packed.unpack(cache(batch))
+
+
+def _fill_caches(
+    cascade: Cascade,
+    plan: Recipe,
+    boundary: RowReader,
+    train: PackedRows,
+    val: PackedRows,
+    num_steps: int,
+    progress: Progress,
+) -> tuple[DiskCache, DiskCache]:
+    """Return the caches on disk for training rows (in bf16) and validation rows (in the base's dtype), filled."""
     rows_per_step = plan.tokens_per_step // plan.seq_len
     rows_per_pass = max(1, plan.max_tokens_per_batch // plan.seq_len)
     used_rows = min(train.num_rows, num_steps * rows_per_step)
@@ -191,10 +308,10 @@ def stage_sources(
         )
     facts = boundary_facts(cascade, plan.name, boundary)
     train_cache = DiskCache(boundary, facts, torch.bfloat16, train, used_rows, min(rows_per_pass, rows_per_step))
-    val_cache = DiskCache(boundary, facts, base.dtype, val, val.num_rows, rows_per_pass)
+    val_cache = DiskCache(boundary, facts, cascade.base.dtype, val, val.num_rows, rows_per_pass)
     train_cache.fill("training", progress)
     val_cache.fill("validation", progress)
-    return HiddenSources(AboveBoundary(model, boundary, train_cache), AboveBoundary(model, boundary, val_cache))
+    return train_cache, val_cache
 
 
 @torch.no_grad()

@@ -16,8 +16,9 @@ import resource
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,11 @@ from transformers import PreTrainedModel
 
 from poe.data.packing import Batch, Rows
 from poe.errors import OutputError
+from poe.modeling.fork import ForkedLinear
 from poe.stages.recipe import Plan
 from poe.training.checkpoints.files import list_checkpoints
 from poe.training.checkpoints.identity import sample_rows
+from poe.training.hidden_states.sources import HiddenSource
 from poe.training.loss import chunk_rows
 from poe.training.optim import POLAR_EXPRESS, MuonAdamW
 from poe.training.run import RunRows, RunSettings, TrainedModel
@@ -70,6 +73,14 @@ class Weights:
     below: int
     stage: int
     head: int
+    forked: int = 0  # the base's weights in the layers of a low-rank fork, which multiply its tokens too
+    replaced: int = 0  # those in a fork of full rank, which multiply only what the fork is not active on
+
+    def reading(self, source: HiddenSource) -> int:
+        """Return how many weights multiply every token of a row, without a gradient."""
+        if source.cached:
+            return 0
+        return self.below + (self.forked + self.replaced if source.answers_only else 0)
 
 
 def count_weights(model: PreTrainedModel, parameters: Iterable[tuple[str, nn.Parameter]]) -> Weights:
@@ -81,15 +92,16 @@ def count_weights(model: PreTrainedModel, parameters: Iterable[tuple[str, nn.Par
     head: Any = model.get_output_embeddings()
     skipped = {id(p) for p in head.parameters()}
     skipped |= {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    below = stage = 0
+    forks = [module for module in model.modules() if isinstance(module, ForkedLinear)]
+    forked, replaced = ({id(f.base.weight) for f in forks if f.is_full == full} for full in (False, True))
+    numbers: Counter[str] = Counter()
     for parameter in model.parameters():
         if id(parameter) in skipped or parameter.ndim < 2:
             continue
-        if id(parameter) in trained:
-            stage += parameter.numel()
-        else:
-            below += parameter.numel()
-    return Weights(below, stage, head.weight.numel())
+        kinds = {"stage": trained, "forked": forked, "replaced": replaced}
+        kind = next((name for name, members in kinds.items() if id(parameter) in members), "below")
+        numbers[kind] += parameter.numel()
+    return Weights(numbers["below"], numbers["stage"], head.weight.numel(), numbers["forked"], numbers["replaced"])
 
 
 def trained_share(rows: Rows) -> float:
@@ -118,17 +130,15 @@ def estimate_run(
     timed_rows = Batch(*(part.to(parameters[0][1].device) for part in timed_rows))
     model.eval()  # without dropout the measurement draws no random numbers, so a resumed run continues exactly
     weights = count_weights(model, parameters)
-    if source.cached:
-        weights = replace(weights, below=0)
-    head = weights.head * trained_share(rows.train)
-    flops_per_token = 2 * weights.below + 6 * (weights.stage + head)
+    share = trained_share(rows.train)
+    head, active = weights.head * share, share if source.answers_only else 1.0
+    flops_per_token = 2 * weights.reading(source) + active * (6 * weights.stage + 4 * weights.forked) + 6 * head
     tokens = settings.num_steps * plan.tokens_per_step
     flops = tokens * flops_per_token + settings.num_steps * _muon_flops(optimizer)
     if rows.val is not None:
         num_validations = 1 + -(-settings.num_steps // plan.validation_every)
-        val_head = weights.head * trained_share(rows.val)
         val_tokens = num_validations * rows.val.num_rows * plan.seq_len
-        flops += val_tokens * 2 * (weights.below + weights.stage + val_head)
+        flops += val_tokens * (forward_flops(weights, source, active) + 2 * weights.head * trained_share(rows.val))
     state = _state_bytes(optimizer)
     weight_bytes = sum(p.numel() * p.element_size() for _, p in parameters)
     result_bytes = 2 * numbers if settings.result_bytes is None else settings.result_bytes
@@ -136,7 +146,7 @@ def estimate_run(
         parameters=numbers,
         tokens=tokens,
         flops_per_token=flops_per_token,
-        seconds=flops / num_processes / network_speed(source, timed_rows, weights),
+        seconds=flops / num_processes / network_speed(source, timed_rows, forward_flops(weights, source, active)),
         memory_bytes=_memory_bytes(model, parameters, plan, weight_bytes, state // num_processes),
         result_bytes=result_bytes,
         # While a checkpoint is written there is one more than are kept. It holds the current and the best weights.
@@ -155,7 +165,12 @@ def check_disk_space(run: Path, needed: int) -> None:
         )
 
 
-def network_speed(hidden: Callable[[Batch], torch.Tensor], rows: Batch, weights: Weights) -> float:
+def forward_flops(weights: Weights, source: HiddenSource, active: float) -> float:
+    """Return the operations per token of a forward pass without the head; a fork acts on a share `active` of tokens."""
+    return 2 * weights.reading(source) + 2 * active * (weights.stage + weights.forked)
+
+
+def network_speed(hidden: Callable[[Batch], torch.Tensor], rows: Batch, flops_per_token: float) -> float:
     """Return the operations per second of a forward pass of `rows` through the network, without its head.
 
     The network itself is measured. The speed of a single matrix product does not predict that of a small model, where
@@ -170,7 +185,7 @@ def network_speed(hidden: Callable[[Batch], torch.Tensor], rows: Batch, weights:
             hidden(rows)
             _synchronize(device)
             fastest = min(fastest, time.perf_counter() - started)
-    return 2 * rows.input_ids.numel() * (weights.below + weights.stage) / fastest
+    return rows.input_ids.numel() * flops_per_token / fastest
 
 
 def memory_now(device: torch.device) -> int:

@@ -1,0 +1,327 @@
+"""Forked layers: the base's own layers with a trained change, on all tokens or on the answer alone."""
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+
+from conftest import BASES, EXEMPLARS, RECURRENT, mostly_slow, scramble, tiny_base, token_ids
+from poe import Cascade, StageConfig
+from poe.errors import DeltaError, FamilyError, PoEError, StageError
+from poe.modeling.answer_boundary import AnswerBoundary
+from poe.modeling.boundary import Boundary
+from poe.modeling.families import logits_of
+from poe.stages.copying import copying_scores
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+RANKS = pytest.mark.parametrize("rank", [4, None], ids=["low-rank", "full"])
+ACTIVE = pytest.mark.parametrize("active", ["all", "answer"])
+FAMILIES = [name for name in BASES if name not in RECURRENT]
+FLAT = mostly_slow(FAMILIES, EXEMPLARS)
+
+
+@pytest.fixture(params=FLAT)
+def flat_base(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def forked(
+    name: str = "qwen3",
+    dtype: torch.dtype = torch.float32,
+    *,
+    rank: int | None = 4,
+    active: str = "all",
+    **fields: object,
+) -> Cascade:
+    """Return a cascade with one scrambled fork `f` of the base's second layer."""
+    cascade = Cascade(tiny_base(name, dtype))
+    fields = {"head": "none", "attach_at": 1, **fields}
+    cascade.add_stage(StageConfig("f", layers="fork", rank=rank, active=active, **fields))
+    scramble(cascade.stages["f"], seed=1)
+    return cascade
+
+
+@DTYPES
+@RANKS
+@ACTIVE
+def test_a_new_fork_is_the_base_and_switched_off_it_stays_the_base(
+    flat_base: str, dtype: torch.dtype, rank: int | None, active: str
+) -> None:
+    base = tiny_base(flat_base, dtype)
+    ids = token_ids()
+    before = base(ids).logits
+    cascade = Cascade(base)
+    cascade.add_stage(StageConfig("f", layers="fork", attach_at=1, rank=rank, active=active, head_rank=4))
+    assert torch.equal(cascade(ids).logits, before)
+    assert type(cascade.model("f")) is type(base)
+    assert cascade.model("f").config.num_hidden_layers == base.config.num_hidden_layers
+    scramble(cascade.stages["f"], seed=1)
+    assert not torch.equal(cascade(ids).logits[:, -1], before[:, -1])
+    assert torch.equal(cascade(ids, stage=None).logits, before)
+
+
+@RANKS
+def test_a_fork_holds_its_changes_and_shares_all_else(flat_base: str, rank: int | None) -> None:
+    cascade = forked(flat_base, rank=rank)
+    stage, base = cascade.stages["f"], {p.data_ptr() for p in cascade.base.parameters()}
+    assert all(name.endswith((".a", ".b") if rank else ".delta") for name in stage.delta_state_dict())
+    foreign = {p.data_ptr() for p in cascade.model("f").parameters()} - base
+    assert foreign == {p.data_ptr() for p in stage.parameters()}
+
+
+@RANKS
+@ACTIVE
+def test_cache_and_left_padding_change_no_token(flat_base: str, rank: int | None, active: str) -> None:
+    cascade = forked(flat_base, rank=rank, active=active)
+    ids = token_ids()[:1]
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    cached = cascade.generate(input_ids=ids, use_cache=True, **options)
+    assert torch.equal(cached, cascade.generate(input_ids=ids, use_cache=False, **options))
+    padded = functional.pad(ids, (3, 0))
+    mask = functional.pad(torch.ones_like(ids), (3, 0))
+    assert torch.equal(cascade.generate(input_ids=padded, attention_mask=mask, **options)[:, 3:], cached)
+
+
+@RANKS
+def test_the_boundary_of_a_fork_gives_the_model_s_hidden_states(flat_base: str, rank: int | None) -> None:
+    cascade = forked(flat_base, rank=rank)
+    ids = token_ids()
+    positions = torch.arange(ids.shape[1]).expand_as(ids)
+    boundary = Boundary(cascade.base, cascade.stages["f"])
+    model = cascade.model("f")
+    backbone = getattr(model, model.base_model_prefix)
+    whole = backbone(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+    assert torch.equal(boundary.above(boundary.below(ids, positions), ids, positions), whole)
+
+
+@RANKS
+def test_a_chain_of_forks_and_new_layers_begins_as_what_it_stands_on(flat_base: str, rank: int | None) -> None:
+    cascade = forked(flat_base, rank=rank, head="low_rank", head_rank=4)
+    ids = token_ids()
+    logits = cascade(ids).logits
+    cascade.add_stage(StageConfig("new", 1, head="none", parent="f"))
+    torch.testing.assert_close(cascade(ids).logits, logits, rtol=0, atol=0)
+    scramble(cascade.stages["new"], seed=2)
+    logits = cascade(ids).logits
+    for attach_at in (1, 2):  # from the fork on, and the new layer alone
+        cascade.add_stage(
+            StageConfig(f"again{attach_at}", layers="fork", attach_at=attach_at, rank=rank, head="none", parent="new")
+        )
+        assert torch.equal(cascade(ids).logits, logits)
+        assert cascade.model(f"again{attach_at}").config.num_hidden_layers == 3
+
+
+def masked_logits(cascade: Cascade, ids: torch.Tensor, prompt: int) -> torch.Tensor:
+    """Return the logits of the tokens that follow the first `prompt` tokens, from one plain forward pass."""
+    labels = ids.clone()
+    labels[:, :prompt] = -100
+    return cascade(input_ids=ids, labels=labels).logits[:, prompt - 1 : -1]
+
+
+@RANKS
+def test_the_answer_over_the_base_s_own_cache_is_the_answer_alone(flat_base: str, rank: int | None) -> None:
+    """The base reads the prompt once; every stage continues from a copy of its cache."""
+    cascade = forked(flat_base, rank=rank, active="answer")
+    cascade.add_stage(StageConfig("g", layers="fork", attach_at=1, rank=rank, active="answer", head="none"), seed=5)
+    scramble(cascade.stages["g"], seed=6)
+    ids = token_ids()
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    prefilled = DynamicCache(config=cascade.base.config)
+    with torch.no_grad():
+        cascade.base(input_ids=ids[:, :-1], past_key_values=prefilled, use_cache=True)
+    answers = {}
+    for name in ("f", "g"):
+        answers[name] = cascade.generate(input_ids=ids, stage=name, **options)
+        shared = cascade.generate(input_ids=ids, stage=name, past_key_values=copy.deepcopy(prefilled), **options)
+        assert torch.equal(shared, answers[name])
+        with cascade.activated(name):
+            predicted = masked_logits(cascade, answers[name], ids.shape[1]).argmax(-1)
+        assert torch.equal(predicted, answers[name][:, ids.shape[1] :])
+    assert not torch.equal(cascade(ids, stage="f").logits[:, -1], cascade(ids, stage="g").logits[:, -1])
+
+
+def dense_case(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[tuple[int, int, int]]]:
+    """Return ids, positions, shifted labels (2, 26) of packed rows, and each turn as (document start, start, end)."""
+    ids = torch.randint(3, 50, (2, 26), generator=torch.Generator().manual_seed(4))
+    positions = torch.tensor([[*range(11), *range(15)]] * 2)
+    turns = [(0, 6, 11), (11, 16, 20), (11, 22, 26)]
+    labels = torch.full_like(ids, -100)
+    for _, start, end in turns:
+        labels[:, start - 1 : end - 1] = ids[:, start:end]
+    labels[1, :10] = -100  # rows need not have equally many
+    return ids, positions, labels, turns
+
+
+@RANKS
+@pytest.mark.parametrize("attach_at", [0, 1])
+def test_dense_answers_have_the_loss_and_gradients_of_a_masked_forward_pass(
+    flat_base: str, rank: int | None, attach_at: int
+) -> None:
+    cascade = forked(flat_base, torch.float64, rank=rank, active="answer", attach_at=attach_at)
+    stage, model = cascade.stages["f"].requires_grad_(True), cascade.model("f")
+    ids, positions, labels, turns = dense_case(model)
+    boundary = AnswerBoundary(cascade.base, stage)
+    hidden = boundary.above(boundary.below(ids, positions), ids, positions, labels != -100)
+    logits = logits_of(model.config)(model.get_output_embeddings()(hidden))
+    loss = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
+    loss.backward()
+    dense = {name: p.grad.clone() for name, p in stage.named_parameters()}
+    stage.zero_grad()
+    expected = torch.zeros((), dtype=torch.float64)
+    for row in range(2):
+        for document, start, end in turns:
+            if labels[row, start - 1] == -100:
+                continue
+            turn = ids[row : row + 1, document:end]
+            logits = masked_logits(cascade, turn, start - document)
+            expected = expected + functional.cross_entropy(logits[0], turn[0, start - document :], reduction="sum")
+    expected.backward()
+    rounding = {"rtol": 1e-4, "atol": 1e-5} if model.config._attn_implementation == "eager" else {}  # a softmax in fp32
+    torch.testing.assert_close(loss, expected, **rounding)
+    for name, parameter in stage.named_parameters():
+        torch.testing.assert_close(dense[name], parameter.grad, **rounding)
+
+
+def test_reading_the_prompt_keeps_no_graph() -> None:
+    cascade = forked(active="answer")
+    stage = cascade.stages["f"].requires_grad_(True)
+    ids, positions, labels, _ = dense_case(cascade.base)
+    boundary = AnswerBoundary(cascade.base, stage)
+    saved: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t.numel()), t)[1], lambda t: t):
+        read = boundary.below(ids, positions)
+        assert not saved
+        boundary.above(read, ids, positions, labels != -100)
+    assert saved
+    assert not any(t.requires_grad for t in (read.states, read.keys, read.values))
+
+
+def test_what_cannot_be_a_fork_is_refused() -> None:
+    cascade = Cascade(tiny_base("hrm"))
+    with pytest.raises(PoEError, match="recurrent"):
+        cascade.add_stage(StageConfig("f", layers="fork", attach_at=1))
+    cascade = Cascade(tiny_base())
+    for fields, match in (
+        ({"layers": "fork"}, "needs attach_at"),
+        ({"layers": "fork", "attach_at": 2}, "expected attach_at from 0 to 1"),
+        ({"layers": "copy"}, "new, fork"),
+        ({"active": "answer"}, "for a fork"),
+        ({"layers": "fork", "attach_at": 1, "rank": 0}, "at least 1"),
+        ({"layers": "fork", "attach_at": 1, "rank": 4000}, "rank 4000"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            cascade.add_stage(StageConfig("f", **fields))
+
+
+def test_a_fork_comes_back_from_its_folder_with_the_same_bytes_and_logits(tmp_path: Path, saved_base: Callable) -> None:
+    for rank, active in ((4, "all"), (4, "answer"), (None, "answer")):
+        cascade = Cascade.from_pretrained(saved_base("qwen3"))
+        cascade.add_stage(
+            StageConfig("f", layers="fork", attach_at=1, rank=rank, active=active, head="low_rank", head_rank=4),
+        )
+        scramble(cascade.stages["f"], seed=1)
+        folder = cascade.save_stage("f", tmp_path / f"{rank}-{active}", dtype=torch.float32)
+        again = Cascade.from_pretrained(folder, dtype=torch.float32)
+        assert again.stages["f"].config == cascade.stages["f"].config
+        assert torch.equal(again(token_ids()).logits, cascade(token_ids()).logits)
+        second = again.save_stage("f", tmp_path / f"{rank}-{active}-again")
+        assert (second / "delta.safetensors").read_bytes() == (folder / "delta.safetensors").read_bytes()
+        remote = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+        options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        assert torch.equal(remote(token_ids()).logits, cascade(token_ids()).logits)
+        assert torch.equal(remote.generate(token_ids(), **options), cascade.generate(input_ids=token_ids(), **options))
+        config = json.loads((folder / "config.json").read_text())
+        assert (config["poe_format"], config["stage"]["layers"], config["stage"]["active"]) == ("2", "fork", active)
+        config["stage"]["active"] = "all" if active == "answer" else "answer"
+        (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(DeltaError, match="not from one save"):
+            Cascade.from_pretrained(folder)
+
+
+def test_a_fork_is_exported_with_merged_weights(tmp_path: Path, saved_base: Callable) -> None:
+    cascade = Cascade.from_pretrained(saved_base("llama"))
+    for name, active in (("f", "all"), ("g", "answer")):
+        cascade.add_stage(StageConfig(name, layers="fork", attach_at=1, rank=4, active=active, head_rank=4))
+        scramble(cascade.stages[name], seed=1)
+    folder = cascade.export_native("f", tmp_path / "native")
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert plain.config.num_hidden_layers == cascade.config.num_hidden_layers
+    torch.testing.assert_close(plain(token_ids()).logits, cascade(token_ids(), stage="f").logits, rtol=1e-4, atol=1e-5)
+    with pytest.raises(StageError, match="active on the answer"):
+        cascade.export_native("g", tmp_path / "answer")
+    with pytest.raises(FamilyError, match="active on the answer"):
+        cascade.model("g").save_pretrained(tmp_path / "saved")
+    on_all = cascade.export_native("g", tmp_path / "answer", all_tokens=True)
+    logits = AutoModelForCausalLM.from_pretrained(on_all, dtype=torch.float32)(token_ids()).logits
+    torch.testing.assert_close(logits, plain(token_ids()).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("active", ["all", "answer"])
+@pytest.mark.parametrize("name", mostly_slow(FAMILIES, ["qwen3-sliding", "poe"]))
+def test_rows_of_one_batch_go_to_several_forks(name: str, active: str) -> None:
+    cascade = Cascade(tiny_base(name))
+    cascade.add_stage(StageConfig("new", 1, head="none"))
+    for seed, stage in enumerate(("f", "g")):
+        cascade.add_stage(StageConfig(stage, layers="fork", attach_at=1, rank=4, active=active, head="none"))
+        scramble(cascade.stages[stage], seed=seed + 1)
+    scramble(cascade.stages["new"], seed=5)
+    names, ids = ["f", None, "g", "new", "f"], token_ids(5)
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    mixed = cascade.generate(input_ids=ids, attention_mask=torch.ones_like(ids), stage=names, **options)
+    for row, stage in enumerate(names):
+        alone = cascade.generate(input_ids=ids[row : row + 1], stage=stage, **options)
+        assert torch.equal(mixed[row], alone[0]), stage
+
+
+def test_a_product_of_forks_at_weight_one_is_the_fork() -> None:
+    cascade = forked(active="answer")
+    cascade.add_stage(StageConfig("g", layers="fork", attach_at=1, rank=4, active="answer", head="none"))
+    scramble(cascade.stages["g"], seed=9)
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    for name, weights in (("f", {"f": 1.0, "g": 0.0}), ("g", {"f": 0.0, "g": 1.0})):
+        product = cascade.compose(weights).generate(input_ids=token_ids(), **options)
+        assert torch.equal(product, cascade.generate(input_ids=token_ids(), stage=name, **options))
+
+
+def test_a_fork_in_fp32_stands_on_a_base_in_bf16() -> None:
+    base, ids = tiny_base("qwen3", torch.bfloat16), token_ids()
+    cascade = Cascade(base)
+    for rank in (4, None):
+        stage = StageConfig(f"r{rank}", layers="fork", attach_at=1, rank=rank, head="none")
+        cascade.add_stage(stage, dtype=torch.float32)
+        assert torch.equal(cascade(ids).logits, cascade(ids, stage=None).logits)
+        own = cascade.stages[f"r{rank}"].requires_grad_(True)
+        cascade(input_ids=ids, labels=ids).loss.backward()
+        assert all(p.grad is not None and p.dtype == torch.float32 for p in own.parameters())
+
+
+def test_every_hidden_state_is_recorded_once(flat_base: str) -> None:
+    cascade = Cascade(tiny_base(flat_base))
+    assert len(cascade(token_ids(), stage=None, output_hidden_states=True).hidden_states) == 3
+    cascade.add_stage(StageConfig("f", layers="fork", attach_at=1, rank=4, head="none"))
+    cascade.add_stage(StageConfig("g", layers="fork", attach_at=0, rank=4, head="none", parent="f"))
+    for name in ("f", "g"):
+        assert len(cascade(token_ids(), stage=name, output_hidden_states=True).hidden_states) == 3
+
+
+def test_gradients_reach_every_layer_of_a_fork_below_its_parent(flat_base: str) -> None:
+    cascade = forked(flat_base)
+    cascade.add_stage(StageConfig("g", layers="fork", attach_at=0, rank=None, head="none", parent="f"))
+    stage = cascade.stages["g"].requires_grad_(True)
+    cascade(input_ids=token_ids(), labels=token_ids()).loss.backward()
+    assert all(p.grad is not None for p in stage.parameters())
+    assert all(p.grad is None for p in [*cascade.base.parameters(), *cascade.stages["f"].parameters()])
+
+
+def test_auto_attaches_at_a_layer_that_copies() -> None:
+    cascade = Cascade.from_pretrained("demo", dtype=torch.float32)
+    scores = copying_scores(cascade.base)
+    assert scores.index(max(scores)) == 5
+    cascade.add_stage(name="f", layers="fork", attach_at="auto", head="none")
+    assert cascade.stages["f"].below == 5
+    assert cascade.base.config._attn_implementation == "sdpa"

@@ -1,0 +1,83 @@
+"""Forks are trained by the engine: on all tokens, on answers alone, and from a cache of what the base read."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from poe import Cascade, train_stage
+from poe.errors import RecipeError
+from poe.stages import Recipe
+from poe.training.parallel.distributed import SINGLE_PROCESS
+from poe.training.reporting.progress import Progress
+
+SMALL = {
+    "seq_len": 512,
+    "tokens_per_step": 1024,
+    "max_steps": 4,
+    "dtype": "float32",
+    "validation_ratio": 0.1,
+    "head": "none",
+    "matrix_optimizer": "adamw",
+    "matrix_lr": 0.003,
+    "layers": "fork",
+    "attach_at": 1,
+    "rank": 4,
+}
+
+
+def train(base: Path, folder: Path, **fields: object) -> tuple[list[float], Path]:
+    """Train a fork for a few steps and return its losses and its folder."""
+    cascade = Cascade.from_pretrained(base, dtype=torch.float32)
+    run = train_stage(
+        cascade,
+        "demo",
+        "demo=60",
+        folder,
+        progress=Progress("test", quiet=True),
+        world=SINGLE_PROCESS,
+        **{**SMALL, **fields},
+    )
+    return [step["loss"] for step in run.history.steps], run.folder
+
+
+@pytest.mark.parametrize("active", ["all", "answer"])
+@pytest.mark.parametrize("rank", [4, None])
+def test_a_fork_learns_the_same_with_and_without_a_cache(
+    demo_base: Path, tmp_path: Path, active: str, rank: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POE_CACHE", str(tmp_path / "cache"))
+    losses, folder = train(demo_base, tmp_path / "plain", active=active, rank=rank)
+    cached, _ = train(demo_base, tmp_path / "cached", active=active, rank=rank, cache_hidden=True)
+    assert cached == pytest.approx(losses, rel=2e-3)  # the cache is in bf16
+    stage = Cascade.from_pretrained(folder).stages["demo"]
+    assert (stage.config.layers, stage.config.active, stage.config.rank) == ("fork", active, rank)
+    assert any(
+        tensor.abs().sum() > 0 for name, tensor in stage.delta_state_dict().items() if name.endswith(("b", "delta"))
+    )
+
+
+def test_an_interrupted_fork_ends_with_the_same_bytes(demo_base: Path, tmp_path: Path) -> None:
+    _, whole = train(demo_base, tmp_path / "whole", active="answer")
+
+    class StopAtStepTwo(Progress):
+        def show_step(self, step: int, *args: object) -> None:
+            if step == 2 and not (tmp_path / "stopped").exists():
+                (tmp_path / "stopped").touch()
+                raise KeyboardInterrupt
+
+    cascade = Cascade.from_pretrained(demo_base, dtype=torch.float32)
+    fields = {**SMALL, "active": "answer", "checkpoint_every": 0.0}
+    with pytest.raises(KeyboardInterrupt):
+        train_stage(cascade, "demo", "demo=60", tmp_path / "run", progress=StopAtStepTwo("t", quiet=True), **fields)
+    cascade = Cascade.from_pretrained(demo_base, dtype=torch.float32)
+    train_stage(cascade, "demo", "demo=60", tmp_path / "run", resume=True, progress=Progress("t", quiet=True), **fields)
+    written = [(folder / "delta.safetensors").read_bytes() for folder in (whole, tmp_path / "run")]
+    assert written[0] == written[1]
+
+
+def test_a_fork_does_not_stand_on_a_divided_base() -> None:
+    with pytest.raises(RecipeError, match="shard_base divides"):
+        Recipe(name="f", layers="fork", attach_at=1, shard_base=True)
+    with pytest.raises(RecipeError, match="at least 1 for new layers"):
+        Recipe(name="f", attach_at=0)
