@@ -16,10 +16,11 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from poe import Cascade, StageConfig
 from poe.data.packing import Batch
+from poe.modeling.answer_boundary import AnswerBoundary
 from poe.modeling.boundary import Boundary
 from poe.modeling.families import family_of, logits_of
 from poe.training.hidden_states.disk_cache import row_digests
-from poe.training.hidden_states.sources import AboveBoundary
+from poe.training.hidden_states.sources import AboveBoundary, AnswerTokens, PackedReads
 from poe.training.loss import cross_entropy_sum
 from poe.training.optim import build_optimizer
 
@@ -33,6 +34,7 @@ class Settings:
     stage_layers: int = 2
     head_rank: int = 64
     last_layers: int = 2
+    attach_at: int | str = "auto"  # of a fork
     chunked: bool = False  # the rivals too use the chunked loss
     lr: float = 1e-4  # AdamW of the rivals
     matrix_lr: float = 0.002  # Muon of a stage
@@ -164,10 +166,38 @@ def stage(make_base: MakeBase, length: int, s: Settings, head: str = "dense", ca
     return Arm(model, trained, numbers, flops, optimizer, step, forward)
 
 
+def fork(
+    make_base: MakeBase,
+    length: int,
+    s: Settings,
+    rank: int | None = LORA_RANK,
+    active: str = "answer",
+    cached: bool = False,
+) -> Arm:
+    """A fork from `s.attach_at` up, on torch's AdamW rule at `s.lr`; `cached`: what the base read is kept in bf16."""
+    cascade = Cascade(_frozen(make_base, s))
+    cascade.add_stage(name="s", layers="fork", attach_at=s.attach_at, rank=rank, active=active, head="none")
+    own, model = cascade.stages["s"].requires_grad_(True), cascade.model("s").train()
+    trained = list(own.parameters())
+    rates = {"matrix_lr": s.lr, "head_lr": s.lr, "matrix_optimizer": "adamw", "weight_decay": 0.0}
+    optimizer = build_optimizer(own.named_parameters(), 768, betas=(0.9, 0.999), **rates)  # at 768 rates stay as given
+    if active == "answer":
+        boundary = AnswerBoundary(cascade.base, own)
+        packed = PackedReads(boundary, random_batch(8, 1, 4))
+        read = RowMemory(packed) if cached else lambda batch: packed.below(batch.input_ids, batch.position_ids)
+        forward: Any = AnswerTokens(model, boundary, lambda batch: packed.unpack(read(batch)), cached)
+    else:
+        forward = hidden_states(family_of(model).backbone_of(model), s)
+    cost = Cost(cascade.base, length)
+    flops = cost.fork(own.below, own.num_parameters(), rank is None)
+    step = chunked_step(model, forward, optimizer, trained, nullcontext, s)
+    return Arm(model, trained, own.num_parameters(), flops, optimizer, step, forward)
+
+
 class RowMemory:
     """What the layers below a stage say of rows, computed when a row is first seen and kept in bf16, in memory."""
 
-    def __init__(self, boundary: Boundary) -> None:
+    def __init__(self, boundary: Boundary | PackedReads) -> None:
         self.boundary = boundary
         self.known: dict[bytes, Tensor] = {}  # a row's tokens and positions -> (K, T, D)
 
@@ -301,6 +331,12 @@ class Cost:
 
     def last(self, count: int) -> float:
         return self.forward(self.depth - count) + 3 * self.forward(count) + 6 * self.head
+
+    def fork(self, below: int, numbers: int, full: bool) -> float:
+        """All tokens through the fork: the layers below without a gradient, those above with one for their input."""
+        above = self.depth - below
+        products = (6 if full else 4) * self.layer
+        return self.forward(below) + above * (products + 3 * self.attention) + 6 * numbers + 4 * self.head
 
     def stage(self, own: nn.Module, count: int, head: str, cached: bool) -> float:
         below = 0.0 if cached else self.forward(self.depth)

@@ -4,10 +4,11 @@
     python benchmarks/time_to_loss.py --base FOLDER --data "glaive=rows.jsonl,xlam=rows.json" [--steps 200]
 
 All arms see the same packed rows in the same order, the same number of tokens a step, the same held-out rows, the same
-chunked loss, schedule and clipping, in fp32. Each is run with every multiplier of `--rates`, on AdamW at 3e-5 (full),
-2e-4 (LoRA r16), 1e-4 (last layers) and, for a stage, Muon at 0.002 with the head at 1e-4; the one that ends lowest
-counts. Seconds are those of training steps, evaluation excluded, and include the first pass that fills a cache. Every
-run is a process of its own, one after another. Targets are shares of the way from the base's loss to the best of all.
+chunked loss, schedule and clipping. Each is run with every multiplier of `--rates`, on AdamW at 3e-5 (full), 2e-4
+(LoRA r16), 1e-4 (last layers), 3e-4 (forks of rank 16), 5e-5 (forks of full rank) and, for a stage, Muon at 0.002 with
+the head at 1e-4; the one that ends lowest counts. An answer is right if each of its tokens is the likeliest. Seconds
+are those of training steps, evaluation excluded, and include the first pass that fills a cache. Every run is a process
+of its own, one after another. Targets are shares of the way from the base's loss to the best of all.
 """
 
 import argparse
@@ -28,6 +29,10 @@ ARMS: dict[str, tuple[str, float]] = {  # name -> (kind, AdamW rate at multiplie
     "stage, dense head": ("dense", 0.0),
     "stage, low-rank head": ("low_rank", 0.0),
     "stage, low-rank head, cached": ("low_rank cached", 0.0),
+    "fork r16, answer": ("fork answer", 3e-4),
+    "fork r16, answer, cached": ("fork answer cached", 3e-4),
+    "fork r16, all tokens": ("fork all", 3e-4),
+    "fork, full rank, answer": ("fork full answer", 5e-5),
 }
 SHARES = (0.5, 0.75, 0.9, 0.97)
 
@@ -46,7 +51,7 @@ def child(name: str, multiplier: float, given: dict[str, Any]) -> None:
     from poe.training.loss import per_label_losses
     from poe.training.schedule import lr_factor
 
-    opened = Cascade.from_pretrained(given["base"], dtype="float32")
+    opened = Cascade.from_pretrained(given["base"], dtype=given["dtype"])
     recipe = Recipe(
         name="benchmark",
         data=given["data"],
@@ -61,6 +66,8 @@ def child(name: str, multiplier: float, given: dict[str, Any]) -> None:
     settings = arms.Settings(
         stage_layers=given["stage_layers"],
         last_layers=given["stage_layers"],
+        attach_at=given["attach_at"],
+        bf16=given["dtype"] == "bfloat16",
         chunked=True,
         lr=lr * multiplier,
         matrix_lr=0.002 * multiplier,
@@ -75,26 +82,42 @@ def child(name: str, multiplier: float, given: dict[str, Any]) -> None:
     builders = {"full": arms.full, "lora": arms.lora, "last": arms.last_layers}
     if kind in builders:
         arm = builders[kind](make_base, given["seq_len"], settings)
+    elif kind.startswith("fork"):
+        words = kind.split()
+        rank = None if "full" in words else arms.LORA_RANK
+        active = "all" if "all" in words else "answer"
+        arm = arms.fork(make_base, given["seq_len"], settings, rank, active, cached="cached" in words)
     else:
         cached = kind.endswith("cached")
         arm = arms.stage(make_base, given["seq_len"], settings, head=kind.split()[0], cached=cached)
     logits = logits_of(arm.model.config)
 
     @torch.no_grad()
-    def held_out_loss() -> float:
+    def held_out() -> dict[str, float]:
+        """Nats per label, and the shares of labels and of whole answers that are the likeliest (teacher-forced)."""
         arm.model.eval()
-        total, count = 0.0, 0
+        total, right = 0.0, torch.zeros(2, 2)
         for row in range(min(given["val_rows"], data.val.num_rows)):
             part = Batch(*data.val.batch(row, 1))
             head = arm.model.get_output_embeddings()
-            losses = per_label_losses(arm.hidden(part), head.weight, part.labels, logits, head.bias)
-            total, count = total + float(losses.double().sum()), count + losses.numel()
+            with torch.autocast("cpu", torch.bfloat16, enabled=settings.bf16):
+                hidden = arm.hidden(part)
+            labels, hidden = part.labels[0], hidden.to(head.weight.dtype)
+            losses = per_label_losses(hidden, head.weight, part.labels, logits, head.bias)
+            total += float(losses.double().sum())
+            trained = labels != -100
+            likeliest = (hidden[0][trained] @ head.weight.T).argmax(-1) == labels[trained]
+            begins = trained & ~torch.nn.functional.pad(trained[:-1], (1, 0))
+            answer = begins.cumsum(0)[trained] - 1
+            wrong = torch.zeros(int(begins.sum())).index_add(0, answer, (~likeliest).float())
+            right += torch.tensor([[likeliest.sum(), len(likeliest)], [(wrong == 0).sum(), len(wrong)]])
         arm.model.train()
-        return total / max(count, 1)
+        shares = right[:, 0] / right[:, 1]
+        return {"loss": total / float(right[0, 1]), "labels_right": float(shares[0]), "answers_right": float(shares[1])}
 
     seconds, tokens = 0.0, 0
     rows = given["tokens_per_step"] // given["seq_len"]
-    print(json.dumps({"step": 0, "tokens": 0, "seconds": 0.0, "loss": held_out_loss()}), flush=True)
+    print(json.dumps({"step": 0, "tokens": 0, "seconds": 0.0, **held_out()}), flush=True)
     for step in range(given["steps"]):
         batch = Batch(*data.train.batch(step, rows))
         factor = lr_factor(step, given["steps"], initial_lr_factor=0.0, warmup_ratio=0.05, warmdown_ratio=0.9)
@@ -104,7 +127,7 @@ def child(name: str, multiplier: float, given: dict[str, Any]) -> None:
         seconds += time.perf_counter() - started
         tokens += batch.input_ids.numel()
         if (step + 1) % given["validation_every"] == 0 or step + 1 == given["steps"]:
-            record = {"step": step + 1, "tokens": tokens, "seconds": seconds, "loss": held_out_loss()}
+            record = {"step": step + 1, "tokens": tokens, "seconds": seconds, **held_out()}
             print(json.dumps(record), flush=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     rows_there = {"training_rows": data.train.num_rows, "validation_rows": data.val.num_rows}
@@ -161,6 +184,7 @@ def summarize(runs: list[dict[str, Any]]) -> tuple[list[float], list[dict[str, A
                 "arm": name,
                 "multiplier": run["multiplier"],
                 "final_loss": end["loss"],
+                "answers_right": end["answers_right"],
                 "seconds": end["seconds"],
                 "tokens_per_s": round(end["tokens"] / end["seconds"]),
                 "seconds_to": [reach(run["curve"], t, "seconds") for t in targets],
@@ -174,11 +198,18 @@ def summarize(runs: list[dict[str, Any]]) -> tuple[list[float], list[dict[str, A
 
 def table(targets: list[float], rows: list[dict[str, Any]]) -> str:
     columns = [f"s to {t:.3f}" for t in targets]
-    head = ["arm", "rate", "tokens/s", *columns, "final loss", "peak MiB", "artifact MB"]
+    head = ["arm", "rate", "tokens/s", *columns, "final loss", "answers right", "peak MiB", "artifact MB"]
     lines = [f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1)]
     for r in rows:
         times = ["-" if s is None else f"{s:,.0f}" for s in r["seconds_to"]]
-        cells = [r["arm"], f"x{r['multiplier']:g}", f"{r['tokens_per_s']:,}", *times, f"{r['final_loss']:.4f}"]
+        cells = [
+            r["arm"],
+            f"x{r['multiplier']:g}",
+            f"{r['tokens_per_s']:,}",
+            *times,
+            f"{r['final_loss']:.4f}",
+            f"{r['answers_right']:.3f}",
+        ]
         cells += [f"{r['peak_rss_mib']:,}", f"{r['artifact_bytes'] / 1e6:.1f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -214,8 +245,11 @@ def main() -> None:
     for name, value in numbers.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
     parser.add_argument("--held-out", type=float, default=0.02)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--attach-at", type=int, default=None, help="of the forks; the layer that copies if left out")
     parser.add_argument("--out", type=Path, default=Path("runs/bench/time_to_loss"))
     args = parser.parse_args()
+    args.attach_at = "auto" if args.attach_at is None else args.attach_at
     args.out.mkdir(parents=True, exist_ok=True)
     wanted = [n for n in ARMS if not args.arms or any(text in n for text in args.arms)]
     runs: list[dict[str, Any]] = []
