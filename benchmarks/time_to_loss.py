@@ -46,6 +46,7 @@ def child(name: str, multiplier: float, given: dict[str, Any]) -> None:
     from poe.data.packing import Batch
     from poe.data.pipeline import prepare
     from poe.data.render import Renderer
+    from poe.data.templates import complete_template
     from poe.modeling.families import logits_of
     from poe.stages import Recipe
     from poe.training.loss import per_label_losses
@@ -60,6 +61,7 @@ def child(name: str, multiplier: float, given: dict[str, Any]) -> None:
         validation_ratio=given["held_out"],
         seed=given["seed"],
     )
+    complete_template(opened.tokenizer)
     data = prepare(recipe, Renderer(opened.tokenizer))
     torch.manual_seed(given["seed"])
     kind, lr = ARMS[name]

@@ -193,7 +193,7 @@ def test_a_config_grows_in_all_its_lists(depth: int, below: int, count: int, ful
     config.more = [0] * depth
     before = config.to_dict()
     total = below + count
-    result = grown_config(config, family, below, count)
+    result = grown_config(config, family, below, [None] * count)
     kept, alike = min(below, depth), family.template_layer(config)
     kind = "full_attention" if "full_attention" in types else "sliding_attention"
     assert types[alike] == kind
@@ -208,7 +208,7 @@ def test_a_config_grows_in_all_its_lists(depth: int, below: int, count: int, ful
 
 def test_a_config_without_lists_grows_only_in_depth() -> None:
     config = LlamaConfig(num_hidden_layers=3)
-    grown_fields = grown_config(config, FAMILIES["llama"], 3, 2).to_dict()
+    grown_fields = grown_config(config, FAMILIES["llama"], 3, [None] * 2).to_dict()
     assert {key for key, value in config.to_dict().items() if grown_fields[key] != value} == {"num_hidden_layers"}
 
 

@@ -41,7 +41,7 @@ BASE_OPTIONS = {
 
 
 def test_shipped_recipes_survive_a_round_trip_through_yaml(tmp_path) -> None:
-    assert list_recipes() == ["demo", "tool"]
+    assert list_recipes() == ["demo", "tool", "tool-fork"]
     for name in list_recipes():
         recipe = load_recipe(name)
         path = tmp_path / "again.yaml"

@@ -44,7 +44,7 @@ def base(demo_base: Path) -> Path:
         ({"seq_len": [256, 512]}, "seq_len cannot be tried in a sweep: it changes the rows"),
         ({"seed": [0, 1]}, "seed cannot be tried"),
         ({"dtype": ["float32"]}, "dtype cannot be tried in a sweep: it changes the hidden states of the base"),
-        ({"layers": [1]}, "Did you mean 'num_layers'"),
+        ({"num_layer": [1]}, "Did you mean 'num_layers'"),
         ({"num_layers": [1, 1]}, "different values"),
         ({"num_layers": [1, "two"]}, "num_layers should be a whole number .1 or more., got 'two'"),
     ],

@@ -104,9 +104,7 @@ class StageSource:
             head_rank=stage.get("head_rank") or 1,
             parent=parent,
             attach_at=stage["attach_at"],
-            layers=stage.get("layers", "new"),
-            rank=stage.get("rank"),
-            active=stage.get("active", "all"),
+            **{name: stage[name] for name in ("layers", "rank", "active") if name in stage},
         )
 
     @cached_property

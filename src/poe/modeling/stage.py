@@ -210,9 +210,11 @@ def detach_stage_input(stage: Stage, dtype: torch.dtype) -> None:
     Hooks on the first and last layer cast the hidden states (batch, tokens, width) to the stage's dtype and back. A
     fork computes in the base's dtype: its changes are cast, because they are added to the base's weights.
     """
-    own = dtype if stage.config.layers == "fork" else next(stage.layers.parameters()).dtype
-    stage.layers[0].register_forward_pre_hook(partial(_detach_input, own))
-    if own != dtype:
+    if stage.config.layers == "fork":
+        stage.layers[0].register_forward_pre_hook(partial(_detach_input, dtype))
+        return
+    stage.layers[0].register_forward_pre_hook(partial(_detach_input, None))
+    if next(stage.layers.parameters()).dtype != dtype:
         stage.layers[-1].register_forward_hook(partial(_cast_output, dtype))
 
 
@@ -225,8 +227,8 @@ def set_gradient_input(model: PreTrainedModel, stage: Stage) -> None:
     model.disable_input_require_grads = partial(_set_input_gradients, stage.layers[0], False)  # type: ignore[method-assign]
 
 
-def _detach_input(dtype: torch.dtype, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    hidden = args[0].detach().to(dtype)
+def _detach_input(dtype: torch.dtype | None, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    hidden = args[0].detach().to(dtype or next(layer.parameters()).dtype)
     if getattr(layer, "_input_gradients", False) and torch.is_grad_enabled():
         hidden.requires_grad_(True)
     return (hidden, *args[1:])
