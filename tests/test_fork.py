@@ -325,3 +325,23 @@ def test_auto_attaches_at_a_layer_that_copies() -> None:
     cascade.add_stage(name="f", layers="fork", attach_at="auto", head="none")
     assert cascade.stages["f"].below == 5
     assert cascade.base.config._attn_implementation == "sdpa"
+
+
+def test_a_chain_of_forks_folds_into_one_fork(flat_base: str) -> None:
+    for ranks, folded_rank in (((4, 2), 6), ((4, None), None), ((10, 10), None)):
+        cascade = forked(flat_base, rank=ranks[0], head="low_rank", head_rank=4)
+        cascade.add_stage(
+            StageConfig("g", layers="fork", attach_at=0, rank=ranks[1], head="low_rank", head_rank=2, parent="f")
+        )
+        scramble(cascade.stages["g"], seed=2, scale=0.1)
+        expected = cascade(token_ids()).logits
+        folded = cascade.fold("g").stages["g-folded"]
+        assert (folded.parent, folded.below, folded.config.rank) == (None, 0, folded_rank)
+        torch.testing.assert_close(cascade(token_ids()).logits, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_chain_of_several_kinds_does_not_fold() -> None:
+    cascade = forked()
+    cascade.add_stage(StageConfig("new", 1, parent="f"))
+    with pytest.raises(StageError, match="of several kinds"):
+        cascade.fold("new")

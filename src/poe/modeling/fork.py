@@ -34,6 +34,10 @@ class ForkedLinear(nn.Module):
     with alpha = rank). Without one it is `delta` (out, in), zero at first. W itself is never written to.
     """
 
+    a: nn.Parameter
+    b: nn.Parameter
+    delta: nn.Parameter
+
     def __init__(
         self,
         base: "nn.Linear | ForkedLinear",
@@ -78,9 +82,13 @@ class ForkedLinear(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """The changed weight (out, in), in the base's dtype; the sum runs in fp32 at least."""
+        change = self.change()
+        return (self.base.weight.detach().to(change.dtype) + change).to(self.base.weight.dtype)
+
+    def change(self) -> torch.Tensor:
+        """Return the change of the weight (out, in), in fp32 at least."""
         wide = torch.promote_types(self.base.weight.dtype, torch.float32)
-        change = self.delta.to(wide) if self.is_full else self.b.to(wide) @ self.a.to(wide)
-        return (self.base.weight.detach().to(wide) + change).to(self.base.weight.dtype)
+        return self.delta.to(wide) if self.is_full else self.b.to(wide) @ self.a.to(wide)
 
     def changes(self) -> dict[str, nn.Parameter]:
         """Return what is trained, by name: `delta`, or `a` and `b`."""
