@@ -1,12 +1,14 @@
 """Low-rank forks become PEFT's LoRA adapters and back, and PEFT computes the same numbers with them."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from command_line import run_program
 from conftest import scramble, tiny_base, token_ids
 from poe import Cascade, StageConfig
 from poe.errors import FamilyError, SourceError
@@ -114,3 +116,48 @@ def test_tensors_that_are_no_factors_are_refused(tmp_path: Path) -> None:
     (folder / "adapter_model.bin").write_bytes(b"\x80")
     with pytest.raises(SourceError, match="Other formats are not opened"):
         read_peft(folder, cascade.base, "x")
+
+
+def test_the_commands_export_and_import_an_adapter(saved_base: Callable, tmp_path: Path) -> None:
+    cascade = Cascade.from_pretrained(saved_base("qwen3"))
+    for name, active in (("all", "all"), ("answer", "answer")):
+        cascade.add_stage(StageConfig(name, layers="fork", attach_at=1, rank=4, active=active, head="none"))
+        scramble(cascade.stages[name], seed=1)
+        cascade.save_stage(name, tmp_path / name)
+        words = () if active == "all" else ("--invocation", "w7")
+        done = run_program("poe", "export", tmp_path / name, "--peft", tmp_path / f"{name}-peft", *words)
+        assert done.returncode == 0, done.stderr
+        config = json.loads((tmp_path / f"{name}-peft" / "adapter_config.json").read_text())
+        assert config.get("alora_invocation_tokens") == (None if active == "all" else cascade.tokenizer("w7").input_ids)
+        folders = (tmp_path / f"{name}-peft", tmp_path / f"{name}-again")
+        done = run_program("poe", "import", "peft", *folders, "--base", saved_base("qwen3"), "--name", name)
+        assert done.returncode == 0, done.stderr
+        assert f"active on {active}" in done.stdout
+        again, saved = (Cascade.from_pretrained(tmp_path / folder) for folder in (f"{name}-again", name))
+        assert again.stages[name].config == saved.stages[name].config
+        assert torch.equal(again(token_ids()).logits, saved(token_ids()).logits)
+
+
+def test_the_export_command_asks_before_an_answer_fork_acts_on_all_tokens(saved_base: Callable, tmp_path: Path) -> None:
+    cascade = Cascade.from_pretrained(saved_base("qwen3"))
+    cascade.add_stage(StageConfig("f", layers="fork", attach_at=1, rank=4, active="answer", head="none"))
+    stage = cascade.save_stage("f", tmp_path / "f")
+    for kind in ("--native", "--peft"):
+        done = run_program("poe", "export", stage, kind, tmp_path / kind)
+        assert done.returncode == 1
+        assert "--all-tokens" in done.stderr
+        assert not (tmp_path / kind).exists()
+        done = run_program("poe", "export", stage, kind, tmp_path / kind, "--all-tokens")
+        assert done.returncode == 0, done.stderr
+    assert "alora_invocation_tokens" not in json.loads((tmp_path / "--peft" / "adapter_config.json").read_text())
+    for words in ((), ("--native", "a", "--peft", "b"), ("--native", "a", "--invocation", "w7")):
+        assert run_program("poe", "export", stage, *words, cwd=tmp_path).returncode == 2
+
+
+def test_an_adapter_is_not_imported_on_a_stage(saved_base: Callable, tmp_path: Path) -> None:
+    cascade = Cascade.from_pretrained(saved_base("qwen3"))
+    cascade.add_stage(StageConfig("f", layers="fork", attach_at=1, rank=4, head="none"))
+    stage, adapter = cascade.save_stage("f", tmp_path / "f"), cascade.export_peft("f", tmp_path / "adapter")
+    done = run_program("poe", "import", "peft", adapter, tmp_path / "out", "--base", stage)
+    assert done.returncode == 1
+    assert "expected a base" in done.stderr

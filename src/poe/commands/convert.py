@@ -30,6 +30,28 @@ def cognica(
 
 
 @imports.command()
+def peft(
+    adapter: Annotated[Path, typer.Argument(help="Folder of a LoRA adapter, as PEFT saves it.")],
+    output: Annotated[Path, typer.Argument(help="Folder for the stage.")],
+    base: Annotated[str, typer.Option(help="The base of the adapter: folder, Hub id, or 'demo'.")],
+    name: Annotated[str, typer.Option(help="Name of the stage.")] = "lora",
+) -> None:
+    """Convert a LoRA adapter into a fork of the base's layers. What a fork cannot compute is refused."""
+    from poe.cascade import Cascade
+
+    cascade = Cascade.from_pretrained(base)
+    if cascade.active is not None:
+        raise StageError(f"{base} is a stage, and a LoRA adapter changes a base: expected a base.")
+    cascade.import_stage(adapter, name).save_stage(name, output)
+    config = cascade.stages[name].config
+    out.print(
+        f"{output}: stage {name!r}, a fork of layers {config.attach_at} to {cascade.stages[name].depth - 1}, "
+        f"rank {config.rank}, active on {config.active}, {_format_size(output)}",
+        markup=False,
+    )
+
+
+@imports.command()
 def nanochat(
     checkpoint: Annotated[Path, typer.Argument(help="Folder with model_*.pt and meta_*.json; the last step is used.")],
     output: Annotated[Path, typer.Argument(help="Folder for the PoE base.")],
@@ -49,18 +71,45 @@ def nanochat(
 @app.command()
 def export(
     repo: Repo,
-    native: Annotated[Path, typer.Option(help="New folder for an ordinary checkpoint of the base's family.")],
+    native: Annotated[
+        Path | None, typer.Option(help="New folder for an ordinary checkpoint of the base's family.")
+    ] = None,
+    peft: Annotated[
+        Path | None, typer.Option(help="Folder for a LoRA adapter of PEFT, made of a low-rank fork.")
+    ] = None,
+    all_tokens: Annotated[
+        bool, typer.Option("--all-tokens", help="Let a fork that is active on the answer act on every token.")
+    ] = False,
+    invocation: Annotated[
+        str | None, typer.Option(help="With --peft: the text that ends every prompt, for an Activated LoRA.")
+    ] = None,
     base: Base = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file: a number and a unit.")] = "5GB",
 ) -> None:
-    """Write a stage and all that it stands on as an ordinary checkpoint of the base's family.
+    """Write a stage in a form that other programs load: an ordinary checkpoint, or a LoRA adapter.
 
-    It has the layers of the base, the layers of the stages on top, and the folded head. Transformers loads it without
-    this package, with the same logits.
+    A checkpoint (--native) holds the base, the stage and all that it stands on, and one folded head. Transformers loads
+    it without this package, with the same logits. An adapter (--peft) holds the changes of a low-rank fork alone.
     """
+    if (native is None) == (peft is None):
+        raise typer.BadParameter("expected --native or --peft")
+    if invocation is not None and (peft is None or all_tokens):
+        raise typer.BadParameter("--invocation goes with --peft, and not with --all-tokens")
     cascade = _open_stage(repo, base)
-    folder = cascade.export_native(cascade.active, native, max_shard_size=max_shard_size)
-    out.print(f"{folder}: {cascade.config.model_type}, {_format_size(folder)}", markup=False)
+    if native is not None:
+        folder = cascade.export_native(cascade.active, native, max_shard_size=max_shard_size, all_tokens=all_tokens)
+        out.print(f"{folder}: {cascade.config.model_type}, {_format_size(folder)}", markup=False)
+        return
+    config = cascade.stages[cascade.active].config
+    if bool(invocation) != (config.active == "answer" and not all_tokens):
+        raise StageError(
+            f"Stage {cascade.active!r} has active={config.active!r}: expected --invocation TEXT or --all-tokens for "
+            "active='answer', and no --invocation for active='all'."
+        )
+    ids = cascade.tokenizer(invocation, add_special_tokens=False).input_ids if invocation else None
+    folder = cascade.export_peft(cascade.active, peft, invocation_tokens=ids)
+    kind = "LoRA" if ids is None else f"Activated LoRA, invoked by tokens {ids}"
+    out.print(f"{folder}: {kind}, {_format_size(folder)}", markup=False)
 
 
 @app.command()
