@@ -53,6 +53,17 @@ def card(training: dict = TRAINING, **changes) -> str:
     return stage_card({**CONFIG, **changes}, training, parameters=1_234_567, repo="me/tool", example="<user>hello")
 
 
+def test_a_fork_is_described_as_changes_of_layers() -> None:
+    fork = {"name": "tool", "num_layers": 13, "attach_at": 17, "head": "none", "head_rank": None, "layers": "fork"}
+    text = card(stage={**fork, "rank": 16, "active": "answer"})
+    assert "changes (rank 16) of 13 layers from 17 up, active on the answer alone" in text
+    assert "deeper" not in text
+    assert "--native out --all-tokens" in text
+    assert "full rank" in (text := card(stage={**fork, "rank": None, "active": "all"}))
+    assert "--all-tokens" not in text
+    assert "4 new decoder layers" in card()
+
+
 def test_the_front_matter_reads_back() -> None:
     content = ModelCard(card())
     data = content.data

@@ -43,10 +43,10 @@ def stage_card(
         f"---\n{_metadata(config, training).to_yaml()}\n---",
         f"# {stage['name']}",
         *_restrictions(training),
-        f"A specialist of {stage['num_layers']} new decoder layers and {head} ({parameters:,} parameters) on {below}"
+        f"A specialist of {_layers(stage)} and {head} ({parameters:,} parameters) on {below}"
         f"the frozen base `{base['repo'] or 'that was never saved'}`. It changes nothing in the base: "
-        "loading it makes the base a deeper model of its own kind.",
-        *_doors(repo or "<this repository>", base),
+        f"loading it gives a {'' if _is_fork(stage) else 'deeper '}model of the base's own kind.",
+        *_doors(repo or "<this repository>", base, stage),
         *_prompt(config.get("prompt") or {}, example),
         *_recipe(training),
         *_data(training.get("data") or {}),
@@ -142,7 +142,20 @@ def _restrictions(training: Mapping[str, Any]) -> list[str]:
     return [f"> **Not for commercial use:** the license of {' and '.join(names)} forbids it. See [NOTICE](NOTICE)."]
 
 
-def _doors(repo: str, base: Mapping[str, Any]) -> list[str]:
+def _is_fork(stage: Mapping[str, Any]) -> bool:
+    return stage.get("layers") == "fork"
+
+
+def _layers(stage: Mapping[str, Any]) -> str:
+    if not _is_fork(stage):
+        return f"{stage['num_layers']} new decoder layers"
+    rank = "full rank" if stage["rank"] is None else f"rank {stage['rank']}"
+    tokens = "the answer alone, the base reads the prompt" if stage["active"] == "answer" else "all tokens"
+    return f"changes ({rank}) of {stage['num_layers']} layers from {stage['attach_at']} up, active on {tokens},"
+
+
+def _doors(repo: str, base: Mapping[str, Any], stage: Mapping[str, Any]) -> list[str]:
+    note, option = (", on all tokens", " --all-tokens") if stage.get("active") == "answer" else ("", "")
     text = (
         "With transformers alone:\n\n"
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
@@ -150,8 +163,8 @@ def _doors(repo: str, base: Mapping[str, Any]) -> list[str]:
         f'tokenizer = AutoTokenizer.from_pretrained("{repo}")\n```\n\n'
         "With the package (`pip install poe-cascade`), where stages can be stacked, combined and switched off:\n\n"
         f'```python\nfrom poe import Cascade\n\ncascade = Cascade.from_pretrained("{repo}")\n```\n\n'
-        "As an ordinary checkpoint, for everything that knows neither:\n\n"
-        f"```bash\npoe export {repo} --native out\n```"
+        f"As an ordinary checkpoint, for everything that knows neither{note}:"
+        f"\n\n```bash\npoe export {repo} --native out{option}\n```"
     )
     if base["repo"] is None or base["repo"].startswith("."):
         text += (

@@ -41,7 +41,7 @@ def describe(repo: str, base: str | None = None, access: Access | None = None) -
         rows.append(
             (
                 label,
-                f"{files.name}: {config['num_layers']} layers above {config['attach_at']}, head {head}, "
+                f"{files.name}: {_describe_layers(config)}, head {head}, "
                 f"{header.num_parameters:,} parameters, {size:,} bytes, fingerprint {header.self_fingerprint[:12]}",
             )
         )
@@ -55,6 +55,13 @@ def describe(repo: str, base: str | None = None, access: Access | None = None) -
     )
     rows += _describe_training(fetch(top.repo, "training.json", access, top.revision))
     return rows
+
+
+def _describe_layers(config: Mapping[str, Any]) -> str:
+    if config.get("layers") != "fork":
+        return f"{config['num_layers']} layers above {config['attach_at']}"
+    rank = "full rank" if config["rank"] is None else f"rank {config['rank']}"
+    return f"fork of {config['num_layers']} layers above {config['attach_at']}, {rank}, active on {config['active']}"
 
 
 def summarize(base: PreTrainedModel, stages: Mapping[str, Stage], active: str | None) -> str:
