@@ -25,6 +25,7 @@ from documented_commands import LANGUAGES, ROOT, Block, blocks, check_options, c
 # How many blocks of a page are not run. Each gives its reason in a comment above it.
 NOT_RUN = {
     "docs/explanation/optimizer.md": 2,
+    "docs/how-to/choose-layers.md": 1,
     "docs/how-to/decode.md": 5,
     "docs/how-to/export.md": 5,
     "docs/how-to/nanochat.md": 2,
