@@ -6,7 +6,7 @@
 All arms see the same packed rows in the same order, the same number of tokens a step, the same held-out rows, the same
 chunked loss, schedule and clipping. Each is run with every multiplier of `--rates`, on AdamW at 3e-5 (full), 2e-4
 (LoRA r16), 1e-4 (last layers), 3e-4 (forks of rank 16), 5e-5 (forks of full rank) and, for a stage, Muon at 0.002 with
-the head at 1e-4; the one that ends lowest counts. An answer is right if each of its tokens is the likeliest. Seconds
+the head at 1e-4; the one that ends lowest counts. A call is right if each of its tokens is the likeliest. Seconds
 are those of training steps, evaluation excluded, and include the first pass that fills a cache. Every run is a process
 of its own, one after another. Targets are shares of the way from the base's loss to the best of all.
 """
@@ -14,11 +14,12 @@ of its own, one after another. Targets are shares of the way from the base's los
 import argparse
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
 import time
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ def child(name: str, multiplier: float, given: dict[str, Any]) -> None:
 
     @torch.no_grad()
     def held_out() -> dict[str, float]:
-        """Nats per label, and the shares of labels and of whole answers that are the likeliest (teacher-forced)."""
+        """Nats per label, and the shares of labels and of whole calls that are the likeliest (teacher-forced)."""
         arm.model.eval()
         total, right = 0.0, torch.zeros(2, 2)
         for row in range(min(given["val_rows"], data.val.num_rows)):
@@ -109,13 +110,11 @@ def child(name: str, multiplier: float, given: dict[str, Any]) -> None:
             total += float(losses.double().sum())
             trained = labels != -100
             likeliest = (hidden[0][trained] @ head.weight.T).argmax(-1) == labels[trained]
-            begins = trained & ~torch.nn.functional.pad(trained[:-1], (1, 0))
-            answer = begins.cumsum(0)[trained] - 1
-            wrong = torch.zeros(int(begins.sum())).index_add(0, answer, (~likeliest).float())
-            right += torch.tensor([[likeliest.sum(), len(likeliest)], [(wrong == 0).sum(), len(wrong)]])
+            calls = calls_that_are_right(labels[trained].tolist(), likeliest.tolist(), opened.tokenizer)
+            right += torch.tensor([[likeliest.sum(), len(likeliest)], [sum(calls), len(calls)]])
         arm.model.train()
         shares = right[:, 0] / right[:, 1]
-        return {"loss": total / float(right[0, 1]), "labels_right": float(shares[0]), "answers_right": float(shares[1])}
+        return {"loss": total / float(right[0, 1]), "labels_right": float(shares[0]), "calls_right": float(shares[1])}
 
     seconds, tokens = 0.0, 0
     rows = given["tokens_per_step"] // given["seq_len"]
@@ -134,6 +133,15 @@ def child(name: str, multiplier: float, given: dict[str, Any]) -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     rows_there = {"training_rows": data.train.num_rows, "validation_rows": data.val.num_rows}
     print(json.dumps({"facts": arm.sizes() | rows_there | {"peak_rss": peak}}), flush=True)
+
+
+def calls_that_are_right(labels: list[int], likeliest: list[bool], tokenizer: Any) -> list[bool]:
+    """For each call `<tool_call>...</tool_call>` in the text of the labels, whether all of its tokens are right."""
+    pieces = [tokenizer.decode([token]) for token in labels]
+    ends = list(accumulate(map(len, pieces)))
+    tokens = [(end - len(piece), end, right) for end, piece, right in zip(ends, pieces, likeliest, strict=True)]
+    spans = [found.span() for found in re.finditer(r"<tool_call>.*?</tool_call>", "".join(pieces), re.S)]
+    return [all(right for start, end, right in tokens if start < stop and begin < end) for begin, stop in spans]
 
 
 def run_one(name: str, multiplier: float, args: argparse.Namespace) -> dict[str, Any]:
@@ -186,7 +194,7 @@ def summarize(runs: list[dict[str, Any]]) -> tuple[list[float], list[dict[str, A
                 "arm": name,
                 "multiplier": run["multiplier"],
                 "final_loss": end["loss"],
-                "answers_right": end["answers_right"],
+                "calls_right": end["calls_right"],
                 "seconds": end["seconds"],
                 "tokens_per_s": round(end["tokens"] / end["seconds"]),
                 "seconds_to": [reach(run["curve"], t, "seconds") for t in targets],
@@ -200,7 +208,7 @@ def summarize(runs: list[dict[str, Any]]) -> tuple[list[float], list[dict[str, A
 
 def table(targets: list[float], rows: list[dict[str, Any]]) -> str:
     columns = [f"s to {t:.3f}" for t in targets]
-    head = ["arm", "rate", "tokens/s", *columns, "final loss", "answers right", "peak MiB", "artifact MB"]
+    head = ["arm", "rate", "tokens/s", *columns, "final loss", "calls right", "peak MiB", "artifact MB"]
     lines = [f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1)]
     for r in rows:
         times = ["-" if s is None else f"{s:,.0f}" for s in r["seconds_to"]]
@@ -210,7 +218,7 @@ def table(targets: list[float], rows: list[dict[str, Any]]) -> str:
             f"{r['tokens_per_s']:,}",
             *times,
             f"{r['final_loss']:.4f}",
-            f"{r['answers_right']:.3f}",
+            f"{r['calls_right']:.3f}",
         ]
         cells += [f"{r['peak_rss_mib']:,}", f"{r['artifact_bytes'] / 1e6:.1f}"]
         lines.append(f"| {' | '.join(cells)} |")
