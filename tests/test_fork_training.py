@@ -76,8 +76,18 @@ def test_an_interrupted_fork_ends_with_the_same_bytes(demo_base: Path, tmp_path:
     assert written[0] == written[1]
 
 
+def test_a_run_reports_where_the_fork_begins(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for attach_at, words in (("auto", "begins at layer 5 of 7"), (6, "a fork above it learns to copy badly")):
+        cascade = Cascade.from_pretrained("demo", dtype=torch.float32)
+        fields = {**SMALL, "attach_at": attach_at, "active": "answer", "max_steps": 1}
+        train_stage(cascade, "demo", "demo=60", tmp_path / str(attach_at), **fields)
+        assert words in capsys.readouterr().err
+
+
 def test_a_fork_does_not_stand_on_a_divided_base() -> None:
     with pytest.raises(RecipeError, match="shard_base divides"):
         Recipe(name="f", layers="fork", attach_at=1, shard_base=True)
+    with pytest.raises(RecipeError, match="compile and active"):
+        Recipe(name="f", layers="fork", attach_at=1, active="answer", compile=True)
     with pytest.raises(RecipeError, match="at least 1 for new layers"):
         Recipe(name="f", attach_at=0)

@@ -168,6 +168,11 @@ class Recipe(Plan):
         super().__post_init__()
         if self.attach_at == 0 and self.layers == "new":
             raise RecipeError(f"Recipe {self.name!r}: attach_at should be at least 1 for new layers, got 0.")
+        if self.active == "answer" and self.compile:
+            raise RecipeError(
+                f"Recipe {self.name!r}: compile and active: answer cannot be combined, because the number of answer "
+                "tokens changes with every batch. Remove one of them."
+            )
         if self.layers == "fork" and self.shard_base:
             raise RecipeError(
                 f"Recipe {self.name!r}: shard_base divides the base's layers, and a fork reads their weights. Remove "

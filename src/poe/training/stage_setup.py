@@ -9,8 +9,10 @@ import torch
 
 from poe.cascade import Cascade
 from poe.data.render import Renderer
+from poe.errors import StageError
 from poe.modeling.delta_file import delta_size
 from poe.modeling.stage import Stage
+from poe.stages.copying import find_copying_layer
 from poe.training.parallel.distributed import World
 from poe.training.parallel.sharding import resident_bytes, shard_base
 from poe.training.reporting.progress import Progress
@@ -27,6 +29,21 @@ def shard_and_report(cascade: Cascade, world: World, progress: Progress) -> None
     progress.note(
         f"base sharded over {world.size} processes: {resident / 2**20:,.0f} of {whole / 2**20:,.0f} MiB in each"
     )
+
+
+def report_copying_layers(cascade: Cascade, stage: Stage, progress: Progress) -> None:
+    """Report where a fork begins, and warn if layers of the base that copy from the prompt lie below it."""
+    if stage.config.layers != "fork" or stage.parent is not None:
+        return
+    try:
+        lowest = find_copying_layer(cascade.base)
+    except StageError:  # a base that does not return its attention
+        return
+    depth = cascade.base.config.num_hidden_layers
+    place = f"the fork begins at layer {stage.below} of {depth}, and the lowest layer that copies is {lowest}"
+    if stage.below > lowest:
+        place += ": a fork above it learns to copy badly, and attach_at: auto begins there"
+    progress.note(place)
 
 
 def mask_unseen_tokens(stage: Stage, target_ids: np.ndarray) -> Callable[[], None]:

@@ -39,7 +39,14 @@ from poe.training.reporting.report import (
 )
 from poe.training.reporting.tracking import open_trackers
 from poe.training.run import RunContext, RunRows, RunSettings, TrainedModel
-from poe.training.stage_setup import base_facts, delta_bytes, mask_unseen_tokens, prompt_format, shard_and_report
+from poe.training.stage_setup import (
+    base_facts,
+    delta_bytes,
+    mask_unseen_tokens,
+    prompt_format,
+    report_copying_layers,
+    shard_and_report,
+)
 
 # A function of the cascade, the stage's name and the held-out questions, called after training. training.json keeps its
 # result under "evaluation".
@@ -148,6 +155,7 @@ def _grow_model(job: _Job, prepared: TrainingData, cleanup: ExitStack) -> _Grown
         cascade.add_stage(plan, seed=plan.seed, dtype=stage_dtype(plan.dtype, cascade.base))
     stage = cascade.stages[plan.name].requires_grad_(True)
     model = cascade.model(plan.name)
+    report_copying_layers(cascade, stage, job.context.progress)
     if is_sharded:
         prefetch_layers(model, world)
     check_frozen_below(model, stage)
