@@ -47,7 +47,8 @@ def forks(base: str, dtype: str, count: int) -> Callable[[torch.Tensor], dict[st
             options = {"past_key_values": prompt, "max_new_tokens": 1, "do_sample": False, "pad_token_id": 0}
             cascade.generate(input_ids=ids, stage=f"s{index}", **options)
             times.append(time.perf_counter() - started)
-            prompt.crop(ids.shape[1] - 1)  # what the specialist added goes; the next one starts from the same prompt
+            # What the specialist added goes: the next one starts from the same prompt.
+            prompt.crop(ids.shape[1] - 1 - prompt.get_seq_length())
         return {"first_tokens_s": times, "cache_bytes": cache_bytes(prompt)}
 
     return run
