@@ -1,8 +1,9 @@
-"""The ways to train that the benchmarks compare, each as one optimizer step on one batch, and what each must compute.
+"""The training methods that the benchmarks compare (arms), and the FLOPs of each.
 
-Every arm gets the same base, created again, and the same `Batch`. Rivals are trained as their users train them: PEFT's
-LoRA on all linear layers, the last layers with the base's own head, everything; torch's AdamW (fused); transformers'
-own loss, or the chunked loss of this package where `chunked` says so, so that only the method differs.
+An arm takes one optimizer step per batch. Every arm creates the same base and gets the same `Batch`. Stages and
+forks are compared with full fine-tuning, PEFT's LoRA on all linear layers, and training the last layers with the head.
+These other methods use torch's fused AdamW and the loss of transformers. With `chunked` they use the chunked loss of
+this package, so that only the method differs.
 """
 
 from collections.abc import Callable
@@ -29,37 +30,37 @@ LORA_RANK = 16
 
 @dataclass(frozen=True)
 class Settings:
-    """The options of an arm: sizes, learning rates, loss, and how a GPU computes."""
+    """The options of an arm: sizes, learning rates, loss, device and precision."""
 
     stage_layers: int = 2
     head_rank: int = 64
     last_layers: int = 2
-    attach_at: int | str = "auto"  # of a fork
-    chunked: bool = False  # the rivals too use the chunked loss
-    lr: float = 1e-4  # AdamW of the rivals
+    attach_at: int | str = "auto"  # first layer of a fork
+    chunked: bool = False  # the other methods also use the chunked loss
+    lr: float = 1e-4  # AdamW of the other methods
     matrix_lr: float = 0.002  # Muon of a stage
     head_lr: float = 1e-4
-    adamw: bool = False  # torch's AdamW for a stage too, at `lr`
+    adamw: bool = False  # train a stage with torch's AdamW at `lr`
     max_grad_norm: float | None = None
     device: str = "cpu"
-    bf16: bool = False  # frozen weights in bf16, what trains in fp32 under autocast
+    bf16: bool = False  # frozen weights in bf16, trained ones in fp32 under autocast
     compile: str | None = None  # a backend of torch.compile, such as "inductor"
     checkpointing: bool = False  # recompute activations
-    rows_per_pass: int | None = None  # a step accumulates gradients over as many passes as it needs
+    rows_per_pass: int | None = None  # of a step, which accumulates gradients over its passes
 
 
 @dataclass
 class Arm:
-    """`step(batch)` takes one optimizer step and returns the mean loss in nats per label, before it."""
+    """A model and its optimizer. `step(batch)` updates both and returns the earlier loss in nats per label."""
 
-    model: PreTrainedModel  # whose forward pass gives the trained logits
+    model: PreTrainedModel  # its forward pass returns the trained logits
     parameters: list[nn.Parameter]
-    published: int  # numbers in the file that is shared: all weights, an adapter, a delta
+    published: int  # parameters in the published file: all weights, an adapter, or a delta
     flops_per_token: float
     optimizer: torch.optim.Optimizer
     step: Callable[[Batch], Tensor]
-    hidden: Callable[[Batch], Tensor]  # (B, T) tokens -> the head's input (B, T, D), as `step` computes it
-    base_rates: list[float] = field(default_factory=list)  # of the optimizer's groups, for a schedule
+    hidden: Callable[[Batch], Tensor]  # (B, T) tokens -> input of the head (B, T, D)
+    base_rates: list[float] = field(default_factory=list)  # learning rates of the optimizer's groups
 
     def __post_init__(self) -> None:
         self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
@@ -80,7 +81,7 @@ MakeBase = Callable[[], PreTrainedModel]
 
 
 def qwen3(layers: int, width: int, vocab: int, seed: int = 0, **fields: Any) -> Qwen3ForCausalLM:
-    """A random Qwen3-shaped model with an untied head, by default in the proportions of `reference` benchmarks."""
+    """Return a random Qwen3 model. By default its head is untied and its feed-forward layers are 3 x `width` wide."""
     torch.manual_seed(seed)
     sizes = {
         "intermediate_size": 3 * width,
@@ -94,19 +95,19 @@ def qwen3(layers: int, width: int, vocab: int, seed: int = 0, **fields: Any) -> 
 
 
 def random_batch(vocab: int, rows: int, length: int, seed: int = 1) -> Batch:
-    """Random tokens; every position has its real next token as label."""
+    """Return a batch of random tokens; the label of every position is the next token."""
     ids = torch.randint(0, vocab, (rows, length + 1), generator=torch.Generator().manual_seed(seed))
     return Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), torch.arange(length).expand(rows, -1).contiguous())
 
 
 def full(make_base: MakeBase, length: int, s: Settings) -> Arm:
-    """Every weight trains."""
+    """Return an arm that trains all weights."""
     base = make_base().to(s.device)
     return _native(base, base, list(base.parameters()), Cost(base, length).full(), _size(base), s)
 
 
 def lora(make_base: MakeBase, length: int, s: Settings) -> Arm:
-    """PEFT, rank 16, all linear layers but the head."""
+    """Return an arm that trains PEFT's LoRA of rank 16 on all linear layers except the head."""
     from peft import get_peft_model
 
     base = _frozen(make_base, s)
@@ -124,12 +125,12 @@ def lora_config() -> Any:
 
 
 def last_layers(make_base: MakeBase, length: int, s: Settings) -> Arm:
-    """The base's own last layers, final norm and head train; what is shared is the whole model."""
+    """Return an arm that trains the last layers, the final norm and the head; its artifact is the whole model."""
     base = _frozen(make_base, s)
     family = family_of(base)
     backbone = family.backbone_of(base)
     parts = [*family.layers_of(base)[-s.last_layers :], *([backbone.norm] if hasattr(backbone, "norm") else [])]
-    if base.config.tie_word_embeddings:  # a head of its own, as a stage has: the embedding would train with it
+    if base.config.tie_word_embeddings:  # copy the head, so that the embedding is not trained
         tied = base.get_output_embeddings()
         head = nn.Linear(tied.in_features, tied.out_features, bias=False, device=s.device)
         head.weight = nn.Parameter(tied.weight.detach().clone())
@@ -142,7 +143,7 @@ def last_layers(make_base: MakeBase, length: int, s: Settings) -> Arm:
 
 
 def stage(make_base: MakeBase, length: int, s: Settings, head: str = "dense", cached: bool = False) -> Arm:
-    """A stage on the frozen base; `cached`: the hidden states below it are those of the first pass, held in bf16."""
+    """Return an arm that trains a stage. With `cached`, later steps reuse the base's hidden states, kept in bf16."""
     cascade = Cascade(_frozen(make_base, s))
     cost = Cost(cascade.base, length)
     cascade.add_stage(StageConfig("s", s.stage_layers, head=head, head_rank=s.head_rank))
@@ -161,7 +162,7 @@ def stage(make_base: MakeBase, length: int, s: Settings, head: str = "dense", ca
     forward = AboveBoundary(model, boundary, RowMemory(boundary)) if cached else hidden_states(backbone, s)
     numbers = own.num_parameters()
     flops = cost.stage(own, s.stage_layers, head, cached)
-    # bf16 weights have fp32 masters in the optimizer: no autocast
+    # no autocast: the optimizer keeps fp32 master copies of bf16 weights
     step = chunked_step(model, forward, optimizer, trained, nullcontext, s)
     return Arm(model, trained, numbers, flops, optimizer, step, forward)
 
@@ -174,13 +175,17 @@ def fork(
     active: str = "answer",
     cached: bool = False,
 ) -> Arm:
-    """A fork from `s.attach_at` up, on torch's AdamW rule at `s.lr`; `cached`: what the base read is kept in bf16."""
+    """Return an arm that trains a fork of the layers from `s.attach_at` up with AdamW at `s.lr`.
+
+    With `cached`, later steps reuse the states that the base computed, kept in bf16.
+    """
     cascade = Cascade(_frozen(make_base, s))
     cascade.add_stage(name="s", layers="fork", attach_at=s.attach_at, rank=rank, active=active, head="none")
     own, model = cascade.stages["s"].requires_grad_(True), cascade.model("s").train()
     trained = list(own.parameters())
     rates = {"matrix_lr": s.lr, "head_lr": s.lr, "matrix_optimizer": "adamw", "weight_decay": 0.0}
-    optimizer = build_optimizer(own.named_parameters(), 768, betas=(0.9, 0.999), **rates)  # at 768 rates stay as given
+    # width 768: build_optimizer does not scale the rates
+    optimizer = build_optimizer(own.named_parameters(), 768, betas=(0.9, 0.999), **rates)
     if active == "answer":
         boundary = AnswerBoundary(cascade.base, own)
         packed = PackedReads(boundary, random_batch(8, 1, 4))
@@ -195,22 +200,25 @@ def fork(
 
 
 class RowMemory:
-    """What the layers below a stage say of rows, computed when a row is first seen and kept in bf16, in memory."""
+    """A cache in memory of the states that the layers below a stage compute for each row, in bf16."""
 
     def __init__(self, boundary: Boundary | PackedReads) -> None:
         self.boundary = boundary
-        self.known: dict[bytes, Tensor] = {}  # a row's tokens and positions -> (K, T, D)
+        self.states: dict[bytes, Tensor] = {}  # a row's tokens and positions -> (K, T, D)
 
     def __call__(self, batch: Batch) -> Tensor:
         rows = row_digests(batch)
-        if not all(row in self.known for row in rows):
+        if not all(row in self.states for row in rows):
             states = self.boundary.below(batch.input_ids, batch.position_ids).to(torch.bfloat16)
-            self.known |= zip(rows, states.unbind(), strict=True)
-        return torch.stack([self.known[row] for row in rows])
+            self.states |= zip(rows, states.unbind(), strict=True)
+        return torch.stack([self.states[row] for row in rows])
 
 
 def hidden_states(backbone: nn.Module, s: Settings) -> Callable[[Batch], Tensor]:
-    """(B, T) tokens -> normalized hidden states (B, T, D); documents in a row do not see each other."""
+    """Return a function from tokens (B, T) to normalized hidden states (B, T, D).
+
+    Tokens do not attend to other documents in their row.
+    """
     run = torch.compile(backbone, backend=s.compile, dynamic=False) if s.compile else backbone
 
     def hidden(batch: Batch) -> Tensor:
@@ -227,7 +235,7 @@ def chunked_step(
     precision: Callable[[], AbstractContextManager[Any]],
     s: Settings,
 ) -> Callable[[Batch], Tensor]:
-    """The engine's step: the loss in chunks whose gradient is computed in the forward pass."""
+    """Return the training step of this package, which computes the loss and its gradient in chunks."""
     logits = logits_of(model.config)
 
     def step(batch: Batch) -> Tensor:
@@ -250,7 +258,7 @@ def chunked_step(
 def _native(
     model: nn.Module, base: PreTrainedModel, trained: list[nn.Parameter], flops: float, published: int, s: Settings
 ) -> Arm:
-    """A rival: AdamW on what trains, transformers' own loss unless the chunked one is asked for."""
+    """Return an arm that uses AdamW and the loss of transformers, or the chunked loss with `s.chunked`."""
     model.train()
     if s.checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
@@ -300,11 +308,11 @@ def _size(model: nn.Module) -> int:
 
 
 class Cost:
-    """FLOPs per token that a way to train really needs, of a base whose layers are alike.
+    """The FLOPs per token that each training method needs on a base with layers of equal shape.
 
-    A matrix of N numbers costs 2 N forward, 2 N for the gradient of its input and 2 N for its own; causal attention
-    over T tokens costs 2 T D forward (half of the square) and twice that backward. The embedding is a lookup, and
-    norms, optimizers and folding heads are not counted: the limit is one that matrix products alone would reach.
+    A matrix of N parameters costs 2 N forward, 2 N for the gradient of its input and 2 N for its own gradient. Causal
+    attention over T tokens costs 2 T D forward (half of the square) and twice that backward. Only matrix products and
+    attention count: embeddings, norms, optimizers and the folding of heads do not.
     """
 
     def __init__(self, base: PreTrainedModel, length: int) -> None:
@@ -333,7 +341,11 @@ class Cost:
         return self.forward(self.depth - count) + 3 * self.forward(count) + 6 * self.head
 
     def fork(self, below: int, numbers: int, full: bool) -> float:
-        """All tokens through the fork: the layers below without a gradient, those above with one for their input."""
+        """Return the FLOPs of a fork that is active on all tokens.
+
+        The layers below the fork need no gradient. The layers above need the gradient of their input, and with `full`
+        also the gradient of their weights.
+        """
         above = self.depth - below
         products = (6 if full else 4) * self.layer
         return self.forward(below) + above * (products + 3 * self.attention) + 6 * numbers + 4 * self.head

@@ -1,11 +1,12 @@
-"""What a specialist costs and gives at every depth of its base: the same rows, steps and layers, attached lower.
+"""Quality and speed of a specialist that is attached at different depths of its base.
 
     python benchmarks/attach.py [--base demo --data demo --recipe demo --steps 120 --seeds 0] [--depths 2 4 6]
     python benchmarks/attach.py --base runs/base-text --data "glaive=FILE,xlam=FILE" --recipe tool --seq-len 512 ...
 
-For every depth: validation bits per byte; on demo rows also exact calls, as the recipe's evaluation scores them; tokens
-per second of training and of generating one reply (medians of rounds in which the depths take turns, greedy, batch 1,
-one thread), against the base alone. What limits generating: the weights of what is used are read once for every token.
+Rows, steps and number of trained layers are the same at every depth. For every depth the benchmark reports validation
+bits per byte, on demo rows also the share of exact calls, and tokens per second of training and of generating one reply
+(greedy, batch 1, one thread) beside the base alone. In every round each depth generates once; the table has medians
+over the rounds. The limit of generation is memory bandwidth: each token reads all weights in use once.
 """
 
 import argparse
@@ -25,10 +26,10 @@ from poe.modeling.exits import exits_of
 from poe.training.trainer import train_stage
 
 
-def trained(args: argparse.Namespace, depth: int, seed: int) -> tuple[Cascade, dict[str, Any]]:
-    """Train the specialist on `depth` layers and measure what it knows."""
+def train_at_depth(args: argparse.Namespace, depth: int, seed: int) -> tuple[Cascade, dict[str, Any]]:
+    """Train a specialist on the first `depth` layers of the base, and evaluate it."""
     cascade = Cascade.from_pretrained(args.base, dtype=args.dtype)
-    given = {"seq_len": args.seq_len, "tokens_per_step": args.tokens_per_step}
+    overrides = {"seq_len": args.seq_len, "tokens_per_step": args.tokens_per_step}
     with tempfile.TemporaryDirectory(prefix="poe-attach-") as folder:
         result = train_stage(
             cascade,
@@ -41,7 +42,7 @@ def trained(args: argparse.Namespace, depth: int, seed: int) -> tuple[Cascade, d
             attach_at=depth,
             seed=seed,
             eval_rows=0,
-            **{name: value for name, value in given.items() if value},
+            **{name: value for name, value in overrides.items() if value},
         )
     name = cascade.active
     assert name is not None
@@ -59,7 +60,7 @@ def trained(args: argparse.Namespace, depth: int, seed: int) -> tuple[Cascade, d
 
 
 def speeds(models: dict[str, Any], vocabulary: int, args: argparse.Namespace) -> dict[str, float]:
-    """Tokens per second of every model, by name: medians over rounds in which they take turns."""
+    """Return the median tokens per second of every model, by name; each model generates once per round."""
     prompt = torch.randint(10, vocabulary, (1, args.prompt), generator=torch.Generator().manual_seed(0))
     options = {"max_new_tokens": args.new_tokens, "min_new_tokens": args.new_tokens, "do_sample": False}
     seconds: dict[str, list[float]] = {name: [] for name in models}
@@ -67,23 +68,23 @@ def speeds(models: dict[str, Any], vocabulary: int, args: argparse.Namespace) ->
         for name, model in models.items():
             started = time.perf_counter()
             model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **options)
-            if round_number:  # the first one prepares
+            if round_number:  # the first round warms up
                 seconds[name].append(time.perf_counter() - started)
     return {name: args.new_tokens / statistics.median(times) for name, times in seconds.items()}
 
 
 def table(results: list[dict[str, Any]], rates: dict[str, float]) -> str:
-    """One row per depth, means over the seeds."""
+    """Return a Markdown table with one row per depth; values are means over the seeds."""
     splits = list(results[0].get("scores", {}))
     head = ["layers below", "val bpb", *splits, "training tokens/s", "reply tokens/s", "against the base"]
     lines = [f"| {' | '.join(head)} |", "|" + "---:|" * len(head)]
     for depth in dict.fromkeys(result["depth"] for result in results):
-        of = [result for result in results if result["depth"] == depth]
-        cells = [f"{statistics.mean(r['val_bpb'] for r in of):.3f}"]
+        runs = [result for result in results if result["depth"] == depth]
+        cells = [f"{statistics.mean(r['val_bpb'] for r in runs):.3f}"]
         for split in splits:
             kind = "abstained" if split == "no tool fits" else "exact"
-            cells.append(f"{statistics.mean(r['scores'][split][kind] for r in of):.3f}")
-        cells.append(f"{statistics.mean(r['train_tokens_per_s'] for r in of):,.0f}")
+            cells.append(f"{statistics.mean(r['scores'][split][kind] for r in runs):.3f}")
+        cells.append(f"{statistics.mean(r['train_tokens_per_s'] for r in runs):,.0f}")
         cells += [f"{rates[str(depth)]:.1f}", f"{rates[str(depth)] / rates['base']:.2f}"]
         lines.append(f"| {depth} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -95,8 +96,8 @@ def main() -> None:
     parser.add_argument("--data", default="demo")
     parser.add_argument("--recipe", default="demo")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--depths", type=int, nargs="*", help="default: wherever the base can be left")
-    parser.add_argument("--layers", type=int, default=2, help="of the specialist")
+    parser.add_argument("--depths", type=int, nargs="*", help="default: all exits of the base")
+    parser.add_argument("--layers", type=int, default=2, help="number of layers of the specialist")
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--seq-len", type=int)
     parser.add_argument("--tokens-per-step", type=int)
@@ -112,7 +113,7 @@ def main() -> None:
     results, models = [], {}
     for seed in args.seeds:
         for depth in depths:
-            cascade, record = trained(args, depth, seed)
+            cascade, record = train_at_depth(args, depth, seed)
             results.append(record)
             models[str(depth)] = cascade.model(cascade.active).eval()
             models.setdefault("base", cascade.base.eval())

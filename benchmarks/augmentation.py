@@ -1,15 +1,22 @@
-"""What each augmentation is worth: the demo's stage trained with all of them, with each switched off, and with none.
+"""Effect of each data augmentation: train the demo's stage with all of them, without one group of them, and with none.
 
     python benchmarks/augmentation.py [--steps 380 --seeds 0 1 2 --rows 100 --arms plain all ...] [--json FILE]
 
-Every arm has the same base, rows and tokens. It is asked: in the format of its training (the chat template); in five
-prompt formats that no arm was trained on (tools written as TypeScript, as XML, as a list, in the system's or the user's
-turn), for calls in the form of its training; the same for two call forms that arms with `formats` have seen, and for
-two that none has; with masked names; and where no tool fits. "Not trained on" speaks of the stage: the embedded base
-has read all of these notations. A call counts if names and arguments equal the reference.
+Every arm has the same base, rows and number of tokens. Every arm is evaluated on:
 
-Results are added to the JSON file after every run, so that a stopped benchmark goes on where it stopped, and arms can
-be run side by side into files of their own.
+- the prompt and call format of its training (the chat template);
+- five prompt formats that no arm was trained on (tools as TypeScript, XML or a list, in the system or user turn);
+- two call forms that only arms with `formats` were trained on;
+- two call forms that no arm was trained on;
+- masked names;
+- tools that no arm was trained on;
+- questions that no tool fits.
+
+"Trained" means the stage: the training text of the embedded base contains all of these notations. A call is correct if
+its names and arguments equal the reference.
+
+The benchmark writes the JSON file after every run. A repeated command skips the runs in that file. To run arms in
+parallel, give each process its own file.
 """
 
 import argparse
@@ -34,14 +41,14 @@ SEEN = {
     "tool_formats": ["indent0", "indent2", "lines", "openai", "python"],
     "call_formats": ["hermes", "glaive", "llama", "openai"],
 }
-UNSEEN = {  # of prompts: tool forms that no arm has seen
+UNSEEN = {  # prompts with tool forms that no arm was trained on
     "typescript": PromptForm("typescript", "hermes", "system", 3),
     "xml": PromptForm("xml", "hermes", "system", 22),
     "list": PromptForm("list", "hermes", "system", 30),
     "typescript, user": PromptForm("typescript", "hermes", "user", 41),
     "xml, user": PromptForm("xml", "hermes", "user", 17),
 }
-OTHER_CALLS = {  # call forms that `formats` trains, with tools in forms that no arm has seen
+OTHER_CALLS = {  # call forms of `formats`, with tool forms that no arm was trained on
     "llama": PromptForm("typescript", "llama", "system", 5),
     "openai": PromptForm("xml", "openai", "user", 9),
 }
@@ -75,7 +82,7 @@ ARMS: dict[str, dict[str, Any]] = {
 
 
 def questions(rows: int) -> dict[str, list[Conversation]]:
-    """The splits that every arm is asked; of each format half as many rows."""
+    """Return the evaluation splits by name; each format has half as many rows as the other splits."""
     demo = evaluation_splits(rows)
     values = demo["unseen values"]
     masked = [mask(row, row_rng(row_digest(row), seed=1, epoch=0, step="benchmark"))[0] for row in values]
@@ -87,7 +94,7 @@ def questions(rows: int) -> dict[str, list[Conversation]]:
 
 
 def run(arm: str, seed: int, steps: int, rows: int) -> dict[str, Any]:
-    """Train and ask one arm."""
+    """Train and evaluate one arm."""
     cascade = Cascade.from_pretrained("demo", dtype="bfloat16")
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="poe-augmentation-") as folder:
@@ -113,23 +120,23 @@ def run(arm: str, seed: int, steps: int, rows: int) -> dict[str, Any]:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Means over the seeds, and the spread between the lowest and the highest."""
+    """Return a Markdown table of means over the seeds, each with half of the range between lowest and highest."""
     lines = []
     for arm in dict.fromkeys(result["arm"] for result in results):
-        of = [result["scores"] for result in results if result["arm"] == arm]
+        scores = [result["scores"] for result in results if result["arm"] == arm]
         series = {
-            "trained format": [s["trained format"]["exact"] for s in of],
-            "five unseen prompt formats": [statistics.mean(s[n]["exact"] for n in UNSEEN) for s in of],
-            "other call forms": [statistics.mean(s[n]["exact"] for n in OTHER_CALLS) for s in of],
-            "unseen call forms": [statistics.mean(s[n]["exact"] for n in UNSEEN_CALLS) for s in of],
-            "masked names": [s["masked names"]["exact"] for s in of],
-            "unseen tools": [s["unseen tools"]["exact"] for s in of],
-            "no tool fits": [s["no tool fits"]["abstained"] for s in of],
+            "trained format": [s["trained format"]["exact"] for s in scores],
+            "five unseen prompt formats": [statistics.mean(s[n]["exact"] for n in UNSEEN) for s in scores],
+            "other call forms": [statistics.mean(s[n]["exact"] for n in OTHER_CALLS) for s in scores],
+            "unseen call forms": [statistics.mean(s[n]["exact"] for n in UNSEEN_CALLS) for s in scores],
+            "masked names": [s["masked names"]["exact"] for s in scores],
+            "unseen tools": [s["unseen tools"]["exact"] for s in scores],
+            "no tool fits": [s["no tool fits"]["abstained"] for s in scores],
         }
         if not lines:
             lines = [f"| arm | seeds | {' | '.join(series)} |", "|---|---:|" + "---:|" * len(series)]
         cells = [f"{statistics.mean(v):.3f} ±{(max(v) - min(v)) / 2:.3f}" for v in series.values()]
-        lines.append(f"| {arm} | {len(of)} | {' | '.join(cells)} |")
+        lines.append(f"| {arm} | {len(scores)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -1,12 +1,12 @@
-"""Rows through read, augment, render and pack: tokens a second for each core, and memory, for up to a million rows.
+"""Speed and memory of the data pipeline (read, augment, render, pack) on up to a million rows.
 
     python benchmarks/data_pipeline.py [--rows 1000000 --workers 2 --seq-len 1024 --plain]
 
-Generated rows (reader `demo`) with every augmentation on, rendered by the embedded base's tokenizer, in an empty cache.
-The memory is the proportional set size of the process and its workers together, sampled four times a second: a page
-that several of them share counts once. Beside it stands what a trainer consumes: the demo's measured rate, and the rate
-that arithmetic allows a four-layer stage on a 1.3 B base on one H100 (2 FLOPs per base parameter and token, 6 per stage
-parameter, 40 % of 989 TFLOP/s).
+The rows are generated (reader `demo`), with every augmentation, the tokenizer of the embedded base, and an empty cache.
+Memory is the sum of the proportional set sizes of the process and its workers, sampled four times a second; a page that
+several processes share counts once. The results also contain the speed in multiples of two training speeds: the
+measured speed of the demo, and a calculated one of a four-layer stage on a 1.3 B base on one H100 (2 FLOPs per base
+parameter and token, 6 per stage parameter, 40 % of 989 TFLOP/s).
 """
 
 import argparse
@@ -33,7 +33,7 @@ EVERYTHING = Augmentation(
 
 
 class Memory(threading.Thread):
-    """The peak of the proportional set size of this process and its children, in bytes."""
+    """A thread that records the peak proportional set size of this process and its children, in bytes."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -42,7 +42,7 @@ class Memory(threading.Thread):
 
     def run(self) -> None:
         while True:
-            self.peak = max(self.peak, sum(map(_proportional, [os.getpid(), *_children()])))
+            self.peak = max(self.peak, sum(map(_proportional_set_size, [os.getpid(), *_children()])))
             time.sleep(0.25)
 
 
@@ -51,7 +51,7 @@ def _children() -> list[int]:
     return [int(pid) for pid in text.split()]
 
 
-def _proportional(pid: int) -> int:
+def _proportional_set_size(pid: int) -> int:
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:

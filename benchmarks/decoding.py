@@ -1,15 +1,17 @@
-"""What leaving early and self-speculation do for one base: its exits, and tokens per second beside the plain path.
+"""Quality of the exits of one base, and speed of early exit and self-speculation against plain decoding.
 
     pip install -c constraints.txt -e ".[bench]"
     python benchmarks/decoding.py --base FOLDER --text FILE [--prompts FILE] [--stage FOLDER] [--rounds 3]
 
-`--text` is plain text, cut into rows: every second row calibrates (for the JSON set: calls with other names), the
-others give each exit's bits per byte and its agreement with full depth's likeliest token. Decoded are the beginnings
-of rows ("text"), repeated JSON calls ("json") and `--prompts`, a JSON list of them ("prompts"), each one alone,
-greedily and to the full length. The peer is transformers' own drafting, by looking up what followed the last tokens
-earlier in the text. All arms of a set take turns within this one process; tokens per second are medians over the
-rounds, and `x` is the median of each round's ratio to the plain path in that round. `same` is the share of tokens
-that are the plain path's.
+`--text` is a file of plain text, which the benchmark cuts into rows. Every second row calibrates the exits (for the
+JSON set, calls with other names do). The remaining rows measure the bits per byte of each exit and its agreement with
+the top-1 token of full depth. Three sets of prompts are decoded, one prompt at a time, greedily and to the full length:
+beginnings of rows ("text"), repeated JSON calls ("json"), and the list in the JSON file `--prompts` ("prompts"). The
+peer is the prompt lookup decoding of transformers.
+
+In every round each arm of a set decodes all its prompts, in one process. `tokens/s` is the median over the rounds. `x`
+is the median of the ratios to plain decoding in the same round. `same` is the share of tokens that equal plain
+decoding.
 """
 
 import argparse
@@ -38,17 +40,17 @@ CALLS = [
 PLACES = ["Paris", "London", "Rome", "Oslo", "Cairo", "Lima"]
 
 
-OTHERS = "Bern Delhi Quito Sofia Tunis Seoul Accra Milan Lyon Perth Osaka Porto".split()  # to calibrate on
+OTHERS = "Bern Delhi Quito Sofia Tunis Seoul Accra Milan Lyon Perth Osaka Porto".split()  # for calibration
 
 
 def json_prompts(names: list[str], count: int) -> list[str]:
-    """Several calls of one form, one after the other: what structured output looks like to a model."""
+    """Return `count` prompts, each a series of calls in one form, as examples of structured output."""
     prompts = []
     for index in range(count):
         form = CALLS[index % len(CALLS)]
-        turned = names[index % len(names) :] + names[: index % len(names)]
+        rotated = names[index % len(names) :] + names[: index % len(names)]
         values = [
-            (name, i + 2) if form.index("%s") < form.index("%d") else (i + 2, name) for i, name in enumerate(turned)
+            (name, i + 2) if form.index("%s") < form.index("%d") else (i + 2, name) for i, name in enumerate(rotated)
         ]
         prompts.append("".join(form % value for value in values))
     return prompts
@@ -56,7 +58,7 @@ def json_prompts(names: list[str], count: int) -> list[str]:
 
 @torch.no_grad()
 def exits_table(cascade: Cascade, rows: list[list[int]]) -> list[dict[str, Any]]:
-    """Bits per byte and top-1 agreement with full depth of every prediction that the model makes."""
+    """Return the bits per byte of every exit, and the share of top-1 tokens that equal those of full depth."""
     expert = cascade.expert(cascade.active)
     path = segment_model(expert, list_exits(expert))
     nats, same = [0.0] * len(path.segments), [0] * len(path.segments)
@@ -64,13 +66,13 @@ def exits_table(cascade: Cascade, rows: list[list[int]]) -> list[dict[str, Any]]
     for row in rows:
         ids = torch.tensor([row])
         states: States = ()
-        said = []
+        predictions = []
         for index, part in enumerate(path.segments):
             states, hidden = part(states, ids, torch.arange(len(row))[None])
             logits = path.logits(index, hidden[0, :-1]).float()
             nats[index] += float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
-            said.append(logits.argmax(-1))
-        same = [total + int((own == said[-1]).sum()) for total, own in zip(same, said, strict=True)]
+            predictions.append(logits.argmax(-1))
+        same = [total + int((own == predictions[-1]).sum()) for total, own in zip(same, predictions, strict=True)]
         count += len(row) - 1
         size += len(cascade.tokenizer.decode(row[1:]).encode())
     return [
@@ -82,10 +84,10 @@ def exits_table(cascade: Cascade, rows: list[list[int]]) -> list[dict[str, Any]]
 def race(
     arms: dict[str, Callable[[torch.Tensor], torch.Tensor]], prompts: list[torch.Tensor], rounds: int
 ) -> list[dict]:
-    """Let all arms decode all prompts in turns; the first arm is the plain path."""
+    """Decode all prompts with every arm in every round; return a record per arm. The first arm is the reference."""
     rates: dict[str, list[float]] = {name: [] for name in arms}
     outputs: dict[str, list[torch.Tensor]] = {}
-    for turn in range(rounds + 1):  # the first is for warming up
+    for turn in range(rounds + 1):  # the first round warms up
         for name, arm in arms.items():
             started = time.perf_counter()
             outputs[name] = [arm(ids) for ids in prompts]
@@ -112,7 +114,7 @@ def race(
 def arms_of(
     cascade: Cascade, depths: dict[str, Any], args: argparse.Namespace, loops: dict[str, Any]
 ) -> dict[str, Any]:
-    """All ways to decode, by name; `loops` is filled with those that draft, for their counts."""
+    """Return all decoding arms by name, and add the speculation loops to `loops`, which count drafted tokens."""
     options = {"do_sample": False, "max_new_tokens": args.new_tokens, "eos_token_id": None}
     expert = cascade.expert(cascade.active)
     model: Any = expert.model
@@ -125,21 +127,21 @@ def arms_of(
         arms[name] = partial(cascade.generate, **options, strategy=depth)
     for depth in args.draft_exits or exits:
         plans = {f"up to {n}": SelfSpeculation(depth, n, args.min_probability) for n in args.lengths}
-        most = SelfSpeculation(depth, args.lengths[-1], args.min_probability, prompt_lookup_num_tokens=8)
-        for name, plan in {**plans, f"up to {args.lengths[-1]}, or looked up": most}.items():
+        with_lookup = SelfSpeculation(depth, args.lengths[-1], args.min_probability, prompt_lookup_num_tokens=8)
+        for name, plan in {**plans, f"up to {args.lengths[-1]}, or looked up": with_lookup}.items():
             loop = loops[f"draft {depth}, {name}"] = build_loop(expert, plan)
             arms[f"draft {depth}, {name}"] = partial(generate_with, loop, model, **options)
     return arms
 
 
-def calibrated(cascade: Cascade, rows: list[list[int]], args: argparse.Namespace) -> dict[str, AdaptiveDepth]:
-    """Thresholds for 99 % and 100 % agreement on rows of the kind that is to be decoded; prints what they do."""
+def calibrate_depths(cascade: Cascade, rows: list[list[int]], args: argparse.Namespace) -> dict[str, AdaptiveDepth]:
+    """Calibrate thresholds for 99 % and 100 % agreement on `rows`, and print the share of tokens at each exit."""
     depths = {}
     for target in (0.99, 1.0):
         depth = cascade.calibrate_depth(rows, agreement=target, confidence=args.confidence)
         pairs = zip([*depth.depths, depth.full], depth.shares, strict=True)
         shares = ", ".join(f"{share:.0%} at {layers}" for layers, share in pairs)
-        print(f"\nadaptive {target:.0%}: held-out agreement {depth.agreement:.2%}; leave: {shares}")
+        print(f"\nadaptive {target:.0%}: held-out agreement {depth.agreement:.2%}; exits: {shares}")
         depths[f"adaptive {target:.0%}"] = depth
     return depths
 
@@ -147,7 +149,7 @@ def calibrated(cascade: Cascade, rows: list[list[int]], args: argparse.Namespace
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", required=True)
-    parser.add_argument("--stage", type=Path, help="a saved stage: base + stage is then full depth")
+    parser.add_argument("--stage", type=Path, help="folder of a saved stage; full depth is then base and stage")
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--prompts", type=Path, help="a JSON list of prompts")
     parser.add_argument("--dtype", default="float32")
@@ -180,19 +182,19 @@ def main() -> None:
     if args.prompts:
         prompts["prompts"] = [cascade.tokenizer(text)["input_ids"] for text in json.loads(args.prompts.read_text())]
     report["adaptive"], report["races"], report["calibrated"] = {}, {}, {}
-    for name, given in prompts.items():
+    for name, examples in prompts.items():
         loops: dict[str, Any] = {}
-        depths = calibrated(cascade, calls if name == "json" else rows, args)
-        report["adaptive"][name] = {way: vars(depth) for way, depth in depths.items()}
+        depths = calibrate_depths(cascade, calls if name == "json" else rows, args)
+        report["adaptive"][name] = {arm: vars(depth) for arm, depth in depths.items()}
         arms = arms_of(cascade, depths, args, loops)
         try:
-            draft = cascade.calibrate_draft(given, max_new_tokens=args.new_tokens)
+            draft = cascade.calibrate_draft(examples, max_new_tokens=args.new_tokens)
             report["calibrated"][name] = vars(draft)
             arms["calibrated draft"] = partial(cascade.generate, **arms["plain"].keywords, strategy=draft)
         except DecodingError as error:
             report["calibrated"][name] = str(error)
         print(f"\n{name}, calibrated: {report['calibrated'][name]}")
-        table = race(arms, [torch.tensor([prompt]) for prompt in given], args.rounds)
+        table = race(arms, [torch.tensor([prompt]) for prompt in examples], args.rounds)
         for row in table:
             if loop := loops.get(row["arm"]):
                 row["acceptance"] = round(loop.accepted / max(1, loop.drafted), 3)

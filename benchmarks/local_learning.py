@@ -1,12 +1,13 @@
-"""PoE local learning against backpropagation: same base, text, tokens and rates; what each stage predicts, and memory.
+"""PoE local learning against backpropagation: loss of every stage, speed and memory.
 
     python benchmarks/local_learning.py --data "text=FILES" [--recipe text --steps 400 --out runs/bench/local_learning]
 
-Each arm is a process of its own, `poe-train base`, and leaves its base in OUT/ARM; an arm whose base is there is not
-trained again. Reported: validation bits per byte at every boundary, tokens per second; and, from a process that does
-nothing else, how far forward and backward passes over one batch of `--tokens` random tokens raise resident memory (the
-run's own peak is that of preparing text). The limit: local learning reads the head once per stage instead of once, and
-saves what passes through one stage instead of all.
+Both arms have the same architecture, text, number of tokens and learning rates. Each arm runs `poe-train base` in a
+separate process and saves its base in OUT/ARM; if that folder has a training.json, the arm is not trained again. The
+benchmark reports validation bits per byte at every boundary and tokens per second. A separate process measures how much
+the forward and backward passes over one batch of `--tokens` random tokens raise peak resident memory, because the peak
+of a training run is in the preparation of text. The limit: local learning reads the head once per stage instead of
+once, and stores the activations of one stage instead of all.
 """
 
 import argparse
@@ -31,7 +32,7 @@ ARMS = ("local", "backprop")
 
 
 def train(arm: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Train one arm, or read what it left; returns its training.json."""
+    """Train one arm if its training.json is missing; return the content of training.json."""
     folder = args.out / arm
     if not (folder / "training.json").exists():
         command = [sys.executable, "-m", "poe.commands.train", "base", args.recipe, "--data", args.data]
@@ -43,14 +44,14 @@ def train(arm: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def memory(arm: str, args: argparse.Namespace) -> float:
-    """MiB by which learning from one batch raises the peak of a fresh process, its gradients included."""
+    """Return the MiB by which passes over one batch raise the peak memory of a new process, gradients included."""
     command = [sys.executable, __file__, "--data", "", "--recipe", args.recipe, "--tokens", str(args.tokens)]
-    said = subprocess.run([*command, "--measure", arm], check=True, capture_output=True, text=True).stdout
-    return float(said.split()[-1])
+    output = subprocess.run([*command, "--measure", arm], check=True, capture_output=True, text=True).stdout
+    return float(output.split()[-1])
 
 
 def measure(arm: str, args: argparse.Namespace) -> None:
-    """What the process of `memory` does."""
+    """Print the result of `memory`; this runs in the new process."""
     recipe = load_base_recipe(args.recipe)
     config = PoEConfig(
         vocab_size=recipe.vocab_size,
@@ -63,7 +64,7 @@ def measure(arm: str, args: argparse.Namespace) -> None:
     model = model.to(choose_dtype(recipe.dtype)).train()
     ids = torch.randint(0, recipe.vocab_size, (args.tokens // recipe.seq_len, recipe.seq_len))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for _ in range(2):  # the first one prepares, too
+    for _ in range(2):  # the first pass includes one-time allocations
         batch = Batch(ids, ids, torch.arange(recipe.seq_len).expand_as(ids))
         for hidden, weight, _ in StagePredictions(model, arm == "local").predictions(batch, learning=True):
             cross_entropy_sum(hidden, weight, batch.labels, logits_of(config)).backward()
@@ -71,7 +72,7 @@ def measure(arm: str, args: argparse.Namespace) -> None:
 
 
 def table(records: dict[str, dict[str, Any]]) -> str:
-    """One row per arm."""
+    """Return a Markdown table with one row per arm."""
     stages = len(records[ARMS[0]]["trajectory"][-1]["stage_bpb"])
     head = [*(f"stage {k + 1}" for k in range(stages)), "tokens/s", "MiB for a batch"]
     lines = [f"| val bpb | {' | '.join(head)} |", "|---|" + "---:|" * len(head)]

@@ -1,11 +1,11 @@
-"""Muon against AdamW for the matrices of a stage: equal tokens, the rate swept for both, several seeds.
+"""Muon against AdamW for the matrices of a stage: equal number of tokens, swept learning rates, several seeds.
 
     python benchmarks/optimizer_ablation.py --base FOLDER --data glaive=...,xlam=... [--steps 60 --seeds 0 1 2]
 
-Everything but the matrices' rule is the same: rows, head (AdamW), schedule, tokens. Every candidate is trained from the
-same cached hidden states. The rates are swept with the first seed; the best of each rule is then trained with the
-others. A seed decides the new weights, which rows are held out, and the order of the others, so rules are compared seed
-by seed. Muon with a momentum that rises from 0.85 takes Muon's best rate.
+Only the optimizer of the matrices differs; rows, head (AdamW), schedule and number of tokens are the same. All
+candidates train on the same cached hidden states. The first seed sweeps the learning rates; the other seeds train at
+the best rate of each optimizer. A seed sets the new weights, the held-out rows and the order of the training rows, so
+the optimizers are compared seed by seed. Muon with a momentum that rises from 0.85 uses the best rate of Muon.
 """
 
 import argparse
@@ -28,8 +28,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def trained(args: argparse.Namespace, name: str, rates: list[float], seed: int) -> dict[float, float]:
-    """Val bits per byte by rate."""
+def train_with_rates(args: argparse.Namespace, name: str, rates: list[float], seed: int) -> dict[float, float]:
+    """Train with every rate; return the validation bits per byte by rate."""
     plan = Recipe(
         name="ablation",
         data=args.data,
@@ -59,21 +59,21 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("runs/bench/optimizer_ablation.json"))
     args = parser.parse_args()
     args.json.parent.mkdir(parents=True, exist_ok=True)
-    found: dict[str, Any] = {"steps": args.steps, "tokens_per_step": args.tokens_per_step, "rules": {}}
+    report: dict[str, Any] = {"steps": args.steps, "tokens_per_step": args.tokens_per_step, "rules": {}}
     print(
         "| matrices | rate: val bpb, first seed | best rate | val bpb by seed | minus muon's |\n|---|---|---:|---|---:|"
     )
     for name in OPTIONS:
-        rates = [found["rules"]["muon"]["best_rate"]] if name == RISING else RATES[name]
-        swept = trained(args, name, rates, args.seeds[0])
+        rates = [report["rules"]["muon"]["best_rate"]] if name == RISING else RATES[name]
+        swept = train_with_rates(args, name, rates, args.seeds[0])
         best = min(swept, key=lambda rate: swept[rate])
-        values = [swept[best], *(trained(args, name, [best], seed)[best] for seed in args.seeds[1:])]
-        found["rules"][name] = {"swept": swept, "best_rate": best, "val_bpb": values}
-        args.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-        behind = [a - b for a, b in zip(values, found["rules"]["muon"]["val_bpb"], strict=True)]
+        values = [swept[best], *(train_with_rates(args, name, [best], seed)[best] for seed in args.seeds[1:])]
+        report["rules"][name] = {"swept": swept, "best_rate": best, "val_bpb": values}
+        args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        differences = [a - b for a, b in zip(values, report["rules"]["muon"]["val_bpb"], strict=True)]
         cells = ", ".join(f"{rate}: {bpb:.4f}" for rate, bpb in sorted(swept.items()))
         by_seed = ", ".join(f"{value:.4f}" for value in values)
-        mean, spread = statistics.mean(behind), (max(behind) - min(behind)) / 2
+        mean, spread = statistics.mean(differences), (max(differences) - min(differences)) / 2
         print(f"| {name} | {cells} | {best} | {by_seed} | {mean:+.4f} ±{spread:.4f} |", flush=True)
 
 

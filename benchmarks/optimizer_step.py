@@ -1,12 +1,12 @@
-"""Time of one optimizer step against torch's optimizers, and of two processes against one: JSON and two tables.
+"""Time of one optimizer step against torch's optimizers, and of two processes against one.
 
     pip install -c constraints.txt -e .
     OMP_NUM_THREADS=2 python benchmarks/optimizer_step.py [--width 1024 --rounds 7]
 
-The first table takes the matrices of one layer and of four (attention 4 d^2, feed-forward 8 d^2: 12.6 M and 50.3 M
-parameters at width 1,024) and their norms, in fp32, with random gradients, in rotating rounds of one process. The
-second trains a small network with ZeRO-2 on two processes (gloo, half the threads each) and with one process on the
-same rows, and times the step over one layer and a dense head delta.
+The first table times the optimizers on the matrices and norms of one layer and of four layers (attention 4 d^2,
+feed-forward 8 d^2: 12.6 M and 50.3 M parameters at width 1,024), in fp32 with random gradients. In every round each
+optimizer takes one step. The second table compares ZeRO-2 on two processes (gloo, half the threads each) with one
+process: the losses of a small network on the same rows, and the time of a step on one layer and a dense head delta.
 """
 
 import argparse
@@ -34,7 +34,7 @@ PROCESSES = 2
 
 
 def parameters(width: int, layers: int, head: int = 0) -> Named:
-    """The parameters of `layers` layers, and of a head of `head` rows, each with a random gradient."""
+    """Return the parameters of `layers` layers and of a head with `head` rows, each with a random gradient."""
     generator = torch.Generator().manual_seed(0)
     shapes: dict[str, tuple[int, ...]] = {"head.weight": (head, width)} if head else {}
     for i in range(layers):
@@ -48,7 +48,7 @@ def parameters(width: int, layers: int, head: int = 0) -> Named:
 
 
 def peers(width: int, layers: int) -> dict[str, Callable[[], Any]]:
-    """The step of every optimizer, each over parameters of its own."""
+    """Return the step function of every optimizer; each has its own parameters."""
 
     def ours(dtype: torch.dtype) -> Callable[[], Any]:
         return build_optimizer(parameters(width, layers), width, iteration_dtype=dtype).step
@@ -71,11 +71,11 @@ def peers(width: int, layers: int) -> dict[str, Callable[[], Any]]:
     }
 
 
-def rotate(contestants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every contestant's step in every round; the first round warms up."""
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+def time_steps(optimizers: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Return the seconds of every optimizer's step in every round; the first round warms up and does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in optimizers}
     for round_number in range(rounds + 1):
-        for name, step in contestants.items():
+        for name, step in optimizers.items():
             started = time.perf_counter()
             step()
             if round_number:
@@ -88,7 +88,7 @@ def state_bytes(optimizer: MuonAdamW) -> int:
 
 
 class Network(nn.Module):
-    """Predicts the next of a row of tokens from one token: enough for a loss that falls."""
+    """A small network that predicts the next token from the current one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class Network(nn.Module):
 
 
 def trajectory(rank: int, ranks: int, group: dist.ProcessGroup | None) -> list[float]:
-    """Train on this rank's share of the rows of every step; return its share of every loss."""
+    """Train on the rows of this rank; return its part of the loss of every step."""
     net = Network()
     optimizer = build_optimizer(
         net.named_parameters(), 64, matrix_lr=0.02, iteration_dtype=torch.float32, process_group=group
@@ -116,8 +116,10 @@ def trajectory(rank: int, ranks: int, group: dist.ProcessGroup | None) -> list[f
     losses = []
     for step in range(STEPS):
         ids = torch.randint(0, 97, (8, 32), generator=torch.Generator().manual_seed(step)).sort(dim=1).values
-        mine = ids[rank::ranks]
-        summed = nn.functional.cross_entropy(net(mine[:, :-1]).flatten(0, 1), mine[:, 1:].flatten(), reduction="sum")
+        own_rows = ids[rank::ranks]
+        summed = nn.functional.cross_entropy(
+            net(own_rows[:, :-1]).flatten(0, 1), own_rows[:, 1:].flatten(), reduction="sum"
+        )
         loss = summed / ids[:, 1:].numel()
         optimizer.zero_grad()
         loss.backward()
@@ -127,8 +129,8 @@ def trajectory(rank: int, ranks: int, group: dist.ProcessGroup | None) -> list[f
     return losses
 
 
-def timed(args: argparse.Namespace, group: dist.ProcessGroup | None) -> dict[str, Any]:
-    """Seconds of the step, and of the traffic in it, over one layer and a dense head delta."""
+def time_optimizer_step(args: argparse.Namespace, group: dist.ProcessGroup | None) -> dict[str, Any]:
+    """Time the step and its communication on the parameters of one layer and a dense head delta, in seconds."""
     optimizer = build_optimizer(parameters(args.width, 1, args.vocab), args.width, process_group=group)
     total, traffic = [], []
     for _ in range(args.rounds + 1):
@@ -140,30 +142,30 @@ def timed(args: argparse.Namespace, group: dist.ProcessGroup | None) -> dict[str
         reduced = time.perf_counter()
         optimizer.step()
         total.append(time.perf_counter() - started)
-        if optimizer.shards is not None:  # again, alone: nothing is left to update
-            again = time.perf_counter()
+        if optimizer.shards is not None:  # gather once more to time it separately
+            gather_started = time.perf_counter()
             optimizer.shards.gather()
-            traffic.append(reduced - started + time.perf_counter() - again)
+            traffic.append(reduced - started + time.perf_counter() - gather_started)
     return {"step": total[1:], "traffic": traffic[1:], "state_bytes": state_bytes(optimizer)}
 
 
 def process(rank: int, port: int, folder: Path, args: argparse.Namespace) -> None:
     torch.set_num_threads(max(1, args.threads // PROCESSES))
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=PROCESSES)
-    record = {"losses": trajectory(rank, PROCESSES, dist.group.WORLD), **timed(args, dist.group.WORLD)}
+    record = {"losses": trajectory(rank, PROCESSES, dist.group.WORLD), **time_optimizer_step(args, dist.group.WORLD)}
     (folder / f"{rank}.json").write_text(json.dumps(record))
     dist.destroy_process_group()
-    gc.collect()  # gloo's threads end with the last holder of the group: before the interpreter does
+    gc.collect()  # free the last reference to the group, so that gloo's threads end before the interpreter
 
 
-def two_against_one(args: argparse.Namespace) -> dict[str, Any]:
+def compare_two_processes_with_one(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        with socket.socket() as server:
+            server.bind(("127.0.0.1", 0))
+            port = server.getsockname()[1]
         torch.multiprocessing.spawn(process, (port, Path(folder), args), nprocs=PROCESSES)
         shares = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(PROCESSES)]
-    one = {"losses": trajectory(0, 1, None), **timed(args, None)}
+    one = {"losses": trajectory(0, 1, None), **time_optimizer_step(args, None)}
     together = [sum(losses) for losses in zip(*(share["losses"] for share in shares), strict=True)]
     return {
         "loss_first_and_last": [one["losses"][0], one["losses"][-1]],
@@ -182,14 +184,14 @@ def main() -> None:
     args = parser.parse_args()
     args.threads = torch.get_num_threads()
     sizes = {layers: 12 * args.width**2 * layers for layers in (1, 4)}
-    seconds = {size: rotate(peers(args.width, layers), args.rounds) for layers, size in sizes.items()}
+    seconds = {size: time_steps(peers(args.width, layers), args.rounds) for layers, size in sizes.items()}
     result = {
         "shape": {k: v for k, v in vars(args).items() if k != "json"},
         "torch": torch.__version__,
         "cpus": os.cpu_count(),
         "default_iteration_dtype": str(choose_dtype("auto")),
         "seconds": seconds,
-        "two_processes": two_against_one(args),
+        "two_processes": compare_two_processes_with_one(args),
     }
     args.json.parent.mkdir(parents=True, exist_ok=True)
     args.json.write_text(json.dumps(result, indent=2) + "\n")
@@ -202,7 +204,7 @@ def main() -> None:
     print(f"| state bytes per process | {', '.join(f'{share:.3f}x' for share in two['state_share'])} |")
     print(f"| step of one process, ms | {two['step_ms']['one']:,.0f} |")
     print(f"| step of two, ms | {two['step_ms']['two']:,.0f} |")
-    print(f"| of which traffic, ms | {two['traffic_ms']:,.0f} |")
+    print(f"| of which communication, ms | {two['traffic_ms']:,.0f} |")
 
 
 if __name__ == "__main__":

@@ -1,20 +1,20 @@
-"""Ten rows over five specialists of one base: one routed batch, against five separate models and PEFT's mixed batch.
+"""One routed batch for several specialists of one base, against separate models and PEFT's mixed batch.
 
     pip install -c constraints.txt -e ".[bench]"
     python benchmarks/routing.py [--small] [--rows 10 --siblings 5 --stage-layers 4 --rounds 5]
 
-A random llama-shaped base; every row is a prompt for one of the specialists, left-padded, and gets the same number of
-new tokens greedily, through transformers' own `generate` with a cache. The arms:
+The base is a random Llama model. Every row is a left-padded prompt for one specialist. Every row gets the same number
+of new tokens from the `generate` method of transformers, greedily and with a cache. The arms:
 
-    routed        Cascade.generate(stage=[...]): one pass through the trunk, each row's own layers above it
-    shells        each specialist's model on its rows, one after the other; all share the base's tensors
-    full copies   the same, but every specialist is an ordinary checkpoint of its own (Cascade.export_native)
+    routed        Cascade.generate(stage=[...]): one pass of the batch through the trunk, then the layers of each stage
+    shells        the model of each specialist on its rows, one after another; all models share the base's tensors
+    full copies   like shells, but every specialist is a separate full checkpoint (Cascade.export_native)
     PEFT mixed    LoRA on all linear layers of the base, `generate(adapter_names=[...])`
-    base alone    all rows by the base: what routing cannot be faster than
+    base alone    all rows with the base alone; this is the limit of routing
 
-Tokens are checked before anything is timed: the routed rows must say what the separate models say. In every round
-each arm runs once, the order rotating; medians are reported, with the bytes of all distinct tensors that an arm holds.
-Where other programs share the cores, the CPU's time tells more than the clock.
+Before timing, the benchmark compares the tokens of routed rows and separate models; in float32 all must be equal. In
+every round each arm runs once; the order rotates. The table has medians, and the bytes of all distinct tensors of an
+arm. CPU time is more reliable than wall time if other programs use the same cores.
 """
 
 import argparse
@@ -39,7 +39,7 @@ LORA_RANK = 16
 
 
 def base_model(args: argparse.Namespace) -> LlamaForCausalLM:
-    """A random base; every call makes the same one."""
+    """Return a random base; every call returns the same weights."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=args.vocab,
@@ -51,7 +51,7 @@ def base_model(args: argparse.Namespace) -> LlamaForCausalLM:
         max_position_embeddings=4096,
         tie_word_embeddings=False,
     )
-    # Not cast after loading: that would round the rotary frequencies, which a checkpoint does not.
+    # Set the dtype at creation: a later cast would round the rotary frequencies, which loading a checkpoint does not.
     model: LlamaForCausalLM = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype))
     model.to(args.device).eval()
     model.generation_config.eos_token_id = None
@@ -59,8 +59,8 @@ def base_model(args: argparse.Namespace) -> LlamaForCausalLM:
     return model
 
 
-def shake(module: nn.Module, seed: int) -> None:
-    """Noise on every parameter, so that the specialists differ."""
+def add_noise(module: nn.Module, seed: int) -> None:
+    """Add noise to every parameter, so that the specialists differ."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -68,7 +68,7 @@ def shake(module: nn.Module, seed: int) -> None:
 
 
 class Arms:
-    """Every way to answer the same prompts."""
+    """All arms, with the prompts that every arm gets."""
 
     def __init__(self, args: argparse.Namespace, folder: Path) -> None:
         self.names = [f"s{i}" for i in range(args.siblings)]
@@ -76,12 +76,12 @@ class Arms:
         self.cascade = Cascade(base_model(args))
         for seed, name in enumerate(self.names):
             self.cascade.add_stage(StageConfig(name, args.stage_layers, head="low_rank", head_rank=64), seed=seed)
-            shake(self.cascade.stages[name], seed)
+            add_noise(self.cascade.stages[name], seed)
         self.full = {}
         for name in self.names:
             self.cascade.export_native(name, folder / name)
-            opened = AutoModelForCausalLM.from_pretrained(folder / name, dtype=getattr(torch, args.dtype))
-            self.full[name] = opened.to(args.device).eval()
+            model = AutoModelForCausalLM.from_pretrained(folder / name, dtype=getattr(torch, args.dtype))
+            self.full[name] = model.to(args.device).eval()
         self.lora = lora_model(args, self.names)
         generator = torch.Generator().manual_seed(1)
         ids = torch.randint(1, args.vocab, (args.rows, args.prompt), generator=generator)
@@ -92,23 +92,23 @@ class Arms:
         self.options = {"max_new_tokens": args.new_tokens, "do_sample": False}
         self.run: dict[str, Callable[[], Tensor]] = {
             "routed": lambda: self.cascade.generate(**self.inputs, **self.options, stage=self.stages),
-            "shells": lambda: self.one_by_one(self.cascade.model),
-            "full copies": lambda: self.one_by_one(self.full.__getitem__),
+            "shells": lambda: self.generate_one_by_one(self.cascade.model),
+            "full copies": lambda: self.generate_one_by_one(self.full.__getitem__),
             "PEFT mixed": lambda: self.lora.generate(**self.inputs, **self.options, adapter_names=self.stages),
             "base alone": lambda: self.cascade.generate(**self.inputs, **self.options, stage=None),
         }
 
-    def one_by_one(self, model: Callable[[str], Any]) -> Tensor:
-        """Every specialist answers its rows."""
-        said = {}
+    def generate_one_by_one(self, model: Callable[[str], Any]) -> Tensor:
+        """Generate the rows of each specialist with its model, one specialist after another."""
+        outputs = {}
         for name in self.names:
             rows = [row for row, stage in enumerate(self.stages) if stage == name]
             output = model(name).generate(**{key: x[rows] for key, x in self.inputs.items()}, **self.options)
-            said.update(zip(rows, output, strict=True))
-        return torch.stack([said[row] for row in range(len(self.stages))])
+            outputs.update(zip(rows, output, strict=True))
+        return torch.stack([outputs[row] for row in range(len(self.stages))])
 
-    def held(self, arm: str) -> int:
-        """The bytes of all tensors that an arm needs, folded heads among them."""
+    def tensor_bytes(self, arm: str) -> int:
+        """Return the bytes of all tensors of an arm, including folded heads."""
         shells = [self.cascade.model(name) for name in self.names]
         modules: dict[str, list[nn.Module]] = {
             "routed": shells,
@@ -121,7 +121,7 @@ class Arms:
 
 
 def lora_model(args: argparse.Namespace, names: list[str]) -> Any:
-    """The base with one LoRA for each specialist."""
+    """Return the base with one LoRA adapter per specialist."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=LORA_RANK, target_modules="all-linear")
@@ -130,13 +130,13 @@ def lora_model(args: argparse.Namespace, names: list[str]) -> Any:
         model.add_adapter(name, config)
     for seed, (path, module) in enumerate(model.named_modules()):
         if "lora_B." in path:
-            shake(module, seed)
+            add_noise(module, seed)
     return model.to(dtype=getattr(torch, args.dtype)).eval()
 
 
 @torch.no_grad()
 def tensor_bytes(modules: Iterable[nn.Module]) -> int:
-    """The bytes of all distinct storages of parameters, buffers and folded heads."""
+    """Return the bytes of all distinct storages of parameters, buffers and folded heads."""
     storages = {}
     for model in modules:
         folded = [m.weight for m in model.modules() if isinstance(m, FoldedHead)]
@@ -145,8 +145,8 @@ def tensor_bytes(modules: Iterable[nn.Module]) -> int:
     return sum(storages.values())
 
 
-def seconds(call: Callable[[], Tensor], device: str) -> tuple[float, float]:
-    """The wall time of one call, to the end of the device's work, and the CPU's time in it."""
+def time_call(call: Callable[[], Tensor], device: str) -> tuple[float, float]:
+    """Return the wall time and the CPU time of one call in seconds; wall time includes the work on the GPU."""
     started, used = time.perf_counter(), time.process_time()
     call()
     if device == "cuda":
@@ -156,7 +156,7 @@ def seconds(call: Callable[[], Tensor], device: str) -> tuple[float, float]:
 
 @torch.no_grad()
 def agreement(arms: Arms) -> float:
-    """The share of tokens in which the routed batch says what the full copies say (ties in bf16 may fall otherwise)."""
+    """Return the share of tokens that are equal in the routed batch and the full copies; bf16 ties may differ."""
     ours, theirs = arms.run["routed"](), arms.run["full copies"]()
     start = arms.inputs["input_ids"].shape[1]
     return float((ours[:, start:] == theirs[:, start:]).float().mean())
@@ -178,14 +178,16 @@ def main() -> None:
         arms = Arms(args, Path(scratch))
         agreed = agreement(arms)
         if args.dtype == "float32" and agreed < 1.0:
-            raise SystemExit(f"Routed rows say something else than the separate models: {agreed:.1%} of tokens agree.")
+            raise SystemExit(
+                f"Expected routed rows and separate models to generate equal tokens, but only {agreed:.1%} are equal."
+            )
         names = list(arms.run)
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
         for name in names:
-            seconds(arms.run[name], args.device)  # first calls fold heads and fill caches
+            time_call(arms.run[name], args.device)  # the first call folds heads and fills caches
         for turn in range(args.rounds):
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
-                times[name].append(seconds(arms.run[name], args.device))
+                times[name].append(time_call(arms.run[name], args.device))
     tokens = args.rows * args.new_tokens
     wall, cpu = ({name: statistics.median(t[i] for t in times[name]) for name in names} for i in range(2))
     rows = [
@@ -195,7 +197,7 @@ def main() -> None:
             "tokens_per_cpu_s": round(tokens / cpu[name], 1),
             "routed_is_faster_by": round(wall[name] / wall["routed"], 2),
             "by_cpu_time": round(cpu[name] / cpu["routed"], 2),
-            "tensor_mib": round(arms.held(name) / 2**20, 1),
+            "tensor_mib": round(arms.tensor_bytes(name) / 2**20, 1),
         }
         for name in names
     ]

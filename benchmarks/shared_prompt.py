@@ -1,12 +1,13 @@
-"""Several specialists answer one prompt: forks over one prefilled cache beside LoRA adapters of PEFT, in the same run.
+"""Several specialists answer one prompt: forks with one shared cache of the prompt, against LoRA adapters of PEFT.
 
     pip install -c constraints.txt -e ".[bench]"
     python benchmarks/shared_prompt.py --base FOLDER [--specialists 4] [--tokens 1500]
 
-A fork that is active on the answer starts from the keys and values that the base left of the prompt, so the prompt is
-read once for all. A LoRA adapter changes them, so each adapter reads the prompt itself. Reported are the seconds to the
-first token of every specialist, the seconds of all of them, and the bytes of the prompt's keys and values.
-Weights are random: the time does not depend on them. Medians of `--rounds` rounds, alternating.
+A fork that is active on the answer uses the base's keys and values of the prompt, so one prefill serves all forks. A
+LoRA adapter changes the keys and values, so each adapter needs its own prefill. The benchmark reports the seconds until
+the first token of each specialist, the seconds for all specialists, and the bytes of the keys and values of the prompt.
+The tokens are random and the specialists untrained; the time does not depend on them. Times are medians over `--rounds`
+rounds, and each arm runs once per round.
 """
 
 import argparse
@@ -30,7 +31,7 @@ def cache_bytes(cache: DynamicCache) -> int:
 
 
 def forks(base: str, dtype: str, count: int) -> Callable[[torch.Tensor], dict[str, Any]]:
-    """Return a run of `count` forks that answer over one cache."""
+    """Return a function that prefills a prompt once and generates a token with each of `count` forks."""
     cascade = Cascade.from_pretrained(base, dtype=dtype)
     for index in range(count):
         name = f"s{index}"
@@ -47,7 +48,7 @@ def forks(base: str, dtype: str, count: int) -> Callable[[torch.Tensor], dict[st
             options = {"past_key_values": prompt, "max_new_tokens": 1, "do_sample": False, "pad_token_id": 0}
             cascade.generate(input_ids=ids, stage=f"s{index}", **options)
             times.append(time.perf_counter() - started)
-            # What the specialist added goes: the next one starts from the same prompt.
+            # Remove the entries of this specialist, so that the cache holds only the prompt.
             prompt.crop(ids.shape[1] - 1 - prompt.get_seq_length())
         return {"first_tokens_s": times, "cache_bytes": cache_bytes(prompt)}
 
@@ -55,7 +56,7 @@ def forks(base: str, dtype: str, count: int) -> Callable[[torch.Tensor], dict[st
 
 
 def adapters(base: str, dtype: str, count: int) -> Callable[[torch.Tensor], dict[str, Any]]:
-    """Return a run of `count` LoRA adapters on all linear layers, each of which reads the prompt itself."""
+    """Return a function that prefills a prompt and generates a token with each of `count` LoRA adapters."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -64,15 +65,15 @@ def adapters(base: str, dtype: str, count: int) -> Callable[[torch.Tensor], dict
         model.add_adapter(f"s{index}", config)
 
     def run(ids: torch.Tensor) -> dict[str, Any]:
-        started, times, held = time.perf_counter(), [], 0
+        started, times, total_bytes = time.perf_counter(), [], 0
         for index in range(count):
             model.set_adapter(f"s{index}")
             cache = DynamicCache(config=model.config)
             options = {"past_key_values": cache, "max_new_tokens": 1, "do_sample": False, "pad_token_id": 0}
             model.generate(input_ids=ids, **options)
             times.append(time.perf_counter() - started)
-            held += cache_bytes(cache)
-        return {"first_tokens_s": times, "cache_bytes": held}
+            total_bytes += cache_bytes(cache)
+        return {"first_tokens_s": times, "cache_bytes": total_bytes}
 
     return run
 
@@ -93,7 +94,7 @@ def main() -> None:
     for number in range(args.rounds + 1):
         for name, run in runs.items():
             result = run(ids)
-            if number:  # the first round prepares
+            if number:  # the first round warms up
                 rounds[name].append(result)
     rows = {}
     for name, results in rounds.items():

@@ -1,12 +1,13 @@
-"""Ten specialists on one base: memory and the time to attach them, against ten full models and ten PEFT adapters.
+"""Memory and load time of ten specialists on one base, against ten full models and ten PEFT adapters.
 
     pip install -c constraints.txt -e ".[bench]"
     python benchmarks/siblings.py [--siblings 10 --layers 12 --width 512 --vocab 16384 --stage-layers 4 --rounds 3]
 
-A random qwen3-shaped base in bf16, and every specialist on disk in its own format. Each arm is a process of its own
-that opens what it needs, answers once with every specialist (so that mapped pages are in memory), and reports the
-bytes of all tensors that it holds, its resident memory, and the seconds for each specialist; arms take turns, and
-medians are reported. The limit: the bytes of one base and of all deltas, read once.
+The base is a random Qwen3 model in bf16. Every specialist is on disk in the format of each arm. Each arm runs in a
+separate process, which loads the base, attaches every specialist and runs one forward pass with each, so that mapped
+pages are in memory. It reports the bytes of all distinct tensors, resident memory, and the seconds to attach each
+specialist. In every round each arm runs once; the table has medians. The limit is one read of the base and of all
+deltas.
 """
 
 import argparse
@@ -36,7 +37,7 @@ ARMS = {
 
 
 def prepare(folder: Path, args: argparse.Namespace) -> None:
-    """Write the base and every specialist."""
+    """Write the base and every specialist to `folder`."""
     torch.manual_seed(0)
     base = Qwen3ForCausalLM(
         Qwen3Config(
@@ -70,24 +71,24 @@ def prepare(folder: Path, args: argparse.Namespace) -> None:
 
 
 def openers(arm: str, folder: Path) -> tuple[Callable[[], Any], Callable[[Any, int], Callable[..., Any]]]:
-    """Return how an arm opens its base, and how it attaches specialist `i` and gives something to call."""
+    """Return the function that loads the base of an arm, and the function that attaches a specialist and returns it."""
     kind = ARMS[arm]
 
-    def attach(held: Any, number: int) -> Callable[..., Any]:
+    def attach(loaded: Any, number: int) -> Callable[..., Any]:
         if kind == "full":
-            held.append(AutoModelForCausalLM.from_pretrained(folder / "full" / str(number)))
-            return held[-1]
+            loaded.append(AutoModelForCausalLM.from_pretrained(folder / "full" / str(number)))
+            return loaded[-1]
         if kind == "lora":
             from peft import PeftModel
 
-            if not isinstance(held[0], PeftModel):
-                held[0] = PeftModel.from_pretrained(held[0], folder / "lora" / "0", adapter_name="s0")
+            if not isinstance(loaded[0], PeftModel):
+                loaded[0] = PeftModel.from_pretrained(loaded[0], folder / "lora" / "0", adapter_name="s0")
             else:
-                held[0].load_adapter(folder / "lora" / str(number), adapter_name=f"s{number}")
-            held[0].set_adapter(f"s{number}")
-            return held[0]
-        held[0].load_stage(folder / kind / str(number), verify="verify=False" not in arm)
-        return held[0].model(f"s{number}")
+                loaded[0].load_adapter(folder / "lora" / str(number), adapter_name=f"s{number}")
+            loaded[0].set_adapter(f"s{number}")
+            return loaded[0]
+        loaded[0].load_stage(folder / kind / str(number), verify="verify=False" not in arm)
+        return loaded[0].model(f"s{number}")
 
     def base() -> Any:
         if kind == "full":
@@ -98,7 +99,7 @@ def openers(arm: str, folder: Path) -> tuple[Callable[[], Any], Callable[[Any, i
 
 
 def tensor_bytes(modules: Iterable[torch.nn.Module]) -> int:
-    """The bytes of all distinct storages of parameters and buffers."""
+    """Return the bytes of all distinct storages of parameters and buffers."""
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
         for module in modules
@@ -108,23 +109,23 @@ def tensor_bytes(modules: Iterable[torch.nn.Module]) -> int:
 
 
 def run_arm(arm: str, folder: Path, count: int) -> dict[str, Any]:
-    """Attach every specialist and answer once with each."""
+    """Attach every specialist and run one forward pass with each; return times and memory."""
     base, attach = openers(arm, folder)
     ids = torch.arange(1, 33)[None]
     before = resident()
     started = time.perf_counter()
-    held = base()
-    opened = time.perf_counter() - started
+    loaded = base()
+    open_seconds = time.perf_counter() - started
     seconds, models = [], []
     with torch.no_grad():
         for number in range(count):
             started = time.perf_counter()
-            model = attach(held, number)
+            model = attach(loaded, number)
             seconds.append(time.perf_counter() - started)
             model(input_ids=ids, use_cache=False)
             models.append(model)
     return {
-        "open_s": opened,
+        "open_s": open_seconds,
         "attach_s": seconds,
         "tensor_bytes": tensor_bytes({id(m): m for m in models}.values()),
         "resident_bytes": resident() - before,
@@ -132,7 +133,7 @@ def run_arm(arm: str, folder: Path, count: int) -> dict[str, Any]:
 
 
 def resident() -> int:
-    """The process's resident memory, bytes; its peak where the system does not tell the present."""
+    """Return the resident memory of this process in bytes, or its peak on systems without /proc."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     except OSError:

@@ -1,17 +1,18 @@
-"""Training speed, memory and artifact of a stage against its rivals, on a CPU in fp32.
+"""Training speed, memory and artifact size of a stage against other methods, on a CPU in fp32.
 
     pip install -c constraints.txt -e ".[bench]"
     python benchmarks/training_cpu.py [--shapes wide deep --rounds 5 --threads 2 --arms ...] --json runs/bench/cpu.json
 
-Two random Qwen3 shapes of width 384, batches of 4 x 512 random tokens with real labels everywhere. Every arm is a
-process of its own (so that its peak memory is its own), `--together` of them are alive at once beside the reference,
-PEFT's LoRA, and they take turns step by step (so that a disturbance hits all alike); medians are reported, of ratios
-too: those of steps of the same round. The ratio of processor seconds stands beside that of wall seconds: on a machine
-that does other work at the same time it is the steadier one (with one thread; waiting threads count as busy).
+The bases are two random Qwen3 models of width 384. Batches have 4 x 512 random tokens, and every position has a label.
+Every arm runs in a separate process, so that its peak memory is measured separately. `--together` arms run beside the
+reference, PEFT's LoRA. They take turns after every step, so that other load on the machine affects all arms equally.
+The table has medians; a ratio is the median of the ratios of steps in the same round. It has ratios of wall time and of
+CPU time. With one thread, the ratio of CPU time varies less on a machine with other load. With more threads, CPU time
+includes the time in which threads wait.
 
-The limit of an arm is arithmetic: the FLOPs that its matrix products and attention need (`arms.Cost`: for a stage
-`2 N_base + 6 (N_stage + N_head)` per token, plus attention) at the rate that a large matrix product reaches here,
-which takes its turns among the arms.
+The limit of an arm is calculated from the FLOPs of its matrix products and attention (`arms.Cost`: for a stage
+`2 N_base + 6 (N_stage + N_head)` per token, plus attention) and the measured rate of a large matrix product, which is
+one more process that takes turns with the arms.
 """
 
 import argparse
@@ -53,7 +54,7 @@ MATMUL = "a 2048 x 2048 matrix product"
 
 
 def child(name: str, shape: dict[str, int], batch: int, length: int, steps: int) -> None:
-    """Wait for a turn, take a step, say how long it took; `steps` times, then say how large everything was."""
+    """Take `steps` steps, each after a line on stdin; print the seconds of each step, and the sizes at the end."""
     import torch
 
     def peak() -> int:
@@ -70,11 +71,11 @@ def child(name: str, shape: dict[str, int], batch: int, length: int, steps: int)
         wall, cpu = time.perf_counter() - started[0], time.process_time() - started[1]
         print(json.dumps([wall, cpu]), flush=True)
 
-    for facts in contestant(name, shape, batch, length, steps, begin, end, torch):
+    for facts in run_arm(name, shape, batch, length, steps, begin, end, torch):
         print(json.dumps(facts | {"peak_rss": peak()}), flush=True)
 
 
-def contestant(
+def run_arm(
     name: str,
     shape: dict[str, int],
     batch: int,
@@ -84,7 +85,7 @@ def contestant(
     end: Callable[[], None],
     torch: Any,
 ) -> Iterator[dict[str, Any]]:
-    """Take the steps of an arm between `begin()` and `end()`, then yield its sizes."""
+    """Take the steps of an arm, with `begin()` before and `end()` after each step; then yield its sizes."""
     if name == MATMUL:
         a, b = torch.randn(2, 2048, 2048)
         for _ in range(steps):
@@ -126,7 +127,7 @@ def contestant(
 
 
 def measure(shape: dict[str, int], names: list[str], args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Start every arm, give each its turns, and collect seconds and sizes."""
+    """Run all arms, step by step in turns; return the seconds and sizes of each."""
     steps = args.rounds + args.warmup
     environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "MKL_NUM_THREADS": str(args.threads)}
     environment |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
@@ -142,16 +143,16 @@ def measure(shape: dict[str, int], names: list[str], args: argparse.Namespace) -
                 text=True,
                 env=environment,
             )
-        took: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+        durations: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
         for turn in range(steps):
             for name in names if turn % 2 else reversed(names):
-                _say(running[name])
-                wall, cpu = _hear(running[name], name)
+                _start_step(running[name])
+                wall, cpu = _read_result(running[name], name)
                 if turn >= args.warmup:
-                    took[name].append((wall, cpu))
+                    durations[name].append((wall, cpu))
         for name in names:
-            wall_seconds, cpu_seconds = (list(times) for times in zip(*took[name], strict=True))
-            facts[name] = _hear(running[name], name) | {"seconds": wall_seconds, "cpu_seconds": cpu_seconds}
+            wall_seconds, cpu_seconds = (list(times) for times in zip(*durations[name], strict=True))
+            facts[name] = _read_result(running[name], name) | {"seconds": wall_seconds, "cpu_seconds": cpu_seconds}
     finally:
         for process in running.values():
             process.kill()
@@ -159,24 +160,24 @@ def measure(shape: dict[str, int], names: list[str], args: argparse.Namespace) -
     return facts
 
 
-def _say(process: "subprocess.Popen[str]") -> None:
+def _start_step(process: "subprocess.Popen[str]") -> None:
     assert process.stdin is not None
     process.stdin.write("go\n")
     process.stdin.flush()
 
 
-def _hear(process: "subprocess.Popen[str]", name: str) -> Any:
+def _read_result(process: "subprocess.Popen[str]", name: str) -> Any:
     assert process.stdout is not None
     while line := process.stdout.readline():
         try:
             return json.loads(line)
-        except ValueError:  # what a library prints
+        except ValueError:  # output of a library
             continue
-    raise SystemExit(f"The arm {name!r} ended early; its messages are above.")
+    raise SystemExit(f"The arm {name!r} ended without a result. Its messages are above.")
 
 
 def summarize(facts: dict[str, dict[str, Any]], tokens: int) -> list[dict[str, Any]]:
-    """Medians, and how far each arm is from what its arithmetic allows."""
+    """Return the medians of every arm, and the share of its calculated limit that it reaches."""
     matmul = facts[MATMUL]
     rate, cpu_rate = (matmul["flops"] / statistics.median(matmul[kind]) for kind in ("seconds", "cpu_seconds"))
     reference = facts[REFERENCE]
@@ -184,7 +185,7 @@ def summarize(facts: dict[str, dict[str, Any]], tokens: int) -> list[dict[str, A
     for name, fact in facts.items():
         if name == MATMUL:
             continue
-        # Of every round the ratio to the reference in the same round: what disturbs one turn disturbs its neighbors.
+        # Compare steps of the same round: other load on the machine affects both.
         ratio, cpu_ratio = (
             round(statistics.median(r / s for r, s in zip(reference[kind], fact[kind], strict=True)), 2)
             for kind in ("seconds", "cpu_seconds")
@@ -258,15 +259,15 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--json", type=Path, default=Path("runs/bench/training_cpu.json"))
     args = parser.parse_args()
-    wanted = [n for n in ARMS if n == REFERENCE or not args.arms or any(text in n for text in args.arms)]
+    names = [n for n in ARMS if n == REFERENCE or not args.arms or any(text in n for text in args.arms)]
     results: dict[str, Any] = {"machine": machine(args.threads), "batch": [args.batch, args.length], "shapes": {}}
     args.json.parent.mkdir(parents=True, exist_ok=True)
-    rivals = [name for name in wanted if name != REFERENCE]
+    others = [name for name in names if name != REFERENCE]
     for key in args.shapes:
         rows: dict[str, dict[str, Any]] = {}
         seconds = []
-        for first in range(0, len(rivals), args.together):
-            facts = measure(SHAPES[key], [REFERENCE, *rivals[first : first + args.together], MATMUL], args)
+        for first in range(0, len(others), args.together):
+            facts = measure(SHAPES[key], [REFERENCE, *others[first : first + args.together], MATMUL], args)
             seconds.append({name: [fact["seconds"], fact["cpu_seconds"]] for name, fact in facts.items()})
             for row in summarize(facts, args.batch * args.length):
                 rows.setdefault(row["arm"], row)

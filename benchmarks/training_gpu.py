@@ -1,17 +1,18 @@
-"""Training speed, memory and MFU of a stage against its rivals, on one GPU in bf16: one command.
+"""Training speed, memory and MFU of a stage against other methods, on one GPU in bf16.
 
     pip install -c constraints.txt -e ".[bench]"
     python benchmarks/training_gpu.py                 # all shapes and arms, about an hour on an H100
-    python benchmarks/training_gpu.py --small         # tiny shapes on any machine, not compiled: every arm works
+    python benchmarks/training_gpu.py --small         # tiny shapes on any machine, not compiled: a test of the arms
 
-Shapes: a PoE base of depth 24 and width 1,536 (1.38 B parameters, 604 M of them value embeddings on alternating layers;
-full attention) and a random model in the shape of Qwen3-1.7B (tied), in rows of 2,048 random tokens with labels
-everywhere. Every arm and setting is a process of its own, which doubles the rows of a step until memory is full and
-keeps the fastest; TRL with LoRA is tried with and without gradient checkpointing and torch.compile. MFU counts the
-FLOPs that the arm really needs (`arms.Cost`: no backward pass of a base that needs none, no recomputation), against
-the device's dense bf16 peak, or, of a device not in the table, the rate of a large matrix product.
+The bases are a random PoE model of depth 24 and width 1,536 (1.38 B parameters, 604 M of them value embeddings on
+alternating layers; full attention) and a random model in the shape of Qwen3-1.7B (tied). Rows have 2,048 random tokens,
+and every position has a label. Every arm and setting runs in a separate process. It doubles the rows per step until
+memory is full; the table has the fastest number of rows. TRL with LoRA runs with and without gradient checkpointing and
+torch.compile. MFU counts the FLOPs that the method needs (`arms.Cost`), without recomputation and without a backward
+pass that the method does not need. It divides them by the dense bf16 peak of the device, or by the rate of a large
+matrix product if the device is not in the table.
 
-Results: JSON, a Markdown table, and for the fastest setting of each arm the kernels in which its time goes.
+The output is JSON, a Markdown table, and for each arm except TRL a profile of its slowest kernels.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-PEAKS = {  # dense bf16 FLOP/s with fp32 accumulation, from the vendor's data sheets; the first name that fits counts
+PEAKS = {  # dense bf16 FLOP/s with fp32 accumulation, from the vendor's data sheets; the first matching name is used
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
     "H100": 989e12,
@@ -71,19 +72,19 @@ ARMS: dict[str, tuple[str, list[tuple[bool, bool]]]] = {  # name -> (kind, [(com
 REFERENCE = "LoRA r16, TRL SFTTrainer"
 
 
-def child(name: str, shape: str, compiled: bool, checkpointing: bool, given: dict[str, Any]) -> None:
-    """Measure one arm at one setting, with more and more rows; print a line of JSON for every number of rows."""
+def child(name: str, shape: str, compiled: bool, checkpointing: bool, options: dict[str, Any]) -> None:
+    """Measure one arm at one setting with increasing numbers of rows; print a line of JSON for every number of rows."""
     import arms
     import torch
 
     kind, fields = SHAPES[shape]
-    device = given["device"]
+    device = options["device"]
     settings = arms.Settings(
-        stage_layers=given["stage_layers"],
-        last_layers=given["stage_layers"],
+        stage_layers=options["stage_layers"],
+        last_layers=options["stage_layers"],
         device=device,
         bf16=True,
-        compile=given["backend"] if compiled else None,
+        compile=options["backend"] if compiled else None,
         checkpointing=checkpointing,
         chunked=ARMS[name][0] == "lora",
     )
@@ -93,11 +94,11 @@ def child(name: str, shape: str, compiled: bool, checkpointing: bool, given: dic
             return arms.qwen3(**fields) if kind == "qwen3" else poe_base(**fields)
 
     measure = measure_trl if ARMS[name][0] == "trl" else measure_arm
-    measure(ARMS[name][0], make_base, fields["vocab"], settings, given, Clock(device))
+    measure(ARMS[name][0], make_base, fields["vocab"], settings, options, Clock(device))
 
 
 def poe_base(layers: int, width: int, vocab: int) -> Any:
-    """A random PoE base with value embeddings on every other layer, the last one included."""
+    """Return a random PoE base with value embeddings on every second layer, including the last."""
     import torch
 
     from poe.modeling.modeling_poe import PoEConfig, PoEForCausalLM
@@ -116,7 +117,7 @@ def poe_base(layers: int, width: int, vocab: int) -> Any:
 
 
 class Clock:
-    """Seconds and peak memory of steps on a device that computes while the program runs on."""
+    """Measures the seconds and peak memory of steps; synchronizes with a GPU before each reading."""
 
     def __init__(self, device: str) -> None:
         import torch
@@ -146,62 +147,64 @@ class Clock:
         return self.cuda.max_memory_allocated() if self.cuda else 0
 
 
-def row_counts(given: dict[str, Any]) -> list[int]:
-    return [1 << n for n in range(given["max_rows"].bit_length()) if 1 << n <= given["max_rows"]]
+def row_counts(options: dict[str, Any]) -> list[int]:
+    return [1 << n for n in range(options["max_rows"].bit_length()) if 1 << n <= options["max_rows"]]
 
 
-def report(sizes: dict[str, Any], rows: int, given: dict[str, Any], clock: Clock) -> None:
-    seconds = statistics.median(clock.seconds[given["warmup"] :])
-    speed = rows * given["length"] / seconds
+def report(sizes: dict[str, Any], rows: int, options: dict[str, Any], clock: Clock) -> None:
+    seconds = statistics.median(clock.seconds[options["warmup"] :])
+    speed = rows * options["length"] / seconds
     print(json.dumps({**sizes, "rows": rows, "tokens_per_s": speed, "peak_bytes": clock.peak()}), flush=True)
 
 
-def measure_arm(kind: str, make_base: Callable[[], Any], vocab: int, s: Any, given: Any, clock: Clock) -> None:
+def measure_arm(kind: str, make_base: Callable[[], Any], vocab: int, s: Any, options: Any, clock: Clock) -> None:
     import arms
     import torch
 
     builders = {"full": arms.full, "lora": arms.lora, "last": arms.last_layers}
     if kind in builders:
-        arm = builders[kind](make_base, given["length"], s)
+        arm = builders[kind](make_base, options["length"], s)
     else:
-        arm = arms.stage(make_base, given["length"], s, head=kind.split()[0], cached=kind.endswith("cached"))
+        arm = arms.stage(make_base, options["length"], s, head=kind.split()[0], cached=kind.endswith("cached"))
     fastest: tuple[float, Any] = (0.0, None)
-    for rows in row_counts(given):
-        batch = arms.Batch(*(t.to(given["device"]) for t in arms.random_batch(vocab, rows, given["length"])))
+    for rows in row_counts(options):
+        batch = arms.Batch(*(t.to(options["device"]) for t in arms.random_batch(vocab, rows, options["length"])))
         try:
             clock.reset()
-            for _ in range(given["warmup"] + given["steps"]):
+            for _ in range(options["warmup"] + options["steps"]):
                 clock.begin()
                 arm.step(batch)
                 clock.end()
         except torch.OutOfMemoryError:
             arm.optimizer.zero_grad(set_to_none=True)
             break
-        report(arm.sizes(), rows, given, clock)
-        fastest = max(fastest, (rows / statistics.median(clock.seconds[given["warmup"] :]), batch), key=lambda f: f[0])
-    if given["profile"] and fastest[1] is not None:
+        report(arm.sizes(), rows, options, clock)
+        fastest = max(
+            fastest, (rows / statistics.median(clock.seconds[options["warmup"] :]), batch), key=lambda f: f[0]
+        )
+    if options["profile"] and fastest[1] is not None:
         clock.reset()
-        print(json.dumps({"profile": profile(lambda: arm.step(fastest[1]), given["device"])}), flush=True)
+        print(json.dumps({"profile": profile(lambda: arm.step(fastest[1]), options["device"])}), flush=True)
 
 
-def measure_trl(kind: str, make_base: Callable[[], Any], vocab: int, s: Any, given: Any, clock: Clock) -> None:
+def measure_trl(kind: str, make_base: Callable[[], Any], vocab: int, s: Any, options: Any, clock: Clock) -> None:
     import arms
     import torch
     import trl_arm
 
-    for rows in row_counts(given):
-        ids = arms.random_batch(vocab, rows, given["length"]).input_ids
+    for rows in row_counts(options):
+        ids = arms.random_batch(vocab, rows, options["length"]).input_ids
         watch = trl_arm.Watch(clock.begin, clock.end)
         try:
             clock.reset()
-            sizes = trl_arm.trl_lora(make_base, ids, s, given["warmup"] + given["steps"], watch)
+            sizes = trl_arm.trl_lora(make_base, ids, s, options["warmup"] + options["steps"], watch)
         except torch.OutOfMemoryError:
             break
-        report(sizes, rows, given, clock)
+        report(sizes, rows, options, clock)
 
 
 def profile(step: Callable[[], Any], device: str) -> str:
-    """Where the time of two steps goes: the kernels with the most of it."""
+    """Profile two steps; return a table of the kernels that take the most time."""
     from torch.profiler import ProfilerActivity, profile
 
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
@@ -212,8 +215,8 @@ def profile(step: Callable[[], Any], device: str) -> str:
     return str(recorded.key_averages().table(sort_by=by, row_limit=25, max_name_column_width=80))
 
 
-def run_child(name: str, shape: str, compiled: bool, checkpointing: bool, given: dict[str, Any]) -> dict[str, Any]:
-    task = json.dumps([name, shape, compiled, checkpointing, given])
+def run_child(name: str, shape: str, compiled: bool, checkpointing: bool, options: dict[str, Any]) -> dict[str, Any]:
+    task = json.dumps([name, shape, compiled, checkpointing, options])
     done = subprocess.run(
         [sys.executable, __file__, "--child", task],
         capture_output=True,
@@ -222,22 +225,22 @@ def run_child(name: str, shape: str, compiled: bool, checkpointing: bool, given:
         check=False,
     )
     points: list[dict[str, Any]] = []
-    found: dict[str, Any] = {"compile": compiled, "checkpointing": checkpointing, "points": points}
+    outcome: dict[str, Any] = {"compile": compiled, "checkpointing": checkpointing, "points": points}
     for line in done.stdout.splitlines():
         if line.startswith("{") and line.endswith("}"):
             try:
-                said = json.loads(line)
-            except ValueError:  # what a library prints
+                record = json.loads(line)
+            except ValueError:  # output of a library
                 continue
-            found.update(said) if "profile" in said else points.append(said)
+            outcome.update(record) if "profile" in record else points.append(record)
     if done.returncode:
-        found["error"] = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+        outcome["error"] = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
         print(f"{name} on {shape}: {done.stderr[-3000:]}", file=sys.stderr)
-    return found
+    return outcome
 
 
 def device_facts(device: str) -> dict[str, Any]:
-    """The device, its peak, and the rate of a large bf16 matrix product on it."""
+    """Return the name of the device, its peak FLOP/s, and its measured rate on a large bf16 matrix product."""
     import torch
 
     size = 8192 if device == "cuda" else 1024
@@ -249,7 +252,7 @@ def device_facts(device: str) -> dict[str, Any]:
         clock.end()
     measured = 2 * size**3 / statistics.median(clock.seconds[2:])
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-    peak = next((rate for known, rate in PEAKS.items() if known in name), None)
+    peak = next((rate for device_name, rate in PEAKS.items() if device_name in name), None)
     return {
         "device": name,
         "peak": peak or measured,
@@ -260,7 +263,7 @@ def device_facts(device: str) -> dict[str, Any]:
 
 
 def summarize(results: dict[str, list[dict[str, Any]]], peak: float) -> list[dict[str, Any]]:
-    """Of every arm the fastest setting and number of rows."""
+    """Return the results of every arm at its fastest setting and number of rows."""
     best = {}
     for name, settings in results.items():
         points = [(point, s) for s in settings for point in s["points"]]
@@ -279,7 +282,7 @@ def summarize(results: dict[str, list[dict[str, Any]]], peak: float) -> list[dic
                 "ratio": round(point["tokens_per_s"] / reference[0]["tokens_per_s"], 2) if reference else None,
                 "mfu": round(point["tokens_per_s"] * point["flops_per_token"] / peak, 4),
                 "peak_gib": round(point["peak_bytes"] / 2**30, 2),
-                # at the reference's own number of rows, or the nearest below it
+                # at the reference's number of rows
                 "memory_ratio": _memory_ratio(results[name], reference),
                 "trained": point["trained"],
                 "artifact_bytes": 2 * point["published"],
@@ -291,8 +294,8 @@ def summarize(results: dict[str, list[dict[str, Any]]], peak: float) -> list[dic
 def _memory_ratio(settings: list[dict[str, Any]], reference: Any) -> float | None:
     if reference is None or not reference[0]["peak_bytes"]:
         return None
-    wanted = reference[0]["rows"]
-    same = [p["peak_bytes"] for s in settings for p in s["points"] if p["rows"] == wanted]
+    row_count = reference[0]["rows"]
+    same = [p["peak_bytes"] for s in settings for p in s["points"] if p["rows"] == row_count]
     return round(min(same) / reference[0]["peak_bytes"], 2) if same else None
 
 
@@ -313,7 +316,7 @@ def main() -> None:
         child(*json.loads(sys.argv[2]))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--small", action="store_true", help="tiny shapes, on the CPU where there is no GPU")
+    parser.add_argument("--small", action="store_true", help="tiny shapes; runs on the CPU if there is no GPU")
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES))
     parser.add_argument("--arms", nargs="+", metavar="TEXT", help="only arms whose name contains one of these")
     numbers = {"length": 2048, "max_rows": 64, "stage_layers": 2, "steps": 8, "warmup": 3}
@@ -325,32 +328,32 @@ def main() -> None:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not args.small:
-        raise SystemExit("There is no GPU here: expected CUDA, or --small to see on this CPU that every arm works.")
-    given = {k: getattr(args, k) for k in numbers} | {"device": device, "backend": "inductor", "profile": True}
+        raise SystemExit("Expected a CUDA device, but found none. Use --small to test all arms on the CPU.")
+    options = {k: getattr(args, k) for k in numbers} | {"device": device, "backend": "inductor", "profile": True}
     if args.small:
-        given |= {"length": 64, "max_rows": 2, "steps": 2, "warmup": 1}
+        options |= {"length": 64, "max_rows": 2, "steps": 2, "warmup": 1}
     shapes = args.shapes or [key for key in SHAPES if key.startswith("small") == args.small]
     facts = device_facts(device)
-    result: dict[str, Any] = {"device": facts, "options": given, "shapes": {}}
+    result: dict[str, Any] = {"device": facts, "options": options, "shapes": {}}
     args.out.mkdir(parents=True, exist_ok=True)
     for shape in shapes:
-        found: dict[str, list[dict[str, Any]]] = {}
+        settings_by_arm: dict[str, list[dict[str, Any]]] = {}
         for name, (_, settings) in ARMS.items():
             if args.arms and name != REFERENCE and not any(text in name for text in args.arms):
                 continue
-            found[name] = []
+            settings_by_arm[name] = []
             for compiled, checkpointing in settings:
                 if compiled and args.small:
-                    continue  # it takes minutes on a CPU
-                one = run_child(name, shape, compiled, checkpointing, given)
-                if text := one.pop("profile", None):
+                    continue  # compiling takes minutes on a CPU
+                outcome = run_child(name, shape, compiled, checkpointing, options)
+                if text := outcome.pop("profile", None):
                     label = f"{shape}-{name.replace(', ', '-').replace(' ', '_')}{'-compiled' if compiled else ''}"
                     (args.out / f"{label}.profile.txt").write_text(text)
-                found[name].append(one)
-            rows = summarize(found, facts["peak"])
-            result["shapes"][shape] = {"fields": SHAPES[shape][1], "rows": rows, "settings": found}
+                settings_by_arm[name].append(outcome)
+            rows = summarize(settings_by_arm, facts["peak"])
+            result["shapes"][shape] = {"fields": SHAPES[shape][1], "rows": rows, "settings": settings_by_arm}
             (args.out / "results.json").write_text(json.dumps(result, indent=1) + "\n")
-        text = f"{shape} on {facts['device']}, rows of {given['length']}\n\n{table(rows)}\n"
+        text = f"{shape} on {facts['device']}, rows of {options['length']}\n\n{table(rows)}\n"
         (args.out / f"{shape}.md").write_text(text)
         print(f"\n{text}", flush=True)
 

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer with PEFT's LoRA, really training, for the benchmarks: its own loop, loss and settings."""
+"""An arm that trains PEFT's LoRA with the SFTTrainer of TRL, with its own loop, loss and settings."""
 
 import tempfile
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from trl import SFTConfig, SFTTrainer
 
 
 class Watch(TrainerCallback):
-    """Calls `begin()` before and `end()` after every optimizer step."""
+    """A callback that calls `begin()` before and `end()` after every optimizer step."""
 
     def __init__(self, begin: Callable[[], Any], end: Callable[[], Any]) -> None:
         self.begin, self.end = begin, end
@@ -25,7 +25,7 @@ class Watch(TrainerCallback):
 
 
 def trl_lora(make_base: MakeBase, ids: torch.Tensor, s: Settings, steps: int, watch: Watch) -> dict[str, Any]:
-    """Train `steps` steps on the rows `ids` (B, T), all of them in every step, and return what the arm's size is."""
+    """Train for `steps` steps, each on all rows of `ids` (B, T); return the sizes of the arm."""
     base = make_base()
     base = base.to(s.device, torch.bfloat16) if s.bf16 else base.to(s.device)
     flops = Cost(base, ids.shape[1])
@@ -62,7 +62,7 @@ def trl_lora(make_base: MakeBase, ids: torch.Tensor, s: Settings, steps: int, wa
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
-    """SFTTrainer wants one; the rows are token ids already."""
+    """Return a placeholder tokenizer: SFTTrainer requires one, although the rows are token ids."""
     from tokenizers import Tokenizer, models
 
     words = {"<pad>": 0, "<eos>": 1}
