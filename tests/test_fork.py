@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from conftest import BASES, EXEMPLARS, RECURRENT, mostly_slow, scramble, tiny_base, token_ids
 from poe import Cascade, StageConfig
-from poe.errors import DeltaError, FamilyError, PoEError, StageError
+from poe.decoding import SelfSpeculation
+from poe.errors import DecodingError, DeltaError, FamilyError, PoEError, StageError
 from poe.modeling.answer_boundary import AnswerBoundary
 from poe.modeling.boundary import Boundary
 from poe.modeling.families import logits_of
@@ -317,6 +318,35 @@ def test_gradients_reach_every_layer_of_a_fork_below_its_parent(flat_base: str) 
     cascade(input_ids=token_ids(), labels=token_ids()).loss.backward()
     assert all(p.grad is not None for p in stage.parameters())
     assert all(p.grad is None for p in [*cascade.base.parameters(), *cascade.stages["f"].parameters()])
+
+
+def test_what_cuts_a_model_refuses_a_fork_that_is_active_on_the_answer() -> None:
+    """These would run the fork on the prompt, too, and answer differently without a word."""
+    cascade, ids, draft = forked(active="answer"), token_ids()[:1], SelfSpeculation(1)
+    cascade.add_stage(StageConfig("above", 1, parent="f"))
+    for name in ("f", "above"):
+        for decode in (
+            lambda name=name: cascade.generate(
+                input_ids=ids, stage=name, strategy=SelfSpeculation(1), max_new_tokens=2
+            ),
+            lambda name=name: cascade.calibrate_draft([ids[0].tolist()], stage=name),
+            lambda name=name: cascade.calibrate_depth([ids[0].tolist()] * 4, stage=name),
+        ):
+            with pytest.raises(DecodingError, match="active on the answer"):
+                decode()
+    for choose in (
+        lambda: cascade.route(ids),
+        lambda: cascade.generate(input_ids=ids, stage="auto", max_new_tokens=2),
+    ):
+        with pytest.raises(DecodingError, match="name a stage for each row"):
+            choose()
+
+
+def test_a_fork_of_all_tokens_drafts_as_it_decodes(flat_base: str) -> None:
+    cascade, ids = forked(flat_base), token_ids()[:1]
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    drafted = cascade.generate(input_ids=ids, strategy=SelfSpeculation(1), **options)
+    assert torch.equal(drafted, cascade.generate(input_ids=ids, **options))
 
 
 def test_auto_attaches_at_a_layer_that_copies() -> None:

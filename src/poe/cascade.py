@@ -346,9 +346,15 @@ class Cascade:
         """Return the most likely stage of each prompt (B, T), among all stages and the base, and every score.
 
         A score is the mean log-probability of the prompt's tokens. All stages share one pass through the base, and the
-        base wins a tie.
+        base wins a tie. Raises `DecodingError` with a fork that is active on the answer: it does not read prompts.
         """
         experts = [self.expert(name) for name in (None, *self.stages)]
+        readers = [stage.name for stage in self.stages.values() if not stage.reads_prompt]
+        if readers:
+            raise DecodingError(
+                f"Routing compares how stages read the prompt, and the base reads it for {', '.join(readers)} "
+                "(active='answer'): name a stage for each row."
+            )
         routing: Routing = build_branched_model(self.base, experts, RoutedModel).route(input_ids, attention_mask)
         return routing
 

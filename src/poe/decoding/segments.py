@@ -42,6 +42,11 @@ class Segment:
                 f"A base of model type {base.config.model_type!r} is recurrent: its layers run in every cycle, so it "
                 "cannot be cut into segments. Expected a base that runs each layer once: leave out strategy=."
             )
+        if stage is not None and not stage.reads_prompt:
+            raise DecodingError(
+                f"Stage {stage.name!r} is active on the answer alone, and the parts of a cut model cannot follow that: "
+                "leave out strategy=."
+            )
         attached, above = _list_layers(base, stage)
         depth = attached + len(above)
         if not 0 <= start < end <= depth:

@@ -58,6 +58,11 @@ class Stage(nn.Module):
         return self._parent[0]
 
     @property
+    def reads_prompt(self) -> bool:
+        """Whether the stage and all below it act on the prompt, not on the answer alone."""
+        return all(link.config.active == "all" for link in self.chain)
+
+    @property
     def depth(self) -> int:
         """How many layers the model has that ends in this stage."""
         return self.below + len(self.layers)

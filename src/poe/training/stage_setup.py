@@ -31,12 +31,15 @@ def shard_and_report(cascade: Cascade, world: World, progress: Progress) -> None
     )
 
 
-def report_copying_layers(cascade: Cascade, stage: Stage, progress: Progress) -> None:
-    """Report where a fork begins, and warn if layers of the base that copy from the prompt lie below it."""
+def report_copying_layers(cascade: Cascade, stage: Stage, is_auto: bool, progress: Progress) -> None:
+    """Report where a fork begins, and warn if layers of the base that copy from the prompt lie below it.
+
+    With `is_auto` the fork begins at the lowest of these layers, and nothing is measured again.
+    """
     if stage.config.layers != "fork" or stage.parent is not None:
         return
     try:
-        lowest = find_copying_layer(cascade.base)
+        lowest = stage.below if is_auto else find_copying_layer(cascade.base)
     except StageError:  # a base that does not return its attention
         return
     depth = cascade.base.config.num_hidden_layers

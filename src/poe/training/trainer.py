@@ -155,7 +155,7 @@ def _grow_model(job: _Job, prepared: TrainingData, cleanup: ExitStack) -> _Grown
         cascade.add_stage(plan, seed=plan.seed, dtype=stage_dtype(plan.dtype, cascade.base))
     stage = cascade.stages[plan.name].requires_grad_(True)
     model = cascade.model(plan.name)
-    report_copying_layers(cascade, stage, job.context.progress)
+    report_copying_layers(cascade, stage, plan.attach_at == "auto", job.context.progress)
     if is_sharded:
         prefetch_layers(model, world)
     check_frozen_below(model, stage)
