@@ -326,9 +326,7 @@ def test_what_cuts_a_model_refuses_a_fork_that_is_active_on_the_answer() -> None
     cascade.add_stage(StageConfig("above", 1, parent="f"))
     for name in ("f", "above"):
         for decode in (
-            lambda name=name: cascade.generate(
-                input_ids=ids, stage=name, strategy=SelfSpeculation(1), max_new_tokens=2
-            ),
+            lambda name=name: cascade.generate(input_ids=ids, stage=name, strategy=draft, max_new_tokens=2),
             lambda name=name: cascade.calibrate_draft([ids[0].tolist()], stage=name),
             lambda name=name: cascade.calibrate_depth([ids[0].tolist()] * 4, stage=name),
         ):
