@@ -22,18 +22,19 @@ ROOT = SOURCE.parents[1]
 ROOMS: dict[str, set[str]] = {
     "modeling": set(),
     "errors": {"modeling"},
+    "files": {"modeling", "errors"},
     "calls": {"errors"},
     "demo": {"calls"},
-    "loaders": {"modeling", "errors"},
+    "loaders": {"files", "modeling", "errors"},
     "stages": {"calls", "modeling", "errors"},
-    "data": {"stages", "calls", "demo", "errors"},
-    "decoding": {"modeling", "errors"},
+    "data": {"files", "stages", "calls", "demo", "errors"},
+    "decoding": {"files", "modeling", "errors"},
     "cascade": {"loaders", "stages", "decoding", "modeling", "errors"},
-    "training": {"cascade", "data", "demo", "calls", "loaders", "stages", "decoding", "modeling", "errors"},
+    "training": {"files", "cascade", "data", "demo", "calls", "loaders", "stages", "decoding", "modeling", "errors"},
     "evaluation": {"training", "cascade", "data", "calls", "decoding", "modeling", "errors"},
     "commands": {
         *("evaluation", "training", "cascade", "data", "calls", "demo"),
-        *("loaders", "stages", "decoding", "modeling", "errors"),
+        *("loaders", "stages", "decoding", "files", "modeling", "errors"),
     },
 }
 MAX_LINES = 500

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from poe.errors import FingerprintError
-from poe.loaders.output import atomic_folder
+from poe.files.output import atomic_folder
 from poe.modeling.access import Access
 from poe.modeling.fingerprint import fingerprint_tensors
 from poe.modeling.lineage import BaseSource

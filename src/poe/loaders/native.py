@@ -16,8 +16,8 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
 from poe.errors import FamilyError, OutputError, StageError
+from poe.files.output import atomic_folder
 from poe.loaders.base import Base
-from poe.loaders.output import atomic_folder
 from poe.modeling.access import read_config
 from poe.modeling.families import family_of
 from poe.modeling.lineage import BaseSource

@@ -15,8 +15,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from poe.errors import FamilyError, SourceError
+from poe.files.output import atomic_folder
 from poe.loaders.base import Base
-from poe.loaders.output import atomic_folder
 from poe.modeling.families import family_of
 from poe.modeling.fork import ForkedLinear
 from poe.modeling.stage import Stage

@@ -13,9 +13,9 @@ from transformers import GenerationConfig
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from poe.errors import StageError
+from poe.files.output import atomic_folder
 from poe.loaders.base import Base
 from poe.loaders.card import example_prompt, notice, stage_card
-from poe.loaders.output import atomic_folder
 from poe.modeling import modeling_poe_stage
 from poe.modeling.access import Access, fetch, read_config
 from poe.modeling.delta_file import DELTA_NAME, as_stored, format_of, write_delta

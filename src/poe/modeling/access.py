@@ -11,6 +11,7 @@ from urllib.request import getproxies
 from transformers.utils.hub import cached_file
 
 from .failures import SourceError
+from .saves import finish_save
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ def fetch(repo: str, filename: str, access: Access, revision: str | None = None)
 
 def read_config(repo: str, access: Access, revision: str | None = None) -> tuple[dict[str, Any], str]:
     """Return a repository's config.json and its local path. Raises `SourceError` if it is missing or not JSON."""
+    finish_save(repo)
     path = fetch(repo, "config.json", access, revision)
     if path is None:
         raise SourceError(

@@ -1,0 +1,33 @@
+"""Finish a save that was stopped halfway, so that the files of a folder are always of one save."""
+
+import contextlib
+import os
+import shutil
+
+from .failures import SourceError
+
+COMPLETE_SAVE = ".poe-complete"  # a folder in a model's folder, with the files of a save on their way to their names
+
+
+def finish_save(folder: str | os.PathLike[str]) -> None:
+    """Move the files of a save that was complete on the disk, but was stopped while its files took their names.
+
+    Raises `SourceError` if they cannot be moved.
+    """
+    complete = os.path.join(folder, COMPLETE_SAVE)
+    if not os.path.isdir(complete):
+        return
+    try:
+        for where, _, names in os.walk(complete):
+            target = os.path.normpath(os.path.join(folder, os.path.relpath(where, complete)))
+            os.makedirs(target, exist_ok=True)
+            # Weights move last: once they are in place, the files that belong to them are there too.
+            for name in sorted(names, key=lambda name: name.endswith(".safetensors")):
+                with contextlib.suppress(FileNotFoundError):  # another process is finishing the same save
+                    os.replace(os.path.join(where, name), os.path.join(target, name))
+    except OSError as error:
+        raise SourceError(
+            f"{folder} holds a save that was interrupted, and it cannot be finished: {error.strerror}. Open the folder "
+            "once with permission to write there."
+        ) from error
+    shutil.rmtree(complete, ignore_errors=True)
