@@ -104,10 +104,13 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
             if place.is_dir() != path.is_dir() and place.exists():
                 raise OutputError(f"{place} is in the way: expected no {'folder' if place.is_dir() else 'file'} there.")
         flush(temporary)
-        temporary.rename(target / COMPLETE_SAVE)
-        flush(target, recursive=False)
-        finish_save(target)
-        flush(target, recursive=False)
+        try:
+            temporary.rename(target / COMPLETE_SAVE)
+            flush(target, recursive=False)
+        except OSError:
+            shutil.rmtree(target / COMPLETE_SAVE, ignore_errors=True)
+            raise
+        finish_save(target)  # from here on the save is complete, and a reader finishes it if this process cannot
 
 
 @contextlib.contextmanager
@@ -132,7 +135,6 @@ def atomic_file(path: Path) -> Iterator[Path]:
                 temporary.chmod(0o666 & ~_umask())
                 flush(temporary)
                 temporary.replace(path)
-            flush(path.parent, recursive=False)
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
