@@ -30,8 +30,9 @@ A model can be a base if its decoder layers run one after the other. The tests c
 
 ## Declared
 
-If a family has several types of layers, a new layer is of the full-attention type. If some of its layers have no
-rotary positions, a new layer has them. *Silent* are the modules that write nothing in a new layer: projections
+If a family has several types of layers (sliding windows, layers without rotary positions), new layers continue its
+pattern: a new layer is of the type that the family gives to a layer of its index. New layers of a PoE base have full
+attention. *Silent* are the modules that write nothing in a new layer: projections
 that start at zero or, if a norm follows the projection, that norm.
 
 hrm_text is recurrent: its layers run again in every cycle, and a stage's layers run once, after the last cycle.

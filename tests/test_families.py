@@ -189,17 +189,14 @@ def test_a_config_grows_in_all_its_lists(depth: int, below: int, count: int, ful
     types = ["full_attention" if index in full else "sliding_attention" for index in range(depth)]
     config = Qwen2Config(num_hidden_layers=depth, layer_types=types, max_window_layers=window)
     config.rotations, config.eos_token_id, config.architectures = tuple(range(depth)), [7] * depth, ["A"] * depth
-    family = Family("qwen2", per_layer={"more": 1})
-    config.more = [0] * depth
     before = config.to_dict()
-    total = below + count
-    result = grown_config(config, family, below, [None] * count)
-    kept, alike = min(below, depth), family.template_layer(config)
-    kind = "full_attention" if "full_attention" in types else "sliding_attention"
-    assert types[alike] == kind
-    assert result.layer_types == types[:kept] + [kind] * (total - kept)
-    assert result.rotations == tuple(range(kept)) + (alike,) * (total - kept)
-    assert result.more == [0] * kept + [1] * (total - kept)
+    total, kept = below + count, min(below, depth)
+    new = {"layer_types": "new", "rotations": -1}
+    result = grown_config(config, Family("qwen2"), below, [new] * (count - 1) + [depth - 1])
+    assert result.layer_types == types[:kept] + ["new"] * (total - kept - 1) + types[-1:] or count == 1
+    assert result.rotations[:kept] == tuple(range(kept))
+    assert result.rotations[-1] == depth - 1
+    assert len(result.rotations) == len(result.layer_types) == total
     assert (result.eos_token_id, result.architectures) == (config.eos_token_id, config.architectures)
     assert (result.max_window_layers >= total) == (window >= depth or window >= total)
     assert (result.num_hidden_layers, result.tie_word_embeddings) == (total, False)
@@ -208,14 +205,5 @@ def test_a_config_grows_in_all_its_lists(depth: int, below: int, count: int, ful
 
 def test_a_config_without_lists_grows_only_in_depth() -> None:
     config = LlamaConfig(num_hidden_layers=3)
-    grown_fields = grown_config(config, FAMILIES["llama"], 3, [None] * 2).to_dict()
+    grown_fields = grown_config(config, FAMILIES["llama"], 3, [{}] * 2).to_dict()
     assert {key for key, value in config.to_dict().items() if grown_fields[key] != value} == {"num_hidden_layers"}
-
-
-@pytest.mark.parametrize("name", ["qwen2-sliding", "smollm3", "gemma2-tied", "gemma3-tied"])
-def test_new_layers_are_of_the_full_type_with_positions(name: str) -> None:
-    model = grown(name).model("t")
-    assert model.config.layer_types[2:] == ["full_attention"] * 2
-    for layer in model.model.layers[2:]:
-        assert getattr(layer.self_attn, "sliding_window", None) is None
-        assert getattr(layer.self_attn, "use_rope", True)

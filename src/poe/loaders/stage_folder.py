@@ -20,6 +20,7 @@ from poe.modeling import modeling_poe_stage
 from poe.modeling.access import Access, fetch, read_config
 from poe.modeling.delta_file import DELTA_NAME, as_stored, format_of, write_delta
 from poe.modeling.fingerprint import fingerprint_tensors
+from poe.modeling.layer_pattern import pattern_fields
 from poe.modeling.stage import Stage
 
 ENTRY = "modeling_poe_stage"
@@ -143,6 +144,7 @@ def _build_config(
             "head_rank": stage.config.head_rank if stage.config.head == "low_rank" else None,
             "own_norm": False,
             **_fork_fields(stage),
+            **pattern_fields(base.model, stage.pattern),
             "dtype": str(dtype).removeprefix("torch."),
         },
         "parent": None if parent is None else {**parent, "repo": _relative_repo(parent["repo"], folder)},

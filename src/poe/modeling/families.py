@@ -24,11 +24,11 @@ class Family:
     `backbone` and `head` are children of the model, `layers` and `norm` of the backbone. `outputs` are paths in a
     decoder layer to the modules that write into the residual stream; they write zero in a new stage. They are
     projections, or the norms after them: below a norm a zero projection would be the identity only until its first
-    step, because the norm scales the smallest change to full size. A new layer is like the base's last layer of type
-    `layer_type`, or like its last layer without `config.layer_types`: it takes that layer's entry of each list in the
-    config that has one entry per layer, unless `per_layer` has the entry. A `recurrent` base runs its layers in every
-    cycle, and new ones once above the last cycle (recurrent.py); `layers` is then the list of the stack that ends a
-    cycle, and the config's `num_hidden_layers` counts runs of layers.
+    step, because the norm scales the smallest change to full size. New layers continue the pattern of the base's layers
+    (layer_pattern.py); where they do not, they are like its last layer of type `layer_type`. `per_layer` has entries
+    that every new layer takes, by the names of the config's lists with one entry per layer. A `recurrent` base runs its
+    layers in every cycle, and new ones once above the last cycle (recurrent.py); `layers` is then the list of the stack
+    that ends a cycle, and the config's `num_hidden_layers` counts runs of layers.
     """
 
     model_type: str
@@ -56,7 +56,7 @@ class Family:
         return model.get_submodule(self.head)
 
     def template_layer(self, config: PreTrainedConfig) -> int:
-        """Return the index of the base's layer that new layers are like."""
+        """Return the index of the base's layer that new layers are like where no pattern is continued."""
         types = list(getattr(config, "layer_types", None) or ())[: config.num_hidden_layers]
         alike = [index for index, kind in enumerate(types) if kind == self.layer_type]
         return alike[-1] if alike else config.num_hidden_layers - 1
@@ -76,10 +76,10 @@ FAMILIES: dict[str, Family] = {
         Family("nanochat", outputs=("self_attn.o_proj", "mlp.fc2")),
         Family("olmo2", outputs=_POST_NORMS),
         Family("phi3"),
-        Family("poe"),
+        Family("poe", per_layer={"layer_types": "full_attention"}),
         Family("qwen2"),
         Family("qwen3"),
-        Family("smollm3", per_layer={"no_rope_layers": 1}),  # 1 means rotary positions, 0 none
+        Family("smollm3"),
     )
 }
 
@@ -95,30 +95,28 @@ def family_of(base: PreTrainedModel) -> Family:
     return family
 
 
-def grown_config(config: PreTrainedConfig, family: Family, below: int, like: Sequence[int | None]) -> PreTrainedConfig:
-    """Return a copy of a base's config for `below` layers and those of `like` on top, with an untied head.
+def grown_config(
+    config: PreTrainedConfig, family: Family, below: int, above: Sequence[int | Mapping[str, Any]]
+) -> PreTrainedConfig:
+    """Return a copy of a base's config for `below` layers and those of `above` on top, with an untied head.
 
-    `like` has an entry for each layer on top: the index of the base's layer that it is a fork of, None for a new layer.
-
-    A smaller `below` than the base's depth skips layers; a larger one means layers of other stages in between, which
-    are like the new ones.
+    `above` describes each layer on top: the index of the base's layer that it is a fork of, or the entries of a new
+    layer in the config's lists (layer_pattern.py). A smaller `below` than the base's depth skips layers; a larger one
+    means layers of other stages in between, which are written as the first one on top.
     """
     grown = copy.deepcopy(config)
-    depth, total, template = config.num_hidden_layers, below + len(like), family.template_layer(config)
-    for name, values in _lists_per_layer(config, family).items():
+    depth, total = config.num_hidden_layers, below + len(above)
+    for name, values in lists_per_layer(config, family).items():
         kept = list(values[: min(below, depth)])
-        entry = family.per_layer.get(name, values[template])
-        between = [entry] * (below - len(kept))
-        above = [entry if index is None else values[index] for index in like]
-        setattr(grown, name, type(values)([*kept, *between, *above]))
-    if (getattr(config, "max_window_layers", None) or 0) >= depth:
-        # In the base no layer has a window; with more layers the same number would give one to the new layers.
-        grown.max_window_layers = max(config.max_window_layers, total)
+        entries = [values[layer] if isinstance(layer, int) else layer[name] for layer in above]
+        setattr(grown, name, type(values)([*kept, *entries[:1] * (below - len(kept)), *entries]))
+    for name, value in window_layers(config, total).items():
+        setattr(grown, name, value)
     if getattr(grown, "stage_layers", None):
         # A grown PoE base predicts only at its top. The head below the new layers is folded into theirs.
         grown.stage_layers, grown.stage_heads, grown.combiner = None, False, "last"
     backout = getattr(grown, "backout_layer", None) or 0
-    if backout >= below and list(like)[backout - below : backout - below + 1] != [backout]:
+    if backout >= below and list(above)[backout - below : backout - below + 1] != [backout]:
         grown.backout_layer = None  # that layer is skipped, and no fork replaces it
     grown.num_hidden_layers = total
     grown.tie_word_embeddings = False
@@ -153,7 +151,16 @@ def logits_of(config: PreTrainedConfig) -> Logits:
     return Logits(scale / divisor, getattr(config, "final_logit_softcapping", None))
 
 
-def _lists_per_layer(config: PreTrainedConfig, family: Family) -> dict[str, Any]:
+def window_layers(config: PreTrainedConfig, total: int) -> dict[str, int]:
+    """Return the field `max_window_layers` for `total` layers, if no layer of the base has a window.
+
+    With more layers the same number would give one to the new layers.
+    """
+    first = getattr(config, "max_window_layers", None) or 0
+    return {"max_window_layers": max(first, total)} if first >= config.num_hidden_layers else {}
+
+
+def lists_per_layer(config: PreTrainedConfig, family: Family) -> dict[str, Any]:
     """Return the config's lists that have one entry per layer, by name."""
     depth = config.num_hidden_layers
     named = {"layer_types", *family.per_layer}

@@ -5,7 +5,7 @@ that holds the base's modules and those layers on top. The base stays usable and
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,10 +20,17 @@ from .recurrent import GrownStack, disable_save_pretrained
 
 
 def build_layers(
-    base: PreTrainedModel, count: int, below: int, *, seed: int = 0, dtype: torch.dtype | None = None
+    base: PreTrainedModel,
+    below: int,
+    pattern: Sequence[Mapping[str, Any]],
+    *,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
 ) -> nn.ModuleList:
-    """Return `count` new decoder layers of the base's class, for the place above `below` layers.
+    """Return new decoder layers of the base's class, for the place above `below` layers.
 
+    `pattern` has the entries of each layer in the config's lists (layer_pattern.py); a layer keeps them as
+    `config_entries`.
     The family initializes them on the CPU from `seed`, so the values do not depend on the device. The modules
     that write into the residual stream then write zero, so the new layers are the identity. They are in `dtype`
     (default: the base's) on the device of the layer below them, in plain tensors without quantization or offloading.
@@ -31,17 +38,18 @@ def build_layers(
     family = family_of(base)
     base_layers = family.layers_of(base)
     layer_class = type(base_layers[min(family.template_layer(base.config), len(base_layers) - 1)])
-    config = grown_config(base.config, family, below, [None] * count)
+    config = grown_config(base.config, family, below, pattern)
     layers_config = _layers_config(base)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
         torch.manual_seed(seed)
-        layers = nn.ModuleList(layer_class(config, below + index) for index in range(count))
+        layers = nn.ModuleList(layer_class(config, below + index) for index in range(len(pattern)))
         for module in layers.modules():
             base._init_weights(module)
             if getattr(module, "config", None) is config:
                 # All layers share one config, so set_attn_implementation reaches each of them.
                 setattr(module, "config", layers_config)  # noqa: B010
-        for layer in layers:
+        for layer, entries in zip(layers, pattern, strict=True):
+            setattr(layer, "config_entries", dict(entries))  # noqa: B010
             for path in family.outputs:
                 _zero_output(layer.get_submodule(path))
     layers.to(device=device_of(base_layers[min(below, len(base_layers)) - 1]), dtype=dtype or base.dtype)
@@ -63,13 +71,13 @@ def build_shell(
     family = family_of(base)
     kept = family.layers_of(base)[:below]
     below = base.config.num_hidden_layers if below is None else below
+    above = [_describe_layer(layer) for layer in layers]
     with torch.device("meta"):
-        like = [getattr(layer, "base_index", None) for layer in layers]
-        model = type(base)(grown_config(base.config, family, below, like))
+        model = type(base)(grown_config(base.config, family, below, above))
     backbone, base_backbone = family.backbone_of(model), family.backbone_of(base)
     _install_output_hooks(base_backbone, backbone, family.layers, layers)
     child = family.layers.partition(".")[0]
-    _share_modules(base_backbone, backbone, {child})
+    _share_modules(base_backbone, backbone, {child, *_renew_rotary(base_backbone, backbone)})
     if family.recurrent:
         setattr(backbone, child, GrownStack(base_backbone.get_submodule(child), layers, base.config))
         disable_save_pretrained(model)
@@ -149,6 +157,12 @@ def _layers_config(base: PreTrainedModel) -> PreTrainedConfig:
     return base.config
 
 
+def _describe_layer(layer: nn.Module) -> int | Mapping[str, Any]:
+    """Return the index of the base's layer that a stage's layer is a fork of, or the entries of a new layer."""
+    index = getattr(layer, "base_index", None)
+    return index if isinstance(index, int) else getattr(layer, "config_entries")  # noqa: B009
+
+
 def _zero_output(module: nn.Module) -> None:
     """Make a module return zero: set its parameters to zero, or to -1 in a norm that multiplies by 1 + weight."""
     parameters = list(module.parameters(recurse=False))
@@ -173,6 +187,22 @@ def _share_modules(source: nn.Module, target: nn.Module, excluded: set[str]) -> 
             setattr(target, name, load_parameter(source, name))
     for name, buffer in source.named_buffers(recurse=False):
         setattr(target, name, buffer)
+
+
+def _renew_rotary(base_backbone: nn.Module, backbone: nn.Module) -> list[str]:
+    """Give `backbone` rotary positions of its own if it has types of layers that the base's lack; return their names.
+
+    They have no parameters, only frequencies that follow from the config.
+    """
+    renewed = []
+    for name, child in backbone.named_children():
+        kinds, known = getattr(child, "layer_types", ()), getattr(getattr(base_backbone, name), "layer_types", ())
+        if not set(kinds) <= set(known):
+            buffer = next(getattr(base_backbone, name).buffers())
+            with buffer.device:
+                setattr(backbone, name, type(child)(child.config))
+            renewed.append(name)
+    return renewed
 
 
 def _install_output_hooks(

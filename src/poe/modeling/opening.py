@@ -8,6 +8,7 @@ from .access import fetch
 from .delta_file import read_delta
 from .failures import DeltaError, SourceError, StageError
 from .families import FAMILIES
+from .layer_pattern import read_pattern
 from .lineage import BaseSource, Lineage
 from .modeling_poe import PoEConfig, PoEForCausalLM
 from .placement import load_head_into_memory
@@ -69,7 +70,10 @@ def load_stages(base: PreTrainedModel, lineage: Lineage, known: dict[str, Stage]
         stage = (known or {}).get(files.header.self_fingerprint)
         if stage is None:
             try:
-                stage = build_stage(base, files.stage_config(parent.name if parent else None), parent)
+                config = files.stage_config(parent.name if parent else None)
+                below = config.layers_below(base.config.num_hidden_layers if parent is None else parent.depth)
+                pattern = read_pattern(base, files.config["stage"], below) if config.layers == "new" else None
+                stage = build_stage(base, config, parent, pattern=pattern)
             except StageError as error:
                 raise DeltaError(f"config.json of {files.repo} does not fit its base: {error}") from error
             stage.load_delta(read_delta(files.delta_path, files.name))

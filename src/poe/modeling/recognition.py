@@ -18,6 +18,7 @@ from .failures import FamilyError
 from .families import FAMILIES, Family, family_of, grown_config, logits_of
 from .growth import build_layers, build_shell
 from .heads import FoldedHead
+from .layer_pattern import continue_pattern
 from .placement import device_of, quantization_of
 
 
@@ -90,7 +91,7 @@ def _run_trial(base: PreTrainedModel) -> None:
         family.model_type, backbone, layers, trace.norm(base), head, outputs=trace.outputs(base)
     )
     depth = len(family.layers_of(base))
-    new = build_layers(base, 1, depth)
+    new = build_layers(base, depth, continue_pattern(base, depth, 1))
     grown = build_shell(base, list(new), FoldedHead(family.head_of(base), [])).eval()
     if not torch.equal(_run_in_two_steps(grown, ids), expected):
         raise _family_error(
@@ -199,7 +200,7 @@ def _record(base: PreTrainedModel, family: Family) -> Iterator[_Trace]:
     trace, layers = _Trace(family), family.layers_of(base)
     template = family.template_layer(base.config)
     with torch.device("meta"):  # a quantized base has other classes where a new layer has nn.Linear
-        config = grown_config(base.config, family, len(layers), [None])
+        config = grown_config(base.config, family, len(layers), [template])
         new = type(layers[template])(config, template)
         linear = [name for name, module in new.named_modules() if isinstance(module, nn.Linear)]
         norms = [name for name, child in new.named_children() if [p.dim() for p in child.parameters()] in ([1], [1, 1])]

@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from .failures import DeltaError, FamilyError, StageError
 from .fork import Activity, ForkedLinear, fork_layers
 from .growth import build_layers, build_shell
 from .heads import FoldedHead, automatic_rank, build_head
+from .layer_pattern import Entries, continue_pattern
 from .recognition import recognize_family
 from .stage_config import StageConfig
 
@@ -86,6 +87,11 @@ class Stage(nn.Module):
         return [*under, *self.layers]
 
     @property
+    def pattern(self) -> list[Entries]:
+        """The entries of its new layers in the config's lists with one entry per layer; empty for a fork."""
+        return [] if self.config.layers == "fork" else [layer.config_entries for layer in self.layers]  # type: ignore[misc]
+
+    @property
     def chain(self) -> "list[Stage]":
         """The stages from the base upwards, this one last."""
         return [*(self.parent.chain if self.parent is not None else []), self]
@@ -153,11 +159,13 @@ def build_stage(
     *,
     seed: int = 0,
     dtype: torch.dtype | None = None,
+    pattern: Sequence[Entries] | None = None,
 ) -> Stage:
     """Return a new stage on a base (and a parent). It does not change the output of what lies below it.
 
-    Its values depend only on `seed`. They are in `dtype` (default: the base's), on the devices of the base's last
-    layer and head. Raises `FamilyError` for a base that cannot be grown, `StageError` for a config that does not fit.
+    `pattern` has the entries of its new layers (default: they continue the base's). Its values depend only on `seed`.
+    They are in `dtype` (default: the base's), on the devices of the base's last layer and head. Raises `FamilyError`
+    for a base that cannot be grown, `StageError` for a config that does not fit.
     """
     family = recognize_family(base)
     depth = base.config.num_hidden_layers if parent is None else parent.depth
@@ -182,7 +190,8 @@ def build_stage(
         indices = [*range(foot), *(getattr(layer, "base_index", None) for layer in stack)]
         layers = fork_layers(path[below:], indices[below:], config.rank, activity, seed=seed, dtype=dtype or base.dtype)
     else:
-        layers = build_layers(base, config.num_layers, below, seed=seed, dtype=dtype)
+        pattern = continue_pattern(base, below, config.num_layers) if pattern is None else pattern
+        layers = build_layers(base, below, pattern, seed=seed, dtype=dtype)
     if config.head == "low_rank" and config.head_rank == "auto":
         rank = automatic_rank(folded.out_features, folded.in_features, sum(p.numel() for p in layers.parameters()))
         config = dataclasses.replace(config, head_rank=rank)

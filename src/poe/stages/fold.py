@@ -39,7 +39,8 @@ def fold_chain(base: PreTrainedModel, stage: Stage, name: str) -> Stage:
         folded = _build_fork(base, chain, config, dtype)
         tensors |= sum_changes(chain, folded)
     else:
-        folded = build_stage(base, replace(config, attach_at=chain[0].config.attach_at), dtype=dtype)
+        pattern = [entries for link in chain for entries in link.pattern]
+        folded = build_stage(base, replace(config, attach_at=chain[0].config.attach_at), dtype=dtype, pattern=pattern)
         offset = 0
         for link in chain:
             for path, tensor in link.layers.state_dict().items():
