@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from poe import Cascade
 from poe.data.cache import cache_root
 from poe.data.packing import Batch, PackedRows, pack
 from poe.errors import OutputError, TrainingError
+from poe.files.lock import hold
 from poe.modeling.boundary import Boundary
 from poe.stages import load_recipe
 from poe.training.engine import Engine
@@ -76,7 +76,8 @@ def cache_of(cascade: Cascade, data: PackedRows, dtype: torch.dtype = torch.bflo
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.rglob("*.safetensors")}
+    """Return the finished shards; a killed writer leaves others in scratch folders."""
+    return {path.name: path.read_bytes() for path in folder.rglob("*.safetensors") if ".poe-" not in str(path)}
 
 
 CASES = [(name, kind) for name in BASES for kind in KINDS if not (kind == "low" and name in RECURRENT)]
@@ -361,7 +362,7 @@ def test_full_disk_is_one_message_and_leaves_no_partial_file(own_cache: Path, mo
 
     monkeypatch.setattr(hidden_cache, "save_file", full)
     cascade, data = grown(tiny_base("qwen3")), rows()
-    with pytest.raises(OutputError, match="No space left on device"):
+    with pytest.raises(OutputError, match=r"No space left on device.*POE_CACHE"):
         cache_of(cascade, data).fill("training", QUIET)
     assert [p.name for p in own_cache.rglob("*") if p.is_file()] == ["about.json"]
 
@@ -377,17 +378,16 @@ def test_size_of_the_cache_is_reported_before_it_is_computed(capsys: pytest.Capt
     assert f"{data.num_rows} x 16 x 32 numbers x 2 bytes = {stated / 2**20:,.1f} MiB" in output
 
 
-def test_old_unfinished_files_are_removed_and_new_ones_kept(own_cache: Path) -> None:
+def test_what_killed_writers_left_is_removed_and_what_others_write_is_kept(own_cache: Path) -> None:
     cascade, data = grown(tiny_base("qwen3")), rows()
     cache = cache_of(cascade, data)
-    cache.folder.mkdir(parents=True)
-    old, fresh = cache.folder / ".a-1.part", cache.folder / ".b-2.part"
-    for path in (old, fresh):
-        path.write_bytes(b"x")
-    os.utime(old, (time.time() - 1e5,) * 2)
-    cache.fill("training", QUIET)
-    assert not old.exists()
-    assert fresh.exists()  # another process may be writing it
+    abandoned, used = cache.folder / ".poe-a.part", cache.folder / ".poe-b.part"
+    for path in (abandoned, used):
+        path.mkdir(parents=True)
+    with hold(used):
+        cache.fill("training", QUIET)
+    assert not abandoned.exists()
+    assert used.exists()
 
 
 def test_base_with_upper_layers_that_read_more_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -28,14 +28,14 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 class Source:
     """Texts that repeat one letter each. Counts the texts that are read and tokenized."""
 
-    def __init__(self, lengths: list[int]) -> None:
-        self.lengths = lengths
+    def __init__(self, lengths: list[int], first: int = 97) -> None:
+        self.lengths, self.first = lengths, first
         self.read = self.encoded = 0
 
     def texts(self) -> Iterator[Text]:
         for number, length in enumerate(self.lengths):
             self.read += 1
-            yield Text(chr(97 + number % 26) * length)
+            yield Text(chr(self.first + number % 26) * length)
 
     def encode(self, texts: list[Text]) -> Iterator[Document]:
         for text in texts:
@@ -115,6 +115,8 @@ def test_a_resumed_run_packs_no_chunk_again(tmp_path: Path) -> None:
     Source([9] * 100).rows(index=index)  # a new run does not use the old index
     with pytest.raises(DataError, match="have changed since the run began: chunk 0"):
         Source([8] * 100).rows(index=index, resume=True)
+    with pytest.raises(DataError, match="have changed since the run began: chunk 0"):
+        Source([9] * 100, first=98).rows(index=index, resume=True).batch(20, 3)  # other texts of the same lengths
 
 
 def test_no_text_is_an_error() -> None:

@@ -62,6 +62,7 @@ def read_corpus(recipe: Recipe, report: DropReport) -> Corpus:
     """
     sources = parse_spec(recipe.data, READERS)
     evaluation = parse_spec(recipe.eval_data, READERS) if recipe.eval_data else []
+    states = _file_states([*sources, *evaluation])
     identities = [[_source_identity(s) for s in sources], [_source_identity(s) for s in evaluation]]
     key = fingerprint("rows", *identities, recipe.validation_ratio, recipe.near_duplicates, recipe.seed)
 
@@ -69,6 +70,7 @@ def read_corpus(recipe: Recipe, report: DropReport) -> Corpus:
         folder_report = DropReport(folder / DROPPED_FILE)
         try:
             _build(folder, sources, evaluation, recipe, folder_report)
+            _check_unchanged([*sources, *evaluation], states, [*identities[0], *identities[1]])
         except DataError:
             folder_report.close()
             report.add(folder_report.as_dict(), folder / DROPPED_FILE)
@@ -93,6 +95,30 @@ def _source_identity(source: DataSource) -> list[Any]:
         fingerprints = [hub_fingerprint(reader.hub_id, source.name, config=config) for config in reader.hub_configs]
         return [source.name, reader.hub_id, *fingerprints]
     return [source.name, source.path]
+
+
+def _file_states(sources: list[DataSource]) -> list[dict[str, Any]]:
+    """Return what changes whenever a file of a source is written or replaced, by the file's path."""
+    states = []
+    for source in sources:
+        reader = READERS[source.name]
+        files = reader.files(source.path) if source.path is not None and not reader.generated else []
+        stats = {str(file): file.stat() for file in files}
+        states.append({f: (s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for f, s in stats.items()})
+    return states
+
+
+def _check_unchanged(sources: list[DataSource], states: list[Any], identities: list[Any]) -> None:
+    """Raise `DataError` unless the sources are still those that were read; the rows are stored under their digest."""
+    for source, before, now, identity in zip(sources, states, _file_states(sources), identities, strict=True):
+        # The times of a file can be too coarse to show a change, so its content is compared as well.
+        if now == before and _source_identity(source) == identity:
+            continue
+        changed = [path for path in {**before, **now} if before.get(path) != now.get(path)]
+        raise DataError(
+            f"{', '.join(changed[:3]) or source} changed while it was being read, and nothing was stored: start again "
+            "when no program writes to it."
+        )
 
 
 def _build(

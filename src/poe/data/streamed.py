@@ -1,5 +1,6 @@
 """Rows that are packed from a stream of text during training. Memory holds one chunk of the stream at a time."""
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -13,16 +14,18 @@ import torch
 from poe.calls.conversation import Text
 from poe.data.packing import Batch, Document, LongPolicy, PackedRows, pack
 from poe.errors import DataError
+from poe.files.output import convert_os_errors
 
 CHUNK_CHARACTERS = 8_000_000  # about two million tokens, shuffled and held in memory together
 
 
 class _Chunk(NamedTuple):
-    """The index entry of a chunk: its pass through the texts (from 0), and its numbers of texts and rows."""
+    """The index entry of a chunk: its pass through the texts (from 0), its numbers of texts and rows, its digest."""
 
     pass_number: int
     texts: int
     rows: int
+    digest: str  # of the texts
 
 
 class StreamedRows:
@@ -96,14 +99,15 @@ class StreamedRows:
                 if known and known.pass_number > pass_number:
                     break
                 if known and start + known.rows <= self._current_row:
-                    entry = _Chunk(pass_number, sum(1 for _ in islice(texts, known.texts)), known.rows)
+                    chunk = list(islice(texts, known.texts))
+                    entry = _Chunk(pass_number, len(chunk), known.rows, _digest(chunk))
                     packed = None
                 else:
                     chunk = _take_chunk(texts)
                     if not chunk:
                         break
                     packed = self._pack(chunk, number)
-                    entry = _Chunk(pass_number, len(chunk), packed.num_rows)
+                    entry = _Chunk(pass_number, len(chunk), packed.num_rows, _digest(chunk))
                 self._record(number, entry)
                 if packed is not None:
                     yield start, packed
@@ -122,12 +126,13 @@ class StreamedRows:
             if entry != known:
                 raise DataError(
                     f"The texts have changed since the run began: chunk {number} had {known.texts} texts in "
-                    f"{known.rows} rows, now {entry.texts} in {entry.rows}. Start a new run in another folder."
+                    f"{known.rows} rows ({known.digest}), now {entry.texts} in {entry.rows} ({entry.digest}). Start a "
+                    "new run in another folder."
                 )
             return
         self._index_entries.append(entry)
         if self._index is not None:
-            with self._index.open("a" if number else "w", encoding="utf-8") as file:
+            with convert_os_errors(self._index), self._index.open("a" if number else "w", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
 
 
@@ -138,6 +143,15 @@ def _read_index(index: Path) -> list[_Chunk]:
         for line in index.read_text(encoding="utf-8").splitlines():
             entries.append(_Chunk(*json.loads(line)))
     return entries
+
+
+def _digest(texts: list[Text]) -> str:
+    """Return a short hash of texts in their order."""
+    digest = hashlib.blake2b(digest_size=8)
+    for text in texts:
+        encoded = text.text.encode("utf-8", "surrogatepass")
+        digest.update(len(encoded).to_bytes(8, "little") + encoded)
+    return digest.hexdigest()
 
 
 def _take_chunk(texts: Iterator[Text]) -> list[Text]:

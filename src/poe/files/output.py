@@ -178,10 +178,14 @@ def convert_os_errors(target: Path) -> Iterator[None]:
     except PoEError:
         raise
     except Exception as error:
-        # The Rust writers (safetensors, tokenizers) report an OSError as a type of their own.
-        if isinstance(error, OSError) or "os error" in str(error):
+        if is_os_error(error):
             raise write_error(target, error) from error
         raise
+
+
+def is_os_error(error: Exception) -> bool:
+    """Return whether the operating system refused. The Rust writers (safetensors, tokenizers) have their own types."""
+    return isinstance(error, OSError) or "os error" in str(error)
 
 
 def write_error(target: Path, error: Exception) -> OutputError:

@@ -1,21 +1,17 @@
 """A cache on disk of the hidden states at a stage's boundary, for every run on the same base and rows.
 
-The files are `$POE_CACHE/hidden/BOUNDARY/ROWS.safetensors`. BOUNDARY is a hash of everything that decides the states of
-a row: the base's weights and config, the parents, the layers, the dtypes. ROWS is a hash of the token ids and positions
-of the rows in a shard, so runs that share rows share shards. A shard gets its name when it is complete. It is checked
-byte by byte when a run begins, and computed again if it is damaged. Two processes that fill one cache compute the
-missing shards in different orders and skip those that the other has finished. Any file may be deleted at any time.
+A shard is a folder `$POE_CACHE/hidden/BOUNDARY/ROWS` (see `poe.data.cache`) with one file, ROWS.safetensors. BOUNDARY
+is a hash of everything that decides the states of a row: the base's weights and config, the parents, the layers, the
+dtypes. ROWS is a hash of the token ids and positions of the rows in the shard, so runs that share rows share shards.
+Two processes that fill one cache compute the missing shards in different orders and skip those that the other has
+finished.
 """
 
-import contextlib
 import hashlib
 import json
-import os
 import random
 import shutil
-import tempfile
 import time
-import zlib
 from collections import defaultdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,17 +23,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from poe.cascade import Cascade
-from poe.data.cache import cache_root
+from poe.data.cache import cache_root, cached_folder, is_cached, make_private_folder
 from poe.data.packing import Batch, PackedRows
 from poe.errors import OutputError
+from poe.files.output import write_file
 from poe.modeling.fingerprint import fingerprint_tensors
 from poe.modeling.placement import quantization_of
 from poe.training.reporting.progress import Progress
 
 SHARD_BYTES = 1 << 26
 PROGRESS_INTERVAL_S = 30.0
-ABANDONED_AFTER_S = 3600.0  # a shard takes seconds to write: an older unfinished file was left by a killed process
-_LAYOUT = 1  # version of the content of a shard; increase it when that changes
+_LAYOUT = 2  # version of the content of a shard; increase it when that changes
 _STATES = "states"
 
 
@@ -88,7 +84,8 @@ class DiskCache:
     ) -> None:
         facts = {**facts, "stored_in": str(dtype).removeprefix("torch.")}
         key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
-        self.folder = cache_root() / "hidden" / key
+        self._kind = f"hidden/{key}"
+        self.folder = cache_root() / self._kind
         self._facts, self._boundary, self._dtype = facts, boundary, dtype
         self._rows, self._rows_per_pass = rows, rows_per_pass
         self._row_shape = (boundary.states, rows.seq_len, boundary.width)
@@ -108,7 +105,7 @@ class DiskCache:
 
     def path(self, shard: str) -> Path:
         """Return the file of a shard."""
-        return self.folder / f"{shard}.safetensors"
+        return self.folder / shard / f"{shard}.safetensors"
 
     @property
     def shards(self) -> list[str]:
@@ -120,7 +117,7 @@ class DiskCache:
 
         Raises `OutputError` before anything is computed if the disk has too little space, and when a write fails.
         """
-        missing = [shard for shard in self._shards if not self._is_whole(shard)]
+        missing = [shard for shard in self._shards if not is_cached(self._kind, shard)]
         sizes = {shard: len(self._shards[shard]) * self.row_bytes for shard in missing}
         count, (states, length, width) = len(self._numbers), self._row_shape
         progress.note(
@@ -136,8 +133,7 @@ class DiskCache:
         started = last_note = time.monotonic()
         done = 0
         for shard in missing:
-            if not self.path(shard).exists() or not self._is_whole(shard):  # another process may have written it
-                self._write_shard(shard)
+            self._write_shard(shard)
             done += len(self._shards[shard])
             if time.monotonic() - last_note > PROGRESS_INTERVAL_S:
                 last_note = time.monotonic()
@@ -169,74 +165,42 @@ class DiskCache:
             for index, at in members:
                 states[index] = stored[at]
 
-    def _is_whole(self, shard: str) -> bool:
-        try:
-            with safe_open(self.path(shard), framework="pt") as file:  # raises for a file of the wrong length
-                states = file.get_tensor(_STATES)
-                expected = (len(self._shards[shard]), *self._row_shape)
-                return (
-                    tuple(states.shape) == expected
-                    and states.dtype == self._dtype
-                    and (file.metadata() or {}).get("crc32") == _checksum(states)
-                )
-        except (OSError, SafetensorError):
-            return False
-
     def _write_shard(self, shard: str) -> None:
+        """Compute and write a shard, unless another process has written it."""
+
+        def make(folder: Path) -> dict[str, Any]:
+            save_file({_STATES: self._compute(self._shards[shard])}, folder / f"{shard}.safetensors")
+            return {}
+
+        cached_folder(self._kind, shard, make)
+
+    def _compute(self, members: list[int]) -> Tensor:
+        """Return the states of rows by their numbers, in the stored dtype."""
         parts = []
-        members = self._shards[shard]
         for start in range(0, len(members), self._rows_per_pass):
             rows = [self._rows.batch(n, 1) for n in members[start : start + self._rows_per_pass]]
             part = Batch(*(torch.cat(tensors).to(self._boundary.device) for tensors in zip(*rows, strict=True)))
             parts.append(self._boundary.below(part.input_ids, part.position_ids).to("cpu", self._dtype))
-        states = torch.cat(parts)
-        temporary = None
-        try:
-            handle, temporary = tempfile.mkstemp(prefix=f".{shard[:8]}-", suffix=".part", dir=self.folder)
-            os.close(handle)
-            save_file({_STATES: states}, temporary, metadata={"crc32": _checksum(states)})
-            os.replace(temporary, self.path(shard))
-        except (OSError, SafetensorError) as error:
-            raise OutputError(
-                f"Hidden states could not be written to {self.folder}: {error}. The finished files are kept: free some "
-                "space, or set another folder with the environment variable POE_CACHE, and start again."
-            ) from error
-        finally:
-            if temporary is not None:
-                with contextlib.suppress(OSError):
-                    os.unlink(temporary)
+        return torch.cat(parts)
 
     def _prepare_folder(self, needed: int) -> None:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for path in self.folder.glob(".*.part"):
-                with contextlib.suppress(OSError):
-                    if time.time() - path.stat().st_mtime > ABANDONED_AFTER_S:
-                        path.unlink()
-            free = shutil.disk_usage(self.folder).free
-            if needed + needed // 10 > free:  # a tenth is left for the rest of the run
-                raise OutputError(
-                    f"Not enough disk for hidden states in {self.folder}: {_mib(needed)} and a tenth more are "
-                    f"needed, {_mib(free)} are free. Free some space, set another folder with the environment "
-                    "variable POE_CACHE, train on fewer rows, or turn cache_hidden off."
-                )
-            about = self.folder / "about.json"
-            if not about.exists():
-                about.write_text(json.dumps(self._facts, indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            if isinstance(error, OutputError):
-                raise
-            raise OutputError(f"Hidden states cannot be written to {self.folder}: {error}.") from error
+        """Make the folder of the shards. Raises `OutputError` unless it has room for `needed` bytes."""
+        make_private_folder(self._kind)
+        free = shutil.disk_usage(self.folder).free
+        if needed + needed // 10 > free:  # a tenth is left for the rest of the run
+            raise OutputError(
+                f"Not enough disk for hidden states in {self.folder}: {_mib(needed)} and a tenth more are "
+                f"needed, {_mib(free)} are free. Free some space, set another folder with the environment "
+                "variable POE_CACHE, train on fewer rows, or turn cache_hidden off."
+            )
+        if not (self.folder / "about.json").exists():
+            write_file(self.folder / "about.json", json.dumps(self._facts, indent=2) + "\n")
 
 
 def row_digests(batch: Batch) -> list[bytes]:
     """Return a hash of the token ids and positions of every row."""
     content = torch.stack([batch.input_ids, batch.position_ids], dim=1).cpu().numpy()  # (B, 2, T)
     return [hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in content]
-
-
-def _checksum(states: Tensor) -> str:
-    return f"{zlib.crc32(states.contiguous().view(torch.uint8).numpy().data):08x}"
 
 
 def _mib(size: int) -> str:
