@@ -21,8 +21,8 @@ from poe.data.corpus import read_corpus
 from poe.data.drops import DropReport
 from poe.data.pipeline import prepare
 from poe.data.render import Renderer
-from poe.loaders.base import load_tokenizer
 from poe.loaders.repository import locate
+from poe.loaders.tokenizer import load_tokenizer
 from poe.stages import Augmentation, Recipe
 
 DEMO_TRAINER = 9_511  # tokens/s of `make demo` on two cores

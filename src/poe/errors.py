@@ -28,6 +28,7 @@ __all__ = [
     "SourceError",
     "StageError",
     "TemplateError",
+    "TokenizerError",
     "TrainingError",
     "suggest",
 ]
@@ -51,6 +52,10 @@ class RowError(DataError):
 
 class TemplateError(PoEError, ValueError):
     """The tokenizer's chat template is missing, or does not show which tokens are the assistant's."""
+
+
+class TokenizerError(PoEError, ValueError):
+    """The tokenizer is missing, its files are broken, or it does not fit the base."""
 
 
 class OutputError(PoEError, OSError):

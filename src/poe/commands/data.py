@@ -12,7 +12,6 @@ from rich.table import Table
 from rich.text import Text
 
 from poe.commands.app import Program, err, out
-from poe.errors import TemplateError
 from poe.stages import Augmentation, Recipe, load_recipe
 
 app = Program(help=__doc__)
@@ -137,12 +136,11 @@ def _read_corpus(spec: str, recipe: Recipe, report: Any) -> Any:
 def _load_renderer(base: str) -> Any:
     from poe.data.render import Renderer
     from poe.data.templates import complete_template
-    from poe.loaders.base import load_tokenizer
     from poe.loaders.repository import locate
+    from poe.loaders.tokenizer import check_tokenizer, load_tokenizer
 
     tokenizer = load_tokenizer(locate(base))
-    if tokenizer is None:
-        raise TemplateError(f"{base} has no tokenizer: choose a base with a tokenizer.")
+    check_tokenizer(tokenizer, owner=base)
     complete_template(tokenizer)  # as in training
     return Renderer(tokenizer)
 

@@ -40,10 +40,12 @@ def generate(
         typer.Option("--with", help="REPO=WEIGHT: combine with another stage by this weight, 0 to 1 (repeatable)."),
     ] = None,
 ) -> None:
-    """Continue a text, without a chat template."""
+    """Continue a text, without a chat template. Control tokens in the text are read as text."""
     import torch
 
+    from poe.data.encoding import TextEncoder
     from poe.decoding import Exit, parse_strategy
+    from poe.loaders.tokenizer import check_tokenizer
     from poe.modeling.families import is_prefix_lm
 
     try:
@@ -52,7 +54,10 @@ def generate(
         raise DecodingError(f"--strategy: {error}") from None
     cascade = _open_cascade(repo, base)
     text = sys.stdin.read() if prompt == "-" else prompt
-    inputs = cascade.tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(cascade.base.device)
+    check_tokenizer(cascade.tokenizer, cascade.config.vocab_size)
+    ids = torch.tensor([TextEncoder(cascade.tokenizer, cascade.config.vocab_size).encode_plain(text)])
+    ids = ids.to(cascade.base.device)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
     if is_prefix_lm(cascade.config):
         inputs["token_type_ids"] = inputs["attention_mask"]
@@ -85,11 +90,15 @@ def calibrate(
     """Choose the thresholds of adaptive depth on texts, and write them to a file."""
     from itertools import islice
 
+    from poe.data.encoding import TextEncoder
     from poe.data.text import documents
+    from poe.loaders.tokenizer import check_tokenizer
+    from poe.training.text_rows import encode_texts
 
     cascade = _open_cascade(repo, base)
-    texts = [text.text for text in islice(documents(data), rows)]
-    ids = cascade.tokenizer(texts, verbose=False)["input_ids"]
+    check_tokenizer(cascade.tokenizer, cascade.config.vocab_size)
+    encoder = TextEncoder(cascade.tokenizer, cascade.config.vocab_size)
+    ids = [list(map(int, document)) for document, _ in encode_texts(encoder, islice(documents(data), rows))]
     stage = None if off else cascade.active
     depth = cascade.calibrate_depth(
         [row[:CALIBRATION_TOKENS] for row in ids], agreement=agreement, confidence=confidence, stage=stage
@@ -124,15 +133,20 @@ def call(
     from poe.calls.forms.call_forms import parse_reply
     from poe.calls.schema import check_calls
     from poe.data.render import Renderer
-    from poe.data.templates import reply_form
+    from poe.data.templates import complete_template, reply_form
     from poe.evaluation.calls import generate_replies
+    from poe.loaders.tokenizer import check_tokenizer
 
     declared = _read_tools(tools)
     cascade = _open_cascade(repo, base)
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": question})
-    renderer = Renderer(cascade.tokenizer)
+    check_tokenizer(cascade.tokenizer, cascade.config.vocab_size)
+    complete_template(cascade.tokenizer)  # of a base without a stage; a stage's is complete
+    renderer = Renderer(cascade.tokenizer, vocab_size=cascade.config.vocab_size)
     prompt = renderer.prompt_ids(messages, declared)
+    if count := renderer.count_control_tokens(messages, declared):
+        err.print(f"note: {count} control tokens in the question or the tools are read as text", markup=False)
     stage = None if off else cascade.active
     text = generate_replies(cascade, stage, [prompt], renderer.stop_token_ids, max_new_tokens=max_new_tokens)[0]
     reply = parse_reply(text, reply_form(cascade.tokenizer))

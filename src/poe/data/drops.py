@@ -61,7 +61,7 @@ class DropReport:
         A source with repaired rows also has `"repaired": {rule: n}`.
         """
         report: dict[str, Any] = {}
-        for source in sorted({*self.read, *self.kept, *self.dropped}):
+        for source in sorted({*self.read, *self.kept, *self.dropped, *self.repaired}):
             report[source] = {
                 "read": self.read[source],
                 "kept": self.kept[source],

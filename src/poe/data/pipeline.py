@@ -91,6 +91,12 @@ def prepare(
         )
     train = open_packed_rows(folder / "train", recipe.seed, recipe.isolate_documents)
     val = open_packed_rows(folder / "val", recipe.seed)
+    for rows, name in ((train, "train"), (val, "validate")):
+        if not rows.trained_tokens:
+            raise DataError(
+                f"The rows of {recipe.data!r} have no token to {name} on: their {rows.stats.tokens} tokens are all "
+                "context. Check the tokenizer and the chat template with `poe data show`."
+            )
     sources = {}
     for n in train_sources:
         source = corpus.sources[n]

@@ -9,7 +9,7 @@ import json
 import re
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jinja2
@@ -19,11 +19,11 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from poe.calls.conversation import Conversation, Message, PromptForm, Tool
 from poe.calls.forms.prompt_forms import write_as_text
-from poe.errors import DataError, TemplateError
+from poe.data.encoding import Content, Encoded, Span, TextEncoder
+from poe.data.template_needs import find_needs
+from poe.errors import DataError, RowError, TemplateError, TokenizerError
 
 __all__ = ["RenderedRow", "Renderer", "token_bytes"]
-
-Span = tuple[int, int]  # character range [start, end) of a rendered text
 
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _BYTE_FALLBACK = re.compile(r"<0x[0-9A-F]{2}>")
@@ -33,11 +33,15 @@ _PROBE = "an answer to see what follows it"
 
 @dataclass(frozen=True, slots=True)
 class RenderedRow:
-    """One rendered row: its token ids, the loss mask of the same length (True: the token is a target), and its text."""
+    """One rendered row: its token ids, the loss mask of the same length (True: the token is a target), and its text.
+
+    `control_tokens` counts the control tokens in its content, which are encoded as text.
+    """
 
     input_ids: list[int]
     loss_mask: list[bool]
     text: str
+    control_tokens: int = 0
 
 
 class Renderer:
@@ -46,9 +50,13 @@ class Renderer:
     `stop_token_ids` are further tokens that end a turn (the model's `generation_config.eos_token_id`), in addition to
     the tokenizer's EOS token and the token that the template puts after an answer. `template_options` are passed to
     every rendering, for example `enable_thinking=False` of Qwen3. With `calls_only`, only assistant messages that have
-    calls are trained on.
+    calls are trained on. `vocab_size` is the number of tokens that the base has an embedding for.
 
-    Raises `TemplateError` for a tokenizer without a chat template or without offsets (a slow tokenizer).
+    Content is text: a control token in it is encoded as text (`poe.data.encoding`). Messages that the template refuses
+    in our form are adapted to it (`poe.data.template_needs`).
+
+    Raises `TemplateError` for a tokenizer without a chat template or without offsets (a slow tokenizer), and
+    `TokenizerError` for a template that writes tokens which the base has no embedding for.
     """
 
     def __init__(
@@ -58,7 +66,12 @@ class Renderer:
         stop_token_ids: Iterable[int] = (),
         template_options: Mapping[str, Any] | None = None,
         calls_only: bool = False,
+        vocab_size: int | None = None,
     ) -> None:
+        if tokenizer is None:
+            raise TokenizerError(
+                "Expected a tokenizer, got None: the base has none. Put its tokenizer files beside it."
+            )
         if not tokenizer.chat_template:
             raise TemplateError(
                 f"Expected a tokenizer with a chat template, got {_name(tokenizer)} without one. Set its chat_template "
@@ -73,6 +86,8 @@ class Renderer:
         self.tokenizer = tokenizer
         self._options = dict(template_options or {})
         self._calls_only = calls_only
+        self._encoder = TextEncoder(tokenizer, vocab_size)
+        self._needs = find_needs(lambda messages, tools: self._text(messages, tools))
         self._generation_prompt = ""
         stops = [tokenizer.eos_token_id, *stop_token_ids, self._probe()]
         self._stop_token_ids = tuple(dict.fromkeys(s for s in stops if s is not None))
@@ -86,7 +101,7 @@ class Renderer:
         """Return a hash of everything that affects rendering: tokenizer, template, options and stop tokens."""
         tokenizer: Any = self.tokenizer
         parts = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, self._options, self._stop_token_ids]
-        parts.append(self._calls_only)
+        parts += [self._calls_only, self._encoder.vocab_size]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
     def render(self, conversation: Conversation) -> list[RenderedRow]:
@@ -100,7 +115,8 @@ class Renderer:
         `TemplateError` if the template does not show which tokens are the assistant's, or if a turn does not end in a
         stop token.
         """
-        messages, tools = _write_messages(conversation.messages, conversation.tools, conversation.form)
+        content = self._prepare(conversation.messages, conversation.tools, conversation.form)
+        messages, tools = content.messages, content.tools
         if not messages:
             raise DataError("A conversation without messages cannot be rendered.")
         answers = [message for message in conversation.messages if message["role"] == "assistant"]
@@ -108,17 +124,18 @@ class Renderer:
         if _GENERATION_MARK.search(self._template(tools)):
             text, spans = self._marked(messages, tools)
             if all(trained):
-                return [self._row(text, spans)]
+                return [self._row(text, spans, content)]
             if len(spans) != len(trained):
                 raise TemplateError(
                     f"The chat template of {_name(self.tokenizer)} marks {len(spans)} parts for {len(trained)} turns "
                     "of the assistant: training on calls only needs one {% generation %} part for each turn."
                 )
-            return [self._row(text, [span for span, is_trained in zip(spans, trained, strict=True) if is_trained])]
+            spans = [span for span, is_trained in zip(spans, trained, strict=True) if is_trained]
+            return [self._row(text, spans, content)]
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         skipped = {i for i, is_trained in zip(turns, trained, strict=True) if not is_trained}
         if not turns:
-            return [self._row(self._text(messages, tools), [])]
+            return [self._row(self._text(messages, tools), [], content)]
         if turns[0] == 0:
             raise DataError("The conversation begins with the assistant: expected a system or user message before it.")
         prompts = {i: self._text(messages[:i], tools, prompt=True) for i in turns}
@@ -135,21 +152,40 @@ class Renderer:
         while turns:
             covered = [i for i in turns if text.startswith(texts[i])]
             if spans := [(len(prompts[i]), len(texts[i])) for i in covered if i not in skipped]:
-                rows.append(self._row(text, spans))
+                rows.append(self._row(text, spans, content))
             turns = [i for i in turns if i not in covered]
             text = texts[turns[-1]] if turns else ""  # this text contains at least the last remaining turn
-        return rows[::-1] or [self._row(whole, [])]
+        return rows[::-1] or [self._row(whole, [], content)]
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[Tool] = (), form: PromptForm | None = None) -> str:
         """Return the prompt text for the answer to `messages`, written in `form`. Raises the errors of `render`."""
-        return self._text(*_write_messages(messages, tools, form), prompt=True)
+        content = self._prepare(messages, tools, form)
+        return self._text(content.messages, content.tools, prompt=True).replace(content.mark, "")
 
     def prompt_ids(
         self, messages: Sequence[Message], tools: Sequence[Tool] = (), form: PromptForm | None = None
     ) -> list[int]:
         """Return the token ids of `prompt(messages, tools, form)`."""
-        text = self.prompt(messages, tools, form)
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        content = self._prepare(messages, tools, form)
+        text = self._text(content.messages, content.tools, prompt=True)
+        try:
+            return self._encoder.encode(text, content.mark).ids
+        except RowError as error:
+            raise DataError(f"The prompt cannot be used, it has a {error.reason}. Change its text.") from error
+
+    def count_control_tokens(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> int:
+        """Return the number of control tokens in messages and tools. They are encoded as text."""
+        return self._encoder.protect(messages, tools).count
+
+    def _prepare(self, messages: Sequence[Message], tools: Sequence[Tool], form: PromptForm | None) -> Content:
+        """Return messages and tools as the template takes them, as text if there is a form, with marks in content."""
+        content = self._encoder.protect(messages, tools)
+        if form is not None:
+            if content.mark:  # the form must be able to hold the text as it is, without marks
+                write_as_text(Conversation(list(messages), list(tools)), form)
+            written = write_as_text(Conversation(content.messages, content.tools), form)
+            content = replace(content, messages=written.messages, tools=written.tools)
+        return replace(content, messages=self._needs.adapt(content.messages))
 
     def _template(self, tools: Sequence[Tool]) -> str:
         return self.tokenizer.get_chat_template(None, list(tools) or None)
@@ -158,7 +194,7 @@ class Renderer:
         with _template_failures(self.tokenizer):
             return str(
                 self.tokenizer.apply_chat_template(
-                    _without_none(messages),
+                    list(messages),
                     tools=list(tools) or None,
                     tokenize=False,
                     add_generation_prompt=prompt,
@@ -175,7 +211,7 @@ class Renderer:
         """
         with _template_failures(self.tokenizer):
             rendered: Any = render_jinja_template(
-                conversations=[_without_none(messages)],
+                conversations=[list(messages)],
                 tools=list(tools) or None,
                 chat_template=self._template(tools),
                 return_assistant_tokens_mask=True,
@@ -196,18 +232,24 @@ class Renderer:
         position = text.rfind(_PROBE)
         if position < 0:
             return None
-        ids, offsets = self._tokens(text)
-        after = (i for i, (a, b) in zip(ids, offsets, strict=True) if a >= position + len(_PROBE) and text[a:b].strip())
-        first = next(after, None)
+        encoded = self._encode_probe(text)
+        end = position + len(_PROBE)
+        tokens = zip(encoded.ids, encoded.offsets, strict=True)
+        first = next((i for i, (a, b) in tokens if a >= end and text[a:b].strip()), None)
         return first if first in self.tokenizer.added_tokens_decoder else None
 
-    def _tokens(self, text: str) -> tuple[list[int], list[Span]]:
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        return list(encoded["input_ids"]), list(encoded["offset_mapping"])
+    def _encode_probe(self, text: str) -> Encoded:
+        try:
+            return self._encoder.encode(text)
+        except RowError as error:
+            raise TokenizerError(f"The chat template of {_name(self.tokenizer)} writes a {error.reason}.") from error
 
-    def _row(self, text: str, spans: Sequence[Span]) -> RenderedRow:
+    def _row(self, text: str, spans: Sequence[Span], content: Content) -> RenderedRow:
         """Tokenize `text` and mark each span's tokens up to its last stop token."""
-        ids, offsets = self._tokens(text)
+        encoded = self._encoder.encode(text, content.mark)
+        if content.mark:
+            spans = [(a - text.count(content.mark, 0, a), b - text.count(content.mark, 0, b)) for a, b in spans]
+        ids, offsets, text = encoded.ids, encoded.offsets, encoded.text
         starts = [a for a, _ in offsets]
         mask = [False] * len(ids)
         for start, end in spans:
@@ -223,7 +265,7 @@ class Renderer:
                     "into the template (inside its {% generation %} marks if any), or name another in stop_token_ids."
                 )
             mask[first : last + 1] = [True] * (last + 1 - first)
-        return RenderedRow(ids, mask, text)
+        return RenderedRow(ids, mask, text, content.count)
 
     def _starts_before(self, start: int, token_id: int, offset: Span, text: str) -> bool:
         """Return whether a token with an offset of `start` or later has leading spaces before `start`.
@@ -269,21 +311,6 @@ def _is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
         return False
     decoder = json.loads(tokenizer.backend_tokenizer.to_str())["decoder"] or {}
     return any(part.get("type") == "ByteLevel" for part in (decoder, *decoder.get("decoders", [])))
-
-
-def _write_messages(
-    messages: Sequence[Message], tools: Sequence[Tool], form: PromptForm | None
-) -> tuple[Sequence[Message], Sequence[Tool]]:
-    """Return the messages and tools to pass to the template: as text if there is a form."""
-    if form is None:
-        return messages, tools
-    written = write_as_text(Conversation(list(messages), list(tools)), form)
-    return written.messages, written.tools
-
-
-def _without_none(messages: Sequence[Message]) -> list[Message]:
-    """Return the messages without keys that are None: templates handle a missing key, but many print `None`."""
-    return [{key: value for key, value in message.items() if value is not None} for message in messages]
 
 
 def _name(tokenizer: PreTrainedTokenizerBase) -> str:

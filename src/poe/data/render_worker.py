@@ -11,12 +11,13 @@ from poe.calls.conversation import Conversation
 from poe.data.augment import ToolPool, augment
 from poe.data.corpus import Corpus
 from poe.data.drops import DropReport
-from poe.data.render import Renderer
+from poe.data.render import RenderedRow, Renderer
 from poe.data.store import RowStore
 from poe.errors import DataError, RowError, TemplateError
 from poe.stages.augmentation import Augmentation
 
 REFUSED, HIDDEN = "the chat template rejects it", "the chat template hides the assistant's tokens"
+CONTROL_TOKENS = "control tokens in the text read as text"
 
 Document = tuple[np.ndarray, np.ndarray]  # token ids int32, loss mask bool
 
@@ -30,6 +31,7 @@ class RenderedItem(NamedTuple):
     dropped: str | None = None
     template_error: str | None = None  # the message of a `TemplateError`
     left_plain: str | None = None  # why the original row was used instead of the augmented one
+    has_control_tokens: bool = False  # in its content, where they are text
 
 
 class _UnusableError(Exception):
@@ -71,15 +73,21 @@ class RenderWorker:
         augmented = augment(conversation, self._augmentation, epoch=epoch, seed=self.seed, pool=self._pool)
         if augmented != [conversation]:
             try:
-                return RenderedItem(row, epoch, [d for version in augmented for d in self._documents(version)])
+                return self._item(row, epoch, [part for version in augmented for part in self._parts(version)])
             except _UnusableError as error:
                 left_plain = error.reason
         try:
-            return RenderedItem(row, epoch, self._documents(conversation), left_plain=left_plain)
+            return self._item(row, epoch, self._parts(conversation), left_plain)
         except _UnusableError as error:
             return RenderedItem(row, epoch, [], error.reason, error.template_error)
 
-    def _documents(self, conversation: Conversation) -> list[Document]:
+    @staticmethod
+    def _item(row: int, epoch: int, parts: list[RenderedRow], left_plain: str | None = None) -> RenderedItem:
+        documents = [(np.array(p.input_ids, dtype=np.int32), np.array(p.loss_mask, dtype=bool)) for p in parts]
+        has_control_tokens = any(part.control_tokens for part in parts)
+        return RenderedItem(row, epoch, documents, left_plain=left_plain, has_control_tokens=has_control_tokens)
+
+    def _parts(self, conversation: Conversation) -> list[RenderedRow]:
         try:
             parts = self.renderer.render(conversation)
         except RowError as error:
@@ -90,9 +98,9 @@ class RenderWorker:
             raise _UnusableError(HIDDEN, str(error)) from error
         if any(len(part.input_ids) > self.seq_len for part in parts):
             raise _UnusableError(f"longer than {self.seq_len} tokens")
-        if not any(any(part.loss_mask) for part in parts):
+        if not any(any(part.loss_mask[1:]) for part in parts):  # nothing predicts the first token
             raise _UnusableError("no assistant tokens to train on")
-        return [(np.array(p.input_ids, dtype=np.int32), np.array(p.loss_mask, dtype=bool)) for p in parts]
+        return parts
 
 
 class RenderTally:
@@ -123,6 +131,8 @@ class RenderTally:
                 counts = self.sources[int(self._corpus.source[item.row])]
                 counts["documents"] += 1
                 counts["tokens"] += sum(len(ids) for ids, _ in item.documents)
+                if item.has_control_tokens:
+                    self._report.repair(self._corpus.rows[item.row].source, CONTROL_TOKENS)
             yield from item.documents
 
     def raise_if_hidden(self) -> None:

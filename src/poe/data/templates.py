@@ -8,39 +8,20 @@ the template uses the same format.
 """
 
 import json
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from poe.calls.conversation import Message, PromptForm
+from poe.calls.conversation import Message, PromptForm, Tool
 from poe.calls.forms.call_forms import CALL_FORMS, call_form
 from poe.calls.forms.prompt_forms import tools_heading
+from poe.data.template_needs import CALL, QUESTION, RESULT, TOOL, find_needs
+from poe.errors import DataError
 
 __all__ = ["complete_template", "extend_with_tools", "reply_form", "shows_tools", "template_call_form"]
-
-_TOOL = {
-    "type": "function",
-    "function": {
-        "name": "probe_weather",
-        "description": "Look at the probed sky",
-        "parameters": {"type": "object", "properties": {"probed_city": {"type": "string", "description": "which"}}},
-    },
-}
-_ARGUMENTS = {"probed_city": "Probeville"}
-_QUESTION: list[Message] = [{"role": "user", "content": "How is it there?"}]
-_CALL: Message = {
-    "role": "assistant",
-    "content": "",
-    "tool_calls": [
-        # Mistral's templates require an id of nine letters and digits.
-        {"id": "probe0001", "type": "function", "function": {"name": "probe_weather", "arguments": _ARGUMENTS}}
-    ],
-}
-_RESULT: list[Message] = [
-    {"role": "tool", "tool_call_id": "probe0001", "name": "probe_weather", "content": "probably sunny"},
-    {"role": "assistant", "content": "Sunny."},
-]
 
 _ASSETS = Path(__file__).parents[1] / "assets"
 
@@ -49,12 +30,14 @@ def complete_template(tokenizer: Any) -> str:
     """Add a chat template or tools to a tokenizer that lacks them. Return a description of the change, or "".
 
     A tokenizer without a template gets HRM-Text's if that model's marks end a turn (the condition is "direct"), ChatML
-    if its marks are tokens, and otherwise one that writes the roles as words and the EOS token after every answer. Then
-    `extend_with_tools` is applied. A tokenizer without a template and without an EOS token stays unchanged.
+    if its marks are tokens, and otherwise one that writes the roles as words and the EOS token after every answer. It
+    begins with the tokens that the tokenizer puts before every text, such as BOS. Then `extend_with_tools` is applied.
+    A tokenizer without a template and without an EOS token stays unchanged.
     """
     changes = []
     if not tokenizer.chat_template and (name := _template_for(tokenizer)):
-        tokenizer.chat_template = (_ASSETS / f"chat_{name}.jinja").read_text(encoding="utf-8")
+        text = (_ASSETS / f"chat_{name}.jinja").read_text(encoding="utf-8")
+        tokenizer.chat_template = _write_prefix(tokenizer) + text
         changes.append(f"the base has no chat template: the template {name!r} is used")
     if extend_with_tools(tokenizer) and not changes:
         changes.append("the base's chat template ignores tools: it is extended with tools")
@@ -69,9 +52,20 @@ def _template_for(tokenizer: Any) -> str | None:
     return "plain" if tokenizer.eos_token else None
 
 
+def _write_prefix(tokenizer: Any) -> str:
+    """Return the part of a template that writes the tokens which the tokenizer puts before every text."""
+    encoded = tokenizer("a", return_special_tokens_mask=True, verbose=False)
+    num_tokens = [*encoded["special_tokens_mask"], 0].index(0)
+    tokens = tokenizer.convert_ids_to_tokens(encoded["input_ids"][:num_tokens])
+    if not tokens:
+        return ""
+    text = "bos_token" if tokens == [tokenizer.bos_token] else json.dumps("".join(tokens))
+    return "{{- " + text + " -}}\n"
+
+
 def shows_tools(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Return whether the chat template shows tools, calls with their arguments, and results."""
-    text = _rendered(tokenizer, [*_QUESTION, _CALL, *_RESULT], [_TOOL])
+    text = _render_probe(tokenizer, [*QUESTION, CALL, *RESULT])
     expected = ("Look at the probed sky", "probed_city", "Probeville", "probably sunny")
     return all(part in text for part in expected) and text.count("probe_weather") >= 2  # the tool and its call
 
@@ -84,8 +78,7 @@ def extend_with_tools(tokenizer: Any) -> bool:
     """
     if not tokenizer.chat_template or shows_tools(tokenizer):
         return False
-    system = [{"role": "system", "content": "The probe's rule."}, *_QUESTION]
-    place = "system" if "The probe's rule." in _rendered(tokenizer, system, None) else "user"
+    place = "user" if find_needs(partial(_render, tokenizer)).no_system else "system"
     form = PromptForm(place=place)
     values = {"PLACE": place, "HEADING": tools_heading(form), "REQUEST": call_form(form.calls).request[0]}
     extension = (_ASSETS / "tools.jinja").read_text(encoding="utf-8")
@@ -103,12 +96,16 @@ def extend_with_tools(tokenizer: Any) -> bool:
 
 
 def template_call_form(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Return the name of the call form that the chat template writes; None if it is not one of `CALL_FORMS`."""
-    before, whole = (_rendered(tokenizer, turns, [_TOOL]) for turns in (_QUESTION, [*_QUESTION, _CALL]))
+    """Return the name of the call form that the chat template writes; None if it is not one of `CALL_FORMS`.
+
+    A form with a mark comes first: the calls after the mark of another form can look like those of a form without one.
+    """
+    before, whole = (_render_probe(tokenizer, turns) for turns in (QUESTION, [*QUESTION, CALL]))
     call_text = whole.removeprefix(before)
-    for name, form in CALL_FORMS.items():
-        reply = form.read(call_text)
-        if [(call.name, call.arguments) for call in reply.calls] == [("probe_weather", _ARGUMENTS)]:
+    expected = [("probe_weather", CALL["tool_calls"][0]["function"]["arguments"])]
+    marked = [name for name, form in CALL_FORMS.items() if form.mark and form.mark in call_text]
+    for name in dict.fromkeys([*marked, *CALL_FORMS]):
+        if [(call.name, call.arguments) for call in CALL_FORMS[name].read(call_text).calls] == expected:
             return name
     return None
 
@@ -118,9 +115,18 @@ def reply_form(tokenizer: PreTrainedTokenizerBase) -> str:
     return template_call_form(tokenizer) or PromptForm().calls
 
 
-def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: Any) -> str:
-    """Return the rendered conversation, or "" if the template fails, with any exception."""
+def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Sequence[Tool]) -> str:
+    """Return the rendered conversation. Raises `DataError` for any exception of the template."""
     try:
-        return str(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False))
-    except Exception:
+        return str(tokenizer.apply_chat_template(list(messages), tools=list(tools) or None, tokenize=False))
+    except Exception as error:
+        raise DataError(str(error)) from error
+
+
+def _render_probe(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
+    """Return a conversation with the probe's tool as the template requires it, or "" if the template fails."""
+    render = partial(_render, tokenizer)
+    try:
+        return render(find_needs(render).adapt(messages), [TOOL])
+    except DataError:
         return ""

@@ -61,7 +61,9 @@ def generate_replies(
     The replies keep their special tokens. `progress` is called after each batch with the number of its prompts.
     """
     tokenizer = cascade.tokenizer
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_token_ids[0]
+    pad = tokenizer.pad_token_id
+    if pad is None or pad >= cascade.config.vocab_size:
+        pad = stop_token_ids[0]
     device = device_of(cascade.model(stage).eval().get_input_embeddings())
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     texts = [""] * len(prompts)
@@ -124,7 +126,7 @@ def evaluate_calls(
     cascade: Cascade, stage: str | None, splits: dict[str, list[Conversation]], **options: Any
 ) -> dict[str, CallScores]:
     """Answer and score every split with `stage` (None: the base alone). Pass `options` to `generate_replies`."""
-    renderer = Renderer(cascade.tokenizer)
+    renderer = Renderer(cascade.tokenizer, vocab_size=cascade.config.vocab_size)
     form = reply_form(cascade.tokenizer)
     scores = {}
     for name, conversations in splits.items():

@@ -5,12 +5,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from poe.errors import FingerprintError
 from poe.files.output import atomic_folder
-from poe.modeling.access import Access
+from poe.loaders.tokenizer import load_tokenizer
 from poe.modeling.fingerprint import fingerprint_tensors
 from poe.modeling.lineage import BaseSource
 from poe.modeling.opening import load_base
@@ -58,23 +58,9 @@ def open_base(
     **options: Any,
 ) -> Base:
     """Load a base's model (see `load_base`) and the tokenizer of `tokenizer_repo`: the base, or a stage on it."""
-    model = load_base(source, config, trust_remote_code=trust_remote_code, **options)
     tokenizer = load_tokenizer(tokenizer_repo, tokenizer_revision, source.access, trust_remote_code)
+    model = load_base(source, config, trust_remote_code=trust_remote_code, **options)
     return Base(model, tokenizer, source)
-
-
-def load_tokenizer(
-    repo: str, revision: str | None = None, access: Access | None = None, trust_remote_code: bool = False
-) -> Any:
-    """Return the tokenizer of a folder or Hub repository, None if it has none."""
-    access = access or Access()
-    try:
-        # Without an explicit trust_remote_code, transformers prompts on the terminal for unknown models.
-        return AutoTokenizer.from_pretrained(
-            repo, revision=revision or "main", trust_remote_code=trust_remote_code, **access.kwargs(repo)
-        )
-    except (OSError, ValueError, KeyError):
-        return None
 
 
 def save_base_folder(

@@ -11,13 +11,13 @@ from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 from huggingface_hub.utils import HFValidationError, validate_repo_id
-from transformers import AutoTokenizer
 
 from poe.errors import DeltaError, FingerprintError, LineageError, PoEError, SourceError, StageError
 from poe.loaders.base import Base
 from poe.loaders.card import example_prompt, notice, stage_card
 from poe.loaders.repository import read_remote_header
 from poe.loaders.stage_folder import PLOT, network_files, save_stage_folder
+from poe.loaders.tokenizer import load_tokenizer
 from poe.loaders.verify import verify
 from poe.modeling.access import Access, hub_error, is_path, read_config
 from poe.modeling.delta_file import DELTA_NAME, check_no_pickles, read_delta_header
@@ -240,17 +240,13 @@ def _find_on_hub(
 
 
 def _render_card(folder: Path, config: Mapping[str, Any], training: Mapping[str, Any], repo: str | None = None) -> str:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError):
-        tokenizer = None
     entries = read_delta_header(folder / DELTA_NAME).tensors.values()
     numbers = sum((entry.end - entry.start) // (4 if entry.dtype == "F32" else 2) for entry in entries)
     return stage_card(
         config,
         training,
         parameters=numbers,
-        example=example_prompt(tokenizer),
+        example=example_prompt(load_tokenizer(str(folder))),
         plot=PLOT if (folder / PLOT).is_file() else None,
         repo=repo,
     )

@@ -8,17 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from transformers import AutoTokenizer
 
 from poe.errors import DeltaError, PoEError, SourceError
 from poe.loaders.repository import embedded_folders, list_files, locate
 from poe.loaders.stage_folder import AUTO_MAP, network_files
+from poe.loaders.tokenizer import load_tokenizer
 from poe.modeling import modeling_poe
 from poe.modeling.access import Access, fetch, read_config
 from poe.modeling.delta_file import PICKLES, check_finite, read_delta, verify_delta
 from poe.modeling.lineage import BaseSource, StageSource, check_base, find_base, is_stage, resolve_lineage
-
-VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
 
 @dataclass(frozen=True)
@@ -90,16 +88,9 @@ class _Files:
         return f"{len(package_files)} Python files, each the same as in this package"
 
     def check_tokenizer(self) -> str:
-        present = [n for n in VOCABULARIES if fetch(self.repo, n, self.access, self.revision) is not None]
-        if not present:
+        tokenizer = load_tokenizer(self.repo, self.revision, self.access)
+        if tokenizer is None:
             raise DeltaError("there is no tokenizer: expected tokenizer.json and tokenizer_config.json beside it.")
-        options = self.access.kwargs(self.repo)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                self.repo, revision=self.revision or "main", trust_remote_code=False, **options
-            )
-        except Exception as error:  # a damaged or hostile file can raise any error
-            raise DeltaError(f"the tokenizer cannot be opened without running code: {error}") from error
         return f"{len(tokenizer):,} tokens, {'with a' if tokenizer.chat_template else 'no'} chat template"
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoTokenizer
 
 from poe.data.drops import DropReport
 from poe.data.render import token_bytes
@@ -15,6 +14,7 @@ from poe.data.text import is_generated
 from poe.errors import DataError, RecipeError, suggest
 from poe.loaders.base import save_base_folder
 from poe.loaders.repository import locate
+from poe.loaders.tokenizer import check_tokenizer, load_tokenizer
 from poe.modeling.early import with_early_layers
 from poe.modeling.modeling_poe import PoEConfig, PoEForCausalLM
 from poe.stages.recipe import BaseRecipe
@@ -95,7 +95,10 @@ def _train(recipe: BaseRecipe, run: Path, resume: bool, progress: Progress) -> P
 def _make_network(recipe: BaseRecipe) -> tuple[Any, Any]:
     """Return the tokenizer and the network, new ones or those of `init`."""
     if recipe.init is not None:
-        return _load_from_init(recipe, AutoTokenizer), _continue_network(recipe)
+        config = _load_from_init(recipe)
+        known_tokenizer = load_tokenizer(locate(recipe.init))
+        check_tokenizer(known_tokenizer, config.vocab_size, f"The base {recipe.init}")
+        return known_tokenizer, _continue_network(recipe, config)
     base_config(recipe)  # raises for an impossible network before any text is read
     tokenizer: Any = make_tokenizer(recipe)
     if len(tokenizer) < recipe.vocab_size:
@@ -108,10 +111,9 @@ def _make_sources(model: PoEForCausalLM, recipe: BaseRecipe) -> HiddenSources:
     return HiddenSources(WholeModel(model, compile=True) if recipe.compile else stages, stages)
 
 
-def _continue_network(recipe: BaseRecipe) -> Any:
+def _continue_network(recipe: BaseRecipe, config: PoEConfig) -> Any:
     """Return the network of `init` in the recipe's shape. If the recipe has more layers, new ones are added below."""
     shape = _shape_fields(recipe)
-    config = _load_from_init(recipe, PoEConfig)
     num_layers = config.num_hidden_layers
     known = {name: value for name, value in config.to_dict().items() if name in PoEConfig.__annotations__}
     try:
@@ -129,12 +131,12 @@ def _continue_network(recipe: BaseRecipe) -> Any:
         ) from error
 
 
-def _load_from_init(recipe: BaseRecipe, kind: Any) -> Any:
-    """Return the tokenizer or the config in the folder `init`."""
+def _load_from_init(recipe: BaseRecipe) -> PoEConfig:
+    """Return the config in the folder `init`."""
     assert recipe.init is not None
     folder = locate(recipe.init)
     try:
-        return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return PoEConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         missing = "there is no such folder. `poe-train base NAME --out FOLDER` writes one."
         reason = error if Path(folder).is_dir() else missing

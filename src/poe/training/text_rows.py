@@ -11,6 +11,7 @@ import numpy as np
 
 from poe.calls.conversation import Text
 from poe.data.drops import DropReport
+from poe.data.encoding import TextEncoder
 from poe.data.packing import Batch, Document, PackedRows, pack
 from poe.data.streamed import StreamedRows
 from poe.data.text import documents, is_generated
@@ -82,11 +83,11 @@ def make_rows(
     held_out, tokens = [], 0
     for text in documents(recipe.data, seed=recipe.seed):
         held_out.append(text)
-        tokens += len(tokenizer(text.text, verbose=False)["input_ids"])
+        tokens += len(tokenizer(text.text, verbose=False)["input_ids"])  # roughly: control tokens count once
         if tokens >= VALIDATION_ROWS * recipe.seq_len:
             break
     sources = {text.source for text in held_out} - {None}
-    encode = partial(_encode, tokenizer)
+    encode = partial(encode_texts, TextEncoder(tokenizer))
     packing: dict[str, Any] = {"long": "split", "seed": recipe.seed, "pad_id": tokenizer.pad_token_id}
     val = pack(encode(held_out), recipe.seq_len, **packing)
     reports = [report] if report is not None else []
@@ -108,7 +109,7 @@ def _generated_rows(
     def pack_texts(seed: int, tokens: int, easy: float = 0.0) -> PackedRows:
         texts = documents(recipe.data, seed=seed, easy=easy)
         return pack(
-            _take_tokens(tokens, _encode(tokenizer, texts)),
+            _take_tokens(tokens, encode_texts(TextEncoder(tokenizer), texts)),
             recipe.seq_len,
             seed=recipe.seed,
             pad_id=tokenizer.pad_token_id,
@@ -131,21 +132,22 @@ def _take_tokens(tokens: int, encoded: Iterator[Document]) -> Iterator[Document]
             return
 
 
-def _encode(tokenizer: Any, texts: Iterable[Text]) -> Iterator[Document]:
+def encode_texts(encoder: TextEncoder, texts: Iterable[Text]) -> Iterator[Document]:
     """Yield the token ids of each text, and which of them have a label.
 
     In a text with answers, chat markers become special tokens. In a plain text they are ordinary text.
     """
     for is_plain, group in groupby(texts, key=lambda text: text.answers is None):
         while batch := list(islice(group, DOCUMENTS_PER_CALL)):
-            encoded = tokenizer(
+            encoded: Any = encoder.tokenizer(
                 [text.text for text in batch],
                 verbose=False,
                 return_offsets_mapping=not is_plain,
                 split_special_tokens=is_plain,
             )
             for n, text in enumerate(batch):
-                ids = np.asarray(encoded["input_ids"][n], dtype=np.int32)
+                is_split = is_plain and encoder.has_control_tokens(text.text)
+                ids = np.asarray(encoder.encode_plain(text.text) if is_split else encoded["input_ids"][n], np.int32)
                 has_label = np.ones(len(ids), bool) if is_plain else _touches_answer(text, encoded["offset_mapping"][n])
                 yield ids, has_label
 

@@ -16,7 +16,8 @@ from poe.data.drops import DropReport
 from poe.data.pipeline import TrainingData, prepare
 from poe.data.render import Renderer, token_bytes
 from poe.data.templates import complete_template
-from poe.errors import OutputError, TemplateError
+from poe.errors import OutputError
+from poe.loaders.tokenizer import check_tokenizer
 from poe.modeling.placement import quantization_of
 from poe.modeling.stage import Stage
 from poe.stages import Recipe, load_recipe
@@ -117,7 +118,8 @@ def train_stage(
     same bytes as that of an uninterrupted run. The processes of `world` (see `join_world`) share the rows of every
     step. The main process writes, evaluates and reports, and all processes return its result.
 
-    Raises `RecipeError`, `DataError`, `TemplateError`, `OutputError`, `TrainingError`; `Interrupted` after Ctrl-C.
+    Raises `RecipeError`, `DataError`, `TokenizerError`, `TemplateError`, `OutputError`, `TrainingError`; `Interrupted`
+    after Ctrl-C.
     """
     plan = (load_recipe(recipe) if isinstance(recipe, str) else recipe).replace(**fields)
     folder = Path(output_dir or f"runs/{plan.name}")
@@ -210,11 +212,10 @@ def _check_inputs(
     world: World,
 ) -> _Job:
     """Raise every error that can be found before the data is read, and make the output folder."""
-    if cascade.tokenizer is None:
-        raise TemplateError("The base has no tokenizer: put its tokenizer files beside it.")
+    check_tokenizer(cascade.tokenizer, cascade.config.vocab_size)
     check_not_fp16(cascade.base, *(stage for name, stage in cascade.stages.items() if name == plan.name))
     template_note = complete_template(cascade.tokenizer)
-    renderer = Renderer(cascade.tokenizer, calls_only=plan.train_on == "calls")
+    renderer = Renderer(cascade.tokenizer, calls_only=plan.train_on == "calls", vocab_size=cascade.config.vocab_size)
     progress = progress or Progress(f"stage {plan.name}", quiet=not world.is_main)
     trackers = open_trackers(plan.track if world.is_main else "", progress.note)
     count_rows_per_step(plan, world)

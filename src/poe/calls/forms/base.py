@@ -34,6 +34,7 @@ class CallForm(ABC):
 
     name: ClassVar[str]
     request: ClassVar[tuple[str, str, str]]
+    mark: ClassVar[str] = ""  # what stands before every call, or may stand there
 
     def write(self, calls: Sequence[Call], text: str = "") -> str:
         """Return the assistant's text: `text`, then the calls. Without calls, return `text` unchanged.

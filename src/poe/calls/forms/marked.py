@@ -14,7 +14,6 @@ from poe.calls.forms.base import CallForm, Reply, as_call, as_json, expect, join
 
 
 class _Marked(CallForm):
-    mark: ClassVar[str]
     end: ClassVar[str] = ""
 
     def read(self, text: str) -> Reply:

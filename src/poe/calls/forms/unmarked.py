@@ -28,7 +28,6 @@ class _JsonForm(CallForm):
     first: ClassVar[tuple[str, ...]]  # the possible first keys, to recognize a call that is cut off early
     start = re.compile(r'(?:\[\s*)?\{\s*"')
     between: ClassVar[re.Pattern[str] | None] = None
-    mark: ClassVar[str] = ""
 
     def read(self, text: str) -> Reply:
         prose: list[str] = []

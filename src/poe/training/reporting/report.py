@@ -88,7 +88,9 @@ def note_data(summary: Mapping[str, Any], seconds: float, progress: Progress) ->
     """Report the prepared data: rows read, kept and dropped by source, and how full the packed rows are."""
     for source, counts in summary["rows"].items():
         dropped = ", ".join(f"{reason} {n}" for reason, n in counts["dropped"].items()) or "none"
-        progress.note(f"{source}: {counts['read']} rows read, {counts['kept']} kept; dropped: {dropped}")
+        repaired = ", ".join(f"{rule} {n}" for rule, n in counts.get("repaired", {}).items())
+        line = f"{source}: {counts['read']} rows read, {counts['kept']} kept; dropped: {dropped}"
+        progress.note(f"{line}; repaired: {repaired}" if repaired else line)
     progress.note(
         f"{summary['packed_rows']} rows of {summary['seq_len']} tokens, {summary['fill']:.1%} full, "
         f"{summary['trained_tokens']:,} of {summary['tokens']:,} tokens trained, in {seconds:.0f} s"
