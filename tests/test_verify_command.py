@@ -104,7 +104,7 @@ BREAKS = {
         {"network files": "auto_map should be"},
     ),
     "no tokenizer": (lambda f: (f / "child/tokenizer.json").unlink(), {"tokenizer": "there is no tokenizer"}),
-    "a broken tokenizer": (lambda f: (f / "child/tokenizer.json").write_text("{"), {"tokenizer": "cannot be opened"}),
+    "a broken tokenizer": (lambda f: (f / "child/tokenizer.json").write_text("{"), {"tokenizer": "cannot be used"}),
     "no parent": (lambda f: shutil.rmtree(f / "parent"), {"lineage": "is broken"}),
     "another base": (
         lambda f: save_file(
