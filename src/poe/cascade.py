@@ -22,6 +22,7 @@ from poe.decoding.strategy import Expert, Strategy
 from poe.errors import DecodingError, DeltaError, StageError, suggest
 from poe.loaders.base import Base, open_base
 from poe.loaders.repository import embedded_folders, locate
+from poe.loaders.unchanged import check_plain_model
 from poe.modeling.access import Access, read_config
 from poe.modeling.growth import sync_attention
 from poe.modeling.lineage import BaseSource, Lineage, find_base, is_stage, resolve_lineage, warn_unverified
@@ -30,10 +31,10 @@ from poe.modeling.modeling_poe_stage import PoEStageConfig, PoEStageForCausalLM
 from poe.modeling.opening import load_stages
 from poe.modeling.recognition import recognize_family
 from poe.modeling.stage import Stage, assemble, build_stage, detach_stage_input, set_gradient_input
-from poe.modeling.stage_config import StageConfig
 from poe.stages.compress import HeadReport, compress_head
 from poe.stages.copying import find_copying_layer
 from poe.stages.fold import fold_chain
+from poe.stages.recipe import make_stage_config
 
 AutoConfig.register("poe", PoEConfig, exist_ok=True)
 AutoModelForCausalLM.register(PoEConfig, PoEForCausalLM, exist_ok=True)
@@ -51,8 +52,10 @@ class Cascade:
     """
 
     def __init__(self, base_model: PreTrainedModel, tokenizer: Any = None, *, source: BaseSource | None = None) -> None:
+        check_plain_model(base_model)
         recognize_family(base_model)
         self._base = Base(base_model.requires_grad_(False), tokenizer, source)
+        self._base.record  # noqa: B018 - taken now
         self.stages: dict[str, Stage] = {}
         self.active: str | None = None
         self._models: dict[str, PreTrainedModel] = {}
@@ -140,22 +143,7 @@ class Cascade:
         override the recipe's: `add_stage(name="mine", num_layers=2)`. The weights depend only on `seed` and are in
         `dtype` (default: the base's). Raises `StageError` for a wrong field or a name that is taken.
         """
-        known = [field.name for field in dataclasses.fields(StageConfig)]
-        for name in fields:
-            if name not in known:
-                raise StageError(f"A stage has no field {name!r}.{suggest(name, known)}")
-        if recipe is None and "name" not in fields:
-            raise StageError("A new stage needs a name: expected add_stage(name='...') or add_stage(RECIPE).")
-        if isinstance(recipe, str):
-            from poe.stages import load_recipe
-
-            recipe = load_recipe(recipe)
-        if isinstance(recipe, StageConfig):
-            config = dataclasses.replace(recipe, **fields)
-        elif recipe is None:
-            config = StageConfig(**fields)
-        else:
-            config = recipe.stage_config(**fields)
+        config = make_stage_config(recipe, fields)
         self._check_name_is_free(config.name)
         parent = None if config.parent is None else self._find_stage(config.parent)
         if config.attach_at == "auto":
@@ -211,6 +199,7 @@ class Cascade:
         """
         original, name = self._find_stage(stage), name or f"{stage}-folded"
         self._check_name_is_free(name)
+        self.check_unchanged(stage, weights=False)
         return self._insert(fold_chain(self.base, original, name)).activate(name)
 
     @torch.no_grad()
@@ -222,6 +211,7 @@ class Cascade:
         """
         stage = self._find_stage(name)
         self._check_no_children(stage, "changed")
+        self.check_unchanged(name, weights=False)
         before = None if input_ids is None else self.model(name)(input_ids).logits.float()
         report = compress_head(stage, rank)
         self._models.pop(name, None)
@@ -273,6 +263,7 @@ class Cascade:
             model = assemble(self.base, stage)
             sync_attention(self.base, model)
             set_gradient_input(model, stage)
+            self._base.record.add(stage, model)
             self._models[name] = model
         return self._models[name]
 
@@ -487,7 +478,12 @@ class Cascade:
         if stage.parent is not None:
             stage.parent.requires_grad_(False)  # only the top stage of a chain is trained
         self.stages[stage.name] = stage
+        self._base.record.add(stage)
         return self
+
+    def check_unchanged(self, name: str | None = None, *, weights: bool = True) -> None:
+        """Raise `FamilyError` or `FingerprintError` if the base or a stage was changed in memory; see `Base`."""
+        self._base.check_unchanged(None if name is None else self._find_stage(name), weights=weights)
 
 
 def _check_strategy(strategy: Strategy) -> Strategy:

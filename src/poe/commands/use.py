@@ -25,7 +25,9 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="Text to continue; '-' reads standard input.")],
     base: Base = None,
     max_new_tokens: NewTokens = 128,
-    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 0.0,
+    temperature: Annotated[
+        float, typer.Option(help="Sampling temperature, with the model's own generation settings; 0 is greedy.")
+    ] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     off: Off = False,
     strategy: Annotated[
@@ -45,6 +47,7 @@ def generate(
 
     from poe.data.encoding import TextEncoder
     from poe.decoding import Exit, parse_strategy
+    from poe.decoding.generation import greedy_options
     from poe.loaders.tokenizer import check_tokenizer
     from poe.modeling.families import is_prefix_lm
 
@@ -58,11 +61,11 @@ def generate(
     ids = torch.tensor([TextEncoder(cascade.tokenizer, cascade.config.vocab_size).encode_plain(text)])
     ids = ids.to(cascade.base.device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
+    options = greedy_options(max_new_tokens=max_new_tokens)
+    if temperature > 0:  # sampling follows the model's own settings
+        options = {"max_new_tokens": max_new_tokens, "do_sample": True, "temperature": temperature}
     if is_prefix_lm(cascade.config):
         inputs["token_type_ids"] = inputs["attention_mask"]
-    if temperature > 0:
-        options["temperature"] = temperature
     stage = None if off or isinstance(chosen, Exit) else cascade.active
     torch.manual_seed(seed)
     if sibling:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from poe.decoding.generation import greedy_options
 from poe.decoding.segments import list_exits
 from poe.decoding.speculation import DraftLoop, SelfSpeculation, build_loop, generate_with
 from poe.decoding.strategy import Expert
@@ -38,7 +39,7 @@ def calibrate_draft(
     if not exits:
         raise DecodingError("This model has no exit below its top, so it cannot draft: leave out strategy=.")
     rows = [torch.tensor([list(prompt)], device=expert.model.device) for prompt in prompts]
-    options: dict[str, Any] = {"do_sample": False, "max_new_tokens": max_new_tokens}
+    options = greedy_options(max_new_tokens=max_new_tokens)
     model: Any = expert.model
 
     def decode_plainly() -> int:

@@ -12,6 +12,7 @@ from poe.calls.schema import check_calls
 from poe.cascade import Cascade
 from poe.data.render import Renderer
 from poe.data.templates import reply_form
+from poe.decoding.generation import greedy_options
 from poe.modeling.families import is_prefix_lm
 from poe.modeling.placement import device_of
 
@@ -78,10 +79,7 @@ def generate_replies(
             attention_mask=mask.to(device),
             **prefix,
             stage=stage,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=list(stop_token_ids),
-            pad_token_id=pad,
+            **greedy_options(max_new_tokens=max_new_tokens, eos_token_id=list(stop_token_ids), pad_token_id=pad),
         )
         for row, i in zip(output[:, width:].tolist(), part, strict=True):
             end = next((k for k, token in enumerate(row) if token in stop_token_ids), len(row))

@@ -11,10 +11,12 @@ from transformers.core_model_loading import revert_weight_conversion
 from poe.errors import FingerprintError
 from poe.files.output import atomic_folder
 from poe.loaders.tokenizer import load_tokenizer
+from poe.loaders.unchanged import REMEDY, Record, check_unchanged, find_changed_weight
 from poe.modeling.fingerprint import fingerprint_tensors
 from poe.modeling.lineage import BaseSource
 from poe.modeling.opening import load_base
 from poe.modeling.placement import is_offloaded, quantization_of
+from poe.modeling.stage import Stage
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,29 @@ class Base:
             )
         tensors = revert_weight_conversion(self.model, self.model.state_dict())  # the names and shapes of its files
         return BaseSource(None, known_fingerprint=fingerprint_tensors(tensors))
+
+    @cached_property
+    def record(self) -> Record:
+        """The state of the model when the cascade got it."""
+        return Record(self.model)
+
+    def find_changed_weight(self) -> str | None:
+        """Return the name of a weight that was changed in memory, None if there is none. All weights are read."""
+        source = self.known_source or vars(self).get("source")  # a fingerprint that is taken later includes the change
+        return None if source is None else find_changed_weight(self.model, self.record, source)
+
+    def check_unchanged(self, stage: Stage | None = None, *, weights: bool = True) -> None:
+        """Check that the base, and a stage with its parents, were not changed in memory.
+
+        Raises `FamilyError` for other modules and hooks, `FingerprintError` for other weights, buffers or config. With
+        `weights=False` the base's weights are not read.
+        """
+        check_unchanged(self.model, self.record, stage)
+        if weights and (name := self.find_changed_weight()):
+            raise FingerprintError(
+                f"The base has changed in memory: {name} is not what it was when it was opened. A stage on it would be "
+                f"saved under the fingerprint of another base. {REMEDY}"
+            )
 
 
 def open_base(

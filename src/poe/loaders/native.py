@@ -18,6 +18,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from poe.errors import FamilyError, OutputError, StageError
 from poe.files.output import atomic_folder
 from poe.loaders.base import Base
+from poe.loaders.stage_folder import write_generation_config
 from poe.modeling.access import read_config
 from poe.modeling.families import family_of
 from poe.modeling.lineage import BaseSource
@@ -60,6 +61,7 @@ def export_native(
             f"Stage {stage.name!r} is active on the answer alone, and an ordinary checkpoint acts on every token: "
             "measure what that costs, then export it with all_tokens=True (--all-tokens)."
         )
+    base.check_unchanged(stage, weights=False)
     if family_of(base.model).recurrent:
         raise_no_checkpoint(base.model.config.model_type)
     _check_plain_weights(base.model)
@@ -89,7 +91,7 @@ def export_native(
         _save_configs(base.source, stage, model, temporary)
         if base.tokenizer is not None:
             base.tokenizer.save_pretrained(temporary)
-        (temporary / "README.md").write_text(_render_card(base.source, stage, model), encoding="utf-8")
+        (temporary / "README.md").write_text(_render_card(base, stage, model), encoding="utf-8")
     return target
 
 
@@ -147,7 +149,7 @@ def _save_configs(source: BaseSource, stage: Stage, model: PreTrainedModel, fold
     # The stage's generation config may have got its stop tokens after `model` was assembled.
     generation = stage.generation_config or getattr(model, "generation_config", None)
     if isinstance(generation, GenerationConfig):
-        generation.save_pretrained(folder)
+        write_generation_config(generation, folder)
 
 
 def _config_fields(config: PreTrainedConfig) -> dict[str, Any]:
@@ -155,8 +157,16 @@ def _config_fields(config: PreTrainedConfig) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name not in ("transformers_version", "_name_or_path")}
 
 
-def _render_card(source: BaseSource, stage: Stage, model: PreTrainedModel) -> str:
-    """Return README.md: the contents of the checkpoint, and how to open it."""
+def _render_card(base: Base, stage: Stage, model: PreTrainedModel) -> str:
+    """Return README.md: the contents of the checkpoint, and how to open it.
+
+    A checkpoint has all weights, so a base that was changed in memory (by a merged adapter) can be exported; the card
+    says so then.
+    """
+    source = base.source
+    is_changed = base.find_changed_weight() is not None
+    origin = "changed since it was opened" if is_changed else f"fingerprint `{source.fingerprint[:12]}`"
+    weights = "" if is_changed else " unchanged"
     on_hub = source.repo if source.repo and not Path(source.repo).is_dir() else None
     data = ModelCardData(
         base_model=on_hub, library_name="transformers", pipeline_tag="text-generation", tags=["poe", "poe-export"]
@@ -166,9 +176,9 @@ def _render_card(source: BaseSource, stage: Stage, model: PreTrainedModel) -> st
     trust = ", trust_remote_code=True" if type(model)._auto_class is not None else ""
     return (
         f"---\n{data.to_yaml()}\n---\n\n# {stage.name}\n\n"
-        f"The base {f'`{on_hub}`' if on_hub else 'model'} (fingerprint `{source.fingerprint[:12]}`) with the stages "
+        f"The base {f'`{on_hub}`' if on_hub else 'model'} ({origin}) with the stages "
         f"{chain} as an ordinary checkpoint: {depth} layers, the head folded in and untied. The "
-        "base's weights are in it unchanged, so the base's license applies to it.\n\n"
+        f"base's weights are in it{weights}, so the base's license applies to it.\n\n"
         "```python\nfrom transformers import AutoModelForCausalLM\n\n"
         f'model = AutoModelForCausalLM.from_pretrained("<this repository>"{trust})\n```\n'
     )

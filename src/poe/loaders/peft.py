@@ -41,6 +41,7 @@ def export_peft(base: Base, stage: Stage, folder: Path, invocation_tokens: Seque
     it as Activated LoRA (`alora_invocation_tokens`), which acts from the first of these tokens on. None writes a plain
     LoRA, which acts on all tokens. Raises `FamilyError` for a stage that no LoRA can hold.
     """
+    base.check_unchanged(stage)
     family = family_of(base.model)
     if (
         stage.config.layers != "fork"

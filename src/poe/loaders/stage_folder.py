@@ -1,5 +1,6 @@
 """Write one stage as a complete folder in the delta format: weights, code, tokenizer, model card."""
 
+import copy
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ from poe.files.output import atomic_folder
 from poe.loaders.base import Base
 from poe.loaders.card import example_prompt, notice, stage_card
 from poe.modeling import modeling_poe_stage
-from poe.modeling.access import Access, fetch, read_config
+from poe.modeling.access import Access, fetch, first_line, read_config
 from poe.modeling.delta_file import DELTA_NAME, as_stored, format_of, write_delta
 from poe.modeling.fingerprint import fingerprint_tensors
 from poe.modeling.layer_pattern import pattern_fields
@@ -48,6 +49,7 @@ def save_stage_folder(
     dtype = dtype or stage.saved_dtype or torch.bfloat16
     stage.prompt = dict(prompt) if prompt is not None else stage.prompt
     generation = _build_generation_config(base, stage)
+    base.check_unchanged(stage)
     parent = _find_parent_files(stage.parent)
     with atomic_folder(folder) as temporary:
         fingerprint = write_delta(
@@ -66,7 +68,7 @@ def save_stage_folder(
             shutil.copyfile(path, temporary / path.name)
         if base.tokenizer is not None:
             base.tokenizer.save_pretrained(temporary)
-        generation.save_pretrained(temporary)
+        write_generation_config(generation, temporary)
         details = dict(training or {})
         if training is not None:
             _write_json(temporary / "training.json", details, sort=False)  # `push` renders the card from this order
@@ -82,6 +84,23 @@ def save_stage_folder(
     stage.source = {"repo": str(folder), "revision": None, "fingerprint": fingerprint}
     stage.saved_dtype, stage.generation_config = dtype, generation
     return folder
+
+
+def write_generation_config(config: GenerationConfig, folder: Path) -> None:
+    """Write generation_config.json as it is.
+
+    `GenerationConfig.save_pretrained` refuses combinations that it loads, such as `temperature` without `do_sample`,
+    and published bases have them. Raises `StageError` for a value that JSON cannot hold.
+    """
+    config = copy.copy(config)
+    config.compile_config = None  # it is for this process
+    try:
+        text = config.to_json_string()
+    except (TypeError, ValueError) as error:
+        raise StageError(
+            f"The generation config cannot be saved: {error}. Set model.generation_config to plain values."
+        ) from error
+    (folder / "generation_config.json").write_text(text, encoding="utf-8")
 
 
 def network_files() -> list[Path]:
@@ -194,7 +213,10 @@ def _relative_repo(repo: str | None, folder: Path) -> str | None:
 def _build_generation_config(base: Base, stage: Stage) -> GenerationConfig:
     """Return the generation config of a stage, with the prompt format's single-token stop strings as stop tokens."""
     original = stage.generation_config or getattr(base.model, "generation_config", None) or GenerationConfig()
-    config = GenerationConfig.from_dict(original.to_dict())
+    try:
+        config = GenerationConfig.from_dict(original.to_dict())
+    except (TypeError, ValueError) as error:
+        raise StageError(f"The generation config of {stage.name!r} is not valid: {first_line(error)}") from error
     stop_ids: list[int] = []
     for text in (stage.prompt or {}).get("stop", []):
         ids = base.tokenizer.encode(text, add_special_tokens=False) if base.tokenizer is not None else []

@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from .access import fetch
 from .delta_file import read_delta
-from .failures import DeltaError, SourceError, StageError
+from .failures import DeltaError, PoEError, SourceError, StageError
 from .families import FAMILIES
 from .layer_pattern import read_pattern
 from .lineage import BaseSource, Lineage
@@ -44,7 +44,9 @@ def load_base(
         model, report = loader.from_pretrained(
             source.repo, use_safetensors=True, output_loading_info=True, **location, **options
         )
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        if isinstance(error, PoEError):
+            raise
         raise SourceError(f"The base {source.repo} could not be loaded: {error}") from error
     assert isinstance(model, PreTrainedModel)
     if missing := sorted(report["missing_keys"]):

@@ -4,14 +4,16 @@ The sentence under a field is its documentation everywhere. `fields.py` checks t
 """
 
 import dataclasses
+import difflib
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
 import yaml
 
-from poe.errors import RecipeError, suggest
+from poe.errors import RecipeError, StageError, suggest
 from poe.modeling.stage_config import StageConfig
 from poe.stages.augmentation import Augmentation
 from poe.stages.fields import (
@@ -310,6 +312,34 @@ def load_plan(kind: type[P], name: str | os.PathLike[str], **fields: Any) -> P:
         if field_name not in known:
             raise RecipeError(f"Recipe {str(name)!r} has no field {field_name!r}.{suggest(field_name, known)}")
     return kind(**merged)
+
+
+def make_stage_config(recipe: Any, fields: Mapping[str, Any]) -> StageConfig:
+    """Return the config of a new stage from a recipe and fields of `StageConfig`, which override the recipe's.
+
+    `recipe` is a recipe's name, a `Recipe`, a `StageConfig` or None. A text that names no recipe is the name of a stage
+    if there are fields. Raises `StageError` or `RecipeError`.
+    """
+    known = [field.name for field in dataclasses.fields(StageConfig)]
+    for name in fields:
+        if name not in known:
+            raise StageError(f"A stage has no field {name!r}.{suggest(name, known)}")
+    if isinstance(recipe, (str, os.PathLike)):
+        name = os.fspath(recipe)
+        recipes = list_recipes()
+        is_new = fields and "name" not in fields and not name.endswith((".yaml", ".yml"))
+        if is_new and not difflib.get_close_matches(name, recipes, n=1, cutoff=0.8):
+            return StageConfig(name=name, **fields)
+        recipe = load_recipe(recipe)
+    if recipe is None and "name" not in fields:
+        raise StageError("A new stage needs a name: expected add_stage(name='...') or add_stage(RECIPE).")
+    if recipe is None:
+        return StageConfig(**fields)
+    if isinstance(recipe, StageConfig):
+        return dataclasses.replace(recipe, **fields)
+    if not isinstance(recipe, Recipe):
+        raise StageError(f"Expected a recipe's name, a Recipe or a StageConfig, got {recipe!r}.")
+    return recipe.stage_config(**fields)
 
 
 def _folder(kind: type[Plan]) -> Path:
