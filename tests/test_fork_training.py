@@ -7,6 +7,7 @@ import torch
 
 from poe import Cascade, train_stage
 from poe.errors import RecipeError
+from poe.modeling.answer_boundary import _dense_places
 from poe.stages import Recipe
 from poe.training.parallel.distributed import SINGLE_PROCESS
 from poe.training.reporting.progress import Progress
@@ -55,6 +56,24 @@ def test_a_fork_learns_the_same_with_and_without_a_cache(
     assert any(
         tensor.abs().sum() > 0 for name, tensor in stage.delta_state_dict().items() if name.endswith(("b", "delta"))
     )
+
+
+@pytest.mark.parametrize("rank", [4, None])
+def test_matrix_lr_is_the_rate_of_a_forks_changes(demo_base: Path, tmp_path: Path, rank: int | None) -> None:
+    _, folder = train(demo_base, tmp_path / "head", rank=rank, matrix_lr=0.0, head_lr=0.01, max_steps=2)
+    changes = Cascade.from_pretrained(folder).stages["demo"].delta_state_dict()
+    assert not any(tensor.any() for name, tensor in changes.items() if name.endswith((".b", ".delta")))
+
+
+def test_answers_of_different_lengths_pass_a_fork_in_few_shapes() -> None:
+    seen = set()
+    for length in range(1, 200):
+        active = torch.arange(1000).expand(2, -1) < length
+        places = _dense_places(active)
+        assert active.gather(1, places).sum() == active.sum()
+        seen.add(places.shape[1])
+    assert seen == {64, 128, 192, 256}
+    assert _dense_places(torch.ones(1, 40, dtype=torch.bool)).shape == (1, 40)
 
 
 def test_an_interrupted_fork_ends_with_the_same_bytes(demo_base: Path, tmp_path: Path) -> None:

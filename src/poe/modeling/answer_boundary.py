@@ -22,6 +22,7 @@ from .stage import Stage
 from .standins import FixedOutputLayer, RecordedLayer, SkippedLayer, boundary_layers
 
 FULL, SLIDING = "full_attention", "sliding_attention"
+BLOCK = 64  # tokens: oneDNN prepares a kernel for every new shape, and keeps its memory
 
 
 class Read(NamedTuple):
@@ -192,9 +193,9 @@ def _turns(active: Tensor, position_ids: Tensor) -> Tensor:
 
 
 def _dense_places(active: Tensor) -> Tensor:
-    """(B, M): the places of the active tokens in order, M being the most that a row has, at least 1."""
+    """(B, M): the places of the active tokens in order, then others; M is the most of a row, in whole blocks."""
     most = max(int(active.sum(1).max()), 1)
-    return torch.argsort(~active, dim=1, stable=True)[:, :most]
+    return torch.argsort(~active, dim=1, stable=True)[:, : most + -most % BLOCK]
 
 
 def _answer_mask(turn: Tensor, position_ids: Tensor, places: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:

@@ -55,7 +55,7 @@ class Plan:
     max_steps: PositiveInt | None = None
     """Number of optimizer steps. Null: as many as the data and its epochs give (a base: 1000)."""
     matrix_lr: NonNegative = 0.002
-    """Learning rate of the matrices in the layers, for Muon at any width, for adamw at width 768."""
+    """Learning rate of the matrices in the layers and of a fork's changes. For adamw it is the one at width 768."""
     head_lr: NonNegative = 1e-4
     """AdamW learning rate of the head delta at width 768."""
     weight_decay: NonNegative = 0.1

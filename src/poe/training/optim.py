@@ -326,7 +326,7 @@ def _group_name(name: str, param: Tensor) -> str:
     parts = name.split(".")
     if param.ndim < 2:
         return "scalars"
-    if parts[0] in ("head", "heads") or "deltas" in parts or parts[-1] in ("a", "b"):  # dense or low-rank deltas
+    if parts[0] in ("head", "heads") or "deltas" in parts:  # dense or low-rank deltas
         return "head"
     if parts[0] in ("lm_head", "lm_head_stages"):
         return "unembedding"
@@ -358,9 +358,9 @@ def build_optimizer(
     The parameters are those of a stage (`layers.0.self_attn.q_proj.weight`, `head.weight`, `head.a`, `norm.weight`) or
     of a whole base (`model.embed_tokens.weight`, `model.layers.0...`, `lm_head.weight`). Each group has its `name`:
 
-    - `matrices`: 2-D inside `layers`; Muon at `matrix_lr`, with weight decay;
-    - `head`: head deltas (`head.`, `heads.`, `lm_head.deltas.`) and low-rank factors (`.a`, `.b`); `head_lr`, with
-      weight decay, so that an unused delta shrinks back to the base's head;
+    - `matrices`: 2-D inside `layers`, a fork's changes among them; Muon at `matrix_lr`, with weight decay;
+    - `head`: head deltas (`head.`, `heads.`, `lm_head.deltas.`); `head_lr`, with weight decay, so that an unused delta
+      shrinks back to the base's head;
     - `other`: all remaining matrices; `head_lr`, with weight decay;
     - `embeddings` (`embed_lr`), `unembedding` (`lm_head`, `unembed_lr`), `scalars` (fewer than 2 dimensions: norms,
       biases; `scalar_lr`): without weight decay.
