@@ -370,6 +370,12 @@ class Cascade:
         stage = self._find_stage(name)
         return save_stage_folder(self._base, stage, Path(folder), training=training, dtype=dtype, prompt=prompt)
 
+    def rehearse_save(self, name: str, **options: Any) -> None:
+        """Raise what `save_stage` with these options would raise, without the weights. Nothing is written."""
+        from poe.loaders.stage_folder import rehearse_save
+
+        rehearse_save(self._base, self._find_stage(name), **options)
+
     def export_native(
         self,
         name: str,

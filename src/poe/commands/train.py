@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
@@ -32,6 +33,10 @@ app.callback(help=__doc__)(add_version)
 StageRecipe = Annotated[str, typer.Argument(help="A shipped recipe, or a YAML file.", autocompletion=complete_stage)]
 BaseRecipeName = Annotated[str, typer.Argument(help="A shipped recipe, or a YAML file.", autocompletion=complete_base)]
 
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Check everything, prepare the data, print the estimate, and train nothing.")
+]
+
 
 @app.command(cls=StageRecipeCommand)
 def stage(
@@ -44,20 +49,28 @@ def stage(
     out_folder: Annotated[Path | None, typer.Option("--out", help="Folder of the run; default: runs/RECIPE.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
     no_eval: Annotated[bool, typer.Option("--no-eval", help="Skip the held-out questions after training.")] = False,
+    dry_run: DryRun = False,
 ) -> None:
-    """Train a stage and write its folder: delta, card, training.json, report.png."""
+    """Train a stage and write its folder: delta, card, training.json, report.png.
+
+    The exit code is 1 if the run learned nothing or diverged; its stage is saved all the same.
+    """
     plan = load_recipe(recipe, **context.obj)
     folder = out_folder or Path("runs") / plan.name
     with _join_processes() as world, interruptible(f"poe-train stage {recipe}", folder, world):
-        from poe.training.trainer import train_stage
+        from poe.training.trainer import check_stage_run, train_stage
 
         cascade = _open_base(plan, base, world)
+        if dry_run:
+            _check_single_process(world, "stage --dry-run")
+            _end_dry_run(check_stage_run(cascade, plan, data, folder, _print_check, resume=resume))
         evaluate = None if no_eval else _evaluate
         result = train_stage(cascade, plan, data, folder, resume=resume, evaluate=evaluate, world=world)
         out.print(_format_bpb(result.record))
         if "evaluation" in result.record:
             out.print(_format_scores(result.record["evaluation"]))
         _print_outcome(folder / "delta.safetensors", result.record)
+        _raise_failure(result.record)
 
 
 @app.command(cls=StageRecipeCommand)
@@ -135,6 +148,7 @@ def base(
     record = json.loads((folder / "training.json").read_text(encoding="utf-8"))
     out.print(_format_bpb(record))
     _print_outcome(folder / "model.safetensors", record)
+    _raise_failure(record)
 
 
 @contextmanager
@@ -195,6 +209,24 @@ def _evaluate(cascade: Any, name: str, held_out: dict[str, Any]) -> dict[str, An
         for split, score in scores.items():
             results.setdefault(split, {})[label] = score.as_dict()
     return results
+
+
+def _print_check(name: str, problem: str | None) -> None:
+    out.print(f"[red]FAIL[/red] {name}: {escape(problem)}" if problem else f"[green]ok  [/green] {name}")
+
+
+def _end_dry_run(passed: bool) -> None:
+    """Leave the program after a dry run."""
+    out.print("dry run: nothing was trained" + ("" if passed else ", and a run with these options would fail"))
+    raise typer.Exit(0 if passed else FAILED)
+
+
+def _raise_failure(record: dict[str, Any]) -> None:
+    """Raise `TrainingError` if a finished run is no success, so that the exit code is 1."""
+    from poe.training.preflight import describe_failure
+
+    if problem := describe_failure(record):
+        raise TrainingError(problem)
 
 
 def _format_bpb(record: dict[str, Any]) -> Table:

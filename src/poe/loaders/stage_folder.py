@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,6 @@ def save_stage_folder(
     folder = folder.expanduser().absolute()
     dtype = dtype or stage.saved_dtype or torch.bfloat16
     stage.prompt = dict(prompt) if prompt is not None else stage.prompt
-    generation = _build_generation_config(base, stage)
     base.check_unchanged(stage)
     parent = _find_parent_files(stage.parent)
     with atomic_folder(folder) as temporary:
@@ -62,28 +62,62 @@ def save_stage_folder(
             active=stage.config.active,
             dtype=dtype,
         )
-        config = _build_config(base, stage, parent, folder, dtype)
-        _write_json(temporary / "config.json", config)
-        for path in network_files():
-            shutil.copyfile(path, temporary / path.name)
-        if base.tokenizer is not None:
-            base.tokenizer.save_pretrained(temporary)
-        write_generation_config(generation, temporary)
-        details = dict(training or {})
-        if training is not None:
-            _write_json(temporary / "training.json", details, sort=False)  # `push` renders the card from this order
-        card = stage_card(
-            config,
-            details,
-            parameters=stage.num_parameters(),
-            example=example_prompt(base.tokenizer),
-            plot=PLOT if (folder / PLOT).is_file() else None,
-        )
-        (temporary / "README.md").write_text(card, encoding="utf-8")
-        (temporary / "NOTICE").write_text(notice(config, details), encoding="utf-8")
+        generation = _write_companions(base, stage, parent, temporary, folder, training, dtype)
     stage.source = {"repo": str(folder), "revision": None, "fingerprint": fingerprint}
     stage.saved_dtype, stage.generation_config = dtype, generation
     return folder
+
+
+def rehearse_save(
+    base: Base, stage: Stage, *, training: Mapping[str, Any] | None = None, prompt: Mapping[str, Any] | None = None
+) -> None:
+    """Do what `save_stage_folder` does, in a temporary folder that is removed and without the weights.
+
+    Call it before a long training, so that what would raise at its end raises now.
+    """
+    before = stage.prompt
+    stage.prompt = dict(prompt) if prompt is not None else before
+    try:
+        base.check_unchanged(stage)
+        parent = _find_parent_files(stage.parent)
+        with tempfile.TemporaryDirectory(prefix="poe-rehearsal-") as scratch:
+            dtype = stage.saved_dtype or torch.bfloat16
+            _write_companions(base, stage, parent, Path(scratch), Path(scratch), training, dtype)
+    finally:
+        stage.prompt = before
+
+
+def _write_companions(
+    base: Base,
+    stage: Stage,
+    parent: Mapping[str, str | None] | None,
+    temporary: Path,
+    folder: Path,
+    training: Mapping[str, Any] | None,
+    dtype: torch.dtype,
+) -> GenerationConfig:
+    """Write all files beside the delta into `temporary`, for a stage in `folder`; return its generation config."""
+    generation = _build_generation_config(base, stage)
+    config = _build_config(base, stage, parent, folder, dtype)
+    _write_json(temporary / "config.json", config)
+    for path in network_files():
+        shutil.copyfile(path, temporary / path.name)
+    if base.tokenizer is not None:
+        base.tokenizer.save_pretrained(temporary)
+    write_generation_config(generation, temporary)
+    details = dict(training or {})
+    if training is not None:
+        _write_json(temporary / "training.json", details, sort=False)  # `push` renders the card from this order
+    card = stage_card(
+        config,
+        details,
+        parameters=stage.num_parameters(),
+        example=example_prompt(base.tokenizer),
+        plot=PLOT if (folder / PLOT).is_file() else None,
+    )
+    (temporary / "README.md").write_text(card, encoding="utf-8")
+    (temporary / "NOTICE").write_text(notice(config, details), encoding="utf-8")
+    return generation
 
 
 def write_generation_config(config: GenerationConfig, folder: Path) -> None:

@@ -104,6 +104,18 @@ def check_weights_are_finite(step: int, parameters: NamedParameters) -> None:
         )
 
 
+def check_validation_is_finite(step: int, bpb: float) -> None:
+    """Raise `TrainingError` unless a validation gave a number, so that no step counts as the best by accident."""
+    if not math.isfinite(bpb):
+        cause = (
+            "the base itself computes such numbers on these rows: open it in another dtype, or check its files"
+            if step == 0
+            else "the run diverged. The newest checkpoint, if any, was kept. Start again with lower learning rates "
+            "(matrix_lr, head_lr) or with max_grad_norm"
+        )
+        raise TrainingError(f"The validation after step {step} gave {bpb} bits per byte: {cause}.")
+
+
 def _count_bad_numbers(tensor: object) -> str | None:
     """Describe how many numbers of a tensor are not finite; None if all are finite or it holds no plain floats."""
     if not isinstance(tensor, Tensor) or tensor.is_meta or not is_plain(tensor):

@@ -14,7 +14,7 @@ from poe.stages.recipe import Plan
 from poe.training.checkpoints.files import has_checkpoint, remove_checkpoints
 from poe.training.checkpoints.identity import check_resumable, run_identity
 from poe.training.checkpoints.state import RunState, load_state, save_state
-from poe.training.checks import check_weights_are_finite
+from poe.training.checks import check_validation_is_finite, check_weights_are_finite
 from poe.training.interrupts import Interrupted, StopRequest
 from poe.training.optim import build_optimizer
 from poe.training.reporting.estimate import (
@@ -63,7 +63,7 @@ class Engine:
         """Train to the end. Raises `Interrupted` after saving, `TrainingError` for numbers that are not finite."""
         num_steps = self.settings.num_steps
         first = step = self._load_checkpoint() if resume and has_checkpoint(self.settings.folder) else 0
-        self._report_estimate()
+        self.report_estimate()
         self.context.progress.start(step, num_steps, self.rows.train.num_rows / self.rows_per_step)
         last_save = time.monotonic()
         with self._stop.catch_signals(), self._track(step), self._open_metrics() as metrics:
@@ -144,6 +144,7 @@ class Engine:
         started = time.perf_counter()
         rows_per_batch = max(1, self.plan.max_tokens_per_batch // self.plan.seq_len)
         measured = validate(self.trained, self.rows.val, rows_per_batch, self.context.world, self.context.progress)
+        check_validation_is_finite(step, measured["val_bpb"])
         record = {"step": step, **measured}
         self.history.evals.append(record)
         self.history.eval_seconds += time.perf_counter() - started
@@ -157,7 +158,7 @@ class Engine:
             self.history.best_step, self.history.best_bpb = step, bpb
             self.best_weights = {name: p.detach().clone() for name, p in self.trained.parameters}
 
-    def _report_estimate(self) -> None:
+    def report_estimate(self) -> None:
         """Show what the run will take. Raises `OutputError` if its files do not fit on the disk."""
         world = self.context.world
         estimate = estimate_run(self.plan, self.trained, self.rows, self.settings, self.optimizer, world.size)

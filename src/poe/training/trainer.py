@@ -4,7 +4,7 @@ import platform
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,11 @@ from poe.training.hidden_states.sources import stage_sources, whole_model_source
 from poe.training.parallel.distributed import SINGLE_PROCESS, World, count_rows_per_step
 from poe.training.parallel.sharding import prefetch_layers
 from poe.training.precision import check_not_fp16, stage_dtype
+from poe.training.preflight import Preflight, Report, check_questions, describe_failure
 from poe.training.reporting.history import History
 from poe.training.reporting.progress import Progress
 from poe.training.reporting.report import (
+    check_output,
     draw_report,
     environment,
     note_data,
@@ -123,21 +125,61 @@ def train_stage(
     """
     plan = (load_recipe(recipe) if isinstance(recipe, str) else recipe).replace(**fields)
     folder = Path(output_dir or f"runs/{plan.name}")
-    job = _check_inputs(cascade, plan, data or plan.data, folder, resume, progress, world)
+    preflight = Preflight()
+    job = _check_inputs(cascade, plan, data or plan.data, folder, resume, progress, world, preflight)
+    assert job is not None  # the first problem is raised
     with ExitStack() as cleanup:
         if world.is_main:
             cleanup.callback(remove_leftovers, job.folder)
         prepared = _prepare_data(job)
         grown = _grow_model(job, prepared, cleanup)
+        _check_end(job, prepared, grown, preflight, evaluate is not None)
         fitted = _fit(job, prepared, grown, resume)
         record = _save(job, prepared, grown, fitted, evaluate)
+    if problem := describe_failure(record):
+        job.context.progress.note(problem)
     return StageRun(job.folder, fitted.history, record)
 
 
-def _prepare_data(job: _Job) -> TrainingData:
+def check_stage_run(
+    cascade: Cascade,
+    recipe: str | Recipe,
+    data: str | None,
+    output_dir: str | Path,
+    report: Report,
+    *,
+    resume: bool = False,
+    progress: Progress | None = None,
+    **fields: Any,
+) -> bool:
+    """Do everything that `train_stage` does before its first step, and return whether all checks passed.
+
+    `report` gets every check. The rows are prepared (and stay in the cache), the estimate is shown, and nothing is
+    written to `output_dir`. The cascade has the stages that it had before.
+    """
+    plan = (load_recipe(recipe) if isinstance(recipe, str) else recipe).replace(**fields)
+    is_new, active, preflight = plan.name not in cascade.stages, cascade.active, Preflight(report)
+    job = _check_inputs(cascade, plan, data or plan.data, Path(output_dir), resume, progress, SINGLE_PROCESS, preflight)
+    if job is None:
+        return False
+    with ExitStack() as cleanup:
+        prepared = preflight.check("data", lambda: _prepare_data(job, keep_dropped=False))
+        grown = prepared and preflight.check("stage", lambda: _grow_model(job, prepared, cleanup))
+        if is_new and plan.name in cascade.stages:
+            cleanup.callback(cascade.activate, active)
+            cleanup.callback(cascade.remove_stage, plan.name)
+        if prepared and grown:
+            _check_end(job, prepared, grown, preflight, True)
+            # the states of a cache are computed by the run itself
+            uncached = replace(job, plan=plan.replace(cache_hidden=False))
+            preflight.check("memory and disk", lambda: _build_engine(uncached, prepared, grown).report_estimate())
+    return not preflight.failed
+
+
+def _prepare_data(job: _Job, keep_dropped: bool = True) -> TrainingData:
     """Step 1: read, render and pack the rows. All processes must get the same."""
     plan, world, started = job.plan, job.context.world, time.time()
-    dropped_file = job.folder / "dropped.jsonl" if world.is_main else None
+    dropped_file = job.folder / "dropped.jsonl" if world.is_main and keep_dropped else None
     with world.main_process_first(), DropReport(dropped_file) as report:
         prepared = prepare(plan.replace(data=job.spec), job.renderer, report)
     rows = prepared.train
@@ -166,8 +208,29 @@ def _grow_model(job: _Job, prepared: TrainingData, cleanup: ExitStack) -> _Grown
     return _Grown(model, stage, quantization, is_sharded)
 
 
+def _check_end(job: _Job, prepared: TrainingData, grown: _Grown, preflight: Preflight, has_questions: bool) -> None:
+    """Check that what follows the training will work: the questions, and the files of the stage."""
+    if has_questions:
+        check_questions(preflight, job.renderer, prepared.held_out)
+    if not job.context.world.is_main:
+        return
+    record = _training_record(job, prepared, grown, History(evals=[{"step": 0, "val_bpb": 0.0}], best_bpb=0.0), 0)
+    cascade = job.cascade
+    prompt = prompt_format(cascade.tokenizer, job.renderer)
+    preflight.check("files of the stage", lambda: cascade.rehearse_save(job.plan.name, training=record, prompt=prompt))
+
+
 def _fit(job: _Job, prepared: TrainingData, grown: _Grown, resume: bool) -> _Fitted:
     """Step 3: train the stage to the end of its plan."""
+    engine = _build_engine(job, prepared, grown)
+    history = engine.run(resume)
+    grown.stage.requires_grad_(False)
+    grown.model.eval()
+    return _Fitted(engine, history)
+
+
+def _build_engine(job: _Job, prepared: TrainingData, grown: _Grown) -> Engine:
+    """Return the engine that trains the stage by its plan."""
     plan, context, model, stage = job.plan, job.context, grown.model, grown.stage
     torch.manual_seed(plan.seed + context.world.rank)
     train, val = prepared.train, prepared.val
@@ -179,11 +242,7 @@ def _fit(job: _Job, prepared: TrainingData, grown: _Grown, resume: bool) -> _Fit
     sizes = token_bytes(job.cascade.tokenizer, model.config.vocab_size)
     trained = TrainedModel(model, list(stage.named_parameters()), sources, sizes)
     settings = RunSettings(job.folder, num_steps, base_facts(job.cascade, stage), delta_bytes(stage))
-    engine = Engine(plan, trained, RunRows(train, val), settings, context)
-    history = engine.run(resume)
-    stage.requires_grad_(False)
-    model.eval()
-    return _Fitted(engine, history)
+    return Engine(plan, trained, RunRows(train, val), settings, context)
 
 
 def _save(
@@ -191,7 +250,7 @@ def _save(
 ) -> dict[str, Any]:
     """Step 4: answer the held-out questions, write the stage folder, and remove the checkpoints."""
     cascade, name, world = job.cascade, job.plan.name, job.context.world
-    record = _training_record(job, prepared, grown, fitted)
+    record = _training_record(job, prepared, grown, fitted.history, fitted.engine.settings.num_steps)
     if evaluate is not None and (world.is_main or grown.is_sharded):  # a sharded base runs in all processes at once
         record["evaluation"] = evaluate(cascade, name, prepared.held_out)
     if world.is_main:
@@ -210,20 +269,40 @@ def _check_inputs(
     resume: bool,
     progress: Progress | None,
     world: World,
-) -> _Job:
-    """Raise every error that can be found before the data is read, and make the output folder."""
-    check_tokenizer(cascade.tokenizer, cascade.config.vocab_size)
-    check_not_fp16(cascade.base, *(stage for name, stage in cascade.stages.items() if name == plan.name))
-    template_note = complete_template(cascade.tokenizer)
-    renderer = Renderer(cascade.tokenizer, calls_only=plan.train_on == "calls", vocab_size=cascade.config.vocab_size)
+    preflight: Preflight,
+) -> _Job | None:
+    """Check everything that can be checked before the data is read, and make the output folder unless it is a dry run.
+
+    Returns None after a problem that `preflight` has reported.
+    """
+    tokenizer, vocab_size = cascade.tokenizer, cascade.config.vocab_size
     progress = progress or Progress(f"stage {plan.name}", quiet=not world.is_main)
-    trackers = open_trackers(plan.track if world.is_main else "", progress.note)
-    count_rows_per_step(plan, world)
+
+    def check_base() -> None:
+        cascade.check_unchanged(plan.name if plan.name in cascade.stages else None)
+        check_not_fp16(cascade.base, *(stage for name, stage in cascade.stages.items() if name == plan.name))
+
+    def make_renderer() -> Renderer:
+        if note := complete_template(tokenizer):
+            notes.append(note)
+        return Renderer(tokenizer, calls_only=plan.train_on == "calls", vocab_size=vocab_size)
+
+    notes: list[str] = []
+    preflight.check("base", check_base)
+    preflight.check("tokenizer", lambda: check_tokenizer(tokenizer, vocab_size))
+    renderer = None if "tokenizer" in preflight.failed else preflight.check("chat template", make_renderer)
+    preflight.check("rows per step", lambda: count_rows_per_step(plan, world))
+    trackers = preflight.check("trackers", lambda: open_trackers(plan.track if world.is_main else "", progress.note))
     with world.main_process_first():
-        folder = prepare_output(folder, resume) if world.is_main else _find_shared_folder(folder)
-    if template_note:
-        progress.note(template_note)
-    return _Job(cascade, plan, spec, folder, renderer, RunContext(progress, trackers, world))
+        prepare = check_output if preflight.is_dry_run else prepare_output
+        prepared = preflight.check(
+            "output folder", lambda: prepare(folder, resume) if world.is_main else _find_shared_folder(folder)
+        )
+    for note in notes:
+        progress.note(note)
+    if preflight.failed or renderer is None or trackers is None or prepared is None:
+        return None
+    return _Job(cascade, plan, spec, prepared, renderer, RunContext(progress, trackers, world))
 
 
 def _find_shared_folder(folder: Path) -> Path:
@@ -237,14 +316,16 @@ def _find_shared_folder(folder: Path) -> Path:
     return folder
 
 
-def _training_record(job: _Job, prepared: TrainingData, grown: _Grown, fitted: _Fitted) -> dict[str, Any]:
+def _training_record(
+    job: _Job, prepared: TrainingData, grown: _Grown, history: History, num_steps: int
+) -> dict[str, Any]:
     """Return the content of training.json."""
-    history, world = fitted.history, job.context.world
+    world = job.context.world
     record = {
         "kind": "stage",
         "recipe": job.plan.as_dict(),
         "data": {**prepared.summary, "spec": job.spec},
-        "steps": fitted.engine.settings.num_steps,
+        "steps": num_steps,
         "tokens": history.tokens,
         "seconds": round(history.seconds, 1),
         "tokens_per_s": round(history.tokens / max(history.seconds, 1e-9)),

@@ -157,7 +157,8 @@ def estimate_run(
 def check_disk_space(run: Path, needed: int) -> None:
     """Raise `OutputError` unless `needed` bytes fit on the disk. The run's own checkpoints count as free space."""
     checkpoint_bytes = sum(path.stat().st_size for folder in list_checkpoints(run) for path in folder.iterdir())
-    free = shutil.disk_usage(run).free + checkpoint_bytes
+    existing = next(folder for folder in (run.absolute(), *run.absolute().parents) if folder.is_dir())
+    free = shutil.disk_usage(existing).free + checkpoint_bytes
     if free < needed:
         raise OutputError(
             f"Not enough disk for {run}: this run writes up to {needed / 2**20:,.0f} MiB, {free / 2**20:,.0f} MiB are "

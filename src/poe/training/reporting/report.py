@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import json
-import os
 import platform
 import shutil
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from poe.errors import OutputError, TrainingError
+from poe.files.output import check_output_folder
 from poe.training.checkpoints.files import UNFINISHED, has_checkpoint
 from poe.training.reporting.estimate import compare_with_estimate
 from poe.training.reporting.history import History
@@ -28,19 +28,31 @@ VERSIONED = ("torch", "transformers", "safetensors", "tokenizers", "poe-cascade"
 
 
 def prepare_output(folder: Path, resume: bool) -> Path:
-    """Make the output folder of a run and return it.
+    """Check the output folder of a run (`check_output`), make it, and return it."""
+    folder = check_output(folder, resume)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"The output folder {folder} cannot be used: {error.strerror or error}.") from error
+    return folder
+
+
+def check_output(folder: Path, resume: bool) -> Path:
+    """Return the output folder of a run, which need not exist. Nothing stays behind.
 
     Raises `OutputError` for a folder that is not empty or cannot be written, `TrainingError` if `resume` finds no
     checkpoint.
     """
     folder = folder.expanduser()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        content = sorted(p.name for p in folder.iterdir() if not any(p.match(pattern) for pattern in LEFTOVERS))
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(13, "no permission to write")
+        content = sorted(
+            p.name
+            for p in (folder.iterdir() if folder.is_dir() else ())
+            if not any(p.match(pattern) for pattern in LEFTOVERS)
+        )
     except OSError as error:
         raise OutputError(f"The output folder {folder} cannot be used: {error.strerror or error}.") from error
+    check_output_folder(folder)
     resumable = has_checkpoint(folder)
     if resume and not resumable:
         raise TrainingError(f"Nothing to resume: there is no checkpoint in {folder}. Start without --resume.")

@@ -1,0 +1,74 @@
+"""The preflight: everything that could fail at the end of a run is tried before its first step."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from poe.calls.conversation import Conversation
+from poe.data.render import Renderer
+from poe.errors import PoEError, TrainingError
+
+T = TypeVar("T")
+# Called with the name of every check and its problem, None for a check that passed.
+Report = Callable[[str, str | None], None]
+
+
+class Preflight:
+    """Runs the checks of a run by name.
+
+    Without `report` the first problem is raised. With it (a dry run) every result is reported, the checks go on after a
+    problem, and `failed` has their names.
+    """
+
+    def __init__(self, report: Report | None = None) -> None:
+        self._report = report
+        self.is_dry_run = report is not None
+        self.failed: list[str] = []
+
+    def check(self, name: str, action: Callable[[], T]) -> T | None:
+        """Run a check and return its result, None after a problem that was reported.
+
+        An error of a library becomes a `TrainingError` with the name of the check.
+        """
+        try:
+            result = action()
+        except Exception as error:
+            problem = (
+                error if isinstance(error, PoEError) else TrainingError(f"{name}: {type(error).__name__}: {error}")
+            )
+            if self._report is None:
+                raise problem from error
+            self.failed.append(name)
+            self._report(name, str(problem))
+            return None
+        if self._report is not None:
+            self._report(name, None)
+        return result
+
+
+def check_questions(preflight: Preflight, renderer: Renderer, held_out: Mapping[str, list[Conversation]]) -> None:
+    """Check that the held-out questions can be asked after the run."""
+
+    def render_all() -> None:
+        for conversation in (row for rows in held_out.values() for row in rows):
+            first = next(i for i, message in enumerate(conversation.messages) if message["role"] == "assistant")
+            renderer.prompt_ids(conversation.messages[:first], conversation.tools, conversation.form)
+
+    preflight.check("held-out questions", render_all)
+
+
+def describe_failure(record: Mapping[str, Any]) -> str | None:
+    """Return why a run is no success, from its training.json: it learned nothing, or it diverged. None if it is one."""
+    trajectory = record["trajectory"]
+    if len(trajectory) < 2:
+        return None
+    before, after, best = trajectory[0]["val_bpb"], trajectory[-1]["val_bpb"], record["best_step"]
+    numbers = f"validation began at {before:.4f} bits per byte and ended at {after:.4f}"
+    advice = "Try lower learning rates (matrix_lr, head_lr), max_grad_norm, or other data."
+    if best == 0:
+        return (
+            f"The run learned nothing: {numbers}, and no step was better than the first. The weights that were saved "
+            f"are those from before the training. {advice}"
+        )
+    if not after <= before:
+        return f"The run diverged: {numbers}. The weights that were saved are those of step {best}, the best. {advice}"
+    return None
