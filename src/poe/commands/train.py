@@ -88,6 +88,7 @@ def sweep(
         Path | None, typer.Option("--out", help="Folder of the sweep; default: runs/RECIPE-sweep.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the sweep in --out.")] = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Train every combination of some field values on the same cached hidden states, and keep the best stage."""
     plan = load_recipe(recipe, **context.obj)
@@ -97,8 +98,10 @@ def sweep(
         from poe.training import sweep as sweeping
 
         _check_single_process(world, "sweep")
-        sweeping.candidate_recipes(plan, values)  # raises for bad values before the base is loaded
+        candidates = sweeping.candidate_recipes(plan, values)  # raises for bad values before the base is loaded
         cascade = _open_base(plan, base, world)
+        if dry_run:
+            _end_dry_run(_check_candidates(cascade, candidates, data, folder, resume))
         result = sweeping.sweep(cascade, plan, values, data, folder, resume=resume)
     table = Table(title="candidates, best first", title_justify="left")
     for column in (*values, "val bpb", "best step", "parameters", "delta bytes", "seconds"):
@@ -108,6 +111,7 @@ def sweep(
         table.add_row(*(str(c.tried[name]) for name in values), *numbers)
     out.print(table)
     out.print(f"best: {result.best}", markup=False)
+    _raise_failure(json.loads((result.best / "training.json").read_text(encoding="utf-8")))
 
 
 def _parse_tries(options: list[str]) -> dict[str, list[Any]]:
@@ -136,14 +140,17 @@ def base(
         Path | None, typer.Option("--out", help="Folder of the run; default: runs/base-RECIPE.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Train a PoE base and its tokenizer from scratch, and write a folder that transformers loads."""
     plan = load_base_recipe(recipe, **context.obj, **({"data": data} if data else {}))
     folder = out_folder or Path("runs") / f"base-{plan.name}"
     with _join_processes() as world, interruptible(f"poe-train base {recipe}", folder, world):
         _check_single_process(world, "base")
-        from poe.training.pretrain import train_base
+        from poe.training.pretrain import check_base_run, train_base
 
+        if dry_run:
+            _end_dry_run(check_base_run(plan, folder, _print_check, resume=resume))
         train_base(plan, folder, resume=resume)
     record = json.loads((folder / "training.json").read_text(encoding="utf-8"))
     out.print(_format_bpb(record))
@@ -209,6 +216,22 @@ def _evaluate(cascade: Any, name: str, held_out: dict[str, Any]) -> dict[str, An
         for split, score in scores.items():
             results.setdefault(split, {})[label] = score.as_dict()
     return results
+
+
+def _check_candidates(
+    cascade: "Cascade", candidates: dict[str, Recipe], data: str | None, folder: Path, resume: bool
+) -> bool:
+    """Check every candidate of a sweep, and return whether all checks passed."""
+    from poe.training.reporting.report import check_output
+    from poe.training.trainer import check_stage_run
+
+    if not resume:
+        check_output(folder, resume)
+    passed = True
+    for name, candidate in candidates.items():
+        out.print(name, markup=False)
+        passed &= check_stage_run(cascade, candidate, data, folder / name, _print_check)
+    return passed
 
 
 def _print_check(name: str, problem: str | None) -> None:

@@ -163,7 +163,12 @@ def _has_values(tensor: Tensor | None, expected: Tensor) -> bool:
         return True
     expected = expected.to(tensor.device)
     dtypes = dict.fromkeys((tensor.dtype, torch.bfloat16, torch.float16))
-    return any(torch.equal(expected.to(dtype).to(tensor.dtype), tensor) for dtype in dtypes)
+    return any(_is_equal(expected.to(dtype).to(tensor.dtype), tensor) for dtype in dtypes)
+
+
+def _is_equal(a: Tensor, b: Tensor) -> bool:
+    """Return whether all numbers are equal, where nan is equal to nan."""
+    return torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 def _compare_parts(expected: Parts, parts: Parts) -> str:

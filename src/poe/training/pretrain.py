@@ -1,5 +1,6 @@
 """Training a PoE base, from scratch or from another base: tokenizer, packed text, training loop, base folder."""
 
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,12 @@ from poe.training.engine import Engine
 from poe.training.forward import recompute_activations
 from poe.training.hidden_states.sources import HiddenSources, StagePredictions, WholeModel
 from poe.training.precision import choose_dtype
+from poe.training.preflight import Preflight, Report
 from poe.training.reporting.history import History
 from poe.training.reporting.progress import Progress
 from poe.training.reporting.report import (
     CHUNKS,
+    check_output,
     draw_report,
     environment,
     outcome_record,
@@ -75,9 +78,10 @@ def _train(recipe: BaseRecipe, run: Path, resume: bool, progress: Progress) -> P
     val, train = make_rows(recipe, tokenizer, num_steps, report, run / CHUNKS, resume)
     progress.note(f"{train.num_rows} rows of {recipe.seq_len} tokens, first rows after {time.time() - started:.0f} s")
     model = model.to(choose_dtype(recipe.dtype))
-    trained = TrainedModel(model, list(model.named_parameters()), _make_sources(model, recipe), token_bytes(tokenizer))
-    context = RunContext(progress, trackers)
-    engine = Engine(recipe, trained, RunRows(train, val), RunSettings(run, num_steps), context)
+    _rehearse_save(model, tokenizer)
+    engine = _build_engine(
+        recipe, model, tokenizer, RunRows(train, val), run, num_steps, RunContext(progress, trackers)
+    )
     with recompute_activations(model.model.layers if recipe.checkpoint_activations else ()):
         history = engine.run(resume)
     report.close()
@@ -90,6 +94,50 @@ def _train(recipe: BaseRecipe, run: Path, resume: bool, progress: Progress) -> P
     engine.remove_checkpoints()
     (run / CHUNKS).unlink(missing_ok=True)
     return run
+
+
+def check_base_run(
+    recipe: BaseRecipe,
+    output_dir: str | Path,
+    report: Report,
+    *,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> bool:
+    """Do everything that `train_base` does before its first step, and return whether all checks passed.
+
+    `report` gets every check. The estimate is shown, and nothing is written to `output_dir`.
+    """
+    preflight, progress, folder = Preflight(report), progress or Progress(f"base {recipe.name}"), Path(output_dir)
+    preflight.check("output folder", lambda: check_output(folder, resume))
+    trackers = preflight.check("trackers", lambda: open_trackers(recipe.track, progress.note))
+    torch.manual_seed(recipe.seed)
+    network = preflight.check("tokenizer and network", lambda: _make_network(recipe))
+    if network is not None and trackers is not None:
+        tokenizer, model = network
+        preflight.check("files of the base", lambda: _rehearse_save(model, tokenizer))
+        num_steps = recipe.max_steps or 1000
+        rows = preflight.check("data", lambda: make_rows(recipe, tokenizer, num_steps))
+        if rows is not None:
+            context, run_rows = RunContext(progress, trackers), RunRows(rows[1], rows[0])
+            model = model.to(choose_dtype(recipe.dtype))
+            engine = _build_engine(recipe, model, tokenizer, run_rows, folder, num_steps, context)
+            preflight.check("memory and disk", engine.report_estimate)
+    return not preflight.failed
+
+
+def _build_engine(
+    recipe: BaseRecipe, model: Any, tokenizer: Any, rows: RunRows, run: Path, num_steps: int, context: RunContext
+) -> Engine:
+    trained = TrainedModel(model, list(model.named_parameters()), _make_sources(model, recipe), token_bytes(tokenizer))
+    return Engine(recipe, trained, rows, RunSettings(run, num_steps), context)
+
+
+def _rehearse_save(model: Any, tokenizer: Any) -> None:
+    """Write the tokenizer and the config to a temporary folder, so that what would raise after the run raises now."""
+    with tempfile.TemporaryDirectory(prefix="poe-rehearsal-") as scratch:
+        tokenizer.save_pretrained(scratch)
+        model.config.save_pretrained(scratch)
 
 
 def _make_network(recipe: BaseRecipe) -> tuple[Any, Any]:

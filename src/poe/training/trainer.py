@@ -132,6 +132,8 @@ def train_stage(
         if world.is_main:
             cleanup.callback(remove_leftovers, job.folder)
         prepared = _prepare_data(job)
+        if world.is_main:
+            cleanup.callback(remove_leftovers, job.folder, keep_dropped=False)
         grown = _grow_model(job, prepared, cleanup)
         _check_end(job, prepared, grown, preflight, evaluate is not None)
         fitted = _fit(job, prepared, grown, resume)

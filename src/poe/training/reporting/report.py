@@ -65,15 +65,18 @@ def check_output(folder: Path, resume: bool) -> Path:
     return folder
 
 
-def remove_leftovers(run: Path) -> None:
-    """Empty the folder of a run that failed before a checkpoint or a result, so that it can be used again."""
+def remove_leftovers(run: Path, *, keep_dropped: bool = True) -> None:
+    """Empty the folder of a run that failed before a checkpoint or a result, so that it can be used again.
+
+    With `keep_dropped` a list of dropped rows stays, which explains why no data was left.
+    """
     if any((run / name).exists() for name in RESULTS) or has_checkpoint(run):
         return
     for path in [path for pattern in LEFTOVERS for path in run.glob(pattern)]:
         if path.match(UNFINISHED):
             shutil.rmtree(path, ignore_errors=True)
-        elif path.is_file() and (path.name != "dropped.jsonl" or path.stat().st_size == 0):
-            path.unlink()  # the list of dropped rows and the trackers' folders may explain the failure: they stay
+        elif path.is_file() and (path.name != "dropped.jsonl" or not keep_dropped or path.stat().st_size == 0):
+            path.unlink()  # the trackers' folders may explain the failure: they stay
     if run.exists() and not any(run.iterdir()):
         run.rmdir()
 
