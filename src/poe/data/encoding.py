@@ -32,6 +32,7 @@ _SHAPE = re.compile(r"<[|｜].*[|｜]>", re.DOTALL)
 _THINKING = re.compile(r"\s*(<think>|\[THINK\])(.*?)(</think>|\[/THINK\])", re.DOTALL)
 _SCHEMAS = ("parameters", "arguments")
 _NAME_EDGE = "\U0010fffd"
+_UNKNOWN = "\U000e0fff"  # a letter that no vocabulary has
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +97,7 @@ class TextEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None) -> None:
         self.tokenizer, self.vocab_size = tokenizer, vocab_size
         self.control = control_tokens(tokenizer, vocab_size)
-        self._ids = {*self.control.values(), *tokenizer.all_special_ids} - {tokenizer.unk_token_id}
+        self._ids = {*self.control.values(), *tokenizer.all_special_ids} - _unknown_ids(tokenizer)
         cores = {re.sub(r"^\W+|\W+$", "", token) for token in self.control} - {""}
         self.pattern = re.compile(_any_of(self.control))
         self.cores = re.compile(rf"(?<!\w)(?:{_any_of(cores)})(?!\w)")
@@ -293,6 +294,15 @@ class _Marker:
 
     def _insert(self, match: re.Match[str]) -> str:
         return match[0][0] + self.letter + match[0][1:]
+
+
+def _unknown_ids(tokenizer: PreTrainedTokenizerBase) -> set[int | None]:
+    """Return the ids that stand for unknown text, which any content can have."""
+    try:
+        ids = tokenizer.encode(_UNKNOWN, add_special_tokens=False)
+    except Exception:  # the library raises an error of its own for a vocabulary without an unknown token
+        ids = []
+    return {tokenizer.unk_token_id, *ids}
 
 
 def _any_of(texts: Iterable[str]) -> str:
