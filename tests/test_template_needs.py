@@ -125,6 +125,7 @@ def test_our_templates_begin_with_what_the_tokenizer_puts_before_every_text(what
     assert tokenizer("hello").input_ids[: len(ids)] == ids  # plain texts begin in the same way
 
 
+@pytest.mark.slow
 def test_the_command_takes_a_system_text_for_every_template(tmp_path: Path) -> None:
     from poe.modeling.modeling_poe import PoEConfig, PoEForCausalLM
 
