@@ -72,6 +72,7 @@ class FakeHub:
         self.requests: list[str] = []
         self.answer_all: int | None = None  # answer every request with this status
         self.drop_uploads = 0  # close the connection in the middle of this many uploads
+        self.drop_answers = 0  # close the connection after this many commits that were made
         self.hold_uploads = False  # read the beginning of an upload, then wait until the client closes
         self.uploading.clear()
 
@@ -211,6 +212,10 @@ class _Handler(BaseHTTPRequestHandler):
                 elif line["key"] == "deletedFile":
                     files.pop(value["path"], None)
             oid = repo.commit(revision, files)
+            if self.hub.drop_answers:
+                self.hub.drop_answers -= 1
+                self.close_connection = True
+                return None
         return self._answer({"commitOid": oid, "commitUrl": f"{self.hub.url}/{name}/commit/{oid}", "success": True})
 
     def _info(self, name: str, revision: str = "main") -> None:

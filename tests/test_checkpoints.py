@@ -186,7 +186,7 @@ def run_three_steps(run: Path, plan=PLAN, **options) -> Engine:
     real = engine._take_step
 
     def step(number: int):
-        engine._stop.requested = number == 2
+        engine.stop.requested = number == 2
         return real(number)
 
     engine._take_step = step

@@ -118,7 +118,7 @@ def test_memory_is_measured_in_bytes() -> None:
 def test_resumed_run_keeps_its_first_estimate_and_name(tmp_path: Path, monkeypatch) -> None:
     engine, _ = small_engine(tmp_path)
     real = engine._take_step
-    engine._take_step = lambda step: (setattr(engine._stop, "requested", step == 2), real(step))[1]
+    engine._take_step = lambda step: (setattr(engine.stop, "requested", step == 2), real(step))[1]
     with pytest.raises(KeyboardInterrupt):
         engine.run()
     first = engine.history.estimate

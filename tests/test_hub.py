@@ -193,6 +193,29 @@ def test_an_interrupted_upload_publishes_nothing_and_can_be_repeated(hub: FakeHu
     assert torch.equal(Cascade.from_pretrained("me/broken")(token_ids()).logits, cascade(token_ids()).logits)
 
 
+def test_a_push_with_a_lost_answer_is_a_push_if_the_hub_has_its_files(hub: FakeHub, saved_base, no_waiting) -> None:
+    plan = plan_upload(saved_base(), "me/lost")
+    hub.drop_answers = 99
+    commit = upload(plan, **TOKEN)
+    assert commit.oid == hub.repos["me/lost"].branches["main"]
+    assert set(hub.files("me/lost")) == set(plan.files)
+
+
+def test_a_push_with_a_lost_answer_names_what_is_unknown(hub: FakeHub, saved_base, no_waiting, monkeypatch) -> None:
+    trouble: list[int | None] = []
+
+    def lose(api, repo_id: str, *args, **options):
+        hub.put("me/lost", **{"other.txt": b"of somebody else"})
+        hub.answer_all = trouble[0]
+        raise ConnectionError("lost")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_commit", lose)
+    for status, message in ((None, "somebody else changed me/lost"), (429, "may have been pushed")):
+        hub.answer_all, trouble[:] = None, [status]
+        with pytest.raises(SourceError, match=message):
+            upload(plan_upload(saved_base(), "me/lost"), **TOKEN)
+
+
 def program(*arguments: str, **environment: str) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-W", "ignore", "-m", "poe.commands.poe", *arguments],

@@ -1,7 +1,11 @@
 """All errors of this package. `PoEError` is their base class. None of them leaves a partly written file."""
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+import errno
+import os
+import re
+from collections.abc import Iterable, Iterator
 
 from poe.modeling.failures import (
     DeltaError,
@@ -20,6 +24,7 @@ __all__ = [
     "FamilyError",
     "FingerprintError",
     "LineageError",
+    "MemoryLimitError",
     "MissingExtraError",
     "OutputError",
     "PoEError",
@@ -70,6 +75,10 @@ class DecodingError(PoEError, ValueError):
     """A strategy or combination cannot be used: no such exit, an unsupported option, or no gain in speed."""
 
 
+class MemoryLimitError(PoEError, MemoryError):
+    """The main memory or the memory of a device is exhausted. The message names the option to lower."""
+
+
 class MissingExtraError(PoEError, ImportError):
     """An optional dependency is not installed. The message has the command that installs it."""
 
@@ -80,3 +89,50 @@ def suggest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return f"{hint} Known: {', '.join(names) or 'none'}."
+
+
+_ALLOCATORS = ("DefaultCPUAllocator", "out of memory", "not enough memory", "bad_alloc", "Cannot allocate memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an allocation failed: in Python, numpy, torch (host or device), or the operating system."""
+    if isinstance(error, PoEError):
+        return False
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _ALLOCATORS)
+
+
+def memory_error(task: str, error: BaseException, advice: str) -> MemoryLimitError:
+    """Return the error for a task that does not fit into memory, with the numbers and `advice`."""
+    text = str(error).strip().partition("\n")[0]
+    wanted = re.search(r"allocat\w* ([\d.]+ ?(?:[KMGTP]i?B|bytes))", text)
+    if "GPU" in text or "CUDA" in text:
+        numbers = text[:300].rstrip(". ")
+    else:
+        page, names = os.sysconf("SC_PAGE_SIZE"), set(os.sysconf_names)
+        total, free = (
+            f"{os.sysconf(name) * page / 2**30:,.1f} GiB" if name in names else "unknown"
+            for name in ("SC_PHYS_PAGES", "SC_AVPHYS_PAGES")
+        )
+        size = f"{_format_size(wanted[1])} more were needed, and " if wanted else ""
+        numbers = f"{size}{free} of {total} of main memory are free"
+    return MemoryLimitError(f"{task} does not fit into memory: {numbers}. {advice}")
+
+
+def _format_size(text: str) -> str:
+    number = text.removesuffix("bytes").strip()
+    return f"{int(number) / 2**30:,.2f} GiB" if number.isdigit() else text
+
+
+@contextlib.contextmanager
+def explain_memory(task: str, advice: str) -> Iterator[None]:
+    """Raise `memory_error` for an allocation that fails in the block."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise memory_error(task, error, advice) from error

@@ -15,14 +15,15 @@ from rich.console import Console
 from typer.core import TyperCommand
 
 from poe import __version__
-from poe.errors import PoEError
+from poe.errors import PoEError, explain_memory
+from poe.training.reporting.progress import console
 
 if TYPE_CHECKING:
     from poe.training.parallel.distributed import World
 
 FAILED, INTERRUPTED = 1, 130
 out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+err = console()
 
 Repo = Annotated[str, typer.Argument(help="A base or a stage: folder, Hub id, or 'demo'.", show_default=False)]
 Base = Annotated[str | None, typer.Option(help="The stage's base, if it is not where the stage's config says.")]
@@ -69,16 +70,50 @@ def run(app: typer.Typer, name: str) -> None:
     Exit codes: 0 success, 1 failed with one message, 2 wrong usage, 130 interrupted. Typer sets the last two.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    _open_missing_streams()
+    code: Any = FAILED
+    advice = "Use a smaller base or dtype, fewer or shorter texts, or a machine with more memory."
     try:
-        app(prog_name=name)
+        with explain_memory("This command", advice):
+            app(prog_name=name)
     except PoEError as error:
         err.print(f"error: {error}", markup=False, style="red")
-        sys.exit(FAILED)
+    except OSError as error:  # where no room expected it: still one message
+        err.print(f"error: {error}. Check the place, its permissions and its free space.", markup=False, style="red")
+    except SystemExit as stop:
+        code = stop.code
+    sys.exit(_flush_streams() or code)
+
+
+def _open_missing_streams() -> None:
+    """Open /dev/null in place of closed standard streams: else a result could get the number of one of them."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number
+
+
+def _flush_streams() -> int:
+    """Flush standard output and standard error, and return the exit code for results that nobody received."""
+    code = 0
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except (OSError, ValueError) as error:
+            if stream is sys.stdout:
+                code = FAILED
+                if not isinstance(error, BrokenPipeError):
+                    err.print(f"error: standard output could not be written: {error}", markup=False, style="red")
+            with contextlib.suppress(OSError, ValueError):  # the interpreter flushes them once more
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return code
 
 
 @contextlib.contextmanager
 def interruptible(command: str, folder: Path, world: "World") -> Iterator[None]:
-    """Turn Ctrl-C into exit code 130 and one line: what was saved, and the command that continues.
+    """Turn Ctrl-C or another stop signal into exit code 130 and one line: what was saved, and how to continue.
 
     Of several processes, one prints the line and the others wait for it, because a launcher ends all processes when
     the first one ends.
@@ -88,7 +123,9 @@ def interruptible(command: str, folder: Path, world: "World") -> Iterator[None]:
     except KeyboardInterrupt:
         advice = f"To continue: {command} --out {folder} --resume, with the same options."
         steps = [int(path.parent.name.partition("-")[2]) for path in folder.glob("**/checkpoint-*[0-9]/meta.json")]
-        if steps:
+        if (folder / "delta.safetensors").is_file() and steps:
+            text = f"Stopped; the stage is saved in {folder}, and its evaluation is missing. {advice}"
+        elif steps:
             text = f"Stopped; saved at step {max(steps)}. {advice}"
         elif (folder / "sweep.json").exists():
             text = f"Stopped; the finished candidates are saved. {advice}"

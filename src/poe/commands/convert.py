@@ -7,6 +7,7 @@ import typer
 
 from poe.commands.app import Base, Program, Repo, out
 from poe.errors import StageError
+from poe.files.output import check_output_folder
 
 app = Program()
 imports = Program(help="Convert a model of another project into a PoE base, or into a stage.")
@@ -23,6 +24,7 @@ def cognica(
     """Convert a stage from the layout of Cognica's releases. Unknown tensors are listed and refused."""
     from poe.cascade import Cascade
 
+    check_output_folder(output)
     cascade = Cascade.from_pretrained(base).import_stage(folder, name)
     cascade.save_stage(name, output)
     size = (output / "delta.safetensors").stat().st_size
@@ -39,6 +41,7 @@ def peft(
     """Convert a LoRA adapter into a fork of the base's layers. What a fork cannot compute is refused."""
     from poe.cascade import Cascade
 
+    check_output_folder(output)
     cascade = Cascade.from_pretrained(base)
     if cascade.active is not None:
         raise StageError(f"{base} is a stage, and a LoRA adapter changes a base: expected a base.")
@@ -59,6 +62,7 @@ def nanochat(
     """Convert a nanochat checkpoint and its tokenizer into a PoE base. Unknown tensors are listed and refused."""
     from poe.loaders.nanochat_base import import_nanochat
 
+    check_output_folder(output)
     result = import_nanochat(checkpoint, output)
     out.print(
         f"{output}: step {result.step:,}, {result.parameters:,} parameters, in the layout of nanochat since "
@@ -95,6 +99,7 @@ def export(
         raise typer.BadParameter("expected --native or --peft")
     if invocation is not None and (peft is None or all_tokens):
         raise typer.BadParameter("--invocation goes with --peft, and not with --all-tokens")
+    check_output_folder(native or peft)  # type: ignore[arg-type]
     cascade = _open_stage(repo, base)
     if native is not None:
         folder = cascade.export_native(cascade.active, native, max_shard_size=max_shard_size, all_tokens=all_tokens)
@@ -122,6 +127,7 @@ def fold(
     """Fold a chain of stages into one stage that computes the same and needs no parent."""
     from poe.loaders.stage_folder import merge_training_records
 
+    check_output_folder(to)
     cascade = _open_stage(repo, base)
     chain = cascade.stages[cascade.active].chain
     cascade.fold(cascade.active, name)
@@ -144,6 +150,7 @@ def compress(
 
     if rank is None and not int8:
         raise typer.BadParameter("expected --rank, --int8 or both")
+    check_output_folder(to)
     cascade = _open_stage(repo, base)
     name = cascade.active
     stage, training = cascade.stages[name], read_training_record(cascade.stages[name])

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from poe.commands.app import Program, err, out
+from poe.files.output import check_output_file
 from poe.stages import Augmentation, Recipe, load_recipe
 
 app = Program(help=__doc__)
@@ -81,6 +82,8 @@ def stats(
     from poe.data.drops import DropReport
     from poe.data.statistics import compute_statistics, write_page
 
+    if page is not None:
+        check_output_file(page)
     report = DropReport()
     counted = compute_statistics(_read_corpus(spec, load_recipe(recipe), report), _load_renderer(base))
     if page is not None:
@@ -109,6 +112,7 @@ def export(
     from poe.data.drops import DropReport
     from poe.data.export import export as write
 
+    check_output_file(file)
     report = DropReport()
     corpus = _read_corpus(spec, load_recipe(recipe), report)
     numbers = [i for n in range(len(corpus.sources)) for i in corpus.row_numbers(n, TRAIN).tolist()]

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from poe.commands.app import FAILED, Base, Program, Repo, err, out
 from poe.errors import DataError, DecodingError, PoEError
+from poe.files.output import check_output_file
 
 app = Program()
 
@@ -98,6 +99,7 @@ def calibrate(
     from poe.loaders.tokenizer import check_tokenizer
     from poe.training.text_rows import encode_texts
 
+    check_output_file(output)
     cascade = _open_cascade(repo, base)
     check_tokenizer(cascade.tokenizer, cascade.config.vocab_size)
     encoder = TextEncoder(cascade.tokenizer, cascade.config.vocab_size)

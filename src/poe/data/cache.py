@@ -90,9 +90,10 @@ def cached_folder(kind: str, key: str, make: Callable[[Path], dict[str, Any]]) -
             _take_name(scratch, kind, key)
             flush(parent, recursive=False)
     except Exception as error:
-        if isinstance(error, PoEError) or not is_os_error(error):
+        cause = error.__cause__ if isinstance(error, OutputError) else error
+        if cause is None or isinstance(cause, PoEError) or not is_os_error(cause):
             raise
-        reason = error.strerror if isinstance(error, OSError) else error
+        reason = cause.strerror if isinstance(cause, OSError) else cause
         raise OutputError(f"The cache {cache_root() / kind} could not be written: {reason}. {_ADVICE}") from error
     return cache_root() / kind / key, result
 

@@ -7,12 +7,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from poe.files.output import convert_os_errors, write_error
+
 
 class DropReport:
     """Counts the rows of each source that were read, kept and dropped, and writes dropped rows to `path`.
 
     A dropped row is one JSON line `{"source", "reason", "id", "row"}`. `repaired` counts the repairs of kept rows by
-    rule. Use the report as a context manager, or call `close()`.
+    rule. Use the report as a context manager, or call `close()`. Raises `OutputError` if `path` cannot be written.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -21,9 +23,11 @@ class DropReport:
         self.dropped: dict[str, Counter[str]] = {}
         self.repaired: dict[str, Counter[str]] = {}
         self._file = None
+        self._path = path
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("w", encoding="utf-8")
+            with convert_os_errors(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = path.open("w", encoding="utf-8")
 
     def drop(self, source: str, reason: str, row: Any, id: str = "") -> None:
         """Count a dropped row and write it to the file."""
@@ -37,7 +41,11 @@ class DropReport:
                 text = json.dumps(line, default=str)
             except (ValueError, RecursionError):  # nested too deeply
                 text = json.dumps({**line, "row": f"a {type(row).__name__} that is nested too deeply to be written"})
-            self._file.write(text + "\n")
+            try:
+                self._file.write(text + "\n")
+            except OSError as error:
+                assert self._path is not None
+                raise write_error(self._path, error) from error
 
     def repair(self, source: str, rule: str, count: int = 1) -> None:
         """Count a repair of a kept row under the name of its rule."""
@@ -51,8 +59,8 @@ class DropReport:
             self.dropped.setdefault(source, Counter()).update(other["dropped"])
             if "repaired" in other:
                 self.repaired.setdefault(source, Counter()).update(other["repaired"])
-        if self._file is not None and path is not None:
-            with path.open(encoding="utf-8") as lines:
+        if self._file is not None and self._path is not None and path is not None:
+            with convert_os_errors(self._path), path.open(encoding="utf-8") as lines:
                 shutil.copyfileobj(lines, self._file)
 
     def as_dict(self) -> dict[str, Any]:
@@ -72,9 +80,10 @@ class DropReport:
         return report
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        file, self._file = self._file, None
+        if file is not None and self._path is not None:
+            with convert_os_errors(self._path):
+                file.close()
 
     def __enter__(self) -> "DropReport":
         return self

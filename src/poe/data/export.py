@@ -12,6 +12,7 @@ from typing import Any
 
 from poe.calls.conversation import Conversation
 from poe.errors import DataError, MissingExtraError, OutputError
+from poe.files.output import atomic_file
 
 _PARQUET_ROWS = 2048
 
@@ -46,17 +47,9 @@ def export(conversations: Iterable[Conversation], path: Path) -> int:
         raise DataError(f"{path}: expected a file that ends in .jsonl or .parquet.")
     if path.exists():
         raise OutputError(f"{path} exists already: name another file, or remove it.")
-    part = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as part:
         rows = (as_row(c) for c in conversations)
-        count = _write_parquet(rows, part) if path.suffix == ".parquet" else _write_lines(rows, part)
-        part.rename(path)
-    except OSError as error:
-        raise OutputError(f"{path} could not be written: {error.strerror or error}.") from error
-    finally:
-        part.unlink(missing_ok=True)
-    return count
+        return _write_parquet(rows, part) if path.suffix == ".parquet" else _write_lines(rows, part)
 
 
 def _write_lines(rows: Iterable[dict[str, Any]], path: Path) -> int:

@@ -18,6 +18,7 @@ from poe.data.render import Renderer
 from poe.data.render_worker import RenderWorker
 from poe.data.workers import default_workers, ordered_map
 from poe.errors import DataError, MissingExtraError
+from poe.files.output import write_file
 
 _SIDES = {
     "train": TRAIN,
@@ -115,20 +116,19 @@ def write_page(path: Path, statistics: list[SourceStatistics], report: DropRepor
     sections = [("Sources", *_source_table(statistics)), ("Rows that are not used", *_drop_table(report))]
     repairs = _repair_table(report)
     sections += [("Repairs of rows that are", *repairs)] if repairs[1] else []
-    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".md":
         image = path.with_suffix(".png")
-        image.write_bytes(picture)
+        write_file(image, picture)
         text = "# Data\n\n" + "\n".join(f"## {title}\n\n{_markdown(head, rows)}" for title, head, rows in sections)
-        path.write_text(f"{text}\n![Distributions]({image.name})\n", encoding="utf-8")
+        write_file(path, f"{text}\n![Distributions]({image.name})\n")
         return
     body = "".join(f"<h2>{escape(title)}</h2>{_html(head, rows)}" for title, head, rows in sections)
     image64 = base64.b64encode(picture).decode()
     style = "body{font:15px sans-serif;max-width:72em;margin:2em auto}td,th{padding:.2em .7em;text-align:left}"
-    path.write_text(
+    write_file(
+        path,
         f"<!doctype html><meta charset=utf-8><title>Data</title><style>{style}</style><h1>Data</h1>{body}"
         f'<img src="data:image/png;base64,{image64}" alt="distributions">\n',
-        encoding="utf-8",
     )
 
 

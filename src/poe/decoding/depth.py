@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 from poe.decoding.adaptive import CONFIDENCES, Confidence, ConfidenceMeter, with_adaptive_depth
 from poe.decoding.segments import SegmentedModel, States, list_exits, segment_model
 from poe.decoding.strategy import Expert, Strategy
-from poe.errors import DecodingError, OutputError
+from poe.errors import DecodingError
+from poe.files.output import write_file
 from poe.modeling.families import family_of
 
 MARGIN = 1.65  # standard errors above the target: with 95 % probability other tokens of the same kind reach the target
@@ -50,12 +51,7 @@ class AdaptiveDepth(Strategy):
         """Write the values as JSON. Raises `OutputError` if the file cannot be written."""
         record = dataclasses.asdict(self)
         record["thresholds"] = [None if math.isinf(threshold) else threshold for threshold in self.thresholds]
-        try:
-            temporary = Path(f"{path}.part")
-            temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-            os.replace(temporary, path)
-        except OSError as error:
-            raise OutputError(f"{path} cannot be written: {error.strerror or error}.") from error
+        write_file(Path(path), json.dumps(record, indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "AdaptiveDepth":

@@ -183,7 +183,7 @@ def convert_os_errors(target: Path) -> Iterator[None]:
         raise
 
 
-def is_os_error(error: Exception) -> bool:
+def is_os_error(error: BaseException) -> bool:
     """Return whether the operating system refused. The Rust writers (safetensors, tokenizers) have their own types."""
     return isinstance(error, OSError) or "os error" in str(error)
 

@@ -1,5 +1,6 @@
 """Publish stages and bases on the Hub: check the folder, then upload all files in one commit."""
 
+import hashlib
 import json
 import os
 import tempfile
@@ -13,13 +14,14 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from poe.errors import DeltaError, FingerprintError, LineageError, PoEError, SourceError, StageError
+from poe.files.output import OWN_FILES
 from poe.loaders.base import Base
 from poe.loaders.card import example_prompt, notice, stage_card
 from poe.loaders.repository import read_remote_header
 from poe.loaders.stage_folder import PLOT, network_files, save_stage_folder
 from poe.loaders.tokenizer import load_tokenizer
 from poe.loaders.verify import verify
-from poe.modeling.access import Access, hub_error, is_path, read_config
+from poe.modeling.access import Access, first_line, hub_error, hub_url, is_path, read_config
 from poe.modeling.delta_file import DELTA_NAME, check_no_pickles, read_delta_header
 from poe.modeling.lineage import StageSource, check_stage_config, find_base, is_stage
 from poe.modeling.stage import Stage
@@ -34,7 +36,7 @@ BASE_WEIGHTS = ("model.safetensors", "model-*.safetensors", "model.safetensors.i
 # The files of a training run that are never uploaded: checkpoints, rows as they were read, files of trackers.
 UNPUBLISHED = (
     *("checkpoint*", "metrics.jsonl", "dropped.jsonl", "tensorboard", "wandb"),
-    *(".cache", ".git", ".gitignore", ".DS_Store"),
+    *(".cache", ".git", ".gitignore", ".DS_Store", OWN_FILES),
 )
 
 
@@ -103,8 +105,9 @@ def upload(
 ) -> CommitInfo:
     """Upload the files of a plan in one commit. Missing repositories and branches (`revision`) are created.
 
-    A failed upload changes nothing on the Hub, so it can be repeated. Raises `SourceError` if the Hub refuses or cannot
-    be reached, or if `private` is set and the repository is public.
+    A failed upload changes nothing on the Hub, so it can be repeated. If the answer to the commit is lost, the Hub is
+    asked whether it has the files. Raises `SourceError` if the Hub refuses or cannot be reached, or if `private` is set
+    and the repository is public.
     """
     api, repo_id = HfApi(token=token), plan.repo_id
     try:
@@ -115,16 +118,53 @@ def upload(
             )
         if revision not in (None, "main"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        return api.create_commit(
-            repo_id,
-            [CommitOperationAdd(name, content) for name, content in plan.files.items()],
-            commit_message=commit_message or plan.title,
-            revision=revision,
-        )
+        before = api.model_info(repo_id, revision=revision).sha
+        message = commit_message or plan.title
+        try:
+            operations = [CommitOperationAdd(name, content) for name, content in plan.files.items()]
+            return api.create_commit(repo_id, operations, commit_message=message, revision=revision)
+        except Exception:
+            if (made := _find_commit(api, plan, repo_id, revision, before)) is None:
+                raise
+            url = f"{hub_url()}/{repo_id}/commit/{made}"
+            return CommitInfo(commit_url=url, commit_message=message, commit_description="", oid=made)
     except PoEError:
         raise
     except Exception as error:  # the errors of the Hub client and of the HTTP library have no common type
         raise hub_error(f"{plan.title} could not be pushed: {repo_id}", repo_id, error) from error
+
+
+def _find_commit(api: HfApi, plan: UploadPlan, repo_id: str, revision: str | None, before: str | None) -> str | None:
+    """Return the commit that an upload made although it failed; None if the branch is still at `before`.
+
+    Raises `SourceError` if the Hub does not tell, or if the branch has other files than the plan.
+    """
+    page = f"{hub_url()}/{repo_id}"
+    try:
+        head = api.model_info(repo_id, revision=revision).sha
+        if head == before:
+            return None
+        found = {entry.path: entry for entry in api.list_repo_tree(repo_id, revision=head)}
+    except Exception as error:  # the errors of the Hub client and of the HTTP library have no common type
+        raise SourceError(
+            f"{plan.title} may have been pushed to {repo_id}: the connection was lost during the commit, and the Hub "
+            f"cannot be asked ({first_line(error)}). Look at {page}/commits before you push again."
+        ) from error
+    if not all(_is_content(found.get(name), content) for name, content in plan.files.items()):
+        raise SourceError(
+            f"{plan.title} was not pushed: the commit failed while somebody else changed {repo_id}. Look at "
+            f"{page}/commits, then push again."
+        )
+    return head
+
+
+def _is_content(entry: Any, content: Path | bytes) -> bool:
+    """Return whether a file of the Hub (`RepoFile`) has this content, by the hash that the Hub stores."""
+    data = content if isinstance(content, bytes) else content.read_bytes()
+    if getattr(entry, "lfs", None):
+        return bool(entry.lfs.sha256 == hashlib.sha256(data).hexdigest())
+    blob = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+    return bool(getattr(entry, "blob_id", None) == blob)
 
 
 def push_stage(
@@ -146,7 +186,7 @@ def push_stage(
     `save_stage_folder`, which can also raise `OutputError`.
     """
     source = stage.source
-    with tempfile.TemporaryDirectory(prefix="poe-push-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="poe-push-", ignore_cleanup_errors=True) as scratch:
         try:
             folder = save_stage_folder(base, stage, Path(scratch) / "stage", **save_options)
             fingerprint = stage.source["fingerprint"] if stage.source else None

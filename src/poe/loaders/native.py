@@ -16,7 +16,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
 from poe.errors import FamilyError, OutputError, StageError
-from poe.files.output import atomic_folder
+from poe.files.output import OWN_FILES, atomic_folder
 from poe.loaders.base import Base
 from poe.loaders.stage_folder import write_generation_config
 from poe.modeling.access import read_config
@@ -51,7 +51,7 @@ def export_native(
     `StageError` unless `all_tokens` is True.
     """
     target = folder.expanduser().absolute()
-    if target.is_dir() and any(target.iterdir()):
+    if target.is_dir() and not all(path.match(OWN_FILES) for path in target.iterdir()):
         raise OutputError(
             f"{target} is not empty: expected a new folder, because a loader could read the weights of an older "
             "export there. Remove it or choose another."

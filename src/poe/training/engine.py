@@ -3,13 +3,15 @@
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from poe import __version__
+from poe.errors import OutputError, PoEError, TrainingError, is_out_of_memory, memory_error
 from poe.stages.recipe import Plan
 from poe.training.checkpoints.files import has_checkpoint, remove_checkpoints
 from poe.training.checkpoints.identity import check_resumable, run_identity
@@ -57,39 +59,69 @@ class Engine:
         self.training_step = TrainingStep(plan, trained, self.optimizer, context.world)
         self.history = History()
         self.best_weights: dict[str, Tensor] = {}
-        self._stop = StopRequest(context.progress.note)
+        self.stop = StopRequest(context.progress.note)
 
     def run(self, resume: bool = False) -> History:
-        """Train to the end. Raises `Interrupted` after saving, `TrainingError` for numbers that are not finite."""
+        """Train to the end. Raises `Interrupted` after saving, `TrainingError` for numbers that are not finite.
+
+        `MemoryLimitError` and the `OutputError` of metrics.jsonl are raised after saving as well, where that is
+        possible.
+        """
         num_steps = self.settings.num_steps
         first = step = self._load_checkpoint() if resume and has_checkpoint(self.settings.folder) else 0
         self.report_estimate()
         self.context.progress.start(step, num_steps, self.rows.train.num_rows / self.rows_per_step)
         last_save = time.monotonic()
-        with self._stop.catch_signals(), self._track(step), self._open_metrics() as metrics:
-            if step == 0:
-                self._validate(0, metrics)
-            while step < num_steps:
-                started = time.perf_counter()
-                factor = self._set_schedule(step)
-                result = self._take_step(step)
-                seconds = time.perf_counter() - started
-                step += 1
-                self._record_step(step, result, factor, seconds, metrics)
-                if step == 3 and first == 0:
-                    self._refine_estimate(seconds)
-                if step % self.plan.validation_every == 0 or step == num_steps:
-                    self._validate(step, metrics)
-                save_due = time.monotonic() - last_save >= self.plan.checkpoint_every
-                stop, save_due = self.context.world.any_process(bool(self._stop), save_due)
-                if stop or (save_due and step < num_steps):
-                    self._save_checkpoint(step)
-                    last_save = time.monotonic()
-                if stop:
-                    raise Interrupted
-        self._save_checkpoint(num_steps)  # protects the run until its result is on disk
+        with self.stop.catch_signals(), self._track(step), self._open_metrics() as metrics:
+            try:
+                if step == 0:
+                    self._validate(0, metrics)
+                while step < num_steps:
+                    started = time.perf_counter()
+                    factor = self._set_schedule(step)
+                    result = self._take_step(step)
+                    seconds = time.perf_counter() - started
+                    step += 1
+                    self._record_step(step, result, factor, seconds, metrics)
+                    if step == 3 and first == 0:
+                        self._refine_estimate(seconds)
+                    if step % self.plan.validation_every == 0 or step == num_steps:
+                        self._validate(step, metrics)
+                    self.training_step.has_updated = False
+                    save_due = time.monotonic() - last_save >= self.plan.checkpoint_every
+                    stop, save_due = self.context.world.any_process(self._must_stop(metrics), save_due)
+                    if stop or (save_due and step < num_steps):
+                        self._save_checkpoint(step)
+                        last_save = time.monotonic()
+                    if stop:
+                        raise metrics.failure or Interrupted
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise self._explain_memory(error, step, first) from error
+            self._save_checkpoint(num_steps)  # protects the run until its result is on disk
+            if self.context.world.any_process(self._must_stop(metrics))[0]:
+                raise metrics.failure or Interrupted
         self._copy_weights(self.best_weights)
         return self.history
+
+    def _must_stop(self, metrics: Metrics) -> bool:
+        return bool(self.stop) or metrics.failure is not None
+
+    def _explain_memory(self, error: Exception, step: int, first: int) -> Exception:
+        """Save the last whole step, and return the error that names the options to lower."""
+        saved = "Nothing was saved yet: start again."
+        if has_checkpoint(self.settings.folder):
+            saved = "The newest checkpoint was kept: continue with --resume; these options may change."
+        if step > first and not self.training_step.has_updated and self.context.world.size == 1:
+            with suppress(OutputError, MemoryError, RuntimeError):
+                self._save_checkpoint(step)
+                saved = f"The run is saved at step {step}: continue with --resume; these options may change."
+        tokens, seq_len = self.plan.max_tokens_per_batch, self.plan.seq_len
+        advice = f"Lower max_tokens_per_batch (now {tokens:,}; a row has {seq_len:,} tokens)"
+        if not self.plan.checkpoint_activations:
+            advice += ", or turn on checkpoint_activations"
+        return memory_error(f"Step {step + 1}", error, f"{advice}. {saved}")
 
     def remove_checkpoints(self) -> None:
         """Remove the checkpoints. Call it when the result is on disk."""
@@ -208,17 +240,26 @@ class Engine:
 
     def _load_checkpoint(self) -> int:
         """Restore the newest whole checkpoint and return its step."""
-        state = load_state(
-            self.settings.folder,
-            self.optimizer,
-            self.trained.parameters,
-            self.context.world,
-            self.context.progress.note,
-            lambda saved: check_resumable(saved, self._identity, self.settings.folder),
-        )
-        self._copy_weights(state.weights)
-        self.best_weights = dict(state.best_weights or state.weights)
-        self.history = History(**state.history)
+        try:
+            state = load_state(
+                self.settings.folder,
+                self.optimizer,
+                self.trained.parameters,
+                self.context.world,
+                self.context.progress.note,
+                lambda saved: check_resumable(saved, self._identity, self.settings.folder),
+            )
+            self._copy_weights(state.weights)
+            self.best_weights = dict(state.best_weights or state.weights)
+            self.history = History(**state.history)
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            if isinstance(error, PoEError) or is_out_of_memory(error):
+                raise
+            raise TrainingError(
+                f"The checkpoint in {self.settings.folder} is whole, but poe-cascade {__version__} cannot continue it "
+                f"({type(error).__name__}: {error}): continue with the version that wrote it, or start the run again "
+                "in another folder."
+            ) from error
         return state.step
 
     @torch.no_grad()

@@ -1,17 +1,35 @@
-"""Stopping a run: after Ctrl-C or SIGTERM it finishes its step and saves a checkpoint."""
+"""Stopping a run. Ctrl-C, SIGTERM and SIGHUP (a closed terminal) do the same.
+
+While a run trains or saves, the first signal lets it finish the step or the save. At any other time it raises
+`KeyboardInterrupt`, so what is half done is cleaned up.
+"""
 
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupted(KeyboardInterrupt):
-    """The run was stopped by Ctrl-C or SIGTERM, after it saved a checkpoint."""
+    """The run was stopped by a signal, after it saved a checkpoint or its result."""
+
+
+@contextmanager
+def stop_signals_raise() -> Iterator[None]:
+    """Raise `KeyboardInterrupt` for every stop signal inside the block."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    with _handle_stop_signals(interrupt):
+        yield
 
 
 class StopRequest:
-    """True after the first Ctrl-C or SIGTERM inside `catch_signals`; a second one stops the run at once."""
+    """True after the first stop signal inside `catch_signals`; a second one stops the run at once."""
 
     def __init__(self, note: Callable[[str], None]) -> None:
         self._note = note
@@ -22,20 +40,33 @@ class StopRequest:
 
     @contextmanager
     def catch_signals(self) -> Iterator[None]:
-        """Handle the two signals inside the block. Python allows this in the main thread only; others do nothing."""
-        try:
-            previous = {s: signal.signal(s, self._request) for s in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:
+        """Take note of the stop signals inside the block."""
+        with _handle_stop_signals(self._request):
             yield
-            return
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
         self._note("stopping after this step; press Ctrl-C again to stop at once")
+
+
+@contextmanager
+def _handle_stop_signals(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
+    """Handle the stop signals inside the block. Python allows this in the main thread only; others do nothing.
+
+    A signal that is ignored stays ignored: `nohup` ignores SIGHUP.
+    """
+    previous: dict[signal.Signals, Any] = {}
+    try:
+        for number in STOP_SIGNALS:
+            if (before := signal.getsignal(number)) not in (signal.SIG_IGN, None):
+                signal.signal(number, handler)
+                previous[number] = before
+    except ValueError:
+        pass
+    try:
+        yield
+    finally:
+        for number, before in previous.items():
+            signal.signal(number, before)

@@ -12,7 +12,7 @@ from poe.data.drops import DropReport
 from poe.data.render import token_bytes
 from poe.data.streamed import StreamedRows
 from poe.data.text import is_generated
-from poe.errors import DataError, RecipeError, suggest
+from poe.errors import DataError, RecipeError, explain_memory, suggest
 from poe.loaders.base import save_base_folder
 from poe.loaders.repository import locate
 from poe.loaders.tokenizer import check_tokenizer, load_tokenizer
@@ -22,6 +22,7 @@ from poe.stages.recipe import BaseRecipe
 from poe.training.engine import Engine
 from poe.training.forward import recompute_activations
 from poe.training.hidden_states.sources import HiddenSources, StagePredictions, WholeModel
+from poe.training.interrupts import stop_signals_raise
 from poe.training.precision import choose_dtype
 from poe.training.preflight import Preflight, Report
 from poe.training.reporting.history import History
@@ -29,11 +30,10 @@ from poe.training.reporting.progress import Progress
 from poe.training.reporting.report import (
     CHUNKS,
     check_output,
-    draw_report,
     environment,
     outcome_record,
-    prepare_output,
-    remove_leftovers,
+    run_folder,
+    try_to_draw_report,
     write_training_json,
 )
 from poe.training.reporting.tracking import open_trackers
@@ -61,11 +61,9 @@ def train_base(
     Raises `OutputError`, `DataError`, `RecipeError` or `TrainingError`; `Interrupted` after Ctrl-C, when a checkpoint
     is saved.
     """
-    run = prepare_output(Path(output_dir), resume)
-    try:
+    advice = "Choose a smaller network (hidden_size, num_layers, vocab_size), or give shorter texts."
+    with stop_signals_raise(), run_folder(Path(output_dir), resume) as run, explain_memory("The base", advice):
         return _train(recipe, run, resume, progress or Progress(f"base {recipe.name}"))
-    finally:
-        remove_leftovers(run)
 
 
 def _train(recipe: BaseRecipe, run: Path, resume: bool, progress: Progress) -> Path:
@@ -85,12 +83,13 @@ def _train(recipe: BaseRecipe, run: Path, resume: bool, progress: Progress) -> P
     with recompute_activations(model.model.layers if recipe.checkpoint_activations else ()):
         history = engine.run(resume)
     report.close()
-    save_base_folder(model.to(torch.bfloat16).eval(), run, tokenizer)
     record = training_record(recipe, history, num_steps)
     if isinstance(train, StreamedRows):
         record["data"] = {"spec": recipe.data, "rows": report.as_dict(), "passes": train.passes}
-    write_training_json(run, record)
-    draw_report(run)
+    with engine.stop.catch_signals():
+        save_base_folder(model.to(torch.bfloat16).eval(), run, tokenizer)
+        write_training_json(run, record)
+        try_to_draw_report(run, progress.note)
     engine.remove_checkpoints()
     (run / CHUNKS).unlink(missing_ok=True)
     return run

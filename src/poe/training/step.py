@@ -34,6 +34,7 @@ class TrainingStep:
         self._plan, self._trained, self._optimizer, self._world = plan, trained, optimizer, world
         self._logits = logits_of(trained.model.config)
         self._rows_per_batch = max(1, plan.max_tokens_per_batch // plan.seq_len)
+        self.has_updated = False  # from the update of the weights until the caller has recorded the step
 
     def take(self, step: int, batch: Batch) -> StepResult:
         """Take step number `step` (from 1) on the rows of all processes. Raises `TrainingError` for nan and inf."""
@@ -45,6 +46,7 @@ class TrainingStep:
         losses = self.accumulate_gradients(own_batch, num_labels)
         norm = float(self._optimizer.clip_grad_norm_(self._plan.max_grad_norm))
         check_step_is_finite(step, sum(losses), norm, model, parameters, lambda: self._replay_forward(own_batch))
+        self.has_updated = True
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return StepResult(losses, norm, batch.input_ids.numel())

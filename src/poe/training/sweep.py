@@ -7,7 +7,6 @@ side would save little time and need the memory of all.
 
 import itertools
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,8 +15,10 @@ from typing import Any
 
 from poe.cascade import Cascade
 from poe.errors import OutputError, PoEError, RecipeError, StageError, TrainingError
+from poe.files.output import OWN_FILES, locked_folder, write_file
 from poe.stages import Recipe, load_recipe
 from poe.training.checkpoints.files import has_checkpoint
+from poe.training.interrupts import stop_signals_raise
 from poe.training.reporting.progress import Progress
 from poe.training.trainer import train_stage
 
@@ -107,6 +108,22 @@ def sweep(
     out = Path(output_dir or f"runs/{plan.name}-sweep").expanduser()
     common = {name: value for name, value in plan.as_dict().items() if name not in tries}
     common |= {"data": data or plan.data, "base": cascade.base_source.fingerprint}
+    with stop_signals_raise(), locked_folder(out) as out:
+        return _run(cascade, plan, plans, tries, data, out, common, resume, progress)
+
+
+def _run(
+    cascade: Cascade,
+    plan: Recipe,
+    plans: Mapping[str, Recipe],
+    tries: Mapping[str, Sequence[Any]],
+    data: str | None,
+    out: Path,
+    common: dict[str, Any],
+    resume: bool,
+    progress: Progress | None,
+) -> SweepRun:
+    """Train the candidates that are not finished, in the locked folder `out`."""
     finished = _read_finished(out, common, resume)
     for number, (folder, candidate) in enumerate(plans.items(), 1):
         if folder in finished:
@@ -152,8 +169,7 @@ def _read_finished(out: Path, common: dict[str, Any], resume: bool) -> dict[str,
     Raises `OutputError` for a folder that is not empty unless `resume`, `TrainingError` for that of another sweep.
     """
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        content = sorted(path.name for path in out.iterdir())
+        content = sorted(path.name for path in out.iterdir() if not path.match(OWN_FILES))
         if not resume:
             if content:
                 raise OutputError(
@@ -183,12 +199,7 @@ def _write_table(out: Path, common: dict[str, Any], candidates: Mapping[str, Can
     ranked = _rank(candidates)
     rows = [asdict(candidate) for candidate in ranked]
     record = {"best": ranked[0].folder, "common": common, "candidates": rows}
-    new = out / f"{RECORD}.new"
-    try:
-        new.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        os.replace(new, out / RECORD)
-    except OSError as error:
-        raise OutputError(f"{out / RECORD} could not be written: {error}. Free some space, then --resume.") from error
+    write_file(out / RECORD, json.dumps(record, indent=2) + "\n")
 
 
 def _remove_weights(folder: Path) -> None:

@@ -16,7 +16,7 @@ from poe.data.drops import DropReport
 from poe.data.pipeline import TrainingData, prepare
 from poe.data.render import Renderer, token_bytes
 from poe.data.templates import complete_template
-from poe.errors import OutputError
+from poe.errors import OutputError, TrainingError, explain_memory
 from poe.loaders.tokenizer import check_tokenizer
 from poe.modeling.placement import quantization_of
 from poe.modeling.stage import Stage
@@ -25,6 +25,7 @@ from poe.training.checks import check_frozen_below
 from poe.training.engine import Engine
 from poe.training.forward import recompute_activations
 from poe.training.hidden_states.sources import stage_sources, whole_model_sources
+from poe.training.interrupts import Interrupted, stop_signals_raise
 from poe.training.parallel.distributed import SINGLE_PROCESS, World, count_rows_per_step
 from poe.training.parallel.sharding import prefetch_layers
 from poe.training.precision import check_not_fp16, stage_dtype
@@ -33,12 +34,12 @@ from poe.training.reporting.history import History
 from poe.training.reporting.progress import Progress
 from poe.training.reporting.report import (
     check_output,
-    draw_report,
     environment,
     note_data,
     outcome_record,
-    prepare_output,
     remove_leftovers,
+    run_folder,
+    try_to_draw_report,
 )
 from poe.training.reporting.tracking import open_trackers
 from poe.training.run import RunContext, RunRows, RunSettings, TrainedModel
@@ -126,17 +127,18 @@ def train_stage(
     plan = (load_recipe(recipe) if isinstance(recipe, str) else recipe).replace(**fields)
     folder = Path(output_dir or f"runs/{plan.name}")
     preflight = Preflight()
-    job = _check_inputs(cascade, plan, data or plan.data, folder, resume, progress, world, preflight)
-    assert job is not None  # the first problem is raised
     with ExitStack() as cleanup:
-        if world.is_main:
-            cleanup.callback(remove_leftovers, job.folder)
+        cleanup.enter_context(stop_signals_raise())
+        job = _check_inputs(cascade, plan, data or plan.data, folder, resume, progress, world, preflight, cleanup)
+        assert job is not None  # the first problem is raised
         prepared = _prepare_data(job)
         if world.is_main:
             cleanup.callback(remove_leftovers, job.folder, keep_dropped=False)
-        grown = _grow_model(job, prepared, cleanup)
-        _check_end(job, prepared, grown, preflight, evaluate is not None)
-        fitted = _fit(job, prepared, grown, resume)
+        advice = "Lower max_tokens_per_batch, seq_len or num_layers, or choose a smaller dtype."
+        with explain_memory("The stage", advice):
+            grown = _grow_model(job, prepared, cleanup)
+            _check_end(job, prepared, grown, preflight, evaluate is not None)
+            fitted = _fit(job, prepared, grown, resume)
         record = _save(job, prepared, grown, fitted, evaluate)
     if problem := describe_failure(record):
         job.context.progress.note(problem)
@@ -161,10 +163,13 @@ def check_stage_run(
     """
     plan = (load_recipe(recipe) if isinstance(recipe, str) else recipe).replace(**fields)
     is_new, active, preflight = plan.name not in cascade.stages, cascade.active, Preflight(report)
-    job = _check_inputs(cascade, plan, data or plan.data, Path(output_dir), resume, progress, SINGLE_PROCESS, preflight)
-    if job is None:
-        return False
+    folder = Path(output_dir)
     with ExitStack() as cleanup:
+        job = _check_inputs(
+            cascade, plan, data or plan.data, folder, resume, progress, SINGLE_PROCESS, preflight, cleanup
+        )
+        if job is None:
+            return False
         prepared = preflight.check("data", lambda: _prepare_data(job, keep_dropped=False))
         grown = prepared and preflight.check("stage", lambda: _grow_model(job, prepared, cleanup))
         if is_new and plan.name in cascade.stages:
@@ -182,7 +187,8 @@ def _prepare_data(job: _Job, keep_dropped: bool = True) -> TrainingData:
     """Step 1: read, render and pack the rows. All processes must get the same."""
     plan, world, started = job.plan, job.context.world, time.time()
     dropped_file = job.folder / "dropped.jsonl" if world.is_main and keep_dropped else None
-    with world.main_process_first(), DropReport(dropped_file) as report:
+    advice = "Prepare it with fewer processes (POE_WORKERS=1), or give fewer or shorter rows."
+    with explain_memory("The data", advice), world.main_process_first(), DropReport(dropped_file) as report:
         prepared = prepare(plan.replace(data=job.spec), job.renderer, report)
     rows = prepared.train
     world.check_equal({**plan.as_dict(), "rows": rows.num_rows, "trained_tokens": rows.trained_tokens})
@@ -250,17 +256,37 @@ def _build_engine(job: _Job, prepared: TrainingData, grown: _Grown) -> Engine:
 def _save(
     job: _Job, prepared: TrainingData, grown: _Grown, fitted: _Fitted, evaluate: Evaluate | None
 ) -> dict[str, Any]:
-    """Step 4: answer the held-out questions, write the stage folder, and remove the checkpoints."""
+    """Step 4: write the stage folder, answer the held-out questions, and remove the checkpoints.
+
+    The stage is saved before it is evaluated. The last checkpoint stays until the evaluation is written too.
+    """
     cascade, name, world = job.cascade, job.plan.name, job.context.world
     record = _training_record(job, prepared, grown, fitted.history, fitted.engine.settings.num_steps)
+    _write_stage(job, record, fitted)
     if evaluate is not None and (world.is_main or grown.is_sharded):  # a sharded base runs in all processes at once
-        record["evaluation"] = evaluate(cascade, name, prepared.held_out)
+        if fitted.engine.stop:
+            raise Interrupted
+        try:
+            record["evaluation"] = evaluate(cascade, name, prepared.held_out)
+            _write_stage(job, record, fitted)
+        except Exception as error:  # any kind: the run is over, and its result must not be lost
+            raise TrainingError(
+                f"The stage is trained and saved in {job.folder}, but its evaluation failed ({type(error).__name__}: "
+                f"{str(error)[:500]}). --resume repeats the evaluation alone; --resume --no-eval leaves it out."
+            ) from error
     if world.is_main:
-        draw_report(job.folder)  # before the folder is saved: the model card shows the picture
-        prompt = prompt_format(cascade.tokenizer, job.renderer)
-        cascade.save_stage(name, job.folder, training=record, prompt=prompt)
         fitted.engine.remove_checkpoints()
     return world.broadcast(record)
+
+
+def _write_stage(job: _Job, record: dict[str, Any], fitted: _Fitted) -> None:
+    """Write the stage folder in the main process. A signal that comes meanwhile stops the run before the next step."""
+    if not job.context.world.is_main:
+        return
+    with fitted.engine.stop.catch_signals():
+        try_to_draw_report(job.folder, job.context.progress.note)  # first: the model card shows the picture
+        prompt = prompt_format(job.cascade.tokenizer, job.renderer)
+        job.cascade.save_stage(job.plan.name, job.folder, training=record, prompt=prompt)
 
 
 def _check_inputs(
@@ -272,8 +298,9 @@ def _check_inputs(
     progress: Progress | None,
     world: World,
     preflight: Preflight,
+    cleanup: ExitStack,
 ) -> _Job | None:
-    """Check everything that can be checked before the data is read, and make the output folder unless it is a dry run.
+    """Check everything that can be checked before the data is read, and lock the output folder unless it is a dry run.
 
     Returns None after a problem that `preflight` has reported.
     """
@@ -289,6 +316,13 @@ def _check_inputs(
             notes.append(note)
         return Renderer(tokenizer, calls_only=plan.train_on == "calls", vocab_size=vocab_size)
 
+    def open_folder() -> Path:
+        if not world.is_main:
+            return _find_shared_folder(folder)
+        if preflight.is_dry_run:
+            return check_output(folder, resume)
+        return cleanup.enter_context(run_folder(folder, resume))
+
     notes: list[str] = []
     preflight.check("base", check_base)
     preflight.check("tokenizer", lambda: check_tokenizer(tokenizer, vocab_size))
@@ -296,15 +330,12 @@ def _check_inputs(
     preflight.check("rows per step", lambda: count_rows_per_step(plan, world))
     trackers = preflight.check("trackers", lambda: open_trackers(plan.track if world.is_main else "", progress.note))
     with world.main_process_first():
-        prepare = check_output if preflight.is_dry_run else prepare_output
-        prepared = preflight.check(
-            "output folder", lambda: prepare(folder, resume) if world.is_main else _find_shared_folder(folder)
-        )
+        run = preflight.check("output folder", open_folder)
     for note in notes:
         progress.note(note)
-    if preflight.failed or renderer is None or trackers is None or prepared is None:
+    if preflight.failed or renderer is None or trackers is None or run is None:
         return None
-    return _Job(cascade, plan, spec, prepared, renderer, RunContext(progress, trackers, world))
+    return _Job(cascade, plan, spec, run, renderer, RunContext(progress, trackers, world))
 
 
 def _find_shared_folder(folder: Path) -> Path:

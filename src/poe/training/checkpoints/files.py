@@ -20,10 +20,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from poe import __version__
 from poe.errors import OutputError, TrainingError
 
 Tensors = dict[str, torch.Tensor]
 _META = "meta.json"
+_LAYOUT = 2  # version of the content of a checkpoint; increase it when that changes
+_VERSION = {"layout": _LAYOUT, "version": __version__}
 _NOTE = "note"  # the key of a group's JSON values in the header of its file
 _READ_ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError)
 UNFINISHED = "checkpoint-*.new"  # a run that was killed while it wrote a checkpoint leaves such a folder
@@ -83,7 +86,7 @@ def finish_checkpoint(new: Path, meta: Mapping[str, Any], keep: int = 1) -> Path
     folder = new.with_suffix("")
     with _convert_disk_errors(new):
         files = {path.name: [path.stat().st_size, _digest(path)] for path in sorted(new.iterdir())}
-        (new / _META).write_text(json.dumps({**meta, "files": files}), encoding="utf-8")
+        (new / _META).write_text(json.dumps({**meta, **_VERSION, "files": files}), encoding="utf-8")
         _flush(new / _META)
         _flush(new)
         if folder.exists() and _is_whole(folder):  # the run was stopped right after this step, and resumed
@@ -110,6 +113,7 @@ def load_checkpoint(
     for folder in list_checkpoints(run):
         try:
             meta = _read_checked_meta(folder)
+            check_version(meta, folder)
             files = {path.stem: path for path in sorted(folder.glob("*.safetensors"))}
             meta["notes"] = {stem: _read_note(path) for stem, path in files.items()}
             return {stem: load_file(path) for stem, path in files.items()}, meta
@@ -121,6 +125,16 @@ def load_checkpoint(
             f"Nothing to resume in {run}: {'; '.join(damaged)}. Remove these checkpoints, and start the run again."
         )
     raise TrainingError(f"Nothing to resume: there is no checkpoint in {run}. Start without --resume.")
+
+
+def check_version(meta: Mapping[str, Any], folder: Path) -> None:
+    """Raise `TrainingError` for the meta of a checkpoint that another version of the package wrote differently."""
+    if meta.get("layout") != _LAYOUT:
+        raise TrainingError(
+            f"{folder} was written by poe-cascade {meta.get('version', 'of an older version')}, and this is "
+            f"{__version__}, which writes checkpoints differently: continue with the version that began the run, or "
+            "start it again in another folder."
+        )
 
 
 def remove_checkpoints(run: Path) -> None:

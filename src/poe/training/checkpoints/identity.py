@@ -13,8 +13,12 @@ from poe.errors import TrainingError
 from poe.stages.recipe import Plan
 
 SAMPLED_ROWS = 64
-# Fields that do not change the result of a run.
-IGNORED_FIELDS = ("description", "checkpoint_every", "keep_checkpoints", "track")
+# Fields that do not change the result of a run, and those that a run that ran out of memory must change to continue:
+# they change the rounding of sums at most.
+IGNORED_FIELDS = (
+    *("description", "checkpoint_every", "keep_checkpoints", "track"),
+    *("max_tokens_per_batch", "checkpoint_activations"),
+)
 
 
 def run_identity(

@@ -1,5 +1,6 @@
 """metrics.jsonl: one line for every step and every validation. The report is drawn from it."""
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Iterable
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from poe.errors import OutputError
+from poe.files.output import write_error, write_file
 
 METRICS = "metrics.jsonl"
 Record = dict[str, Any]
@@ -17,7 +19,7 @@ class Metrics:
 
     The file starts with `records`, the history in the checkpoint of a resumed run, so that it has one line for every
     step and every validation, in order. `listener` receives every new record. Without a folder nothing is written.
-    Raises `OutputError` when a write fails.
+    `failure` is the `OutputError` of the first write that failed; the run saves a checkpoint before it raises it.
     """
 
     def __init__(
@@ -27,21 +29,25 @@ class Metrics:
         self._listener = listener
         # the validation after a step follows the line of that step
         ordered = sorted(records, key=lambda record: (record["step"], "val_bpb" in record))
+        self.failure: OutputError | None = None
+        if run is not None:
+            write_file(self.path, "".join(json.dumps(record) + "\n" for record in ordered))
         try:
-            if run is not None:
-                new = self.path.with_name(METRICS + ".new")
-                new.write_text("".join(json.dumps(record) + "\n" for record in ordered), encoding="utf-8")
-                new.replace(self.path)
             self._file = self.path.open("a", encoding="utf-8")
         except OSError as error:
-            raise self._output_error(error) from error
+            raise write_error(self.path, error) from error
 
     def write(self, record: Record) -> None:
-        try:
-            self._file.write(json.dumps(record) + "\n")
-            self._file.flush()
-        except OSError as error:
-            raise self._output_error(error) from error
+        """Write a record. After a failure no more is written."""
+        if self.failure is None:
+            try:
+                self._file.write(json.dumps(record) + "\n")
+                self._file.flush()
+            except OSError as error:
+                self.failure = OutputError(
+                    f"{self.path} could not be written: {error.strerror}. The run was saved: free some space, then "
+                    "continue with --resume."
+                )
         if self._listener is not None:
             self._listener(record)
 
@@ -49,10 +55,8 @@ class Metrics:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._file.close()
-
-    def _output_error(self, error: OSError) -> OutputError:
-        return OutputError(f"{self.path} could not be written: {error.strerror}. Free some space, then use --resume.")
+        with contextlib.suppress(OSError):  # what a failed write left in the buffer
+            self._file.close()
 
 
 def read_metrics(run: Path) -> tuple[list[Record], list[Record]]:

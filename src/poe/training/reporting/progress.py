@@ -1,6 +1,10 @@
 """Progress of a run: live bars on a terminal (steps, epoch, validation), plain lines in a log."""
 
+import contextlib
+import io
+import sys
 import time
+from typing import IO, Any, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
@@ -10,9 +14,45 @@ from rich.table import Table
 LINE_INTERVAL_S = 10.0
 
 
+class StandardError(io.TextIOBase):
+    """Standard error, where a report may get lost but never ends a run.
+
+    A terminal can be closed, `| head` can end, and the disk of a log can be full.
+    """
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # None and closed streams included
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            self._stream.flush()
+
+    def isatty(self) -> bool:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            return bool(self._stream.isatty())
+        return False
+
+    def fileno(self) -> int:
+        return int(self._stream.fileno())
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return getattr(self._stream, "encoding", None) or "utf-8"
+
+    @property
+    def _stream(self) -> Any:
+        # While bars are shown, rich replaces sys.stderr by a stream that prints above them, through this one.
+        return getattr(sys.stderr, "rich_proxied_file", sys.stderr)
+
+
+STANDARD_ERROR = StandardError()
+
+
 def console() -> Console:
     """Return the console for reports: standard error, so that results on standard output can be piped."""
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    return Console(file=cast(IO[str], STANDARD_ERROR), highlight=False, soft_wrap=True)
 
 
 class Progress:

@@ -1,17 +1,18 @@
 """The output folder of a run, and the records in it: training.json and report.png."""
 
+import contextlib
 import importlib.metadata
 import json
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from poe.errors import OutputError, TrainingError
-from poe.files.output import check_output_folder
+from poe.files.output import OWN_FILES, atomic_file, locked_folder, write_file
 from poe.training.checkpoints.files import UNFINISHED, has_checkpoint
 from poe.training.reporting.estimate import compare_with_estimate
 from poe.training.reporting.history import History
@@ -22,47 +23,39 @@ from poe.training.reporting.tracking import TENSORBOARD, WANDB
 REPORT = "report.png"
 CHUNKS = "chunks.jsonl"  # the state of streamed packing
 # Files of a run that failed early. A folder with nothing else counts as empty.
-LEFTOVERS = ("dropped.jsonl", CHUNKS, METRICS, METRICS + ".new", UNFINISHED, TENSORBOARD, WANDB)
+LEFTOVERS = ("dropped.jsonl", CHUNKS, METRICS, OWN_FILES, UNFINISHED, TENSORBOARD, WANDB)
 RESULTS = ("delta.safetensors", "model.safetensors")
 VERSIONED = ("torch", "transformers", "safetensors", "tokenizers", "poe-cascade")
 
 
-def prepare_output(folder: Path, resume: bool) -> Path:
-    """Check the output folder of a run (`check_output`), make it, and return it."""
-    folder = check_output(folder, resume)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"The output folder {folder} cannot be used: {error.strerror or error}.") from error
-    return folder
+@contextlib.contextmanager
+def run_folder(folder: Path, resume: bool) -> Iterator[Path]:
+    """Make and lock the output folder of a run for the block, and yield it.
+
+    A run that fails before a checkpoint or a result leaves it as it was. Raises `OutputError` for a folder that is not
+    empty, cannot be written, or is in use, `TrainingError` if `resume` finds no checkpoint.
+    """
+    with locked_folder(folder) as run:
+        content = sorted(p.name for p in run.iterdir() if not any(p.match(pattern) for pattern in LEFTOVERS))
+        resumable = has_checkpoint(run)
+        if resume and not resumable:
+            raise TrainingError(f"Nothing to resume: there is no checkpoint in {run}. Start without --resume.")
+        if content and not resume:
+            hint = "It holds an unfinished run: continue it with --resume. " if resumable else ""
+            raise OutputError(
+                f"The output folder {run} is not empty ({', '.join(content[:4])}{', ...' if len(content) > 4 else ''})."
+                f" {hint}Choose another with --out, or empty it."
+            )
+        try:
+            yield run
+        finally:
+            remove_leftovers(run)
 
 
 def check_output(folder: Path, resume: bool) -> Path:
-    """Return the output folder of a run, which need not exist. Nothing stays behind.
-
-    Raises `OutputError` for a folder that is not empty or cannot be written, `TrainingError` if `resume` finds no
-    checkpoint.
-    """
-    folder = folder.expanduser()
-    try:
-        content = sorted(
-            p.name
-            for p in (folder.iterdir() if folder.is_dir() else ())
-            if not any(p.match(pattern) for pattern in LEFTOVERS)
-        )
-    except OSError as error:
-        raise OutputError(f"The output folder {folder} cannot be used: {error.strerror or error}.") from error
-    check_output_folder(folder)
-    resumable = has_checkpoint(folder)
-    if resume and not resumable:
-        raise TrainingError(f"Nothing to resume: there is no checkpoint in {folder}. Start without --resume.")
-    if content and not resume:
-        hint = "It holds an unfinished run: continue it with --resume. " if resumable else ""
-        raise OutputError(
-            f"The output folder {folder} is not empty ({', '.join(content[:4])}{', ...' if len(content) > 4 else ''}). "
-            f"{hint}Choose another with --out, or empty it."
-        )
-    return folder
+    """Check the output folder of a run as `run_folder` does, and return it. Nothing stays behind."""
+    with run_folder(folder, resume) as run:
+        return run
 
 
 def remove_leftovers(run: Path, *, keep_dropped: bool = True) -> None:
@@ -72,13 +65,11 @@ def remove_leftovers(run: Path, *, keep_dropped: bool = True) -> None:
     """
     if any((run / name).exists() for name in RESULTS) or has_checkpoint(run):
         return
-    for path in [path for pattern in LEFTOVERS for path in run.glob(pattern)]:
+    for path in [path for pattern in LEFTOVERS for path in run.glob(pattern) if not path.match(OWN_FILES)]:
         if path.match(UNFINISHED):
             shutil.rmtree(path, ignore_errors=True)
         elif path.is_file() and (path.name != "dropped.jsonl" or not keep_dropped or path.stat().st_size == 0):
             path.unlink()  # the trackers' folders may explain the failure: they stay
-    if run.exists() and not any(run.iterdir()):
-        run.rmdir()
 
 
 def environment() -> dict[str, Any]:
@@ -113,7 +104,8 @@ def note_data(summary: Mapping[str, Any], seconds: float, progress: Progress) ->
 
 
 def write_training_json(folder: Path, record: Mapping[str, Any]) -> None:
-    (folder / "training.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write the record of a run. Raises `OutputError`."""
+    write_file(folder / "training.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
 def outcome_record(history: History) -> dict[str, Any]:
@@ -127,7 +119,7 @@ def draw_report(run: Path) -> bool:
 
     The panels are: loss in nats per label; validation in bits per byte (thin lines: the lower stages of a PoE base);
     the factor of the learning rates; the norm of the gradient before clipping; tokens per second. Raises `OutputError`
-    when there is no metrics.jsonl.
+    when there is no metrics.jsonl, or the picture cannot be written.
     """
     try:
         from matplotlib.figure import Figure
@@ -160,8 +152,17 @@ def draw_report(run: Path) -> bool:
         panels[name].set_ylim(0, None)
     for name in ("grad_norm", "tokens_per_s"):
         panels[name].set_xlabel("step")
-    figure.savefig(run / REPORT, dpi=120)
+    with atomic_file(run / REPORT) as file:
+        figure.savefig(file, dpi=120)
     return True
+
+
+def try_to_draw_report(run: Path, note: Callable[[str], None]) -> None:
+    """Draw report.png; a picture that cannot be drawn is reported, and does not end the run."""
+    try:
+        draw_report(run)
+    except OutputError as error:
+        note(f"there is no {REPORT}: {error}")
 
 
 def _columns(points: list[tuple[float, float]]) -> tuple[list[float], list[float]]:

@@ -2,13 +2,13 @@
 
 import contextlib
 import importlib.util
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from poe.errors import MissingExtraError, RecipeError, suggest
+from poe.training.reporting.progress import STANDARD_ERROR
 
 PROJECT = "poe"
 TENSORBOARD, WANDB = "tensorboard", "wandb"  # the folders of these trackers in the folder of the run
@@ -106,7 +106,7 @@ class Trackers:
     @contextlib.contextmanager
     def _drop_if_failing(self, name: str) -> Any:
         try:
-            with contextlib.redirect_stdout(sys.stderr):  # trackers print; standard output is for results
+            with contextlib.redirect_stdout(STANDARD_ERROR):  # trackers print; standard output is for results
                 yield
         except Exception as error:  # any library may fail here, and the result does not depend on it
             self._trackers.pop(name, None)
