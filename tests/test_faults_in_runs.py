@@ -190,8 +190,8 @@ def test_the_stage_is_saved_before_it_is_evaluated(demo_base: Path, tmp_path: Pa
     with pytest.raises(KeyboardInterrupt):
         run(fail_at_call(1, None, KeyboardInterrupt()))
     assert list_checkpoints(tmp_path)
-    run(lambda cascade, name, held_out: {"scores": 1})
-    assert json.loads((tmp_path / "training.json").read_text())["evaluation"] == {"scores": 1}
+    run(lambda cascade, name, held_out: {"held out": {}})
+    assert json.loads((tmp_path / "training.json").read_text())["evaluation"] == {"held out": {}}
     assert (tmp_path / "delta.safetensors").read_bytes() == delta
     assert not list_checkpoints(tmp_path)
     assert not list(tmp_path.glob(".poe-*"))

@@ -97,6 +97,21 @@ def test_a_folder_in_the_way_of_a_file_is_named(tmp_path: Path) -> None:
     for write in (check_output_file, lambda path: write_file(path, "text")):
         with pytest.raises(OutputError, match="is a folder"):
             write(tmp_path)
+        with pytest.raises(OutputError, match="/dev/null is a device"):
+            write(Path("/dev/null"))
+
+
+def test_a_link_is_not_taken_for_a_lock_or_replaced_by_a_file(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / LOCK).symlink_to(tmp_path / "mine")
+    with pytest.raises(OutputError, match="could not be written"):
+        check_output_folder(tmp_path / "run")
+    assert (tmp_path / "mine").read_text() == "mine"
+    (tmp_path / "link").symlink_to(tmp_path / "mine")
+    write_file(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "mine").read_text() == "new"
 
 
 def fail_to_write(target: Path) -> None:

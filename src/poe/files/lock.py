@@ -2,7 +2,7 @@
 
 They are `flock` locks of the operating system, so neither a process id that is used again nor a holder on another host
 that has died keeps one (a network file system passes them to its server). A file system without such locks is used
-without a lock.
+without a lock; EBADF is the answer of NFS for a folder.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF)
 _open_locks: set[int] = set()  # file descriptors
 
 
@@ -31,16 +31,12 @@ os.register_at_fork(after_in_child=_close_inherited_locks)
 def hold(path: Path, *, create: bool = False) -> Iterator[int]:
     """Hold a file or folder for the block, and yield its descriptor. Raises `BlockingIOError` if somebody holds it.
 
-    `create` makes the file if it does not exist, and opens it for writing.
+    `create` makes the file if it does not exist, and opens it for writing. A link is not followed.
     """
-    handle = os.open(path, os.O_RDWR | os.O_CREAT if create else os.O_RDONLY, 0o644)
+    handle = os.open(path, os.O_NOFOLLOW | (os.O_RDWR | os.O_CREAT if create else os.O_RDONLY), 0o644)
     _open_locks.add(handle)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
+        _lock(handle)
         yield handle
     finally:
         _open_locks.discard(handle)
@@ -48,11 +44,25 @@ def hold(path: Path, *, create: bool = False) -> Iterator[int]:
 
 
 def is_held(path: Path) -> bool:
-    """Return whether a process, this one included, holds a file or folder. False if it does not exist."""
+    """Return whether a process, this one included, holds a file or folder; True if the file system has no locks."""
     try:
-        with hold(path):
-            return False
-    except BlockingIOError:
-        return True
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     except FileNotFoundError:
         return False
+    try:
+        return not _lock(handle)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+
+
+def _lock(handle: int) -> bool:
+    """Lock an open file, and return whether the file system can. Raises `BlockingIOError` if somebody holds it."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        return False
+    return True

@@ -43,9 +43,7 @@ def check_output_folder(folder: Path) -> None:
 
 def check_output_file(path: Path) -> None:
     """Raise `OutputError` unless a file can be written at `path`. Nothing stays behind."""
-    path = path.expanduser().absolute()
-    if path.is_dir():
-        raise OutputError(f"{path} is a folder: expected the name of a file.")
+    path = _find_file(path)
     made = _make_folder(path.parent)
     try:
         with convert_os_errors(path):
@@ -119,13 +117,11 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
     An `OSError` inside the block becomes `OutputError` and leaves the previous file.
     """
-    path = path.expanduser().absolute()
+    path = _find_file(path)
     made = _make_folder(path.parent)
     temporary = None
     try:
         with convert_os_errors(path):
-            if path.is_dir():
-                raise OutputError(f"{path} is a folder: expected the name of a file.")
             sweep(path.parent)
             handle, name = tempfile.mkstemp(dir=path.parent, prefix=_PREFIX, suffix=f"{_SUFFIX}{path.suffix}")
             os.close(handle)
@@ -224,6 +220,14 @@ def _read_holder(path: Path) -> str:
         text = path.read_bytes()[:200].decode("utf-8", "replace")
         return "".join(c if c.isprintable() else "?" for c in text) or "another process"
     return "another process"
+
+
+def _find_file(path: Path) -> Path:
+    """Return the place of a file, behind links. Raises `OutputError` for a folder or a device, such as /dev/null."""
+    path = Path(os.path.realpath(path.expanduser()))
+    if path.exists() and not path.is_file():
+        raise OutputError(f"{path} is a {'folder' if path.is_dir() else 'device'}: expected the name of a file.")
+    return path
 
 
 def _make_folder(folder: Path) -> list[Path]:
