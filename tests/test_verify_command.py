@@ -56,6 +56,7 @@ def test_an_intact_chain_passes_every_check(family: Path) -> None:
         ),
         "fingerprints agree",
         "base",
+        "base config",
     ]
     assert not failures(family / "base")
     run = CliRunner().invoke(app, ["verify", str(family / "child")])

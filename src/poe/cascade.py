@@ -109,10 +109,11 @@ class Cascade:
             trust_remote_code=trust_remote_code,
             dtype=dtype,
             device_map=device_map,
+            verify=verify,
             **options,
         )
         cascade = cls(opened.model, opened.tokenizer, source=source)
-        return cascade if lineage is None else cascade._attach(lineage)
+        return cascade if lineage is None else cascade._attach(lineage, verify)
 
     @property
     def base(self) -> PreTrainedModel:
@@ -171,7 +172,7 @@ class Cascade:
             lineage.verify()
         else:
             warn_unverified(location)
-        return self._attach(lineage)
+        return self._attach(lineage, verify)
 
     def import_stage(self, folder: str | os.PathLike[str], name: str) -> "Cascade":
         """Add a stage that another project trained, and make it active: `save_stage` then writes it as a delta.
@@ -464,10 +465,10 @@ class Cascade:
                 f"Stage {stage.name!r} cannot be {action} while {', '.join(children)} stands on it: remove that first."
             )
 
-    def _attach(self, lineage: Lineage) -> "Cascade":
+    def _attach(self, lineage: Lineage, verify: bool) -> "Cascade":
         """Add the stages of a lineage that are not here yet, and make the last one active."""
         loaded = {str(s.source["fingerprint"]): s for s in self.stages.values() if s.source is not None}
-        stages = load_stages(self.base, lineage, loaded)
+        stages = load_stages(self.base, lineage, loaded, verify=verify)
         for stage in stages:
             if self.stages.get(stage.name, stage) is not stage:
                 raise StageError(

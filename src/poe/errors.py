@@ -15,6 +15,8 @@ from poe.modeling.failures import (
     PoEError,
     SourceError,
     StageError,
+    escape_controls,
+    printable,
 )
 
 __all__ = [
@@ -35,6 +37,9 @@ __all__ = [
     "TemplateError",
     "TokenizerError",
     "TrainingError",
+    "escape_controls",
+    "escape_markdown",
+    "printable",
     "suggest",
 ]
 
@@ -136,3 +141,8 @@ def explain_memory(task: str, advice: str) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise memory_error(task, error, advice) from error
+
+
+def escape_markdown(text: str) -> str:
+    """Return text as one line of Markdown that shows it: no markup, link, picture, HTML or table cell of its own."""
+    return re.sub(r"([\\`*\[\]|])", r"\\\1", printable(text)).replace("&", "&amp;").replace("<", "&lt;")

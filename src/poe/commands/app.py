@@ -11,19 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from typer.core import TyperCommand
 
 from poe import __version__
 from poe.errors import PoEError, explain_memory
-from poe.training.reporting.progress import console
+from poe.training.reporting.progress import PlainConsole, console
 
 if TYPE_CHECKING:
     from poe.training.parallel.distributed import World
 
 FAILED, INTERRUPTED = 1, 130
-out = Console(highlight=False, soft_wrap=True)
-err = console()
+out, err = PlainConsole(), console()
 
 Repo = Annotated[str, typer.Argument(help="A base or a stage: folder, Hub id, or 'demo'.", show_default=False)]
 Base = Annotated[str | None, typer.Option(help="The stage's base, if it is not where the stage's config says.")]

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from poe.commands.app import Program, err, out
+from poe.errors import escape_controls, printable
 from poe.files.output import check_output_file
 from poe.stages import Augmentation, Recipe, load_recipe
 
@@ -66,7 +67,7 @@ def show(
         pool = ToolPool.from_conversations(rows)
         for row in rows[:count]:
             for augmented in augment(row, options, epoch=epoch, seed=plan.seed, pool=pool):
-                out.rule(f"{source} · {row.id or row.source}", align="left")
+                out.rule(printable(f"{source} · {row.id or row.source}", 200), align="left")
                 _print_row(augmented, renderer)
 
 
@@ -90,14 +91,15 @@ def stats(
         write_page(page, counted, report)
         err.print(f"wrote {page}", markup=False)
     if as_json:
-        print(json.dumps({"sources": [s.as_dict() for s in counted], "rows": report.as_dict()}, ensure_ascii=False))
+        content = {"sources": [s.as_dict() for s in counted], "rows": report.as_dict()}
+        print(escape_controls(json.dumps(content, ensure_ascii=False)))
         return
     for s in counted:
         out.print(_format_counts(f"{s.source} · {s.license or 'license not stated'}", s.as_dict()))
     for source, counts in report.as_dict().items():
         table = Table("reason", "rows", title=f"{source}: {counts['read']:,} read", title_justify="left")
         for reason, number in counts["dropped"].items():
-            table.add_row(reason, f"{number:,}")
+            table.add_row(printable(reason), f"{number:,}")
         out.print(table)
 
 

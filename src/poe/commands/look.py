@@ -3,13 +3,13 @@
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from typer.core import TyperCommand
 
 from poe.commands.app import Base, Program, Repo, out
 from poe.commands.recipe_options import complete_base, complete_stage
-from poe.errors import RecipeError, suggest
+from poe.errors import RecipeError, printable, suggest
 from poe.stages import Augmentation, BaseRecipe, Recipe, list_recipes
 from poe.stages.fields import FieldInfo, describe_fields, format_value
 from poe.stages.recipe import Plan, group_fields, load_plan
@@ -30,7 +30,7 @@ def inspect(repo: Repo, base: Base = None) -> None:
 
     table = Table(show_header=False, box=None)
     for key, value in describe(repo, base=base):
-        table.add_row(f"[bold]{escape(key)}[/bold]", escape(value))
+        table.add_row(Text(key, style="bold"), printable(value))
     out.print(table)
 
 
@@ -46,7 +46,7 @@ def recipes(
         table = Table("command", "description", box=None)
         for command, kind in COMMANDS.items():
             for each in list_recipes(kind):
-                table.add_row(f"poe-train {command} {each}", escape(load_plan(kind, each).description))
+                table.add_row(f"poe-train {command} {each}", load_plan(kind, each).description)
         out.print(table)
         return
     for command, plan in _load_any(name).items():
@@ -59,7 +59,7 @@ def recipes(
             table = Table("field", "value", "type", "meaning", title=group, title_justify="left")
             for info, owner in rows:
                 cells = (info.name, format_value(getattr(owner, info.name)), info.type, info.sentence)
-                table.add_row(*map(escape, cells))
+                table.add_row(*cells)
             out.print(table)
 
 

@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from poe.commands.app import FAILED, Base, Program, Repo, out
+from poe.errors import printable
 
 app = Program()
 
@@ -28,8 +29,8 @@ def verify(
     failed = 0
     for check in run_checks(repo, base=base, revision=revision):
         failed += not check.ok
-        mark = "[green]ok  [/green]" if check.ok else "[red]FAIL[/red]"
-        out.print(f"{mark} {escape(check.name)}: {escape(check.detail)}")
+        mark = ("ok  ", "green") if check.ok else ("FAIL", "red")
+        out.print(Text.assemble(mark, f" {printable(check.name, 200)}: {printable(check.detail)}"))
     if failed:
         raise typer.Exit(FAILED)
 
@@ -56,12 +57,12 @@ def push(
     table.add_column()
     table.add_column(justify="right")
     for name, size in plan.sizes().items():
-        note = " (changed to name the base on the Hub)" if isinstance(plan.files[name], bytes) else ""
-        table.add_row(escape(name) + note, f"{size:,}")
+        note = " (changed: it names no folder of this machine)" if isinstance(plan.files[name], bytes) else ""
+        table.add_row(name + note, f"{size:,}")
     table.add_row(f"{len(plan.files)} files to {repo}", f"{sum(plan.sizes().values()):,} bytes")
     out.print(table)
     if plan.left_out:
-        out.print(f"not uploaded: {escape(', '.join(plan.left_out))}")
+        out.print(f"not uploaded: {printable(', '.join(plan.left_out))}")
     if dry_run:
         out.print("dry run: nothing was uploaded")
         return

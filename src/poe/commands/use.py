@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from poe.commands.app import FAILED, Base, Program, Repo, err, out
-from poe.errors import DataError, DecodingError, PoEError
+from poe.errors import DataError, DecodingError, PoEError, escape_controls, printable
 from poe.files.output import check_output_file
 
 app = Program()
@@ -75,7 +75,8 @@ def generate(
         output = cascade.compose(_load_siblings(cascade, sibling)).generate(**inputs, **options)
     else:
         output = cascade.generate(**inputs, stage=stage, strategy=chosen, **options)
-    print(cascade.tokenizer.decode(output[0][inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    text = cascade.tokenizer.decode(output[0][inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    print(escape_controls(text))
 
 
 @app.command()
@@ -157,9 +158,10 @@ def call(
     reply = parse_reply(text, reply_form(cascade.tokenizer))
     problems = check_calls(reply.calls, declared) + [f"this call cannot be read: {text}" for text in reply.malformed]
     calls = [c.as_openai(i) for i, c in enumerate(reply.calls)]
-    print(json.dumps({"content": reply.content or None, "tool_calls": calls}, ensure_ascii=False, indent=2))
+    content = {"content": reply.content or None, "tool_calls": calls}
+    print(escape_controls(json.dumps(content, ensure_ascii=False, indent=2)))
     if problems:
-        err.print("error: the calls were not accepted: " + "; ".join(problems), markup=False, style="red")
+        err.print(printable(f"error: the calls were not accepted: {'; '.join(problems)}", 2000), style="red")
         raise typer.Exit(FAILED)
 
 

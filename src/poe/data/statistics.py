@@ -17,7 +17,7 @@ from poe.data.readers import READERS
 from poe.data.render import Renderer
 from poe.data.render_worker import RenderWorker
 from poe.data.workers import default_workers, ordered_map
-from poe.errors import DataError, MissingExtraError
+from poe.errors import DataError, MissingExtraError, escape_markdown, printable
 from poe.files.output import write_file
 
 _SIDES = {
@@ -161,12 +161,12 @@ def _repair_table(report: DropReport) -> Table:
 
 def _markdown(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
-    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+    return "".join("| " + " | ".join(map(escape_markdown, line)) + " |\n" for line in lines)
 
 
 def _html(head: list[str], rows: list[list[str]]) -> str:
-    titles = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    titles = "".join(f"<th>{escape(printable(cell))}</th>" for cell in head)
+    body = "".join("<tr>" + "".join(f"<td>{escape(printable(cell))}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<table><tr>{titles}</tr>{body}</table>"
 
 

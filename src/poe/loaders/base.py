@@ -1,5 +1,6 @@
 """A base: opened from a folder or repository, held with its tokenizer and source, written as a folder."""
 
+import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -47,7 +48,8 @@ class Base:
                 "device_map), which takes the fingerprint of the files."
             )
         tensors = revert_weight_conversion(self.model, self.model.state_dict())  # the names and shapes of its files
-        return BaseSource(None, known_fingerprint=fingerprint_tensors(tensors))
+        config = json.loads(self.model.config.to_json_string(use_diff=False))
+        return BaseSource(None, known_fingerprint=fingerprint_tensors(tensors), config=config)
 
     @cached_property
     def record(self) -> Record:

@@ -7,6 +7,8 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
+from poe.errors import escape_controls, escape_markdown
+
 SHARES = {"exact": "exact calls", "names": "right tools", "valid": "valid calls", "abstained": "right abstention"}
 EXAMPLE = [{"role": "user", "content": "What is the weather in Lisbon?"}]
 TOOL = {
@@ -34,17 +36,18 @@ def stage_card(
     `data` (`sources`, `rows`), `trajectory`, `evaluation`, and the counts of the run. `example` is a rendered prompt,
     `plot` the file name of a plot in the same folder, `repo` the stage's Hub repository.
     """
+    config, training = _printable(config), _printable(training)
     stage, base = config["stage"], config["base"]
     head = {"dense": "a dense head delta", "none": "the head unchanged"}.get(
         stage["head"], f"a head delta of rank {stage['head_rank']}"
     )
-    below = f"the stage `{config['parent']['repo']}` and " if config.get("parent") else ""
+    below = f"the stage {_code(config['parent']['repo'])} and " if config.get("parent") else ""
     parts = [
         f"---\n{_metadata(config, training).to_yaml()}\n---",
         f"# {stage['name']}",
         *_restrictions(training),
         f"A specialist of {_layers(stage)} and {head} ({parameters:,} parameters) on {below}"
-        f"the frozen base `{base['repo'] or 'that was never saved'}`. It changes nothing in the base: "
+        f"the frozen base {_code(base['repo'] or 'that was never saved')}. It changes nothing in the base: "
         f"loading it gives a {'' if _is_fork(stage) else 'deeper '}model of the base's own kind.",
         *_doors(repo or "<this repository>", base, stage),
         *_prompt(config.get("prompt") or {}, example),
@@ -59,6 +62,7 @@ def stage_card(
 
 def notice(config: Mapping[str, Any], training: Mapping[str, Any]) -> str:
     """Return NOTICE: the base, data and code that this stage uses, with their licenses."""
+    config, training = _printable(config), _printable(training)
     base = config["base"]
     lines = [
         f"Base model: {base['repo'] or 'never saved'}, revision {base['revision'] or 'none'}, "
@@ -139,7 +143,8 @@ def _measured(training: Mapping[str, Any]) -> list[tuple[str, str, float]]:
 def _restrictions(training: Mapping[str, Any]) -> list[str]:
     if not (names := non_commercial(training)):
         return []
-    return [f"> **Not for commercial use:** the license of {' and '.join(names)} forbids it. See [NOTICE](NOTICE)."]
+    listed = escape_markdown(" and ".join(names))
+    return [f"> **Not for commercial use:** the license of {listed} forbids it. See [NOTICE](NOTICE)."]
 
 
 def _is_fork(stage: Mapping[str, Any]) -> bool:
@@ -177,13 +182,14 @@ def _doors(repo: str, base: Mapping[str, Any], stage: Mapping[str, Any]) -> list
 def _prompt(prompt: Mapping[str, Any], example: str | None) -> list[str]:
     parts = []
     if prompt:
-        stops = ", ".join(f"`{stop}`" for stop in prompt.get("stop", [])) or "the end of the text"
-        parts.append(f"Format `{prompt.get('name')}`, version `{prompt.get('version')}`; an answer ends at {stops}.")
+        stops = ", ".join(_code(stop) for stop in prompt.get("stop", [])) or "the end of the text"
+        parts.append(
+            f"Format {_code(prompt.get('name'))}, version {_code(prompt.get('version'))}; an answer ends at {stops}."
+        )
     if example:
-        fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", example))])
         parts.append(
             "`tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True)` renders a question so:"
-            f"\n\n{fence}text\n{example}\n{fence}"
+            f"\n\n{_fenced('text', escape_controls(example))}"
         )
     return ["## Prompt format", *parts] if parts else []
 
@@ -192,13 +198,14 @@ def _recipe(training: Mapping[str, Any]) -> list[str]:
     if not training.get("recipe"):
         return []
     recipe = yaml.safe_dump(_plain(training["recipe"]), sort_keys=False, allow_unicode=True).strip()
-    parts = ["## Recipe", f"```yaml\n{recipe}\n```"]
+    parts = ["## Recipe", _fenced("yaml", recipe)]
     if training.get("steps"):
         machine = training.get("environment") or {}
         versions = ", ".join(f"{name} {version}" for name, version in machine.get("versions", {}).items())
         parts.append(
             f"{training['steps']:,} steps over {training.get('tokens', 0):,} tokens in {training.get('seconds', 0):,} "
-            f"seconds on {machine.get('device', 'an unknown device')} ({versions or 'versions not recorded'}). "
+            f"seconds on {escape_markdown(str(machine.get('device', 'an unknown device')))} "
+            f"({escape_markdown(versions) or 'versions not recorded'}). "
             "[training.json](training.json) holds everything that was recorded."
         )
     return parts
@@ -212,14 +219,16 @@ def _data(data: Mapping[str, Any]) -> list[str]:
     lines = ["| source | rows read | conversations trained on | epochs | license |\n|---|---:|---:|---:|---|"]
     for name, source in sources.items():
         read = counts.get(name, {}).get("read")
-        label = f"{name} (`{source['hub_id']}`)" if source.get("hub_id") else name
+        label = escape_markdown(name)
+        hub_id = _code(source["hub_id"]).replace("|", "\\|") if source.get("hub_id") else None
+        label += f" ({hub_id})" if hub_id else ""
         lines.append(
             f"| {label} | {'-' if read is None else f'{read:,}'} | {source.get('conversations', 0):,} | "
-            f"{source.get('epochs', '-')} | {source.get('license') or 'not stated'} |"
+            f"{source.get('epochs', '-')} | {escape_markdown(str(source.get('license') or 'not stated'))} |"
         )
     parts = ["## Data", "\n".join(lines)]
     drops = [
-        f"- {name}: {reason}: {number:,}"
+        f"- {escape_markdown(f'{name}: {reason}')}: {number:,}"
         for name, count in counts.items()
         for reason, number in (count.get("dropped") or {}).items()
     ]
@@ -243,7 +252,11 @@ def _evaluation(evaluation: Mapping[str, Any]) -> list[str]:
     for split, models in evaluation.items():
         for model, scores in models.items():
             shares = ["-" if scores.get(key) is None else f"{scores[key]:.3f}" for key in SHARES]
-            lines.append(f"| {split} | {model} | {scores.get('rows', '-')} | " + " | ".join(shares) + " |")
+            lines.append(
+                f"| {escape_markdown(split)} | {escape_markdown(model)} | {scores.get('rows', '-')} | "
+                + " | ".join(shares)
+                + " |"
+            )
     return [
         "## Held-out questions",
         "\n".join(lines),
@@ -272,6 +285,27 @@ def _limits(config: Mapping[str, Any], training: Mapping[str, Any]) -> list[str]
 
 def _sources(training: Mapping[str, Any]) -> Mapping[str, Any]:
     return (training.get("data") or {}).get("sources") or {}
+
+
+def _printable(value: Any) -> Any:
+    """Return nested data in which all text is one line, with control characters escaped."""
+    if isinstance(value, Mapping):
+        return {_printable(str(key)): _printable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_printable(item) for item in value]
+    return escape_controls(value).replace("\n", "\\n").replace("\t", "\\t") if isinstance(value, str) else value
+
+
+def _code(text: object) -> str:
+    """Return text as inline code; it may have backticks."""
+    mark = "`" * (1 + max((len(run) for run in re.findall("`+", str(text))), default=0))
+    space = " " if "`" in str(text) else ""
+    return f"{mark}{space}{text}{space}{mark}"
+
+
+def _fenced(language: str, text: str) -> str:
+    mark = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", text))])
+    return f"{mark}{language}\n{text}\n{mark}"
 
 
 def _plain(value: Any) -> Any:

@@ -3,8 +3,10 @@
 import hashlib
 import json
 import os
+import re
+import stat
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -21,18 +23,36 @@ from poe.loaders.repository import read_remote_header
 from poe.loaders.stage_folder import PLOT, network_files, save_stage_folder
 from poe.loaders.tokenizer import load_tokenizer
 from poe.loaders.verify import verify
-from poe.modeling.access import Access, first_line, hub_error, hub_url, is_path, read_config
+from poe.modeling.access import (
+    MOST_JSON_BYTES,
+    Access,
+    check_file,
+    first_line,
+    hub_error,
+    hub_url,
+    is_path,
+    read_config,
+    read_json,
+)
 from poe.modeling.delta_file import DELTA_NAME, check_no_pickles, read_delta_header
 from poe.modeling.lineage import StageSource, check_stage_config, find_base, is_stage
 from poe.modeling.stage import Stage
 
-# The files of a published stage or base besides its weights and Python files; `*` stands for the rest of a name.
-PUBLISHED = (
-    "config.json generation_config.json training.json report.png README.md NOTICE* LICENSE* .gitattributes "
-    "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json tokenizer.model spiece.model "
-    "vocab.json vocab.txt merges.txt chat_template.jinja chat_template.json"
-).split()
-BASE_WEIGHTS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
+# The names of the files of a published stage or base besides its weights and Python files.
+PUBLISHED = set(
+    "config.json generation_config.json training.json report.png README.md .gitattributes tokenizer.json "
+    "NOTICE NOTICE.md NOTICE.txt LICENSE LICENSE.md LICENSE.txt "
+    "tokenizer_config.json special_tokens_map.json added_tokens.json tokenizer.model spiece.model "
+    "vocab.json vocab.txt merges.txt chat_template.jinja chat_template.json".split()
+)
+BASE_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt")  # too large to search, and no secrets
+_SECRET = re.compile(
+    r"\b(hf|api_org|gh[pousr]|github_pat|glpat|npm)[_-][A-Za-z0-9_]{16,}|\bsk-[A-Za-z0-9_-]{16,}|\bAKIA[A-Z0-9]{16}\b"
+    r"|\bAIza[\w-]{30,}|\bxox[abprs]-[\w-]{10,}|\beyJ[\w-]{10,}\.eyJ[\w-]{10,}|\bBearer\s+[\w.~+/-]{16,}"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----|://[^/\s:@\"']+:[^/\s:@\"']+@"
+)
+_PATH = re.compile(r"""(?<![\w.:/\\])(?:~|[A-Za-z]:|file://)?[/\\](?:[^\s,:*"'/\\]+[/\\])+([^\s,:*"'/\\]*)""")
 # The files of a training run that are never uploaded: checkpoints, rows as they were read, files of trackers.
 UNPUBLISHED = (
     *("checkpoint*", "metrics.jsonl", "dropped.jsonl", "tensorboard", "wandb"),
@@ -79,9 +99,13 @@ def plan_upload(
     config, path = read_config(str(folder), access)
     files, left_out = _select_files(folder, config)
     changed: dict[str, bytes] = {}
+    if "training.json" in files:
+        record = read_json(files["training.json"])
+        if (public := _without_paths(record)) != record:
+            changed["training.json"] = (json.dumps(public, indent=2, ensure_ascii=False) + "\n").encode()
     if is_stage(config):
         check_stage_config(config, path)
-        changed = _rewrite_files(folder, config, repo_id, base, parent, access)
+        changed |= _rewrite_files(folder, config, repo_id, base, parent, access)
     elif base or parent:
         raise StageError(f"{folder} is a base, so base= and parent= do not apply: leave them out.")
     failed = [check for check in verify(folder, base=base, access=access) if not check.ok]
@@ -199,27 +223,69 @@ def push_stage(
 
 
 def _select_files(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, Path], list[str]]:
-    """Return the files to publish, and the names of those to leave out. Raises `DeltaError` for any other file."""
+    """Return the files to publish, and the names of those to leave out.
+
+    Raises `DeltaError` for a file of another name, for anything that is not a regular file (the target of a link may be
+    private), for a Python file that is not this package's, and for text with a secret.
+    """
     check_no_pickles(folder)
-    allowed = (*PUBLISHED, *(path.name for path in network_files()))
-    allowed += (DELTA_NAME,) if is_stage(config) else BASE_WEIGHTS
+    kind = "stage" if is_stage(config) else "base"
+    code = {path.name: path for path in network_files()}
     files: dict[str, Path] = {}
-    left_out, unexpected = [], []
-    for path in sorted(path for path in folder.rglob("*") if not path.is_dir()):
+    left_out: list[str] = []
+    refused: list[str] = []
+    for path in sorted(_walk(folder)):
         name = path.relative_to(folder)
         if any(fnmatch(name.parts[0], pattern) for pattern in UNPUBLISHED):
             left_out.append(name.as_posix())
-        elif len(name.parts) == 1 and any(fnmatch(name.name, pattern) for pattern in allowed):
-            files[name.name] = path
+        elif not stat.S_ISREG(path.lstat().st_mode):
+            refused.append(f"{name.as_posix()} (a link, or no file at all)")
+        elif len(name.parts) > 1 or not (
+            name.name in PUBLISHED
+            or name.name in code
+            or (name.name == DELTA_NAME if kind == "stage" else BASE_WEIGHTS.fullmatch(name.name))
+        ):
+            refused.append(name.as_posix())
+        elif name.name in code and path.read_bytes() != code[name.name].read_bytes():
+            refused.append(f"{name.name} (changed, or of another version of this package)")
         else:
-            unexpected.append(name.as_posix())
-    if unexpected:
-        names = ", ".join(unexpected[:5]) + (", ..." if len(unexpected) > 5 else "")
+            files[name.name] = path
+    if refused:
+        names = ", ".join(refused[:5]) + (", ..." if len(refused) > 5 else "")
         raise DeltaError(
-            f"{folder} holds {names}, which does not belong to a "
-            f"{'stage' if is_stage(config) else 'base'}. Move it elsewhere, then push again."
+            f"{folder} holds {names}, which does not belong to a {kind}. Move it elsewhere, then push again."
         )
+    for path in files.values():
+        if path.suffix not in (".safetensors", ".png", ".py", ".model") and path.name not in _VOCABULARIES:
+            _check_no_secrets(path)
     return files, left_out
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Yield everything in a folder that is not a folder itself. Links are not followed."""
+    for where, folders, names in os.walk(folder):
+        yield from (Path(where) / name for name in names)
+        yield from (path for path in (Path(where) / name for name in folders) if path.is_symlink())
+
+
+def _check_no_secrets(path: Path) -> None:
+    """Raise `DeltaError` if a text file holds what looks like a token, a password or a private key."""
+    check_file(path, MOST_JSON_BYTES)
+    found = _SECRET.search(path.read_text(encoding="utf-8", errors="replace"))
+    if found:
+        raise DeltaError(
+            f"{path.name} holds what looks like a secret ({found[0][:6]}..., {len(found[0])} characters): expected nothing "
+            "private in a published file. Remove it, and withdraw that secret if others could read the file."
+        )
+
+
+def _without_paths(value: Any) -> Any:
+    """Return a JSON value in which each absolute path has only its last part, because the others are private."""
+    if isinstance(value, dict):
+        return {_PATH.sub(r"\1", key): _without_paths(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_paths(item) for item in value]
+    return _PATH.sub(r"\1", value) if isinstance(value, str) else value
 
 
 def _rewrite_files(
@@ -238,10 +304,11 @@ def _rewrite_files(
         text = json.dumps(published, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         changed["config.json"] = text.encode()
     record = folder / "training.json"
-    training = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    training = read_json(record) if record.is_file() else {}
+    public = _without_paths(training)
     for file, before, after in (
-        ("README.md", _render_card(folder, config, training), _render_card(folder, published, training, repo_id)),
-        ("NOTICE", notice(config, training), notice(published, training)),
+        ("README.md", _render_card(folder, config, training), _render_card(folder, published, public, repo_id)),
+        ("NOTICE", notice(config, training), notice(published, public)),
     ):
         # A file that the user has edited is kept; only a generated one is generated again.
         if not (folder / file).is_file() or (folder / file).read_text(encoding="utf-8") == before:

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,16 @@ from poe.loaders.tokenizer import load_tokenizer
 from poe.modeling import modeling_poe
 from poe.modeling.access import Access, fetch, read_config
 from poe.modeling.delta_file import PICKLES, check_finite, read_delta, verify_delta
-from poe.modeling.lineage import BaseSource, StageSource, check_base, find_base, is_stage, resolve_lineage
+from poe.modeling.fingerprint import fingerprint_files
+from poe.modeling.lineage import (
+    BaseSource,
+    StageSource,
+    check_base,
+    check_base_config,
+    find_base,
+    is_stage,
+    resolve_lineage,
+)
 
 
 @dataclass(frozen=True)
@@ -50,7 +59,7 @@ def verify(
         yield _run_check("network files", lambda: files.check_network([Path(modeling_poe.__file__)], None))
         yield _run_check("tokenizer", files.check_tokenizer)
         yield _run_check("weights are finite", lambda: _check_finite(source))
-        yield _run_check("fingerprint", lambda: source.fingerprint)
+        yield _run_check("fingerprint", lambda: source.find_fingerprint(fingerprint_files))  # reads all bytes
 
 
 @dataclass(frozen=True)
@@ -114,8 +123,19 @@ def _check_stage(files: _Files, folder: Path, base: str | None) -> Iterator[Chec
     yield _run_check(
         "fingerprints agree", lineage.verify_headers, lambda: "each stage names the one below it and the base"
     )
-    expected = files.config["base"]
-    yield _run_check("base", lambda: check_base(lineage.base, expected, top.name), lineage.base.describe)
+    expected, source = files.config["base"], lineage.base
+
+    def check_weights() -> str:
+        hashed = replace(source, known_fingerprint=source.find_fingerprint(fingerprint_files))
+        check_base(hashed, expected, top.name)
+        return hashed.describe()
+
+    yield _run_check("base", check_weights)
+    yield _run_check(
+        "base config",
+        lambda: check_base_config(source, files.config.get("base_config"), top.name),
+        lambda: "it makes the network that the stage was trained on",
+    )
 
 
 def _check_delta(stage: StageSource) -> Iterator[Check]:
@@ -131,7 +151,7 @@ def _check_delta(stage: StageSource) -> Iterator[Check]:
 
 def _check_finite(source: BaseSource) -> str:
     count = 0
-    for path in source.weight_files():
+    for path in source.weight_files:
         try:
             with safe_open(path, "pt") as file:
                 for name in file.keys():  # noqa: SIM118 - not a mapping

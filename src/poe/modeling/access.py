@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import stat
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -12,6 +13,15 @@ from transformers.utils.hub import cached_file
 
 from .failures import SourceError
 from .saves import finish_save
+
+MOST_JSON_BYTES, DEEPEST_JSON = 1 << 25, 100  # of a config; the largest index of shards has a third of that
+MOST_TEXT_BYTES = 1 << 28  # of a vocabulary; the largest have 33 MB
+# The text files that transformers opens by itself.
+TEXT_FILES = (
+    "config.json generation_config.json model.safetensors.index.json adapter_config.json tokenizer.json "
+    "tokenizer_config.json special_tokens_map.json added_tokens.json tokenizer.model spiece.model vocab.json vocab.txt "
+    "merges.txt chat_template.jinja chat_template.json processor_config.json preprocessor_config.json"
+).split()
 
 
 @dataclass(frozen=True)
@@ -46,7 +56,10 @@ def fetch(repo: str, filename: str, access: Access, revision: str | None = None)
     """
     if os.path.isdir(repo):
         path = os.path.join(repo, filename)
-        return path if os.path.isfile(path) else None
+        if not os.path.lexists(path):
+            return None
+        check_file(path)
+        return path
     if is_path(repo):
         raise SourceError(f"There is no folder {repo}: expected a model folder or a Hub repository such as 'me/model'.")
     try:
@@ -66,14 +79,65 @@ def read_config(repo: str, access: Access, revision: str | None = None) -> tuple
             f"{repo} (revision {revision or 'main'}) has no config.json, or it could not be reached: expected the "
             "folder or repository of a model or stage. Check the name, the network and your token."
         )
+    config = read_json(path)
+    if not isinstance(config.get("model_type"), str):
+        raise SourceError(f"{path} is not a model config: expected a JSON object with `model_type`. Fetch it again.")
+    if os.path.isdir(repo):
+        check_folder(repo)
+    return config, path
+
+
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the JSON object in a file of a folder or repository.
+
+    Raises `SourceError` if it is not a regular file, larger than `MOST_JSON_BYTES`, not JSON, not an object, or nested
+    more deeply than `DEEPEST_JSON`.
+    """
+    check_file(path, MOST_JSON_BYTES)
     try:
         with open(path, encoding="utf-8") as file:
-            config = json.load(file)
-    except (OSError, ValueError) as error:
+            content = json.load(file)
+    except (OSError, ValueError, RecursionError) as error:
         raise SourceError(f"{path} is not readable JSON ({first_line(error)}). Fetch it again.") from error
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise SourceError(f"{path} is not a model config: expected a JSON object with `model_type`. Fetch it again.")
-    return config, path
+    if not isinstance(content, dict):
+        raise SourceError(f"{path}: expected a JSON object, got {type(content).__name__}. Fetch it again.")
+    level: list[Any] = [content]
+    for _ in range(DEEPEST_JSON):
+        level = [
+            child
+            for value in level
+            for child in (value.values() if isinstance(value, dict) else value)
+            if isinstance(child, (dict, list))
+        ]
+        if not level:
+            return content
+    raise SourceError(f"{path} is nested more deeply than {DEEPEST_JSON} levels. Fetch it again.")
+
+
+def check_file(path: str | os.PathLike[str], most_bytes: int | None = None) -> None:
+    """Raise `SourceError` unless a path is a regular file, or a link to one, of at most `most_bytes`.
+
+    Opening a pipe would wait forever, and a device or a sparse file has no end.
+    """
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read: {error.strerror}.") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise SourceError(f"{path} is not a regular file: expected a file of a model or stage. Remove it.")
+    if most_bytes is not None and status.st_size > most_bytes:
+        raise SourceError(f"{path} has {status.st_size:,} bytes: expected at most {most_bytes:,}. Remove it.")
+
+
+def check_folder(folder: str) -> None:
+    """Raise `SourceError` if a folder holds a pipe, socket or device, or a text file of a model that is far too large.
+
+    transformers opens some files by itself, such as those of the tokenizer.
+    """
+    for entry in os.scandir(folder):
+        if entry.is_dir() or not os.path.exists(entry.path):
+            continue
+        check_file(entry.path, MOST_TEXT_BYTES if entry.name in TEXT_FILES else None)
 
 
 def is_path(repo: str) -> bool:

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load
 
-from .failures import DeltaError, FingerprintError, StageError
+from .failures import DeltaError, FingerprintError, PoEError, StageError
 from .fingerprint import fingerprint_files, fingerprint_tensors
 from .int8 import SCALE, dequantize, quantize
 from .tensor_file import DTYPES, Entry, file_size, read_header, write_tensors
@@ -44,9 +44,14 @@ class DeltaHeader:
         return next(dtype for dtype, name in DTYPES.items() if name == stored)
 
     @property
+    def parameters(self) -> dict[str, Entry]:
+        """The tensors without the scales of int8 matrices."""
+        return {name: entry for name, entry in self.tensors.items() if not _is_scale(name, self.tensors)}
+
+    @property
     def num_parameters(self) -> int:
         """The number of parameters of the stage, without the scales of int8 matrices."""
-        return sum(math.prod(e.shape) for name, e in self.tensors.items() if not _is_scale(name, self.tensors))
+        return sum(math.prod(entry.shape) for entry in self.parameters.values())
 
 
 def write_delta(
@@ -179,28 +184,39 @@ def parse_delta_header(
 
 def verify_delta(path: str | os.PathLike[str], header: DeltaHeader) -> None:
     """Raise `FingerprintError` unless the file's tensors match the fingerprint in its header."""
-    got = fingerprint_files([path])
-    if got != header.self_fingerprint:
-        raise FingerprintError(
-            f"{path} was changed after it was written: expected fingerprint {header.self_fingerprint[:12]}, "
-            f"got {got[:12]}. Fetch it again from its author, or pass verify=False if you changed it yourself."
-        )
+    _check_fingerprint(path, header.self_fingerprint, fingerprint_files([path]))
 
 
-def read_delta(path: str | os.PathLike[str], stage: str) -> dict[str, torch.Tensor]:
+def read_delta(path: str | os.PathLike[str], stage: str, fingerprint: str | None = None) -> dict[str, torch.Tensor]:
     """Return a stage's tensors from a delta file, on the CPU, with int8 matrices as fp32.
 
-    Raises `DeltaError` for a value that is not finite or a scale that is not positive.
+    With `fingerprint`, the tensors that were read must have it, so nothing that happens to the file between a check and
+    this call matters. Raises `FingerprintError`, and `DeltaError` for a value that is not finite or a scale that is not
+    positive.
     """
     try:
-        tensors = load_file(os.fspath(path))
+        read_header(path)
+        with open(path, "rb") as file:
+            tensors = load(file.read())  # a copy: a mapped file could still change
+    except PoEError:
+        raise
     except Exception as error:  # safetensors does not export its error type everywhere
         raise DeltaError(f"{path} cannot be read as safetensors ({error}). Fetch it again.") from error
+    if fingerprint is not None:
+        _check_fingerprint(path, fingerprint, fingerprint_tensors(tensors))
     check_finite(stage, tensors)
     for name, tensor in tensors.items():
         if _is_scale(name, tensors) and not (tensor > 0).all():
             raise DeltaError(f"Stage {stage!r}: {name} should hold positive scales. Fetch it again.")
     return from_stored(tensors)
+
+
+def _check_fingerprint(path: str | os.PathLike[str], expected: str, got: str) -> None:
+    if got != expected:
+        raise FingerprintError(
+            f"{path} was changed after it was written: expected fingerprint {expected[:12]}, got {got[:12]}. "
+            "Fetch it again from its author, or pass verify=False if you changed it yourself."
+        )
 
 
 def _is_scale(name: str, tensors: Mapping[str, object]) -> bool:

@@ -19,11 +19,14 @@ import contextlib
 import hashlib
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 
+from .failures import DeltaError, FingerprintError
 from .tensor_file import DTYPES, digest_entries, raw_bytes, read_header
 
 TIED_HEADS = ("lm_head.weight",)
@@ -54,33 +57,68 @@ def fingerprint_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def fingerprint_files(paths: Iterable[str | os.PathLike[str]]) -> str:
-    """Return the fingerprint (64 hexadecimal digits) of the tensors in one safetensors file or several shards."""
+    """Return the fingerprint (64 hexadecimal digits) of the tensors in one safetensors file or several shards.
+
+    Reads all bytes. Raises `DeltaError` for a damaged file or a tensor that two shards hold.
+    """
     described: dict[str, Description] = {}
     for path in paths:
         entries, _ = read_header(path)
+        if twice := sorted(described.keys() & entries.keys()):
+            raise DeltaError(f"{path} holds {twice[0]}, which another shard holds too: expected each tensor once.")
         digests = digest_entries(path, entries)
         described |= {name: (entry.dtype, _shape(entry.shape), digests[name]) for name, entry in entries.items()}
     return hash_descriptions(described)
 
 
+def file_state(path: str | os.PathLike[str]) -> list[Any]:
+    """Return what identifies the content of a file without reading it; a link's is that of its target.
+
+    Everybody can set a modification time, but only the file system sets the time of the last change and the inode.
+    """
+    status = os.stat(path)
+    numbers = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    return [os.path.realpath(path), *numbers]
+
+
 def fingerprint_files_cached(paths: Sequence[str]) -> str:
-    """Return `fingerprint_files`, cached beside the Hub cache by each file's path, size and modification time."""
-    real = sorted(os.path.realpath(path) for path in paths)
-    state = [[path, os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in real]
+    """Return `fingerprint_files`, cached beside the Hub cache by `file_state`.
+
+    Only a record that nobody else can write is used, because the cache may be in a shared folder.
+    """
+    states = sorted(file_state(path) for path in paths)
     folder = os.path.join(_cache_home(), "poe", "fingerprints")
-    record = os.path.join(folder, hashlib.sha256("\n".join(real).encode()).hexdigest()[:32] + ".json")
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError), open(record, encoding="utf-8") as file:
-        cached = json.load(file)
-        if cached["files"] == state:
+    key = hashlib.sha256("\n".join(state[0] for state in states).encode()).hexdigest()[:32]
+    record = os.path.join(folder, f"{key}.json")
+    with (
+        contextlib.suppress(OSError, ValueError, KeyError, TypeError),
+        open(record, encoding="utf-8", opener=_open_at_once) as file,
+    ):
+        cached = json.load(file) if _is_private(file.fileno()) else {}
+        if cached["files"] == states:
             return str(cached["fingerprint"])
     fingerprint = fingerprint_files(paths)
+    if sorted(file_state(path) for path in paths) != states:
+        raise FingerprintError(f"{paths[0]} was changed while it was read: try again when nothing writes to it.")
     with contextlib.suppress(OSError):  # a read-only or full cache only costs time
         os.makedirs(folder, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=folder)
+        handle, temporary = tempfile.mkstemp(dir=folder)  # private: mode 0600
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump({"files": state, "fingerprint": fingerprint}, file)
+            json.dump({"files": states, "fingerprint": fingerprint}, file)
         os.replace(temporary, record)
     return fingerprint
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Open a file without waiting for a writer, if it is a pipe."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def _is_private(handle: int) -> bool:
+    """Return whether an open file is a regular one that only this user can have written."""
+    status = os.fstat(handle)
+    owner = os.getuid() if hasattr(os, "getuid") else status.st_uid
+    return stat.S_ISREG(status.st_mode) and status.st_uid == owner and not status.st_mode & 0o022
 
 
 def _shape(shape: Iterable[int]) -> str:

@@ -1,44 +1,91 @@
 """Find a stage's parents and base from its config.json, and verify them by fingerprint."""
 
+import copy
+import dataclasses
+import inspect
 import json
 import os
+import re
+import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    cache_utils,
+    masking_utils,
+    modeling_rope_utils,
+    modeling_utils,
+)
 from transformers.utils.hub import extract_commit_hash
 
-from .access import Access, fetch, is_path, read_config
+from .access import Access, fetch, is_path, read_config, read_json
 from .delta_file import DELTA_NAME, FORMATS, DeltaHeader, check_no_pickles, read_delta_header, verify_delta
 from .failures import DeltaError, FingerprintError, LineageError, SourceError
-from .fingerprint import fingerprint_files_cached
+from .fingerprint import file_state, fingerprint_files_cached
+from .modeling_poe import PoEConfig
 from .stage_config import StageConfig
 
 LONGEST_CHAIN = 16
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_ADAPTER = "adapter_config.json"
+# Fields of config.json that do not change what a network computes: notes, output formats, and what only training or
+# `generate` reads. transformers ties the head if the weights are tied, so `tie_word_embeddings` decides nothing.
+_NEUTRAL = set(
+    "transformers_version _name_or_path name_or_path architectures dtype torch_dtype use_cache return_dict "
+    "output_hidden_states output_attentions tokenizer_class task_specific_params problem_type finetuning_task id2label "
+    "label2id num_labels initializer_range chunk_size_feed_forward gradient_checkpointing tie_word_embeddings "
+    "_attn_implementation_autoset _attn_implementation_internal _experts_implementation_internal max_window_layers "
+    "is_encoder_decoder is_decoder torchscript pretraining_tp".split()
+)
+_NEUTRAL_ENDS = ("_token_id", "dropout", "_pdrop")
+# Fields that choose the code that runs, or the form of the weights; config classes do not write them back.
+_DECISIVE = ("auto_map", "quantization_config", "fusion_config", "attn_implementation", "_attn_implementation")
 
 
 @dataclass(frozen=True)
 class BaseSource:
-    """The location of a base: `repo` is a folder or Hub name (None for a model in memory), `revision` a commit."""
+    """The location of a base: `repo` is a folder or Hub name (None for a model in memory), `revision` a commit.
+
+    `config` is its config.json (of a model in memory: its config), None if it was not read.
+    """
 
     repo: str | None
     revision: str | None = None
     access: Access = field(default_factory=Access)
     known_fingerprint: str | None = None
+    config: dict[str, Any] | None = field(default=None, compare=False, repr=False)
 
     @cached_property
     def fingerprint(self) -> str:
-        """The fingerprint of the base's weights as stored, 64 hexadecimal digits."""
+        """The fingerprint of the base's weights as stored, 64 hexadecimal digits.
+
+        Raises `FingerprintError` if the files have changed since they were first looked at.
+        """
+        return self.find_fingerprint(fingerprint_files_cached)
+
+    def find_fingerprint(self, hash_files: Callable[[Sequence[str]], str]) -> str:
+        """Return the fingerprint that `hash_files` computes from the base's weight files; see `fingerprint`."""
         if self.known_fingerprint is not None:
             return self.known_fingerprint
-        return fingerprint_files_cached(self.weight_files())
+        assert self.first_states
+        fingerprint = hash_files(self.weight_files)
+        self.check_unchanged()
+        return fingerprint
 
+    @cached_property
     def weight_files(self) -> list[str]:
-        """Return the local paths of the base's safetensors files. Missing files of a Hub repository are fetched."""
+        """The local paths of the base's safetensors files. Missing files of a Hub repository are fetched.
+
+        Raises `SourceError` unless transformers must read the same files.
+        """
         assert self.repo is not None
+        self._check_no_other_weights()
         single = fetch(self.repo, _SINGLE, self.access, self.revision)
         if single is not None:
             return [single]
@@ -48,11 +95,10 @@ class BaseSource:
                 f"{self.repo} has no {_SINGLE} (nor shards of one): expected a base in safetensors. "
                 "Convert it first: weights are never unpickled."
             )
-        try:
-            with open(index, encoding="utf-8") as file:
-                names = sorted({str(name) for name in json.load(file)["weight_map"].values()})
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise SourceError(f"{index} is not an index of safetensors shards ({error}). Fetch it again.") from error
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not shards:
+            raise SourceError(f"{index} is not an index of safetensors shards: it lacks weight_map. Fetch it again.")
+        names = sorted({str(name) for name in shards.values()})
         for name in names:
             if not name.endswith(".safetensors") or os.path.basename(name) != name:
                 raise SourceError(
@@ -63,6 +109,44 @@ class BaseSource:
             raise SourceError(f"{self.repo} lacks {names[paths.index(None)]}, which {_INDEX} names. Fetch it again.")
         return [path for path in paths if path is not None]
 
+    @cached_property
+    def first_states(self) -> list[Any]:
+        """The states of the weight files and config.json when they were first looked at, before they were loaded."""
+        return self._file_states()
+
+    def check_unchanged(self) -> None:
+        """Raise `FingerprintError` if the base's files were changed since they were first looked at."""
+        if self._file_states() != self.first_states:
+            raise FingerprintError(
+                f"The files of {self.repo} were changed after they were opened: open the base again when nothing "
+                "writes to them."
+            )
+
+    def _file_states(self) -> list[Any]:
+        assert self.repo is not None
+        calm = dataclasses.replace(self.access, force_download=False)
+        paths = [*self.weight_files, fetch(self.repo, "config.json", calm, self.revision)]
+        try:
+            return [file_state(path) for path in paths if path is not None]
+        except OSError as error:
+            raise SourceError(f"The files of {self.repo} are gone: {error}. Fetch it again.") from error
+
+    def _check_no_other_weights(self) -> None:
+        """Raise `SourceError` if transformers would read other weights than the files that the fingerprint covers."""
+        assert self.repo is not None
+        other = (self.config or {}).get("transformers_weights")
+        shards = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
+        parts = filter(shards.fullmatch, os.listdir(self.repo) if os.path.isdir(self.repo) else ())
+        if other is not None:
+            found = f"config.json names weights of its own (transformers_weights: {other!r})"
+        elif fetch(self.repo, _ADAPTER, self.access, self.revision) is not None:
+            found = f"{_ADAPTER} belongs to an adapter, which transformers adds to the base where PEFT is installed"
+        elif part := next(parts, None):
+            found = f"{part} is part of a distributed checkpoint, which transformers reads instead"
+        else:
+            return
+        raise SourceError(f"{self.repo} is not only a base in {_SINGLE}: {found}. Move that elsewhere.")
+
     def describe(self) -> str:
         """Return `repo (revision, fingerprint)` for messages."""
         return f"{self.repo or 'a model in memory'} (revision {self.revision or 'none'}, {self.fingerprint[:12]})"
@@ -72,7 +156,7 @@ def find_base(repo: str, access: Access, revision: str | None = None) -> tuple[B
     """Return the location of a base, with its revision resolved to a commit, and its config.json."""
     config, path = read_config(repo, access, revision)
     commit = None if os.path.isdir(repo) else extract_commit_hash(path, None) or revision
-    return BaseSource(repo, commit, access), config
+    return BaseSource(repo, commit, access, config=config), config
 
 
 @dataclass(frozen=True)
@@ -152,10 +236,14 @@ class Lineage:
     base_config: dict[str, Any]
 
     def verify(self) -> None:
-        """Check base, parents and stage by fingerprint. Raises `FingerprintError` or `DeltaError`."""
+        """Check base, parents and stage by fingerprint. Raises `FingerprintError` or `DeltaError`.
+
+        It reads no base, so that a wrong stage costs little time. What is read later is hashed again (`read_delta`).
+        """
         check_base(self.base, self.stages[-1].config["base"], self.stages[-1].repo)
         self.verify_headers()
         for stage in self.stages:
+            check_base_config(self.base, stage.config.get("base_config"), stage.repo)
             verify_delta(stage.delta_path, stage.header)
 
     def verify_headers(self) -> None:
@@ -186,6 +274,75 @@ def check_base(base: BaseSource, expected: dict[str, Any], stage: str) -> None:
             f"(revision {expected.get('revision') or 'none'}, {expected['fingerprint'][:12]}), got {base.describe()}. "
             "Give the right one with base=... (or the environment variable POE_BASE), or use this with verify=False."
         )
+
+
+def check_base_config(base: BaseSource, expected: object, stage: str) -> None:
+    """Raise `FingerprintError` if a base's config makes another network of its weights than the config `expected`."""
+    if base.config is None or not isinstance(expected, dict):
+        return
+    differences = compare_networks(expected, base.config)
+    if differences:
+        listed = "; ".join(f"{name} should be {old!r}, got {new!r}" for name, (old, new) in differences.items())
+        raise FingerprintError(
+            f"{base.repo or 'The base'} has the weights that {stage} was trained on, but its config.json makes another "
+            f"network of them: {listed}. Restore its config.json, or use this with verify=False."
+        )
+
+
+def compare_networks(expected: dict[str, Any], got: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return the fields in which two config.json files of one base make different networks: name -> (expected, got).
+
+    Both are read by the installed transformers, so the spelling of the version that wrote them does not matter.
+    """
+    if expected.get("model_type") != got.get("model_type"):
+        return {"model_type": (expected.get("model_type"), got.get("model_type"))}
+    model_type = str(got.get("model_type"))
+    kind: Any = None
+    try:
+        kind = PoEConfig if model_type == PoEConfig.model_type else CONFIG_MAPPING[model_type]
+        before, after, known = (_config_fields(kind(**copy.deepcopy(fields))) for fields in (expected, got, {}))
+    except Exception:  # a config of remote code, or one that its class refuses
+        before, after, known = dict(expected), dict(got), {**expected, **got}
+    for fields, raw in ((before, expected), (after, got)):
+        fields.update({name: raw.get(name) for name in _DECISIVE})
+    neutral = set(_NEUTRAL)
+    if kind is PoEConfig:
+        neutral.add("auto_map")  # the class in this folder is used
+    ropes = _find_ropes(after.get("rope_parameters"))
+    if all(rope.get("rope_type", "default") in ("default", "linear") for rope in ropes):
+        neutral.add("max_position_embeddings")  # other rotary positions depend on it
+    return {
+        name: (before.get(name), after.get(name))
+        for name in sorted({*before, *after} - neutral)
+        if before.get(name) != after.get(name)
+        and not name.endswith(_NEUTRAL_ENDS)
+        and (name in known or name in _DECISIVE or _is_read(name, kind))
+    }
+
+
+def _config_fields(config: PreTrainedConfig) -> dict[str, Any]:
+    fields: dict[str, Any] = json.loads(json.dumps(config.to_dict(), default=str))
+    for rope in _find_ropes(fields.get("rope_parameters")):
+        rope.pop("type", None)  # the older name of rope_type
+    return fields
+
+
+def _find_ropes(parameters: Any) -> list[dict[str, Any]]:
+    """Return the parameters of rotary positions: one set, or one for each type of layer."""
+    if not isinstance(parameters, dict):
+        return []
+    return [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
+
+
+def _is_read(name: str, kind: Any) -> bool:
+    """Return whether the code of a network mentions a config field that its config class does not declare."""
+    try:
+        model = AutoModelForCausalLM._model_mapping[kind]
+    except KeyError:
+        return True
+    modules = [sys.modules[model.__module__], cache_utils, masking_utils, modeling_rope_utils, modeling_utils]
+    pattern = re.compile(rf"""\bconfig\.{re.escape(name)}\b|["']{re.escape(name)}["']""")
+    return any(pattern.search(inspect.getsource(module)) for module in modules)
 
 
 def warn_unverified(what: str) -> None:

@@ -80,7 +80,7 @@ class PoEStageForCausalLM(PreTrainedModel):
             lineage.verify()
         else:
             warn_unverified(location)
-        base = load_base(lineage.base, lineage.base_config, trust_remote_code=trust, **kwargs)
-        model = make_standalone(base, assemble(base, load_stages(base, lineage)[-1]))
+        base = load_base(lineage.base, lineage.base_config, trust_remote_code=trust, verify=verify, **kwargs)
+        model = make_standalone(base, assemble(base, load_stages(base, lineage, verify=verify)[-1]))
         model.config.name_or_path = model.name_or_path = location
         return (model, {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}) if info else model

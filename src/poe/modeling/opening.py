@@ -1,17 +1,25 @@
 """Load a base and its stages from files, for the package and for the AutoModel entry point."""
 
+import contextlib
+import dataclasses
+import os
+from collections.abc import Mapping
 from typing import Any
 
+import torch
+from safetensors import safe_open
+from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from .access import fetch
 from .delta_file import read_delta
-from .failures import DeltaError, PoEError, SourceError, StageError
+from .failures import DeltaError, FingerprintError, PoEError, SourceError, StageError
 from .families import FAMILIES
 from .layer_pattern import read_pattern
 from .lineage import BaseSource, Lineage
 from .modeling_poe import PoEConfig, PoEForCausalLM
-from .placement import load_head_into_memory
+from .placement import load_head_into_memory, quantization_of
 from .recognition import check_structure
 from .stage import Stage, build_stage
 
@@ -19,34 +27,49 @@ from .stage import Stage, build_stage
 PoEConfig.register_for_auto_class()
 PoEForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
+# Keywords of `from_pretrained` with which transformers reads other files than those of the fingerprint.
+_CHOOSE_WEIGHTS = {"adapter_kwargs", "gguf_file", "state_dict", "subfolder", "use_safetensors", "variant"}
+
 
 def load_base(
-    source: BaseSource, config: dict[str, Any], *, trust_remote_code: bool = False, **options: Any
+    source: BaseSource,
+    config: dict[str, Any],
+    *,
+    trust_remote_code: bool = False,
+    verify: bool = True,
+    **options: Any,
 ) -> PreTrainedModel:
     """Load a base in evaluation mode; `options` are those of `from_pretrained` (dtype, device_map, ...).
 
     A PoE base is loaded by the class beside this file, any other base by its transformers class. Raises `FamilyError`,
     before reading weights, if the base is no causal language model or its structure cannot be grown, and `SourceError`
     if weights are missing or unreadable. `recognize_family` then checks bases of undeclared families. An output head
-    that `device_map` offloads is loaded into memory.
+    that `device_map` offloads is loaded into memory. `verify` compares what was loaded with the files (`check_loaded`).
     """
     model_type = str(config.get("model_type"))
     loader: Any = PoEForCausalLM if model_type == "poe" else AutoModelForCausalLM
     assert source.repo is not None
+    if chosen := sorted(options.keys() & _CHOOSE_WEIGHTS):
+        raise SourceError(
+            f"{source.repo}: {', '.join(chosen)} would load other weights than model.safetensors, which the "
+            "fingerprint covers: expected a folder or repository of its own for them."
+        )
+    _check_code(source.repo, config, trust_remote_code)
     location = {
         "revision": source.revision or "main",
         "trust_remote_code": trust_remote_code,
-        **source.access.kwargs(source.repo),
+        **dataclasses.replace(source.access, force_download=False).kwargs(source.repo),
     }
     try:
         if model_type not in FAMILIES:
             check_structure(source.repo, model_type, **location)
+        assert source.first_states  # finds and fetches the files
         model, report = loader.from_pretrained(
             source.repo, use_safetensors=True, output_loading_info=True, **location, **options
         )
-    except (OSError, ValueError) as error:
-        if isinstance(error, PoEError):
-            raise
+    except (PoEError, ImportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a damaged or hostile config or file can raise any error
         raise SourceError(f"The base {source.repo} could not be loaded: {error}") from error
     assert isinstance(model, PreTrainedModel)
     if missing := sorted(report["missing_keys"]):
@@ -56,15 +79,78 @@ def load_base(
             f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}). Fetch it again"
             + (", or open it without quantization_config." if options.get("quantization_config") else ".")
         )
+    if verify:
+        check_loaded(model, source)
     load_head_into_memory(model)
     return model.eval()
 
 
-def load_stages(base: PreTrainedModel, lineage: Lineage, known: dict[str, Stage] | None = None) -> list[Stage]:
+@torch.no_grad()
+def check_loaded(model: PreTrainedModel, source: BaseSource) -> None:
+    """Raise `FingerprintError` unless a model's tensors are those of the files that its fingerprint covers.
+
+    transformers chooses by itself which files it reads. Each tensor is compared with the file's, cast to its dtype.
+    Packed and offloaded tensors are not compared: they have other forms.
+    """
+    source.check_unchanged()
+    with contextlib.ExitStack() as opened:
+        files = [opened.enter_context(safe_open(path, "pt")) for path in source.weight_files]
+        stored = {name: file for file in files for name in file.keys()}  # noqa: SIM118 - not a mapping
+        left = _find_unequal(model.state_dict(keep_vars=True), stored, model.base_model_prefix)
+        if left and quantization_of(model) is None:
+            # The names and shapes of its files, which some families convert.
+            left = _find_unequal(revert_weight_conversion(model, model.state_dict()), stored, model.base_model_prefix)
+    if left and quantization_of(model) is None:
+        raise FingerprintError(
+            f"The base {source.repo} was not loaded as it is in {os.path.basename(source.weight_files[0])}: "
+            f"{len(left)} tensors differ ({', '.join(left[:3])}). Does its folder hold other weights? Remove them."
+        )
+
+
+def _find_unequal(tensors: Mapping[str, torch.Tensor], stored: Mapping[str, Any], prefix: str) -> list[str]:
+    """Return the names of plain tensors that differ from those of the files (name -> open file)."""
+    unequal, equal = {}, set()
+    for name, tensor in tensors.items():
+        if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.device.type == "meta" or not tensor.numel():
+            continue
+        names = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
+        file_name = next((each for each in names if each in stored), None)
+        if file_name is not None and _is_equal(tensor, stored[file_name].get_tensor(file_name)):
+            equal.add(tensor.data_ptr())
+        else:
+            unequal[name] = tensor.data_ptr()
+    return [name for name, address in unequal.items() if address not in equal]  # a tied tensor has two names
+
+
+def _is_equal(tensor: torch.Tensor, stored: torch.Tensor) -> bool:
+    if stored.shape != tensor.shape:
+        return False
+    stored = stored.to(tensor.device).to(tensor.dtype)
+    return torch.equal(tensor, stored) or torch.equal(tensor.nan_to_num(), stored.nan_to_num())
+
+
+def _check_code(repo: str, config: dict[str, Any], trust_remote_code: bool) -> None:
+    """Raise `SourceError` if trusted code would come from another repository than the base's."""
+    entries = config.get("auto_map") or {}
+    others = (
+        [str(value) for value in entries.values() if "--" in str(value)] if isinstance(entries, dict) else [entries]
+    )
+    others = [value for value in others if str(value).partition("--")[0] != repo]
+    if trust_remote_code and others:
+        raise SourceError(
+            f"{repo} takes code from another repository ({others[0]}): trust_remote_code trusts the files of {repo} "
+            "alone. Copy the code into a folder with the base, read it, and open that."
+        )
+
+
+def load_stages(
+    base: PreTrainedModel, lineage: Lineage, known: dict[str, Stage] | None = None, *, verify: bool = True
+) -> list[Stage]:
     """Build and fill every stage of a chain on a loaded base; return them from the base upwards.
 
     `known` are stages on this base that are already loaded, by fingerprint; they are reused. The base does not change.
-    Raises `DeltaError`, before copying any tensor, for a delta or config that does not fit.
+    Raises `DeltaError`, before copying any tensor, for a delta or config that does not fit, and `FingerprintError` for
+    one that was changed; `verify=False` skips the latter.
     """
     stages: list[Stage] = []
     for files in lineage.stages:
@@ -78,7 +164,9 @@ def load_stages(base: PreTrainedModel, lineage: Lineage, known: dict[str, Stage]
                 stage = build_stage(base, config, parent, pattern=pattern)
             except StageError as error:
                 raise DeltaError(f"config.json of {files.repo} does not fit its base: {error}") from error
-            stage.load_delta(read_delta(files.delta_path, files.name))
+            stage.check_fits(files.header.parameters)  # before a file of any size is read
+            fingerprint = files.header.self_fingerprint if verify else None
+            stage.load_delta(read_delta(files.delta_path, files.name, fingerprint))
             stage.source = {
                 "repo": files.repo,
                 "revision": files.revision,

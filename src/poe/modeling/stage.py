@@ -20,6 +20,7 @@ from .heads import FoldedHead, automatic_rank, build_head
 from .layer_pattern import Entries, continue_pattern
 from .recognition import recognize_family
 from .stage_config import StageConfig
+from .tensor_file import Entry
 
 
 class Stage(nn.Module):
@@ -127,14 +128,18 @@ class Stage(nn.Module):
     @torch.no_grad()
     def load_delta(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Copy `tensors` into the stage. Raises `DeltaError`, before any copy, if names or shapes do not match."""
-        stage_tensors = self.delta_state_dict()
-        check_names_and_shapes(self.name, {n: tuple(t.shape) for n, t in stage_tensors.items()}, tensors)
-        for name, tensor in stage_tensors.items():
+        self.check_fits(tensors)
+        for name, tensor in self.delta_state_dict().items():
             tensor.copy_(tensors[name])
+
+    def check_fits(self, tensors: Mapping[str, torch.Tensor | Entry]) -> None:
+        """Raise `DeltaError` unless `tensors`, or those of a file's header, have the stage's names and shapes."""
+        expected = {name: tuple(tensor.shape) for name, tensor in self.delta_state_dict().items()}
+        check_names_and_shapes(self.name, expected, tensors)
 
 
 def check_names_and_shapes(
-    stage: str, expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, torch.Tensor]
+    stage: str, expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, torch.Tensor | Entry]
 ) -> None:
     """Raise `DeltaError` unless `tensors` has the expected names and shapes."""
     missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())

@@ -7,14 +7,16 @@ library's own writer orders metadata by its hash map, but saving a delta twice m
 import contextlib
 import hashlib
 import json
+import math
 import os
+import stat
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
-from .failures import DeltaError
+from .failures import DeltaError, printable
 
 DTYPES: dict[torch.dtype, str] = {
     torch.float64: "F64",
@@ -30,7 +32,22 @@ DTYPES: dict[torch.dtype, str] = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-_MAX_HEADER_BYTES = 100_000_000  # as in the safetensors library
+# Bits of one element, for the dtypes that torch has and for those that only files have.
+_BITS = {name: dtype.itemsize * 8 for dtype, name in DTYPES.items()} | {
+    "U16": 16,
+    "U32": 32,
+    "U64": 64,
+    "C64": 64,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "F4": 4,
+}
+_MAX_HEADER_BYTES = 1 << 24  # of about 100,000 tensors
+_LONGEST_NAME = 1_000
+_MOST_DIMENSIONS = 32
 _BLOCK = 1 << 22
 
 
@@ -49,9 +66,11 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Entry], dict[st
 
     Raises `DeltaError` if the header is invalid or does not match the file's size.
     """
-    size = os.path.getsize(path)
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait forever
+        raise DeltaError(f"{path} is not a regular file: expected a safetensors file.")
     with open(path, "rb") as file:
-        return parse_header(file.read(header_length(file.read(8), size, path)), size, path)
+        return parse_header(file.read(header_length(file.read(8), status.st_size, path)), status.st_size, path)
 
 
 def header_length(start: bytes, size: int, name: str | os.PathLike[str]) -> int:
@@ -71,24 +90,48 @@ def parse_header(text: bytes, size: int, name: str | os.PathLike[str]) -> tuple[
         entries = {
             key: Entry(
                 str(value["dtype"]),
-                _check_whole_numbers(value["shape"]),
-                *(first + n for n in _check_whole_numbers(value["data_offsets"])),
+                _check_whole_numbers(value["shape"], _MOST_DIMENSIONS),
+                *(first + n for n in _check_whole_numbers(value["data_offsets"], 2)),
             )
             for key, value in header.items()
         }
         metadata = {str(key): str(value) for key, value in metadata.items()}
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise DeltaError(f"{name} has a safetensors header that cannot be read ({error}). Fetch it again.") from error
-    ends = [entry.end for entry in entries.values()]
-    if max(ends, default=first) != size or any(entry.start > entry.end for entry in entries.values()):
+    for key in (*entries, *metadata):
+        if len(key) > _LONGEST_NAME or "\0" in key or not _is_unicode(key):
+            raise DeltaError(f"{name} has a name that no writer of tensors chooses: {printable(key, 80)!r}.")
+    end = first
+    for key, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
+        if entry.start != end or entry.end < end:
+            raise DeltaError(
+                f"{name} is damaged: the bytes of {printable(key, 200)} should begin where the tensor before it ends "
+                f"({end}), got {entry.start} to {entry.end}. Fetch it again."
+            )
+        bits = _BITS.get(entry.dtype)
+        if bits is not None and math.prod(entry.shape) * bits != (entry.end - entry.start) * 8:
+            raise DeltaError(
+                f"{name} is damaged: {printable(key, 200)} has shape {list(entry.shape)} and dtype {entry.dtype}, "
+                f"which do not take {entry.end - entry.start} bytes. Fetch it again."
+            )
+        end = entry.end
+    if end != size:
         raise DeltaError(f"{name} is truncated or has bytes that no tensor owns ({size} bytes). Fetch it again.")
     return entries, metadata
 
 
-def _check_whole_numbers(values: object) -> tuple[int, ...]:
-    """Return a JSON list of whole numbers of at least 0. Raises `TypeError` for other values."""
-    if not isinstance(values, list) or not all(type(value) is int and value >= 0 for value in values):
-        raise TypeError(f"expected whole numbers, got {values!r}")
+def _is_unicode(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _check_whole_numbers(values: object, most: int) -> tuple[int, ...]:
+    """Return a JSON list of at most `most` whole numbers from 0 to 2^63. Raises `TypeError` for other values."""
+    if (
+        not isinstance(values, list)
+        or len(values) > most
+        or not all(type(value) is int and 0 <= value < 1 << 63 for value in values)
+    ):
+        raise TypeError(f"expected at most {most} whole numbers, got {str(values)[:80]}")
     return tuple(values)
 
 

@@ -4,12 +4,16 @@ import contextlib
 import io
 import sys
 import time
+from collections.abc import Iterator
 from typing import IO, Any, cast
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
+from rich.segment import Segment
 from rich.table import Table
+
+from poe.errors import escape_controls
 
 LINE_INTERVAL_S = 10.0
 
@@ -50,9 +54,21 @@ class StandardError(io.TextIOBase):
 STANDARD_ERROR = StandardError()
 
 
+class PlainConsole(Console):
+    """A console for text from files: brackets are no markup, and no character of the text controls the terminal."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(highlight=False, soft_wrap=True, markup=False, emoji=False, **settings)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        """Yield the segments of a renderable, with escaped control characters; styles stay."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(escape_controls(segment.text), segment.style)
+
+
 def console() -> Console:
     """Return the console for reports: standard error, so that results on standard output can be piped."""
-    return Console(file=cast(IO[str], STANDARD_ERROR), highlight=False, soft_wrap=True)
+    return PlainConsole(file=cast(IO[str], STANDARD_ERROR))
 
 
 class Progress:
