@@ -274,8 +274,8 @@ def _check_no_secrets(path: Path) -> None:
     found = _SECRET.search(path.read_text(encoding="utf-8", errors="replace"))
     if found:
         raise DeltaError(
-            f"{path.name} holds what looks like a secret ({found[0][:6]}..., {len(found[0])} characters): expected nothing "
-            "private in a published file. Remove it, and withdraw that secret if others could read the file."
+            f"{path.name} holds what looks like a secret ({found[0][:6]}..., {len(found[0])} characters): "
+            "expected nothing private in a published file. Remove it, and withdraw that secret if others could read the file."
         )
 
 

@@ -15,13 +15,6 @@ from .failures import SourceError
 from .saves import finish_save
 
 MOST_JSON_BYTES, DEEPEST_JSON = 1 << 25, 100  # of a config; the largest index of shards has a third of that
-MOST_TEXT_BYTES = 1 << 28  # of a vocabulary; the largest have 33 MB
-# The text files that transformers opens by itself.
-TEXT_FILES = (
-    "config.json generation_config.json model.safetensors.index.json adapter_config.json tokenizer.json "
-    "tokenizer_config.json special_tokens_map.json added_tokens.json tokenizer.model spiece.model vocab.json vocab.txt "
-    "merges.txt chat_template.jinja chat_template.json processor_config.json preprocessor_config.json"
-).split()
 
 
 @dataclass(frozen=True)
@@ -82,8 +75,9 @@ def read_config(repo: str, access: Access, revision: str | None = None) -> tuple
     config = read_json(path)
     if not isinstance(config.get("model_type"), str):
         raise SourceError(f"{path} is not a model config: expected a JSON object with `model_type`. Fetch it again.")
-    if os.path.isdir(repo):
-        check_folder(repo)
+    for name in ("generation_config.json", "adapter_config.json"):  # transformers opens them by itself
+        if os.path.isdir(repo) and os.path.lexists(os.path.join(repo, name)):
+            read_json(os.path.join(repo, name))
     return config, path
 
 
@@ -127,17 +121,6 @@ def check_file(path: str | os.PathLike[str], most_bytes: int | None = None) -> N
         raise SourceError(f"{path} is not a regular file: expected a file of a model or stage. Remove it.")
     if most_bytes is not None and status.st_size > most_bytes:
         raise SourceError(f"{path} has {status.st_size:,} bytes: expected at most {most_bytes:,}. Remove it.")
-
-
-def check_folder(folder: str) -> None:
-    """Raise `SourceError` if a folder holds a pipe, socket or device, or a text file of a model that is far too large.
-
-    transformers opens some files by itself, such as those of the tokenizer.
-    """
-    for entry in os.scandir(folder):
-        if entry.is_dir() or not os.path.exists(entry.path):
-            continue
-        check_file(entry.path, MOST_TEXT_BYTES if entry.name in TEXT_FILES else None)
 
 
 def is_path(repo: str) -> bool:

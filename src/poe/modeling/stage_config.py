@@ -40,10 +40,10 @@ class StageConfig:
     active: str = "all"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
+        if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.name):
             raise StageError(
-                f"A stage's name must start with a letter or digit and have only letters, digits, '.', '_', '-': "
-                f"got {self.name!r}."
+                f"A stage's name must start with a letter or digit and have only letters, digits, '.', '_', '-', at "
+                f"most 100: got {str(self.name)[:100]!r}."
             )
         for field, minimum in (("num_layers", 1), ("head_rank", 1)):
             value = getattr(self, field)
