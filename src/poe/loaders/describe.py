@@ -1,10 +1,8 @@
 """Describe a folder or repository from its configs and headers, and summarize a cascade in memory."""
 
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from poe.loaders.repository import embedded_folders, locate, read_remote_header
-from poe.modeling.access import Access, fetch, read_config
+from poe.modeling.access import Access, fetch, read_config, read_json
 from poe.modeling.lineage import BaseSource, find_base, is_stage, resolve_lineage
 from poe.modeling.placement import is_offloaded, quantization_of
 from poe.modeling.stage import Stage
@@ -104,7 +102,7 @@ def _describe_training(path: str | None) -> list[tuple[str, str]]:
     if path is None:
         return []
     try:
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
+        record = read_json(path)
         rows = [
             ("trained", f"{record['steps']} steps, {record['tokens']:,} tokens, data {record['data']['spec']}"),
             ("val bpb", f"{record['val_bpb']:.4f} (step {record['best_step']})"),

@@ -246,7 +246,7 @@ def _select_files(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, Pa
             or (name.name == DELTA_NAME if kind == "stage" else BASE_WEIGHTS.fullmatch(name.name))
         ):
             refused.append(name.as_posix())
-        elif name.name in code and path.read_bytes() != code[name.name].read_bytes():
+        elif kind == "base" and name.name in code and path.read_bytes() != code[name.name].read_bytes():
             refused.append(f"{name.name} (changed, or of another version of this package)")
         else:
             files[name.name] = path
@@ -275,7 +275,7 @@ def _check_no_secrets(path: Path) -> None:
     if found:
         raise DeltaError(
             f"{path.name} holds what looks like a secret ({found[0][:6]}..., {len(found[0])} characters): "
-            "expected nothing private in a published file. Remove it, and withdraw that secret if others could read the file."
+            "expected nothing private in a published file. Remove it, and withdraw the secret if others could read it."
         )
 
 

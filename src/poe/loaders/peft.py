@@ -10,18 +10,19 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import nn
 from transformers import PreTrainedModel
 
-from poe.errors import FamilyError, SourceError
+from poe.errors import DeltaError, FamilyError, SourceError
 from poe.files.output import atomic_folder
 from poe.loaders.base import Base
+from poe.modeling.access import read_json
 from poe.modeling.families import family_of
 from poe.modeling.fork import ForkedLinear
 from poe.modeling.stage import Stage
 from poe.modeling.stage_config import StageConfig
-from poe.modeling.tensor_file import write_tensors
+from poe.modeling.tensor_file import read_header, write_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -98,8 +99,9 @@ def read_peft(folder: Path, base: PreTrainedModel, name: str) -> tuple[StageConf
     rank = _positive(config, "r", folder)
     scale = float(config.get("lora_alpha", rank)) / (rank**0.5 if config.get("use_rslora") else rank)
     try:
-        stored = load_file(folder / WEIGHTS)
-    except (OSError, SafetensorError) as error:
+        read_header(folder / WEIGHTS)
+        stored = load((folder / WEIGHTS).read_bytes())  # a copy: a mapped file could still change
+    except (OSError, SafetensorError, DeltaError) as error:
         raise SourceError(
             f"{folder} has no {WEIGHTS} that can be read: {error}. Other formats are not opened."
         ) from error
@@ -142,14 +144,11 @@ def read_peft(folder: Path, base: PreTrainedModel, name: str) -> tuple[StageConf
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SourceError(
-            f"{folder} has no {CONFIG} that can be read: {error}. Expected a PEFT adapter's folder."
-        ) from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
+    if not (folder / CONFIG).is_file():
+        raise SourceError(f"{folder} has no {CONFIG}: expected a PEFT adapter's folder.")
+    config = read_json(folder / CONFIG)
+    if config.get("peft_type") != "LORA":
+        kind = config.get("peft_type")
         raise SourceError(f"{folder} is not a LoRA adapter: expected peft_type 'LORA', got {kind!r}.")
     for field, values in _PLAIN.items():
         if config.get(field) not in values:

@@ -148,7 +148,7 @@ def read_training_record(stage: Stage) -> dict[str, Any] | None:
     if stage.source is None or stage.source["repo"] is None:
         return None
     path = fetch(stage.source["repo"], "training.json", Access(), stage.source["revision"])
-    return None if path is None else dict(json.loads(Path(path).read_text(encoding="utf-8")))
+    return None if path is None else read_json(path)
 
 
 def merge_training_records(chain: Sequence[Stage]) -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from poe.errors import TemplateError
 
-MOST_SECONDS, MOST_BYTES, LONGEST_TEXT = 5, 1 << 30, 1_000_000
+MOST_SECONDS, MOST_BYTES, LONGEST_TEXT = 3, 1 << 30, 1_000_000
 _MOST_WAIT = 300  # seconds
 _TOOL = {
     "type": "function",
@@ -27,8 +27,11 @@ _TRIALS = (
     ([{"role": "system", "content": "a"}, _QUESTION, {"role": "assistant", "content": "b"}, _QUESTION], None, True),
     ([_QUESTION], [_TOOL], True),
     (
-        [_QUESTION, {"role": "assistant", "content": "", "tool_calls": [_CALL]}]
-        + [{"role": "tool", "name": "f", "tool_call_id": "call00001", "content": "c"}],
+        [
+            _QUESTION,
+            {"role": "assistant", "content": "", "tool_calls": [_CALL]},
+            {"role": "tool", "name": "f", "tool_call_id": "call00001", "content": "c"},
+        ],
         [_TOOL],
         False,
     ),
@@ -36,7 +39,7 @@ _TRIALS = (
 
 
 def check_template_cost(tokenizer: Any) -> None:
-    """Raise `TemplateError` if rendering short conversations takes 5 s of CPU, 1 GiB, or makes a million characters.
+    """Raise `TemplateError` if rendering short conversations takes 3 s of CPU, 1 GiB, or makes a million characters.
 
     A forked process renders them, because a template cannot be stopped inside this one. Where processes cannot be
     forked (outside Linux) nothing is checked. Each template is tried once per process.

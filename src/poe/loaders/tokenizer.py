@@ -10,6 +10,7 @@ import tokenizers
 from transformers import AutoTokenizer
 
 from poe.errors import TokenizerError
+from poe.loaders.template_cost import check_template_cost
 from poe.modeling.access import Access, fetch
 
 __all__ = ["VOCABULARIES", "check_tokenizer", "load_tokenizer"]
@@ -51,6 +52,7 @@ def load_tokenizer(
             raise
         tokenizer, reason = None, _explain(error)
     if reason is None:
+        check_template_cost(tokenizer)
         return tokenizer
     needs_code = "trust_remote_code" in reason  # its vocabulary may have any name
     if not needs_code and all(fetch(repo, name, access, revision) is None for name in VOCABULARIES):

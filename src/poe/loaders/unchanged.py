@@ -137,7 +137,7 @@ def find_changed_weight(base: PreTrainedModel, record: Record, source: BaseSourc
     if quantization_of(base) is None:
         tensors = revert_weight_conversion(base, tensors)
     try:
-        for path in source.weight_files():
+        for path in source.weight_files:
             with safe_open(path, "pt") as file:
                 for name in file.keys():  # noqa: SIM118 - it is no dictionary
                     if (tensor := tensors.pop(name, None)) is not None and not _has_values(

@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from safetensors.torch import load
@@ -47,6 +48,19 @@ class DeltaHeader:
     def parameters(self) -> dict[str, Entry]:
         """The tensors without the scales of int8 matrices."""
         return {name: entry for name, entry in self.tensors.items() if not _is_scale(name, self.tensors)}
+
+    def find_misfit(self, stage: Mapping[str, Any]) -> str | None:
+        """Return how the tensors differ from the `stage` of a config.json, None if they fit. Builds and reads nothing."""
+        parts = self.parameters
+        layers = {name.split(".")[1] for name in parts if name.startswith("layers.")}
+        if len(layers) != stage["num_layers"]:
+            return f"config.json declares {stage['num_layers']} layers, {DELTA_NAME} has {len(layers)}."
+        heads = {"dense": {"head.weight"}, "low_rank": {"head.a", "head.b"}}.get(stage["head"], set())
+        if {name for name in parts if name.startswith("head.")} != heads:
+            return f"config.json declares the head {stage['head']!r}, {DELTA_NAME} has another one."
+        if "head.a" in heads and parts["head.a"].shape[:1] != (stage.get("head_rank"),):
+            return f"config.json declares a head of rank {stage.get('head_rank')}, {DELTA_NAME} has another one."
+        return None
 
     @property
     def num_parameters(self) -> int:

@@ -26,7 +26,7 @@ from transformers.utils.hub import extract_commit_hash
 
 from .access import Access, fetch, is_path, read_config, read_json
 from .delta_file import DELTA_NAME, FORMATS, DeltaHeader, check_no_pickles, read_delta_header, verify_delta
-from .failures import DeltaError, FingerprintError, LineageError, SourceError
+from .failures import DeltaError, FingerprintError, LineageError, SourceError, StageError
 from .fingerprint import file_state, fingerprint_files_cached
 from .modeling_poe import PoEConfig
 from .stage_config import StageConfig
@@ -181,15 +181,7 @@ class StageSource:
             raise DeltaError(
                 f"Stage {self.name!r} has a final norm of its own, which this version cannot load: update poe-cascade."
             )
-        return StageConfig(
-            name=stage["name"],
-            num_layers=stage["num_layers"],
-            head=stage["head"],
-            head_rank=stage.get("head_rank") or 1,
-            parent=parent,
-            attach_at=stage["attach_at"],
-            **{name: stage[name] for name in ("layers", "rank", "active") if name in stage},
-        )
+        return _read_stage_config(stage, parent)
 
     @cached_property
     def delta_path(self) -> str:
@@ -208,6 +200,8 @@ class StageSource:
                 f"{self.repo}: config.json names stage {self.name!r}, {DELTA_NAME} names {header.stage!r}. "
                 "The two files are not from one save."
             )
+        if problem := header.find_misfit(self.config["stage"]):
+            raise DeltaError(f"{self.repo}: {problem} The two files are not from one save.")
         if header.attach_at != str(self.config["stage"]["attach_at"]):
             raise DeltaError(
                 f"{self.repo}: config.json attaches stage {self.name!r} at {self.config['stage']['attach_at']!r}, "
@@ -455,6 +449,22 @@ def check_stage_config(config: dict[str, Any], path: str) -> None:
         for key in ("name", "head", "dtype", "layers", "active", "repo", "revision", "fingerprint"):
             if not isinstance(value.get(key, ""), str | None):
                 raise DeltaError(f"{path}: {key!r} of {name!r} should be text, got {value[key]!r}. Fetch it again.")
+    try:
+        _read_stage_config(config["stage"])
+    except (StageError, TypeError) as error:
+        raise DeltaError(f"{path} describes no stage: {error}") from error
+
+
+def _read_stage_config(stage: Mapping[str, Any], parent: str | None = None) -> StageConfig:
+    return StageConfig(
+        name=stage["name"],
+        num_layers=stage["num_layers"],
+        head=stage["head"],
+        head_rank=stage.get("head_rank") or 1,
+        parent=parent,
+        attach_at=stage["attach_at"],
+        **{name: stage[name] for name in ("layers", "rank", "active") if name in stage},
+    )
 
 
 def _resolve_named_repo(stage: StageSource, repo: str) -> str:

@@ -29,6 +29,7 @@ PoEForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
 # Keywords of `from_pretrained` with which transformers reads other files than those of the fingerprint.
 _CHOOSE_WEIGHTS = {"adapter_kwargs", "gguf_file", "state_dict", "subfolder", "use_safetensors", "variant"}
+_MOST_LAYERS = 10_000  # building more would take forever, before the files show that they lack the tensors
 
 
 def load_base(
@@ -54,6 +55,8 @@ def load_base(
             f"{source.repo}: {', '.join(chosen)} would load other weights than model.safetensors, which the "
             "fingerprint covers: expected a folder or repository of its own for them."
         )
+    if isinstance(layers := config.get("num_hidden_layers"), int) and layers > _MOST_LAYERS:
+        raise SourceError(f"config.json of {source.repo} declares {layers} layers: expected at most {_MOST_LAYERS}.")
     _check_code(source.repo, config, trust_remote_code)
     location = {
         "revision": source.revision or "main",

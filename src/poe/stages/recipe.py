@@ -294,15 +294,24 @@ def load_base_recipe(name: str | os.PathLike[str], **fields: Any) -> BaseRecipe:
     return load_plan(BaseRecipe, name, **fields)
 
 
+class _PlainLoader(yaml.SafeLoader):
+    """A loader without aliases: a few lines of them stand for gigabytes, and no field needs one."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"an alias (*{self.peek_event().anchor}): write the value itself.")
+        return super().compose_node(parent, index)
+
+
 def load_plan(kind: type[P], name: str | os.PathLike[str], **fields: Any) -> P:
     """Return a recipe of a class by its name or YAML file, with some fields changed. Raises `RecipeError`."""
     path = Path(name)
     path = path if path.suffix in (".yaml", ".yml") else _folder(kind) / f"{name}.yaml"
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _PlainLoader)
     except FileNotFoundError:
         raise RecipeError(f"Unknown recipe {str(name)!r}.{suggest(str(name), list_recipes(kind))}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise RecipeError(f"{path} is not YAML: {error}") from None
     if not isinstance(content, dict):
         raise RecipeError(f"{path}: expected a mapping of recipe fields, got {type(content).__name__}.")
