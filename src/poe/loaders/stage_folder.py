@@ -19,7 +19,7 @@ from poe.files.output import atomic_folder
 from poe.loaders.base import Base
 from poe.loaders.card import example_prompt, notice, stage_card
 from poe.modeling import modeling_poe_stage
-from poe.modeling.access import Access, fetch, first_line, read_config
+from poe.modeling.access import Access, fetch, first_line, read_config, read_json
 from poe.modeling.delta_file import DELTA_NAME, as_stored, format_of, write_delta
 from poe.modeling.fingerprint import fingerprint_tensors
 from poe.modeling.layer_pattern import pattern_fields

@@ -50,7 +50,7 @@ class DeltaHeader:
         return {name: entry for name, entry in self.tensors.items() if not _is_scale(name, self.tensors)}
 
     def find_misfit(self, stage: Mapping[str, Any]) -> str | None:
-        """Return how the tensors differ from the `stage` of a config.json, None if they fit. Builds and reads nothing."""
+        """Return how the tensors differ from the `stage` of a config.json, None if they fit. Reads no weights."""
         parts = self.parameters
         layers = {name.split(".")[1] for name in parts if name.startswith("layers.")}
         if len(layers) != stage["num_layers"]:
