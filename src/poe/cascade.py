@@ -362,8 +362,8 @@ class Cascade:
         """Write a stage as a complete folder in the delta format and return its path.
 
         `training` becomes training.json and part of the model card. `prompt` is `{name, version, stop}` of the prompt
-        format. `dtype` defaults to that of the stage's files, or bfloat16. `torch.int8` stores matrices with a scale per
-        row; `stages[name].storage_error(torch.int8)` is its error. A failed write leaves the previous content.
+        format. `dtype` defaults to that of the stage's files, or bfloat16. `torch.int8` stores matrices with scales;
+        `stages[name].storage_error(torch.int8)` is its error. A failed write leaves the previous content.
         """
         from poe.loaders.stage_folder import save_stage_folder
 

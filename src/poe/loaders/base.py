@@ -69,6 +69,8 @@ class Base:
         """
         check_unchanged(self.model, self.record, stage)
         if weights and (name := self.find_changed_weight()):
+            if self.known_source is not None and self.known_source.repo is not None:
+                self.known_source.check_unchanged()  # the weights differ too if the files on disk were changed
             raise FingerprintError(
                 f"The base has changed in memory: {name} is not what it was when it was opened. A stage on it would be "
                 f"saved under the fingerprint of another base. {REMEDY}"
