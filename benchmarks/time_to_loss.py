@@ -117,19 +117,21 @@ def child(name: str, multiplier: float, options: dict[str, Any]) -> None:
         shares = right[:, 0] / right[:, 1]
         return {"loss": total / float(right[0, 1]), "labels_right": float(shares[0]), "calls_right": float(shares[1])}
 
-    seconds, tokens = 0.0, 0
+    seconds, cpu_seconds, tokens = 0.0, 0.0, 0
     rows = options["tokens_per_step"] // options["seq_len"]
     print(json.dumps({"step": 0, "tokens": 0, "seconds": 0.0, **evaluate()}), flush=True)
     for step in range(options["steps"]):
         batch = Batch(*data.train.batch(step, rows))
         factor = lr_factor(step, options["steps"], initial_lr_factor=0.0, warmup_ratio=0.05, warmdown_ratio=0.9)
         arm.scale_rates(factor)
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.process_time()
         arm.step(batch)
         seconds += time.perf_counter() - started
+        cpu_seconds += time.process_time() - cpu_started
         tokens += batch.input_ids.numel()
         if (step + 1) % options["validation_every"] == 0 or step + 1 == options["steps"]:
-            record = {"step": step + 1, "tokens": tokens, "seconds": seconds, **evaluate()}
+            times = {"seconds": seconds, "cpu_seconds": cpu_seconds}
+            record = {"step": step + 1, "tokens": tokens, **times, **evaluate()}
             print(json.dumps(record), flush=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     row_counts = {"training_rows": data.train.num_rows, "validation_rows": data.val.num_rows}
