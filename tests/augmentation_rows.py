@@ -5,8 +5,9 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+from poe.calls.arguments import check_call
 from poe.calls.conversation import Conversation, Tool
-from poe.calls.schema import as_tool, check_call
+from poe.calls.tools import as_tool
 from poe.data.augment.rows import iter_calls
 from poe.demo.conversations import make_conversation
 

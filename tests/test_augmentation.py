@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from augmentation_rows import BOOK, DEMO, POEM, TIDE, arguments, demo_rows, misfit, row, rows, text, tool
 from poe.calls.conversation import Conversation
-from poe.calls.schema import as_tool
+from poe.calls.tools import as_tool
 from poe.data.augment import (
     ToolPool,
     add_distractors,

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from command_line import run_program
 from poe.calls.conversation import Conversation
-from poe.calls.schema import as_tool
+from poe.calls.tools import as_tool
 from poe.data.drops import DropReport
 from poe.data.export import export
 from poe.data.readers import read_source

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from poe.calls.conversation import Conversation
-from poe.calls.schema import as_tool
+from poe.calls.tools import as_tool
 from poe.data.split import find_repetition, is_held_out
 
 WEATHER = as_tool("weather", "", {"type": "object", "properties": {"city": {"type": "string"}}})

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from conftest import demo_tokenizer, render_one
+from poe.calls.arguments import check_call
 from poe.calls.forms.call_forms import CALL_FORMS
 from poe.calls.forms.tool_forms import TOOL_FORMS
-from poe.calls.schema import check_call, lint_schema
+from poe.calls.schema import lint_schema
 from poe.data.drops import DropReport
 from poe.data.readers import demo
 from poe.data.render import Renderer

@@ -13,7 +13,7 @@ from poe.calls.forms.base import Reply
 from poe.calls.forms.call_forms import CALL_FORMS, call_form
 from poe.calls.forms.prompt_forms import PHRASINGS, PLACES, random_form, write_as_text
 from poe.calls.forms.tool_forms import TOOL_FORMS, write_tools
-from poe.calls.schema import as_tool
+from poe.calls.tools import as_tool
 from poe.data.render import Renderer
 from poe.errors import DataError, RowError
 from poe.evaluation.calls import score_replies, split_question

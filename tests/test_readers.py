@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from poe.calls.conversation import Conversation
+from poe.calls.python_types import python_type
 from poe.calls.schema import no_note
 from poe.data.drops import DropReport
-from poe.data.readers import flat, glaive, messages, xlam
+from poe.data.readers import glaive, messages, xlam
 
 WITH = "SYSTEM: You are a helpful assistant with access to the following functions. Use them if required -\n"
 WITHOUT = "SYSTEM: You are a helpful assistant, with no access to external functions.\n\n"
@@ -443,7 +444,7 @@ def test_xlam_in_the_ms_swift_format() -> None:
     ],
 )
 def test_xlam_types(text: str, schema: dict[str, Any], optional: bool, default: Any) -> None:
-    assert flat.python_type(text) == (schema, optional, default)
+    assert python_type(text) == (schema, optional, default)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from poe.calls.forms.tool_forms import TOOL_FORMS, write_tools
-from poe.calls.schema import as_tool
+from poe.calls.tools import as_tool
 from poe.errors import DataError
 
 HOTEL = as_tool(

@@ -53,10 +53,13 @@ class DataError(PoEError, ValueError):
 
 
 class RowError(DataError):
-    """One row cannot become a `Conversation` or text without loss. Reports count rows by `reason`."""
+    """One row cannot become a `Conversation` or text without loss. Reports count rows by `reason`.
 
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
+    `place` names the part of the row that is wrong, for a person: `tools[2] 'get_weather'`.
+    """
+
+    def __init__(self, reason: str, place: str = "") -> None:
+        super().__init__(f"{place}: {reason}" if place else reason)
         self.reason = reason
 
 

@@ -16,8 +16,8 @@ from dataclasses import replace
 from random import Random
 from typing import Any
 
+from poe.calls.arguments import map_arguments
 from poe.calls.conversation import Conversation, Message, Tool
-from poe.calls.schema import map_arguments
 
 NameMap = dict[str, str]  # old name -> new name
 

@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from poe.commands.app import FAILED, Base, Program, Repo, err, out
-from poe.errors import DataError, DecodingError, PoEError, escape_controls, printable
+from poe.errors import DataError, DecodingError, RowError, escape_controls, printable
 from poe.files.output import check_output_file
 
 app = Program()
@@ -136,8 +136,8 @@ def call(
 
     The exit code is 1, and the problems are printed, if a call cannot be read or does not fit its schema.
     """
+    from poe.calls.arguments import check_calls
     from poe.calls.forms.call_forms import parse_reply
-    from poe.calls.schema import check_calls
     from poe.data.render import Renderer
     from poe.data.templates import complete_template, reply_form
     from poe.evaluation.calls import generate_replies
@@ -196,21 +196,14 @@ def _load_siblings(cascade: Any, siblings: list[str]) -> dict[str | None, float]
 
 def _read_tools(path: Path) -> list[dict[str, Any]]:
     """Return the tools of a JSON file in their OpenAI form. Raises `DataError`."""
-    from poe.calls.schema import as_tool
+    from poe.calls.tools import read_tools
 
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        tools = read_tools(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise DataError(f"The tools file {path} cannot be read: {error.strerror or error}.") from None
-    except ValueError as error:
-        raise DataError(f"The tools file {path} is not JSON: {error}") from None
-    if not isinstance(content, list) or not all(isinstance(tool, dict) for tool in content):
-        raise DataError(f"{path}: expected a list of tools, each an object, got {type(content).__name__}.")
-    tools = []
-    for number, tool in enumerate(content):
-        function = tool.get("function", tool)
-        try:
-            tools.append(as_tool(function.get("name"), function.get("description"), function.get("parameters")))
-        except (PoEError, AttributeError) as error:
-            raise DataError(f"{path}: tool {number + 1} cannot be used: {error}") from None
+    except (RowError, UnicodeDecodeError) as error:
+        raise DataError(f"The tools file {path} cannot be used: {error}.") from None
+    if not tools:
+        raise DataError(f"The tools file {path} holds no tools; expected a JSON list of them.")
     return tools

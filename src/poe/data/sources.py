@@ -10,7 +10,6 @@ import codecs
 import glob
 import gzip
 import io
-import json
 import os
 import re
 import zlib
@@ -19,11 +18,17 @@ from itertools import chain, count
 from pathlib import Path
 from typing import IO, Any, AnyStr, Generic
 
+from poe.calls.json_text import DuplicateKeyError, parse_json
 from poe.data.drops import DropReport
 from poe.errors import DataError, MissingExtraError, SourceError
 
 Row = tuple[str, Any]
 """An id for reports (`rows.jsonl:12`, counted from 1) and the raw value."""
+
+
+class ColumnRow(dict[str, Any]):
+    """A row of a columnar file or of `datasets`, where a member that other rows have and this one lacks is null."""
+
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet")
 COMPRESSED = (".gz", ".zst")
@@ -38,18 +43,6 @@ TOO_LONG = "row longer than 16 MiB"
 
 _OUTSIDE = re.compile(r'["\[\]{},]')
 _IN_STRING = re.compile(r'\\.|"', re.DOTALL)
-
-
-def _reject_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
-
-
-def parse_json(text: str, *, strict: bool = True) -> Any:
-    """Parse JSON without NaN and Infinity. Raises `ValueError` for invalid JSON and for nesting that is too deep."""
-    try:
-        return json.loads(text, parse_constant=_reject_constant, strict=strict)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
 
 
 def list_kinds(kinds: tuple[str, ...]) -> str:
@@ -182,9 +175,7 @@ def _text_rows(file: Path, source: str, report: DropReport) -> Iterator[Row]:
         raise DataError(f"{str(file)!r} {kind}; expected a JSON list of rows, or one JSON object per line.")
     text = "".join(chain([text], chunks))
     try:
-        whole = json.loads(text)
-    except RecursionError:
-        raise DataError(f"{str(file)!r} is nested too deeply.") from None
+        whole = parse_json(text)
     except ValueError as error:
         if "\n" not in text.strip() and not str(error).startswith("Extra data"):
             raise DataError(f"{str(file)!r} is not JSON: {error}.") from None
@@ -229,10 +220,7 @@ def _lines(data: Iterable[bytes], blocks: Blocks, file: Path, source: str, repor
             return
         if not text.strip():
             return
-        try:
-            yield row_id, parse_json(text)
-        except ValueError:
-            _drop(source, report, "not JSON", text, row_id)
+        yield from _parse_row(text, row_id, source, report)
 
     number, line = 1, _Bounded[bytes]()
     for block in data:
@@ -250,6 +238,15 @@ def _lines(data: Iterable[bytes], blocks: Blocks, file: Path, source: str, repor
         yield from parse_line(line, number)
 
 
+def _parse_row(text: str, row_id: str, source: str, report: DropReport) -> Iterator[Row]:
+    try:
+        yield row_id, parse_json(text)
+    except DuplicateKeyError:
+        _drop(source, report, "one key twice", text, row_id)
+    except ValueError:
+        _drop(source, report, "not JSON", text, row_id)
+
+
 def _list(chunks: Iterable[str], file: Path, source: str, report: DropReport) -> Iterator[Row]:
     """Yield the elements of a JSON list from after its opening bracket, without those that cannot be parsed."""
     index = 0
@@ -263,10 +260,7 @@ def _list(chunks: Iterable[str], file: Path, source: str, report: DropReport) ->
             _drop(source, report, TOO_LONG, text, row_id)
             index += 1
         elif text and mark != "after":
-            try:
-                yield row_id, parse_json(text)
-            except ValueError:
-                _drop(source, report, "not JSON", text, row_id)
+            yield from _parse_row(text, row_id, source, report)
             index += 1
 
 
@@ -327,7 +321,7 @@ def _parquet_rows(file: Path) -> Iterator[Row]:
             index = 0
             for batch in parquet.ParquetFile(data).iter_batches(batch_size=512):
                 for row in batch.to_pylist():
-                    yield f"{file.name}[{index}]", row
+                    yield f"{file.name}[{index}]", ColumnRow(row)
                     index += 1
     except (pyarrow.ArrowException, EOFError, zlib.error) as error:
         raise DataError(f"{str(file)!r} is not a parquet file that can be read: {error}.") from error
@@ -350,7 +344,7 @@ def hub_rows(
         except Exception as error:  # any kind: the network, the file, the codec
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise SourceError(f"Reading the data set {place!r} failed at row {i}: {reason}.") from error
-        yield f"{place}[{i}]", row
+        yield f"{place}[{i}]", ColumnRow(row) if isinstance(row, dict) else row
 
 
 def hub_fingerprint(dataset_id: str, name: str, split: str = "train", config: str | None = None) -> str:

@@ -16,7 +16,7 @@ from random import Random
 from typing import Any
 
 from poe.calls.conversation import Text
-from poe.calls.schema import check_value
+from poe.calls.values import check_value
 from poe.data.drops import DropReport
 from poe.data.sources import SUFFIXES, Blocks, Row, expand, file_rows, hub_rows, kind_of, list_kinds
 from poe.data.spec import DataSource, parse_spec

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
+from poe.calls.arguments import check_calls
 from poe.calls.conversation import Conversation
 from poe.calls.forms.call_forms import parse_reply
-from poe.calls.schema import check_calls
 from poe.cascade import Cascade
 from poe.data.render import Renderer
 from poe.data.templates import reply_form

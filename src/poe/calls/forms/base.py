@@ -1,17 +1,16 @@
 """What every call form shares: its reply, strict JSON parsing, and a check that written text reads back."""
 
 import json
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from poe.calls.conversation import Call
-from poe.calls.schema import check_value
+from poe.calls.json_text import skip_space
+from poe.calls.values import check_value
 from poe.errors import RowError
 
-_SPACE = re.compile(r"\s*")
 _OTHER_KEYS = frozenset({"name", "type", "id"})  # keys that a call may have besides its arguments
 
 
@@ -81,44 +80,9 @@ def join_lines(text: str, calls: str) -> str:
     return f"{text}\n{calls}" if text.strip() else calls
 
 
-def _reject_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    members = dict(pairs)
-    if len(members) < len(pairs):
-        raise ValueError("duplicate key")
-    return members
-
-
-_DECODER = json.JSONDecoder(parse_constant=_reject_constant, object_pairs_hook=_unique_keys)
-
-
-def parse_json_at(text: str, start: int = 0) -> tuple[Any, int]:
-    """Return the JSON value at `start`, after optional white space, and the position of its end.
-
-    Raises `ValueError`, or `RecursionError` if it nests too deeply.
-    """
-    return _DECODER.raw_decode(text, _skip_space(text, start))
-
-
-def parse_whole_json(text: str) -> Any:
-    """Return the JSON value that fills the text. Raises the errors of `parse_json_at`."""
-    value, end = parse_json_at(text)
-    if _skip_space(text, end) < len(text):
-        raise ValueError("text after JSON")
-    return value
-
-
-def _skip_space(text: str, start: int) -> int:
-    match = _SPACE.match(text, start)
-    return match.end() if match else start
-
-
 def expect(text: str, mark: str, start: int) -> int:
     """Return the end of `mark`, which must follow `start` after optional white space, or raise `ValueError`."""
-    start = _skip_space(text, start)
+    start = skip_space(text, start)
     if not text.startswith(mark, start):
         raise ValueError(f"no {mark}")
     return start + len(mark)

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from poe.calls.conversation import Call
-from poe.calls.forms.base import CallForm, Reply, as_call, as_json, expect, join_lines, parse_json_at
+from poe.calls.forms.base import CallForm, Reply, as_call, as_json, expect, join_lines
+from poe.calls.json_text import parse_json_at
 
 
 class _Marked(CallForm):

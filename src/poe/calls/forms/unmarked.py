@@ -17,9 +17,10 @@ from keyword import iskeyword
 from typing import Any, ClassVar
 
 from poe.calls.conversation import Call
-from poe.calls.forms.base import CallForm, Reply, as_call, as_json, join_lines, parse_json_at, parse_whole_json
+from poe.calls.forms.base import CallForm, Reply, as_call, as_json, join_lines
+from poe.calls.json_text import parse_json, parse_json_at
 from poe.calls.literals import PythonCall, Variable, parse_calls
-from poe.calls.schema import check_value
+from poe.calls.values import check_value
 from poe.errors import RowError
 
 
@@ -179,7 +180,7 @@ class OpenAI(_JsonForm):
         for member in members:
             function = member.get("function") if isinstance(member, dict) else None
             if isinstance(function, dict) and isinstance(function.get("arguments"), str):
-                function = {**function, "arguments": parse_whole_json(function["arguments"])}
+                function = {**function, "arguments": parse_json(function["arguments"])}
             calls.append(as_call(function))
         return Reply(content or "", calls)
 

@@ -17,9 +17,9 @@ from dataclasses import replace
 from random import Random
 from typing import Any
 
+from poe.calls.arguments import check_call, find_tool, map_arguments
 from poe.calls.conversation import Conversation
 from poe.calls.renaming import is_identifier
-from poe.calls.schema import check_call, find_tool, map_arguments
 from poe.data.augment.rows import argument_strings, find_occurrences, iter_calls, iter_strings, user_texts
 
 _UNSAFE = re.compile(

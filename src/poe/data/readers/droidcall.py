@@ -27,7 +27,8 @@ from copy import deepcopy
 from typing import Any
 
 from poe.calls.conversation import Conversation, Tool
-from poe.calls.schema import Note, as_tool
+from poe.calls.schema import Note
+from poe.calls.tools import as_tool
 from poe.data.drops import DropReport
 from poe.data.readers.turns import Turns, read_rows
 from poe.data.sources import Row

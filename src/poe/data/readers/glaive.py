@@ -33,16 +33,17 @@ The two fixed `system` sentences only say whether tools are available. A chat te
 become a system message. Any other text does.
 """
 
-import json
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from poe.calls.conversation import Conversation, Tool
-from poe.calls.schema import Note, as_tool, move_required, unique_tools
+from poe.calls.json_text import DuplicateKeyError, parse_field, parse_json, parse_json_at
+from poe.calls.schema import Note
+from poe.calls.tools import read_tools
 from poe.data.drops import DropReport
-from poe.data.readers.turns import Turns, parse_field, read_rows
-from poe.data.sources import Row, parse_json
+from poe.data.readers.turns import Turns, is_trained, read_rows
+from poe.data.sources import Row
 from poe.errors import RowError
 
 NAME = "glaive"
@@ -108,28 +109,15 @@ def read_system(system: str, note: Note) -> tuple[str, list[Tool]]:
     position = min((i for i in (system.find("{"), system.find("[")) if i >= 0), default=len(system))
     text = system[:position].strip().removeprefix("SYSTEM:").strip()
     declarations: list[Any] = []
-    decoder = json.JSONDecoder()
     while position < len(system):
         try:
-            value, position = decoder.raw_decode(system, position)
+            value, position = parse_json_at(system, position)
         except (ValueError, RecursionError):
             raise RowError("tool declarations not JSON") from None
         declarations.extend(value if isinstance(value, list) else [value])
         while position < len(system) and (system[position].isspace() or system[position] == ","):
             position += 1
-    return "" if text in FIXED_SENTENCES else text, _read_tools(declarations, note)
-
-
-def _read_tools(declarations: list[Any], note: Note) -> list[Tool]:
-    tools = []
-    for function in declarations:
-        if isinstance(function, dict) and isinstance(function.get("function"), dict):
-            function = function["function"]
-        if not isinstance(function, dict):
-            raise RowError("tool declaration is not an object")
-        parameters = move_required(function, note)
-        tools.append(as_tool(function.get("name"), function.get("description"), parameters, note))
-    return unique_tools(tools, note)
+    return "" if text in FIXED_SENTENCES else text, read_tools(declarations, note)
 
 
 def split_chat(chat: str) -> list[tuple[str, str]]:
@@ -182,6 +170,8 @@ def read_call(text: str, note: Note) -> tuple[str, Any]:
         raise RowError("two calls in one turn")
     try:
         call = parse_json(text)
+    except DuplicateKeyError:
+        raise RowError("call with one key twice") from None
     except ValueError:
         call = None
     if call is not None:
@@ -224,6 +214,8 @@ def _parse_arguments(text: str, note: Note) -> Any:
     ):
         try:
             arguments = parse_json(candidate, strict=strict)
+        except DuplicateKeyError:
+            raise RowError("arguments with one key twice") from None
         except ValueError:
             continue
         if rule:
@@ -236,8 +228,7 @@ def _parse_arguments(text: str, note: Note) -> Any:
 
 
 def _convert_sharegpt(row: dict[str, Any], note: Note) -> Turns:
-    declared = parse_field(row.get("tools") or "[]", "tools")
-    turns = Turns(_read_tools(declared if isinstance(declared, list) else [declared], note), note)
+    turns = Turns(read_tools(row.get("tools"), note), note)
     system = row.get("system", "")
     if not isinstance(system, str) or not isinstance(row["conversations"], list):
         raise RowError("row of an unknown format")
@@ -257,13 +248,14 @@ def _convert_sharegpt(row: dict[str, Any], note: Note) -> Turns:
         elif speaker in ("gpt", "assistant"):
             if CALL in value:
                 raise RowError("call inside a text turn")
-            turns.add_assistant(value)
+            turns.add_assistant(value, trained=is_trained(turn))
         elif speaker == "function_call":
             parsed = parse_field(value, "call")
             calls = parsed if isinstance(parsed, list) else [parsed]
             if not all(isinstance(call, dict) for call in calls):
                 raise RowError("call is not an object")
-            turns.add_calls([(*_read_json_call(call, note), None) for call in calls])
+            made = [(*_read_json_call(call, note), None) for call in calls]
+            turns.add_calls(made, trained=is_trained(turn))
         elif speaker in ("observation", "tool"):
             turns.add_response(value)
         else:

@@ -25,7 +25,8 @@ from typing import Any
 
 from poe.calls.conversation import Conversation, Tool
 from poe.calls.literals import parse_calls
-from poe.calls.schema import Note, as_tool, unique_tools
+from poe.calls.schema import Note
+from poe.calls.tools import as_tool, unique_tools
 from poe.data.drops import DropReport
 from poe.data.readers.alpaca import join_instruction
 from poe.data.readers.signatures import Call, bind_call

@@ -29,10 +29,11 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from poe.calls.conversation import Conversation
-from poe.calls.schema import Note, unique_tools
+from poe.calls.json_text import parse_field
+from poe.calls.schema import Note
+from poe.calls.tools import read_tools
 from poe.data.drops import DropReport
-from poe.data.readers.flat import read_tool
-from poe.data.readers.turns import Turns, parse_call_object, parse_field, read_rows, split_sections
+from poe.data.readers.turns import Turns, parse_call_object, read_rows, split_sections
 from poe.data.sources import Row
 from poe.errors import RowError
 
@@ -60,7 +61,7 @@ def _convert(row: dict[str, Any], note: Note) -> Turns:
     tools = [tool for tool in declared if not _is_documentation(tool)]
     if len(tools) < len(declared):
         note("documentation of results removed from the tools")
-    turns = Turns(unique_tools([read_tool(_add_required(tool), note) for tool in tools], note), note)
+    turns = Turns(read_tools([_add_required(tool) for tool in tools], note, flat=True), note)
     if isinstance(query, str):
         turns.add_user(query.strip())
     else:
@@ -127,7 +128,7 @@ def _convert_masked(row: dict[str, Any], note: Note) -> Turns:
     declared = parse_field(_section(instruction, "AVAILABLE TOOLS"), "tools")
     if not isinstance(declared, list):
         raise RowError("tools are not a list")
-    turns = Turns(unique_tools([read_tool(tool, note) for tool in declared], note), note)
+    turns = Turns(read_tools(declared, note, flat=True), note)
     turns.add_user(_section(instruction, "QUERY").strip())
     turns.add_calls(_read_calls(_remove_fence(output)))
     return turns

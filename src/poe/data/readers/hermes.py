@@ -30,10 +30,10 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from poe.calls.conversation import Conversation, Tool
-from poe.calls.schema import Note, unique_tools
+from poe.calls.schema import Note
+from poe.calls.tools import read_tools
 from poe.data.drops import DropReport
-from poe.data.readers.messages import read_tool
-from poe.data.readers.turns import Turns, parse_call_object, parse_notation, read_rows, split_sections
+from poe.data.readers.turns import Turns, is_trained, parse_call_object, parse_notation, read_rows, split_sections
 from poe.data.sources import Row
 from poe.errors import RowError
 
@@ -87,11 +87,12 @@ def _convert(row: dict[str, Any], note: Note) -> Turns:
     turns = Turns(_read_tools(row.get("tools"), tools_text, note), note)
     turns.add_system(text)
     for turn in raw_turns[1:] if system else raw_turns:
-        _add(turns, turn.get("from"), turn["value"], note)
+        _add(turns, turn, note)
     return turns
 
 
-def _add(turns: Turns, speaker: Any, value: str, note: Note) -> None:
+def _add(turns: Turns, turn: dict[str, Any], note: Note) -> None:
+    speaker, value = turn.get("from"), turn["value"]
     if speaker == "system":
         turns.add_system(value)
     elif speaker == "human":
@@ -99,9 +100,9 @@ def _add(turns: Turns, speaker: Any, value: str, note: Note) -> None:
     elif speaker == "gpt":
         text, calls = read_turn(value, note)
         if calls:
-            turns.add_calls(calls, text)
+            turns.add_calls(calls, text, trained=is_trained(turn))
         else:
-            turns.add_assistant(text)
+            turns.add_assistant(text, trained=is_trained(turn))
     elif speaker == "tool":
         turns.add_results(_responses(value, note))
     else:
@@ -133,7 +134,7 @@ def _read_tools(field: Any, tools_text: str, note: Note) -> list[Tool]:
         if tools and prompt_tools != tools:
             raise RowError("tools of the row and of its prompt differ")
         tools = prompt_tools
-    return unique_tools([read_tool(tool, note) for tool in _as_list(tools)], note)
+    return read_tools(tools, note)
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -28,10 +28,12 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from poe.calls.conversation import Conversation, Tool
-from poe.calls.schema import Note, unique_tools
+from poe.calls.json_text import parse_field
+from poe.calls.schema import Note
+from poe.calls.tools import unique_tools
 from poe.data.drops import DropReport
 from poe.data.readers.signatures import read_calls, read_definition
-from poe.data.readers.turns import Turns, parse_field, read_rows
+from poe.data.readers.turns import Turns, read_rows
 from poe.data.sources import Row
 from poe.errors import RowError
 

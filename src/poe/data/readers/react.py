@@ -4,10 +4,11 @@ import re
 from typing import Any, NamedTuple
 
 from poe.calls.conversation import Tool
+from poe.calls.json_text import parse_field, parse_json
 from poe.calls.literals import parse_literal
-from poe.calls.schema import Note, as_tool, check_value, unique_tools
-from poe.data.readers.turns import parse_field
-from poe.data.sources import parse_json
+from poe.calls.schema import Note
+from poe.calls.tools import read_tools
+from poe.calls.values import check_value
 from poe.errors import RowError
 
 _STEP = re.compile(
@@ -37,7 +38,7 @@ def read_question(text: str) -> str:
     return text.strip().removesuffix("Begin!").strip()
 
 
-def read_tools(system: str, heading: str, note: Note) -> list[Tool]:
+def read_prompt_tools(system: str, heading: str, note: Note) -> list[Tool]:
     """Return the tools that are listed after `heading`, as JSON or a Python literal.
 
     The rest of the prompt is not used. It explains an answer format that the conversation no longer has.
@@ -57,14 +58,15 @@ def read_tools(system: str, heading: str, note: Note) -> list[Tool]:
         raise RowError(problem)
     if not isinstance(declarations, list) or not all(isinstance(tool, dict) for tool in declarations):
         raise RowError("tools are not a list")
-    return unique_tools([_tool(tool, note) for tool in declarations], note)
+    return read_tools([_without_optional(tool) for tool in declarations], note)
 
 
-def _tool(tool: dict[str, Any], note: Note) -> Tool:
+def _without_optional(tool: dict[str, Any]) -> dict[str, Any]:
+    """Return the tool without its list of optional parameters, which is not a JSON Schema keyword."""
     parameters = tool.get("parameters")
-    if isinstance(parameters, dict) and isinstance(parameters.get("optional"), list):
-        parameters = {key: value for key, value in parameters.items() if key != "optional"}  # not a JSON Schema keyword
-    return as_tool(tool.get("name"), tool.get("description"), parameters, note)
+    if not isinstance(parameters, dict) or not isinstance(parameters.get("optional"), list):
+        return tool
+    return {**tool, "parameters": {key: value for key, value in parameters.items() if key != "optional"}}
 
 
 def read_turns(row: dict[str, Any]) -> list[tuple[str, Any]]:

@@ -22,7 +22,7 @@ from typing import Any
 from poe.calls.conversation import Conversation
 from poe.calls.schema import Note
 from poe.data.drops import DropReport
-from poe.data.readers.react import read_question, read_step, read_tools, read_turns
+from poe.data.readers.react import read_prompt_tools, read_question, read_step, read_turns
 from poe.data.readers.turns import Turns, read_rows
 from poe.data.sources import Row
 from poe.errors import RowError
@@ -45,7 +45,7 @@ def _convert(row: dict[str, Any], note: Note) -> Turns:
             raise RowError("row of an unknown format")
     if others:
         note("other correct answers left out")
-    turns = Turns(read_tools(system, "you have access of the following tools:", note), note)
+    turns = Turns(read_prompt_tools(system, "you have access of the following tools:", note), note)
     turns.add_user(read_question(question))
     step = read_step(answer)
     turns.add_calls([(step.name, step.arguments, None)], step.thought)

@@ -39,9 +39,9 @@ from typing import Any
 
 from poe.calls.conversation import Conversation
 from poe.calls.literals import parse_literal
-from poe.calls.schema import Note, unique_tools
+from poe.calls.schema import Note
+from poe.calls.tools import read_tool, unique_tools
 from poe.data.drops import DropReport
-from poe.data.readers.flat import read_tool
 from poe.data.readers.turns import Turns, parse_call_object, read_rows
 from poe.data.sources import Row, expand, file_rows
 from poe.errors import DataError, RowError
@@ -140,7 +140,7 @@ def _tool(entry: dict[str, Any], note: Note) -> Any:
     function = {"name": entry.get("api_name"), "description": entry.get("api_description")}
     required = entry.get("required")
     required = required if isinstance(required, list) else []
-    return read_tool({**function, "parameters": entry.get("parameters"), "required": required}, note)
+    return read_tool({**function, "parameters": entry.get("parameters"), "required": required}, note, flat=True)
 
 
 def _read_prompt(conversation: Any) -> tuple[list[dict[str, Any]], str, Any]:

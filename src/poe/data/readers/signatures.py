@@ -8,10 +8,13 @@ import ast
 from collections.abc import Mapping
 from typing import Any
 
+from poe.calls.arguments import find_tool, fit_value
 from poe.calls.conversation import Tool
 from poe.calls.literals import PythonCall, Variable, parse_calls, parse_definition, parse_literal
-from poe.calls.schema import Note, as_tool, coerce, find_tool, fits_type
-from poe.data.readers.flat import python_type
+from poe.calls.python_types import python_type
+from poe.calls.schema import Note
+from poe.calls.tools import as_tool
+from poe.calls.values import fits_type
 from poe.errors import RowError
 
 Call = tuple[str, Any, None]
@@ -64,7 +67,7 @@ def read_definition(
 def _add_default(schema: dict[str, Any], node: ast.expr, note: Note) -> None:
     """Add a default that JSON Schema can hold. The default None only makes a parameter optional."""
     try:
-        default = coerce(schema, parse_literal(ast.unparse(node)))
+        default = fit_value(schema, parse_literal(ast.unparse(node)))
     except ValueError:
         note("default that is not a literal left out")
         return

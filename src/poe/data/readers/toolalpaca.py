@@ -23,10 +23,14 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from poe.calls.arguments import find_tool
 from poe.calls.conversation import Conversation, Tool
-from poe.calls.schema import Note, as_tool, find_tool, fits_type, unique_tools
+from poe.calls.json_text import parse_field
+from poe.calls.schema import Note
+from poe.calls.tools import as_tool, unique_tools
+from poe.calls.values import fits_type
 from poe.data.drops import DropReport
-from poe.data.readers.turns import Turns, parse_call_object, parse_field, read_rows
+from poe.data.readers.turns import Turns, parse_call_object, read_rows
 from poe.data.sources import Row
 from poe.errors import RowError
 

@@ -24,7 +24,7 @@ from typing import Any
 from poe.calls.conversation import Conversation
 from poe.calls.schema import Note
 from poe.data.drops import DropReport
-from poe.data.readers.react import read_question, read_step, read_tools, read_turns
+from poe.data.readers.react import read_prompt_tools, read_question, read_step, read_turns
 from poe.data.readers.turns import Turns, read_rows
 from poe.data.sources import Row
 from poe.errors import RowError
@@ -52,7 +52,7 @@ def _convert(row: dict[str, Any], note: Note) -> Turns:
         if finished:
             raise RowError("turn after the final answer")
         if speaker == "system":
-            tools = read_tools(text, "you have access to the following APIs:", note)
+            tools = read_prompt_tools(text, "you have access to the following APIs:", note)
             turns.tools.extend(tool for tool in tools if tool["function"]["name"] != _FINISH)
         elif speaker == "user":
             if any(message["role"] == "user" for message in turns.messages):

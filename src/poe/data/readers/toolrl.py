@@ -27,10 +27,11 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from poe.calls.conversation import Conversation, Tool
-from poe.calls.schema import Note, unique_tools
+from poe.calls.json_text import parse_field
+from poe.calls.schema import Note
+from poe.calls.tools import read_tool, unique_tools
 from poe.data.drops import DropReport
-from poe.data.readers.flat import read_tool
-from poe.data.readers.turns import Turns, parse_call_object, parse_field, parse_values, read_rows, split_sections
+from poe.data.readers.turns import Turns, parse_call_object, parse_values, read_rows, split_sections
 from poe.data.sources import Row
 from poe.errors import RowError
 
@@ -106,7 +107,7 @@ def read_tools(instruction: str, note: Note) -> list[Tool]:
         if entry is None:
             raise RowError("tool without a description or parameters")
         parameters = parse_field(entry[3], "parameters")
-        tools.append(read_tool({"name": entry[1], "description": entry[2], "parameters": parameters}, note))
+        tools.append(read_tool({"name": entry[1], "description": entry[2], "parameters": parameters}, note, flat=True))
     return unique_tools(tools, note)
 
 

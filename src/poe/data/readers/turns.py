@@ -5,11 +5,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from poe.calls.arguments import fit_call
 from poe.calls.conversation import Conversation, Message, Tool
+from poe.calls.json_text import DuplicateKeyError, parse_field, parse_json_at
 from poe.calls.literals import parse_literal
-from poe.calls.schema import Note, check_value, fit_call, no_note
+from poe.calls.schema import Note, no_note
+from poe.calls.values import check_value, without_nulls
 from poe.data.drops import DropReport
-from poe.data.sources import Row, parse_json
+from poe.data.sources import ColumnRow, Row
 from poe.errors import RowError
 
 Convert = Callable[[Any, Note], "Turns"]
@@ -28,6 +31,8 @@ def read_rows(
             content = {key: row[key] for key in fields if row.get(key) is not None}
             if problem := check_value(content):
                 raise RowError(problem)
+            if isinstance(row, ColumnRow):
+                content = ColumnRow(without_nulls(content))
             messages, tools = convert(content, lambda rule, seen=repairs: seen.update([rule])).finish()  # type: ignore[misc]
         except RowError as error:
             report.drop(name, error.reason, row, row_id)
@@ -41,17 +46,20 @@ def read_rows(
         yield Conversation(messages, tools, source=name, license=license, id=row_id)
 
 
-def parse_field(text: Any, name: str) -> Any:
-    """Return a field that is JSON text or already parsed. Checks the depth and the values of JSON text."""
-    if not isinstance(text, str):
-        return text
-    try:
-        value = parse_json(text)
-    except ValueError:
-        raise RowError(f"{name} not JSON") from None
-    if problem := check_value(value):
-        raise RowError(problem)
-    return value
+def is_trained(message: dict[str, Any]) -> bool:
+    """Return whether a message of the assistant is trained on, by the marks of other trainers.
+
+    `weight` (OpenAI, Mistral, Together, Axolotl), `loss_weight` (LLaMA-Factory), `loss` (ms-swift, XTuner), `train`,
+    `training` and `trainable` (Axolotl and others), and `masked` (torchtune), which means the opposite.
+    """
+    for key in ("train_detail", "training_detail"):
+        if any(not part.get("train", True) for part in message.get(key) or () if isinstance(part, dict)):
+            raise RowError("message that is trained in part")
+    for key in ("weight", "loss_weight"):
+        if message.get(key) not in (None, 0, 1, "0", "1"):
+            raise RowError("message with a weight other than 0 or 1")
+    marks = [message.get(key) for key in ("weight", "loss_weight", "loss", "train", "training", "trainable")]
+    return not any(mark in (0, "0") for mark in marks) and message.get("masked") not in (1, "1")
 
 
 def parse_notation(text: Any, name: str, note: Note) -> Any:
@@ -71,16 +79,16 @@ def parse_notation(text: Any, name: str, note: Note) -> Any:
 
 def parse_values(text: str, name: str) -> list[Any]:
     """Return the JSON values of a text that contains several, with or without line breaks between them."""
-    values, decoder, position = [], json.JSONDecoder(), 0
+    values, position = [], 0
     text = text.strip()
     while position < len(text):
         try:
-            value, position = decoder.raw_decode(text, position)
+            value, position = parse_json_at(text, position)
+        except DuplicateKeyError:
+            raise RowError(f"{name} with one key twice") from None
         except (ValueError, RecursionError):
             raise RowError(f"{name} not JSON") from None
         values.append(value)
-        while position < len(text) and text[position].isspace():
-            position += 1
     if problem := check_value(values):
         raise RowError(problem)
     return values
@@ -111,9 +119,9 @@ class Turns:
     """A conversation that is built turn by turn. Each method adds one turn, or raises `RowError`.
 
     The first turn is the user's, after at most one system text. An assistant's text and the call after it are one
-    message. Every call is answered once before the next turn. Turns after the last assistant turn are removed, because
-    they are not trained on. Call ids are replaced by `call_1`, `call_2`, ..., so that equal rows from different sources
-    are equal.
+    message. Every call is answered once before the next turn. A turn that is not `trained` gets the weight 0; turns
+    after the last one that is trained on are removed. Call ids are replaced by `call_1`, `call_2`, ..., so that equal
+    rows from different sources are equal.
     """
 
     def __init__(self, tools: list[Tool], note: Note) -> None:
@@ -144,16 +152,16 @@ class Turns:
             raise RowError("two user turns in a row")
         self.messages.append({"role": "user", "content": text})
 
-    def add_assistant(self, text: str) -> None:
+    def add_assistant(self, text: str, *, trained: bool = True) -> None:
         self._check_no_open_call()
         if not text.strip():
             raise RowError("empty turn")
         if self._last_role() == "assistant":
             raise RowError("two assistant turns in a row")
         self._check_user_spoke()
-        self.messages.append({"role": "assistant", "content": text})
+        self.messages.append({"role": "assistant", "content": text} | ({} if trained else {"weight": 0}))
 
-    def add_calls(self, calls: Iterable[tuple[Any, Any, str | None]], text: str = "") -> None:
+    def add_calls(self, calls: Iterable[tuple[Any, Any, str | None]], text: str = "", *, trained: bool = True) -> None:
         """Add one assistant message with a text and `(name, arguments, id)` calls."""
         self._check_no_open_call()
         message_calls = []
@@ -170,12 +178,13 @@ class Turns:
             raise RowError("empty list of calls")
         if self._last_role() == "assistant":
             self.note("text turn joined with the call that follows it")
-            previous = self.messages.pop()["content"]
-            text = f"{previous}\n{text}" if text.strip() else previous
+            previous = self.messages.pop()
+            if ("weight" not in previous) != trained:
+                raise RowError("text turn and its call with different weights")
+            text = f"{previous['content']}\n{text}" if text.strip() else previous["content"]
         self._check_user_spoke()
-        self.messages.append(
-            {"role": "assistant", "content": text if text.strip() else None, "tool_calls": message_calls}
-        )
+        message = {"role": "assistant", "content": text if text.strip() else None, "tool_calls": message_calls}
+        self.messages.append(message | ({} if trained else {"weight": 0}))
 
     def add_response(self, text: str, source_id: str | None = None, name: str | None = None) -> None:
         """Add the result of an open call: the one with that id; without an id, with that name, or the oldest."""
@@ -218,10 +227,13 @@ class Turns:
             raise RowError("conversation that begins with the assistant")
 
     def finish(self) -> tuple[list[Message], list[Tool]]:
-        """Return the messages and the tools, without turns after the last assistant turn."""
-        last = max((i for i, m in enumerate(self.messages) if m["role"] == "assistant"), default=-1)
-        if last < 0:
+        """Return the messages and the tools, without turns after the last assistant turn that is trained on."""
+        answers = [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
+        if not answers:
             raise RowError("no assistant turn")
+        last = max((i for i in answers if "weight" not in self.messages[i]), default=-1)
+        if last < 0:
+            raise RowError("no assistant turn that is trained on")
         if last + 1 < len(self.messages):
             self.note("turns after the last assistant turn trimmed")
             del self.messages[last + 1 :]

@@ -32,11 +32,12 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from poe.calls.conversation import Conversation
-from poe.calls.schema import Note, unique_tools
+from poe.calls.json_text import parse_field
+from poe.calls.schema import Note
+from poe.calls.tools import read_tools
 from poe.data.drops import DropReport
-from poe.data.readers.flat import read_tool
 from poe.data.readers.messages import content_text
-from poe.data.readers.turns import Turns, parse_field, read_rows
+from poe.data.readers.turns import Turns, is_trained, read_rows
 from poe.data.sources import Row
 from poe.errors import RowError
 
@@ -56,8 +57,7 @@ def _convert(row: dict[str, Any], note: Note) -> Turns:
     declared = parse_field(row.get("tools"), "tools")
     if not isinstance(declared, list):
         raise RowError("tools are not a list")
-    tools = unique_tools([read_tool(tool, note) for tool in declared], note)
-    turns = Turns(tools, note)
+    turns = Turns(read_tools(declared, note, flat=True), note)
     if "messages" in row:
         _add_messages(row["messages"], turns)
         return turns
@@ -81,6 +81,7 @@ def _add_messages(messages: Any, turns: Turns) -> None:
     if not isinstance(messages, list):
         raise RowError("row of an unknown format")
     pending: list[tuple[Any, Any, None]] = []
+    trained: set[bool] = set()  # of the pending calls
     for message in [*messages, {"role": ""}]:
         if not isinstance(message, dict):
             raise RowError("message is not an object")
@@ -88,14 +89,17 @@ def _add_messages(messages: Any, turns: Turns) -> None:
         if role == "tool_call":
             parsed = parse_field(text, "call")
             pending.extend(_read_call(call) for call in (parsed if isinstance(parsed, list) else [parsed]))
+            trained.add(is_trained(message))
             continue
         if pending:
-            turns.add_calls(pending)
+            if len(trained) > 1:
+                raise RowError("calls of one turn with different weights")
+            turns.add_calls(pending, trained=trained.pop())
             pending = []
         if role == "user":
             turns.add_user(text.strip())
         elif role == "assistant":
-            turns.add_assistant(text.strip())
+            turns.add_assistant(text.strip(), trained=is_trained(message))
         elif role in ("tool", "tool_response"):
             turns.add_response(text)
         elif role == "system":

@@ -1,15 +1,10 @@
-"""Read tools with flat parameters and Python types, the format of xLAM and of data sets derived from it.
-
-`parameters` maps a name to `{description, type, default}`. A type is, for example, `int`, `List[int]` or
-`"str, optional"`.
-"""
+"""Read types in Python notation as JSON Schema: `int`, `List[int]`, `"str, optional"`, `Literal["a", "b"]`."""
 
 import json
 import re
 from typing import Any
 
-from poe.calls.conversation import Tool
-from poe.calls.schema import PYTHON_TYPES, TYPES, Note, as_tool, coerce, fits_type
+from poe.calls.values import TYPES
 from poe.errors import RowError
 
 _TOKEN = re.compile(r"""\s*(?:([A-Za-z_][\w.]*)|("[^"]*"|'[^']*'|-?\d+(?:\.\d+)?)|(\.\.\.)|([\[\],|]))""")
@@ -33,76 +28,8 @@ _ARRAYS = frozenset({"list", "set", "frozenset", "sequence", "iterable", "array"
 _OBJECTS = frozenset({"dict", "mapping", "object"})
 
 
-def read_tool(tool: Any, note: Note) -> Tool:
-    """Return the `Tool` of a tool with flat parameters and Python types, or with JSON Schema parameters.
-
-    A list `required` beside the parameters, which some sets have, names the required ones.
-    """
-    if isinstance(tool, dict) and isinstance(tool.get("function"), dict):
-        tool = tool["function"]
-    if not isinstance(tool, dict):
-        raise RowError("tool is not an object")
-    flat = tool.get("parameters") or {}
-    if not isinstance(flat, dict):
-        raise RowError("tool parameters are not an object schema")
-    if flat.get("type") != "object":
-        flat = object_schema(flat, tool.get("required"), note)
-    return as_tool(tool.get("name"), tool.get("description"), flat, note)
-
-
-def is_flat(parameters: Any) -> bool:
-    """Return whether parameters map names to objects with a type, unlike a JSON Schema."""
-    if not isinstance(parameters, dict) or not parameters or "properties" in parameters:
-        return False
-    return all(isinstance(p, dict) and isinstance(p.get("type"), str) for p in parameters.values())
-
-
-def convert_types(schema: Any, note: Note) -> Any:
-    """Return an object schema with Python types of properties ("int, optional", "List[str]") as JSON Schema."""
-    if not isinstance(schema, dict) or not isinstance(schema.get("properties"), dict):
-        return schema
-    properties = {}
-    for name, sub in schema["properties"].items():
-        kind = sub.get("type") if isinstance(sub, dict) else None
-        if isinstance(kind, str) and kind.lower() not in {*TYPES, *PYTHON_TYPES}:
-            note("type in Python notation written as JSON Schema's")
-            sub = {**python_type(kind)[0], **{key: value for key, value in sub.items() if key != "type"}}
-        properties[name] = sub
-    return {**schema, "properties": properties}
-
-
-def object_schema(flat: dict[str, Any], required_names: Any, note: Note) -> dict[str, Any]:
-    """Return the JSON Schema of flat parameters. `required_names` is the tool's list of required ones, if any."""
-    properties: dict[str, Any] = {}
-    required = []
-    for name, parameter in flat.items():
-        if not isinstance(parameter, dict):
-            raise RowError("tool parameter is not an object")
-        schema, optional, default = _declared_type(parameter.get("type", "Any"))
-        if isinstance(parameter.get("description"), str):
-            schema["description"] = parameter["description"]
-        if parameter.get("default") is not None:
-            default = parameter["default"]
-        if default is not None:
-            optional = True
-            coerced = coerce(schema, default)
-            if coerced == "" and schema.get("type") != "string":
-                pass
-            elif "type" not in schema or fits_type(schema["type"], coerced):
-                schema["default"] = coerced
-            else:
-                note("default of another type left out")
-        if not optional:
-            required.append(name)
-        properties[name] = schema
-    return {
-        "type": "object",
-        "properties": properties,
-        "required": required_names if isinstance(required_names, list) else required,
-    }
-
-
-def _declared_type(kind: Any) -> tuple[dict[str, Any], bool, Any]:
+def declared_type(kind: Any) -> tuple[dict[str, Any], bool, Any]:
+    """Parse a type, or a list of JSON Schema's type names, to the same three parts as `python_type`."""
     if isinstance(kind, str):
         return python_type(kind)
     if not isinstance(kind, list) or not kind or not all(isinstance(name, str) and name in TYPES for name in kind):
