@@ -6,10 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from poe.calls.arguments import check_calls
 from poe.calls.conversation import Call, Conversation
 from poe.calls.forms.call_forms import parse_reply
-from poe.calls.tools import as_tool
+from poe.calls.tools import as_tool, check_calls
 from poe.evaluation.calls import score_replies
 
 TOOL = as_tool(

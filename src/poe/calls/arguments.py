@@ -8,7 +8,7 @@ report can count it.
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from poe.calls.conversation import Call, Message, Tool
+from poe.calls.conversation import Message, Tool
 from poe.calls.resolution import ANYTHING, Flat, Resolver, UnresolvableError, kinds_of
 from poe.calls.schema import Note, no_note
 from poe.calls.validation import TooComplexError, count_steps, fits_schema, matches, start_counting
@@ -55,16 +55,6 @@ def check_call(tools: Sequence[Tool], name: str, arguments: Any) -> str | None:
         return TOO_COMPLEX
     except Exception:  # a reference that leads nowhere or back to itself
         return CANNOT_APPLY
-
-
-def check_calls(calls: Sequence[Call], tools: Sequence[Tool]) -> list[str]:
-    """Return what is wrong with the calls, one sentence each: an undeclared tool, or arguments that do not fit."""
-    problems = []
-    for call in calls:
-        reason = check_call(tools, call.name, call.arguments)
-        if reason is not None:
-            problems.append(f"{call.name}: {reason}")
-    return problems
 
 
 def fit_call(tools: Sequence[Tool], name: str, arguments: Any, note: Note = no_note) -> dict[str, Any]:

@@ -43,8 +43,8 @@ class Conversation:
 
     `messages`: `{"role": "system" | "user" | "assistant" | "tool", "content": str | None}`. An assistant message may
     have `tool_calls: [{"id": str, "type": "function", "function": {"name": str, "arguments": dict}}]`; the arguments
-    are an object, as chat templates expect, in the property order of the schema. A tool message may have
-    `tool_call_id` and `name`.
+    are an object, as chat templates expect, in the property order of the schema. One with `weight: 0` is not trained
+    on. A tool message may have `tool_call_id` and `name`.
     `tools`: `{"type": "function", "function": {"name", "description", "parameters": <JSON Schema object>}}`.
     `source`, `license`, `id`: the reader's name, the license of the rows, and the row's position in its source.
     `form`: how text presents tools and calls when the row is rendered. None: the chat template presents them.

@@ -1,4 +1,4 @@
-"""Read tools in the spelling of any system as one canonical `Tool`.
+"""Read tools in the spelling of any system as one canonical `Tool`, and check calls against them.
 
 | system | a tool |
 |---|---|
@@ -17,11 +17,11 @@ Keys are `snake_case` or `camelCase`. Every part may be JSON text. Each repair i
 cannot be converted without loss raises `RowError` with the reason and the place.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from poe.calls.arguments import fit_value
-from poe.calls.conversation import Tool
+from poe.calls.arguments import check_call, fit_value
+from poe.calls.conversation import Call, Tool
 from poe.calls.json_text import parse_field
 from poe.calls.python_types import declared_type
 from poe.calls.resolution import COMBINING, Resolver
@@ -62,6 +62,8 @@ def _read_all(value: Any, place: str, note: Note, flat: bool) -> Iterator[Tool]:
         raise RowError(error.reason, place) from None
     if isinstance(value, list):
         for i, member in enumerate(value):
+            if isinstance(member, list):
+                raise RowError("tool is not an object", f"{place or 'tools'}[{i}]")
             yield from _read_all(member, f"{place or 'tools'}[{i}]", note, flat)
         return
     inner = next((key for key in (*_LISTS, *_RESULTS) if isinstance(value.get(key), dict | list | str)), "")
@@ -84,10 +86,12 @@ def _as_json(value: Any, name: str) -> Any:
         value = value.model_dump(mode="json", exclude_none=True)
     elif callable(value):
         value = _describe_function(value)
+    elif isinstance(value, tuple):
+        value = list(value)
     elif isinstance(value, str) and name == "tools" and not value.strip():
         return []
     value = parse_field(value, name)
-    if problem := check_value(value):
+    if not isinstance(value, list) and (problem := check_value(value)):  # the members of a list are checked one by one
         raise RowError(problem)
     return [] if value is None and name == "tools" else value
 
@@ -292,3 +296,13 @@ def unique_tools(tools: list[Tool], note: Note = no_note) -> list[Tool]:
         else:
             raise RowError("one tool name, two definitions")
     return list(by_name.values())
+
+
+def check_calls(calls: Sequence[Call], tools: Any) -> list[str]:
+    """Return what is wrong with the calls, one sentence each: an undeclared tool, or arguments that do not fit.
+
+    `tools` are in any spelling of this module. Raises `RowError` for tools that cannot be read.
+    """
+    offered = read_tools(tools)
+    problems = ((call.name, check_call(offered, call.name, call.arguments)) for call in calls)
+    return [f"{name[:80]}: {reason}" for name, reason in problems if reason is not None]

@@ -136,8 +136,8 @@ def call(
 
     The exit code is 1, and the problems are printed, if a call cannot be read or does not fit its schema.
     """
-    from poe.calls.arguments import check_calls
     from poe.calls.forms.call_forms import parse_reply
+    from poe.calls.tools import check_calls
     from poe.data.render import Renderer
     from poe.data.templates import complete_template, reply_form
     from poe.evaluation.calls import generate_replies

@@ -24,7 +24,7 @@ def as_row(conversation: Conversation) -> dict[str, Any]:
         exported = {"role": message["role"], "content": message.get("content")}
         if calls := message.get("tool_calls"):
             exported["tool_calls"] = [_call(call) for call in calls]
-        for key in ("tool_call_id", "name"):
+        for key in ("tool_call_id", "name", "weight"):
             if message.get(key) is not None:
                 exported[key] = message[key]
         messages.append(exported)
@@ -70,7 +70,7 @@ def _write_parquet(rows: Iterable[dict[str, Any]], path: Path) -> int:
     function = pa.struct({"name": pa.string(), "arguments": pa.string()})
     call = pa.struct({"id": pa.string(), "type": pa.string(), "function": function})
     texts = dict.fromkeys(("role", "content", "tool_call_id", "name"), pa.string())
-    message = pa.struct({**texts, "tool_calls": pa.list_(call)})
+    message = pa.struct({**texts, "tool_calls": pa.list_(call), "weight": pa.int64()})
     others = dict.fromkeys(("tools", "source", "license", "id"), pa.string())
     schema = pa.schema({"messages": pa.list_(message), **others})
     written = 0

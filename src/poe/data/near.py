@@ -50,8 +50,11 @@ class NearDuplicates:
         """Add the next row."""
         hashes = [short_hash(text) for text in shingles(conversation)] or [0]
         # multiply-shift hashing: the upper half of a * x + b modulo 2**64
-        mixed = np.array(hashes, dtype=np.uint64)[:, None] * _FACTORS + _SHIFTS  # (S, 128)
-        minima = (mixed >> np.uint64(32)).min(axis=0)
+        minima = np.full(_HASHES, 2**64 - 1, dtype=np.uint64)
+        for start in range(0, len(hashes), _CHUNK):  # in parts, so that a long row takes no gigabytes
+            mixed = np.array(hashes[start : start + _CHUNK], dtype=np.uint64)[:, None] * _FACTORS + _SHIFTS  # (S, 128)
+            np.minimum(minima, mixed.min(axis=0), out=minima)
+        minima >>= np.uint64(32)
         bands = (minima.reshape(BANDS, PER_BAND) * _MIX).sum(axis=1, dtype=np.uint64)
         self._rows.append((bands, (minima & np.uint64(255)).astype(np.uint8)))
         if len(self._rows) == _CHUNK:

@@ -19,6 +19,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from poe.calls.conversation import Conversation, Message, PromptForm, Tool
 from poe.calls.forms.prompt_forms import write_as_text
+from poe.calls.tools import read_tools
 from poe.data.encoding import Content, Encoded, Span, TextEncoder
 from poe.data.template_needs import find_needs
 from poe.errors import DataError, RowError, TemplateError, TokenizerError
@@ -120,7 +121,10 @@ class Renderer:
         if not messages:
             raise DataError("A conversation without messages cannot be rendered.")
         answers = [message for message in conversation.messages if message["role"] == "assistant"]
-        trained = [not self._calls_only or bool(message.get("tool_calls")) for message in answers]
+        trained = [
+            message.get("weight") != 0 and (not self._calls_only or bool(message.get("tool_calls")))
+            for message in answers
+        ]
         if _GENERATION_MARK.search(self._template(tools)):
             text, spans = self._marked(messages, tools)
             if all(trained):
@@ -128,7 +132,7 @@ class Renderer:
             if len(spans) != len(trained):
                 raise TemplateError(
                     f"The chat template of {_name(self.tokenizer)} marks {len(spans)} parts for {len(trained)} turns "
-                    "of the assistant: training on calls only needs one {% generation %} part for each turn."
+                    "of the assistant: training on some turns only needs one {% generation %} part for each turn."
                 )
             spans = [span for span, is_trained in zip(spans, trained, strict=True) if is_trained]
             return [self._row(text, spans, content)]
@@ -157,16 +161,18 @@ class Renderer:
             text = texts[turns[-1]] if turns else ""  # this text contains at least the last remaining turn
         return rows[::-1] or [self._row(whole, [], content)]
 
-    def prompt(self, messages: Sequence[Message], tools: Sequence[Tool] = (), form: PromptForm | None = None) -> str:
-        """Return the prompt text for the answer to `messages`, written in `form`. Raises the errors of `render`."""
-        content = self._prepare(messages, tools, form)
+    def prompt(self, messages: Sequence[Message], tools: Any = (), form: PromptForm | None = None) -> str:
+        """Return the prompt text for the answer to `messages`, written in `form`.
+
+        `tools` are in any spelling of `poe.calls.tools`. Raises the errors of `render`, and `RowError` for tools that
+        cannot be read.
+        """
+        content = self._prepare(messages, read_tools(tools), form)
         return self._text(content.messages, content.tools, prompt=True).replace(content.mark, "")
 
-    def prompt_ids(
-        self, messages: Sequence[Message], tools: Sequence[Tool] = (), form: PromptForm | None = None
-    ) -> list[int]:
+    def prompt_ids(self, messages: Sequence[Message], tools: Any = (), form: PromptForm | None = None) -> list[int]:
         """Return the token ids of `prompt(messages, tools, form)`."""
-        content = self._prepare(messages, tools, form)
+        content = self._prepare(messages, read_tools(tools), form)
         text = self._text(content.messages, content.tools, prompt=True)
         try:
             return self._encoder.encode(text, content.mark).ids

@@ -19,6 +19,9 @@ from poe.stages.augmentation import Augmentation
 REFUSED, HIDDEN = "the chat template rejects it", "the chat template hides the assistant's tokens"
 CONTROL_TOKENS = "control tokens in the text read as text"
 
+MAX_CHARACTERS = 1 << 21
+"""The maximum number of characters of a row: half a million tokens, which take a gigabyte while they are made."""
+
 Document = tuple[np.ndarray, np.ndarray]  # token ids int32, loss mask bool
 
 
@@ -58,6 +61,8 @@ class RenderWorker:
         self._augmentation = augmentation or Augmentation()
         self._pool, self.seed = pool or ToolPool(), seed
         self._folder = folder
+        # A longer row cannot fit, so it is dropped before it is augmented, rendered and tokenized.
+        self._max_characters = min(MAX_CHARACTERS, seq_len * max(map(len, renderer.tokenizer.get_vocab()), default=1))
         self._rows: RowStore | None = None
 
     def __call__(self, items: np.ndarray) -> list[RenderedItem]:
@@ -69,6 +74,10 @@ class RenderWorker:
         return {**vars(self), "_rows": None}  # every process opens the file itself
 
     def _render(self, conversation: Conversation, row: int, epoch: int) -> RenderedItem:
+        if _count_characters(conversation) > self._max_characters:
+            is_largest = self._max_characters == MAX_CHARACTERS
+            limit = f"{MAX_CHARACTERS:,} characters" if is_largest else f"{self.seq_len} tokens"
+            return RenderedItem(row, epoch, [], f"longer than {limit}")
         left_plain = None
         augmented = augment(conversation, self._augmentation, epoch=epoch, seed=self.seed, pool=self._pool)
         if augmented != [conversation]:
@@ -101,6 +110,18 @@ class RenderWorker:
         if not any(any(part.loss_mask[1:]) for part in parts):  # nothing predicts the first token
             raise _UnusableError("no assistant tokens to train on")
         return parts
+
+
+def _count_characters(conversation: Conversation) -> int:
+    """Return the number of characters in all texts of a row."""
+    count, stack = 0, [conversation.messages, conversation.tools]
+    while stack:
+        item: Any = stack.pop()
+        if isinstance(item, str):
+            count += len(item)
+        elif isinstance(item, dict | list):
+            stack.extend(item.values() if isinstance(item, dict) else item)
+    return count
 
 
 class RenderTally:

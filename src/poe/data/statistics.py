@@ -65,7 +65,7 @@ class SourceStatistics:
 def compute_statistics(corpus: Corpus, renderer: Renderer | None = None) -> list[SourceStatistics]:
     """Count the rows of every source, and their tokens if there is a renderer.
 
-    A row that the chat template rejects has 0 tokens.
+    A row that the chat template rejects, or of more than `MAX_CHARACTERS`, has 0 tokens.
     """
     statistics = []
     for number, source in enumerate(corpus.sources):

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from poe.calls.arguments import check_calls
 from poe.calls.conversation import Conversation
 from poe.calls.forms.call_forms import parse_reply
+from poe.calls.tools import check_calls
 from poe.cascade import Cascade
 from poe.data.render import Renderer
 from poe.data.templates import reply_form
@@ -41,8 +41,12 @@ class CallScores:
 
 
 def split_question(conversation: Conversation) -> tuple[list[dict[str, Any]], list[tuple[str, Any]]]:
-    """Return the messages before the first assistant turn, and the calls of that turn as (name, arguments) pairs."""
-    first = next(i for i, m in enumerate(conversation.messages) if m["role"] == "assistant")
+    """Return the messages before the first assistant turn, and the calls of that turn as (name, arguments) pairs.
+
+    A turn with the weight 0, which is not trained on, is no reference.
+    """
+    answers = (i for i, m in enumerate(conversation.messages) if m["role"] == "assistant" and m.get("weight") != 0)
+    first = next(answers)
     calls = conversation.messages[first].get("tool_calls") or []
     return conversation.messages[:first], [(c["function"]["name"], c["function"]["arguments"]) for c in calls]
 
