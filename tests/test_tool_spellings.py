@@ -125,7 +125,7 @@ def test_python_functions_and_classes_are_tools() -> None:
         ([{"name": "f", "schema": SCHEMA}], "tools[0] 'f': tool with parameters under an unknown key ('schema')"),
         ([{"name": "f", "parameters": SCHEMA, "input_schema": BARE}], "tools[0] 'f': tool with two parameter schemas"),
         ({"result": {"tools": [TOOL, {"inputSchema": SCHEMA}]}}, "result.tools[1]: tool without a usable name"),
-        ({"functionDeclarations": [{"name": "f", "parameters": "{"}]}, "functionDeclarations[0] 'f': parameters not JSON"),
+        ([{"functionDeclarations": [{"parameters": "{"}]}], "tools[0].functionDeclarations[0]: parameters not JSON"),
         ([{"name": "f", "parameters": '{"a": 1, "a": 2}'}], "tools[0] 'f': parameters with one key twice"),
         ([TOOL, {**PLAIN, "input_schema": {}}], "one tool name, two definitions"),
         ("[" * 10_000, "tools not JSON"),

@@ -139,11 +139,11 @@ def read_tool(tool: Any, note: Note = no_note, *, flat: bool = False) -> Tool:
         parameters = object_schema(parameters, required, note, unmarked_required=unmarked)
     elif isinstance(parameters, dict) and parameters:
         parameters = _parse_properties(parameters)
-        if required and "required" not in parameters:
+        if required and parameters.get("required") is None:
             note("required moved into parameters")
             parameters = {**parameters, "required": required}
         for key in _DEFINITIONS:
-            if isinstance(function.get(key), dict) and key not in parameters:
+            if isinstance(function.get(key), dict) and parameters.get(key) is None:
                 note("definitions moved into parameters")
                 parameters = {**parameters, key: function[key]}
     return as_tool(name, description, parameters, note)
