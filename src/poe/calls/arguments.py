@@ -51,7 +51,7 @@ def check_call(tools: Sequence[Tool], name: str, arguments: Any) -> str | None:
         if reason := _Fitting(tool["parameters"]).find_mismatch(tool["parameters"], arguments, top=True):
             return reason
         return None if fits_schema(tool["parameters"], arguments) else "arguments do not fit the tool's schema"
-    except (TooComplexError, RecursionError):
+    except TooComplexError:
         return TOO_COMPLEX
     except Exception:  # a reference that leads nowhere or back to itself
         return CANNOT_APPLY

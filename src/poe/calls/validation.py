@@ -18,8 +18,8 @@ try:
 except ImportError:  # part of the extra `train`; without it, only the structural checks of `arguments` run
     jsonschema = None  # type: ignore[assignment]
 
-MAX_STEPS = 200_000
-"""The maximum number of comparisons of one check, about a second."""
+MAX_STEPS = 100_000
+"""The maximum number of comparisons of one check, about half a second."""
 
 MAX_PATTERN = 10_000
 MATCH_SECONDS = 0.1

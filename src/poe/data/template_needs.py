@@ -60,7 +60,9 @@ class TemplateNeeds:
 
         Templates handle a missing key, but many print `None`.
         """
-        adapted = [{k: value for k, value in message.items() if value is not None and k != "weight"} for message in messages]
+        adapted = [
+            {k: value for k, value in message.items() if value is not None and k != "weight"} for message in messages
+        ]
         if self.no_system:
             adapted = _join_system(adapted)
         if self.short_ids:
