@@ -126,7 +126,7 @@ def calibrate(
 def call(
     repo: Repo,
     question: Annotated[str, typer.Argument(help="The user's question.")],
-    tools: Annotated[Path, typer.Option(help="JSON file with a list of OpenAI-style tools.")],
+    tools: Annotated[Path, typer.Option(help="JSON file with tools: OpenAI, Anthropic, MCP, ... (any spelling).")],
     base: Base = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     max_new_tokens: NewTokens = 256,
