@@ -12,6 +12,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from poe.errors import FingerprintError
 from poe.files.output import atomic_folder
 from poe.loaders.tokenizer import load_tokenizer
+from poe.loaders.tokenizer_files import save_tokenizer
 from poe.loaders.unchanged import REMEDY, Record, check_unchanged, find_changed_weight
 from poe.modeling.fingerprint import fingerprint_tensors
 from poe.modeling.lineage import BaseSource
@@ -104,8 +105,7 @@ def save_base_folder(
     target = Path(folder).expanduser().absolute()
     with atomic_folder(target) as temporary:
         model.save_pretrained(temporary)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
+        save_tokenizer(tokenizer, temporary)
         if card is not None:
             (temporary / "README.md").write_text(card, encoding="utf-8")
     return target

@@ -19,6 +19,7 @@ from poe.errors import FamilyError, OutputError, StageError
 from poe.files.output import OWN_FILES, atomic_folder
 from poe.loaders.base import Base
 from poe.loaders.stage_folder import write_generation_config
+from poe.loaders.tokenizer_files import save_tokenizer
 from poe.modeling.access import read_config
 from poe.modeling.families import family_of
 from poe.modeling.lineage import BaseSource
@@ -89,8 +90,7 @@ def export_native(
             text = json.dumps(index, indent=2, sort_keys=True) + "\n"
             (temporary / "model.safetensors.index.json").write_text(text, encoding="utf-8")
         _save_configs(base.source, stage, model, temporary)
-        if base.tokenizer is not None:
-            base.tokenizer.save_pretrained(temporary)
+        save_tokenizer(base.tokenizer, temporary, base.source)
         (temporary / "README.md").write_text(_render_card(base, stage, model), encoding="utf-8")
     return target
 

@@ -18,6 +18,7 @@ from poe.errors import StageError
 from poe.files.output import atomic_folder
 from poe.loaders.base import Base
 from poe.loaders.card import example_prompt, notice, stage_card
+from poe.loaders.tokenizer_files import save_tokenizer
 from poe.modeling import modeling_poe_stage
 from poe.modeling.access import Access, fetch, first_line, read_config, read_json
 from poe.modeling.delta_file import DELTA_NAME, as_stored, format_of, write_delta
@@ -102,8 +103,7 @@ def _write_companions(
     _write_json(temporary / "config.json", config)
     for path in network_files():
         shutil.copyfile(path, temporary / path.name)
-    if base.tokenizer is not None:
-        base.tokenizer.save_pretrained(temporary)
+    save_tokenizer(base.tokenizer, temporary, base.source)
     write_generation_config(generation, temporary)
     details = dict(training or {})
     if training is not None:
