@@ -67,7 +67,7 @@ def test_twenty_steps_lower_the_loss_and_every_door_opens_the_same_stage(run, sm
 
 
 def test_a_call_in_the_template_of_the_base_is_read_back(smollm2: Path) -> None:
-    from poe.loaders.base import load_tokenizer
+    from poe.loaders.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(str(smollm2))
     renderer = Renderer(tokenizer)

