@@ -28,7 +28,7 @@ def save_tokenizer(tokenizer: Any, folder: Path, source: BaseSource | None = Non
 
     If the files of the base at `source`, or those that the tokenizer was loaded from, make the same tokenizer, they are
     copied byte for byte. A chat template that was changed since replaces theirs. The files of another tokenizer, as
-    after `add_tokens`, are written by transformers, in the words that its versions 4 and 5 share.
+    after `add_tokens`, are written by transformers, in the words that its versions 4 and 5 share if there are any.
     """
     if tokenizer is None:
         return
@@ -52,7 +52,7 @@ def save_tokenizer(tokenizer: Any, folder: Path, source: BaseSource | None = Non
                 continue
         _copy_files(files, config, folder, keep_template=tokenizer.chat_template == original.chat_template)
         return
-    _write_shared_words(folder / CONFIG)
+    _write_shared_words(folder)
 
 
 def _read_contents(folder: Path) -> dict[str, Any]:
@@ -82,14 +82,31 @@ def _copy_files(files: dict[str, str], config: dict[str, Any], folder: Path, *, 
         _write_json(folder / CONFIG, config)
 
 
-def _write_shared_words(path: Path) -> None:
-    """Rewrite a tokenizer_config.json of transformers 5 so that version 4 reads it too."""
-    config = json.loads(path.read_text(encoding="utf-8"))
+def _write_shared_words(folder: Path) -> None:
+    """Rewrite a tokenizer_config.json of transformers 5 so that version 4 reads it too, if version 5 still reads it.
+
+    For some families version 5 takes another class than the one that the file names.
+    """
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    shared = {name: value for name, value in config.items() if name != "extra_special_tokens"}
     if config.get("tokenizer_class") == "TokenizersBackend":
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if isinstance(config.get("extra_special_tokens"), list):
-        config["additional_special_tokens"] = config.pop("extra_special_tokens")
-    _write_json(path, config)
+        shared["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if "extra_special_tokens" in config:
+        is_list = isinstance(config["extra_special_tokens"], list)
+        shared["additional_special_tokens" if is_list else "extra_special_tokens"] = config["extra_special_tokens"]
+    if shared == config:
+        return
+    contents = _read_contents(folder)
+    _write_json(folder / CONFIG, shared)
+    try:
+        again = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        with tempfile.TemporaryDirectory() as temporary:
+            again.save_pretrained(temporary)
+            is_same = _read_contents(Path(temporary)) == contents
+    except Exception:  # a class that does not fit the files can raise any error
+        is_same = False
+    if not is_same:
+        _write_json(folder / CONFIG, config)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
