@@ -208,7 +208,7 @@ def test_base_without_chat_template_gets_one_that_is_saved_with_the_stage(base: 
     long = {**SMALL, "seq_len": 4096, "tokens_per_step": 4096, "max_steps": 1}
     train_stage(cascade, "demo", "demo=40", tmp_path / "out", progress=QUIET, **long)
     saved = Cascade.from_pretrained(tmp_path / "out").tokenizer
-    assert saved.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False) == "User: hello\n\n"
+    assert saved.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False) == "<|bos|>User: hello\n\n"
 
 
 def test_tokenizer_without_end_of_turn_is_refused_before_anything_is_written(base: Path, tmp_path: Path) -> None:
