@@ -21,6 +21,7 @@ from poe.decoding.speculation import SelfSpeculation
 from poe.decoding.strategy import Expert, Strategy
 from poe.errors import DecodingError, DeltaError, StageError, suggest
 from poe.loaders.base import Base, open_base
+from poe.loaders.options import read_options
 from poe.loaders.repository import embedded_folders, locate
 from poe.loaders.unchanged import check_plain_model
 from poe.modeling.access import Access, read_config
@@ -79,13 +80,13 @@ class Cascade:
         """Open a base, or a stage with its base and parents. An opened stage is active.
 
         `repo` is a folder, a Hub repository, or "demo" for the base inside this package. `base` is the location of a
-        stage's base (default: the environment variable POE_BASE, then the location that the stage names). `options` go
-        to the base's own `from_pretrained` (attn_implementation, quantization_config, offload_folder, ...). A base may
-        be quantized or offloaded; stages stay in plain tensors. `verify=False` skips the comparison of fingerprints and
-        warns. Raises `SourceError`, `LineageError`, `FingerprintError`, `DeltaError` or `FamilyError`.
+        stage's base (default: the environment variable POE_BASE, then the location that the stage names). `options` are
+        other keywords of transformers (`poe.loaders.options`). A base may be quantized or offloaded; stages stay in
+        plain tensors. `verify=False` skips the comparison of fingerprints and warns.
+        Raises `SourceError`, `LineageError`, `FingerprintError`, `DeltaError` or `FamilyError`.
         """
-        access = Access(token, cache_dir, local_files_only)
-        location = locate(repo)
+        location, options = read_options(locate(repo), dtype, options)
+        access = Access(token, cache_dir, local_files_only, options.pop("force_download", False))
         config, _ = read_config(location, access, revision)
         lineage: Lineage | None = None
         if is_stage(config):
@@ -107,7 +108,6 @@ class Cascade:
             tokenizer_repo=location,
             tokenizer_revision=tokenizer_revision,
             trust_remote_code=trust_remote_code,
-            dtype=dtype,
             device_map=device_map,
             verify=verify,
             **options,

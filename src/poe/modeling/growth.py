@@ -6,13 +6,16 @@ that holds the base's modules and those layers on top. The base stays usable and
 
 import copy
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
+from .failures import StageError
 from .families import family_of, grown_config
 from .heads import FoldedHead
 from .placement import device_of, exclude_from_quantization, load_parameter
@@ -101,6 +104,8 @@ def sync_attention(base: PreTrainedModel, model: PreTrainedModel) -> None:
     """Make `set_attn_implementation` on the base or any shell reach all models that share its layers."""
     backbone = family_of(base).backbone_of(model)
     backbone.register_forward_pre_hook(SyncAttention(model.config, _layers_config(base)))
+    if not family_of(base).recurrent:  # such a base has a cache for every cycle
+        backbone.register_forward_pre_hook(partial(_check_cache, model.config.num_hidden_layers), with_kwargs=True)
 
 
 def make_standalone(base: PreTrainedModel, model: PreTrainedModel) -> PreTrainedModel:
@@ -219,6 +224,20 @@ def _install_output_hooks(
     maybe_install_capturing_hooks(backbone)  # type: ignore[arg-type]
     for layer in new:
         layer._records_outputs = True  # type: ignore[assignment]
+
+
+def _check_cache(depth: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise `StageError` for a cache that a model of another depth has filled: some layers would miss tokens."""
+    cache = kwargs.get("past_key_values")
+    layers = cache.layers if type(cache) is DynamicCache else []
+    lengths = [layer.get_seq_length() for layer in layers if isinstance(layer, DynamicLayer)]
+    if len(lengths) < len(layers):  # some layers keep no keys
+        return
+    if any(lengths) and (len(lengths) != depth or len(set(lengths)) > 1):
+        raise StageError(
+            f"The key-value cache has {sum(map(bool, lengths))} layers with tokens, and this model has {depth}: it was "
+            "filled by another model. Use one cache for each stage. Forks that are active on the answer can share one."
+        )
 
 
 def _move_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:

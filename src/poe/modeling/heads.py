@@ -132,6 +132,12 @@ class FoldedHead(nn.Module):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Map hidden states (..., width) to logits (..., vocabulary)."""
         weight = self.weight
+        if weight.is_meta:
+            raise FamilyError(
+                "The head of this model was offloaded after the stage was added (accelerate's cpu_offload or "
+                "disk_offload), and a stage's head is computed from it. Open the base with "
+                "Cascade.from_pretrained(..., device_map=...), which offloads the base and keeps its head in memory."
+            )
         if hidden.device != weight.device:
             hidden = hidden.to(weight.device)
         if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(weight.device.type):
