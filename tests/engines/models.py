@@ -18,15 +18,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "olmo": {},
     "olmo2": {},
     "olmo3": WINDOW,
-    "phi": {"num_key_value_heads": 4},
     "phi3": {},
     "apertus": {},
     "arcee": {},
-    "cohere": {"logit_scale": 1.0},
-    "cohere2": {"logit_scale": 1.0, **WINDOW},
+    "cohere": {},
+    "cohere2": WINDOW,
     "ernie4_5": {"head_dim": 16},
     "exaone4": {**WINDOW, "sliding_window_pattern": 4},
-    "glm": {"head_dim": 16},
     "glm4": {"head_dim": 16},
     "gpt_neox": {},
     "hunyuan_v1_dense": {"head_dim": 16},
@@ -37,7 +35,20 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 # Families that llama.cpp's converter reads with a SentencePiece model, which may be small. It takes a byte-level
 # tokenizer only if it is a published one: the others have that of SmolLM2.
-SENTENCEPIECE = ("llama", "mistral", "smollm3", "apertus", "arcee", "gemma", "gemma2", "gemma3_text", "ernie4_5")
+SENTENCEPIECE = (
+    "llama",
+    "mistral",
+    "smollm3",
+    "apertus",
+    "arcee",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "ernie4_5",
+    "nemotron",
+)
+# Families whose exports llama.cpp's converter refuses, and its reason: their head is the embedding there.
+REFUSED = dict.fromkeys(("cohere", "cohere2"), "Can not map tensor 'lm_head.weight'")
 REAL = ("smollm2-new", "smollm2-fork")
 ADAPTERS = ("smollm2-lora-1", "smollm2-lora-2")  # forks of the real base as LoRA adapters of PEFT
 
