@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from conftest import BASES, EXEMPLARS, RECURRENT, mostly_slow, scramble, tiny_base, token_ids
+from conftest import BASES, EXEMPLARS, RECURRENT, mostly_slow, scramble, tiny_base, tiny_model, token_ids
 from poe import Cascade, StageConfig
 from poe.decoding import SelfSpeculation
 from poe.errors import DecodingError, DeltaError, FamilyError, PoEError, StageError
@@ -201,6 +201,47 @@ def test_reading_the_prompt_keeps_no_graph() -> None:
         boundary.above(read, ids, positions, labels != -100)
     assert saved
     assert not any(t.requires_grad for t in (read.states, read.keys, read.values))
+
+
+@pytest.mark.parametrize("name", mostly_slow(FAMILIES, ["llama"]))
+def test_dense_answers_compile_to_whole_graphs_for_any_number_of_tokens(name: str) -> None:
+    """At most three: the layers below, the fork at a first number of answer tokens, and the fork at any number."""
+    graphs = []
+    torch.compiler.reset()
+    model_type, fields = BASES[name]
+    cascade = Cascade(tiny_model(model_type, {"num_hidden_layers": 1, **fields} if name == "llama" else fields))
+    cascade.add_stage(name="f", layers="fork", attach_at=0, rank=2, active="answer", head="none")
+    stage = cascade.stages["f"].requires_grad_(True)
+    scramble(stage, seed=1)
+    ids, positions, labels, _ = dense_case(cascade.base)
+    eager, compiled = AnswerBoundary(cascade.base, stage), AnswerBoundary(cascade.base, stage)
+    for half in (compiled._lower, compiled._upper):  # as compile() does, with a backend that takes no time
+        half.compile(fullgraph=True, backend=lambda graph, inputs: (graphs.append(graph), graph)[1])
+    for prompt in (0, 18, 22):
+        cascade.model("f").train()
+        active = (labels != -100).index_fill(1, torch.arange(prompt), False)
+        results = []
+        for boundary in (eager, compiled):
+            hidden = boundary.above(boundary.below(ids, positions), ids, positions, active)
+            hidden.square().sum().backward()
+            results.append([hidden.detach(), *(p.grad.clone() for p in stage.parameters())])
+            stage.zero_grad()
+        torch.testing.assert_close(results[1], results[0])
+    assert len(graphs) <= 3
+
+
+@pytest.mark.parametrize("kind", [Boundary, AnswerBoundary])
+def test_dropout_of_the_layers_below_is_off_while_the_stage_learns(kind: type) -> None:
+    cascade = Cascade(tiny_model("llama", {"attention_dropout": 0.5}))
+    active = "answer" if kind is AnswerBoundary else "all"
+    cascade.add_stage(name="f", layers="fork", attach_at=1, rank=4, active=active)
+    boundary, ids = kind(cascade.base, cascade.stages["f"]), token_ids()
+    positions = torch.arange(ids.shape[1]).expand_as(ids)
+    cascade.model("f").train()
+    first, again = (boundary.below(ids, positions) for _ in range(2))
+    if kind is AnswerBoundary:
+        first, again = first.states, again.states
+    assert torch.equal(first, again)
 
 
 def test_what_cannot_be_a_fork_is_refused() -> None:

@@ -1,5 +1,6 @@
 """Forks are trained by the engine: on all tokens, on answers alone, and from a cache of what the base read."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,27 @@ def test_answers_of_different_lengths_pass_a_fork_in_few_shapes() -> None:
     assert _dense_places(torch.ones(1, 40, dtype=torch.bool)).shape == (1, 40)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("active", "cache_hidden"), [("answer", False), ("answer", True), ("all", True)])
+def test_a_compiled_fork_learns_the_same_in_whole_graphs(
+    demo_base: Path, tmp_path: Path, active: str, cache_hidden: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POE_CACHE", str(tmp_path / "cache"))
+    fields = {"active": active, "cache_hidden": cache_hidden, "tokens_per_step": 512, "max_steps": 2}
+    losses, _ = train(demo_base, tmp_path / "plain", **fields)
+    graphs = []
+
+    def keep_graph(graph: torch.fx.GraphModule, inputs: object) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph  # runs as it was captured, without the minutes of inductor
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=keep_graph, fullgraph=True))
+    again, _ = train(demo_base, tmp_path / "compiled", compile=True, **fields)
+    assert again == pytest.approx(losses, rel=1e-5)
+    # the stage (for a first number of answer tokens, then for any), and without a cache the trunk
+    assert len(graphs) <= (2 if active == "answer" else 1) + (not cache_hidden)
+
+
 def test_an_interrupted_fork_ends_with_the_same_bytes(demo_base: Path, tmp_path: Path) -> None:
     _, whole = train(demo_base, tmp_path / "whole", active="answer")
 
@@ -106,7 +128,5 @@ def test_a_run_reports_where_the_fork_begins(tmp_path: Path, capsys: pytest.Capt
 def test_a_fork_does_not_stand_on_a_divided_base() -> None:
     with pytest.raises(RecipeError, match="shard_base divides"):
         Recipe(name="f", layers="fork", attach_at=1, shard_base=True)
-    with pytest.raises(RecipeError, match="compile and active"):
-        Recipe(name="f", layers="fork", attach_at=1, active="answer", compile=True)
     with pytest.raises(RecipeError, match="at least 1 for new layers"):
         Recipe(name="f", attach_at=0)

@@ -11,7 +11,13 @@ import typer
 import yaml
 
 from command_line import run_program
-from poe.commands.recipe_options import NOT_OPTIONS, StageRecipeCommand, parse_field
+from poe.commands.recipe_options import (
+    NOT_OPTIONS,
+    StageRecipeCommand,
+    format_switch,
+    is_switch,
+    parse_field,
+)
 from poe.commands.reference import write_reference
 from poe.errors import RecipeError
 from poe.modeling.stage_config import StageConfig
@@ -163,10 +169,12 @@ def test_help_prints_sentence_type_and_default_by_group() -> None:
         for info in infos:
             if info.name in NOT_OPTIONS:
                 continue
-            flag = info.hint is bool and info.default == "false"
-            default = "(off)" if flag else format_value(getattr(recipe, info.name))
-            option = text[text.index(f"--{info.name.replace('_', '-')} ") :]
-            assert f"<{info.type}>" in option
+            flag, name = is_switch(info.hint), info.name.replace("_", "-")
+            default = format_value(getattr(recipe, info.name))
+            default = f"({format_switch(default)})" if flag else default
+            option = text[text.index(f"--{name} ") :]
+            assert f"--no-{name} " in option or not flag
+            assert ("<bool>" if flag else f"<{info.type}>") in option
             assert f"{info.sentence} [default: {default}]" in option, info.name
     assert "[default: 4]" in run_train("stage", "--help").stdout  # num_layers of `tool`, the default recipe
     assert "[default: 12]" in run_train("base", "--help").stdout
@@ -199,6 +207,12 @@ def test_only_what_is_given_overrides_the_recipe(tmp_path: Path) -> None:
         "cache_hidden": True,
     }
     assert load_recipe("demo", **given).augment == Augmentation(mask=0.3)
+    given.clear()
+    switches = {info.name for info in describe_fields(Recipe).values() if is_switch(info.hint)}
+    options = [f"--no-{name.replace('_', '-')}" for name in sorted(switches)]  # a recipe may have set any of them
+    typer.main.get_command(app).main(["demo", *options], standalone_mode=False)
+    assert given == dict.fromkeys(switches, False)
+    assert {"compile", "cache_hidden", "isolate_documents"} <= switches
 
 
 @pytest.mark.parametrize(

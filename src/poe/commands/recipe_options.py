@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 import yaml
@@ -52,7 +52,7 @@ class RecipeCommand(Command):
         for name, option in self.options.items():
             value = getattr(plan, name)
             if option.is_flag:
-                option.show_default = format_flag(value)
+                option.show_default = format_switch(format_value(value))
             else:
                 option.default = format_value(value)
 
@@ -87,13 +87,13 @@ def make_options(kind: type[Plan]) -> list[Any]:
         for info in infos:
             if info.name in NOT_OPTIONS:
                 continue
-            flag = info.hint is bool and info.default == "false"
+            flag, name = is_switch(info.hint), info.name.replace("_", "-")
             option = typer.Option(
-                f"--{info.name.replace('_', '-')}",
+                f"--{name}/--no-{name}" if flag else f"--{name}",
                 help=escape(info.sentence),
                 metavar=None if flag else f"<{info.type}>",
                 rich_help_panel=f"{group} (recipe)",
-                show_default=format_flag(False) if flag else True,
+                show_default=format_switch(info.default) if flag else True,
             )
             hint, default = (bool, False) if flag else (str, info.default)
             parameters.append((info.name, Annotated[hint, option], default))
@@ -102,9 +102,14 @@ def make_options(kind: type[Plan]) -> list[Any]:
     return list(typer.main.get_command(program).params)
 
 
-def format_flag(value: bool) -> str:
-    """Return a flag's default as `--help` prints it."""
-    return "on" if value else "off"
+def is_switch(hint: Any) -> bool:
+    """Return whether a field of this type has the options --NAME and --no-NAME."""
+    return hint is bool or bool in get_args(hint)
+
+
+def format_switch(value: str) -> str:
+    """Return the default of a switch, as YAML text, as `--help` prints it."""
+    return {"true": "on", "false": "off"}.get(value, value)
 
 
 def parse_field(name: str, text: Any, hint: Any) -> Any:

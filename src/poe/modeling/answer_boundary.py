@@ -77,6 +77,15 @@ class AnswerBoundary:
         self._lower_depth = int(lower.config.num_hidden_layers)
         self.device = device_of(base.get_input_embeddings())
 
+    def compile(self, *, below: bool = True) -> None:
+        """Compile the layers above the boundary with torch.compile, with `below` also those under it; at first use.
+
+        The number of answer tokens differs from batch to batch, so `above` is compiled twice: for the first number,
+        then for any.
+        """
+        for half in (self._lower, self._upper) if below else (self._upper,):
+            half.compile()
+
     @torch.no_grad()
     def below(self, input_ids: Tensor, position_ids: Tensor) -> Read:
         """Token ids and positions (B, T) -> what the layers below leave, without a graph."""
@@ -103,8 +112,7 @@ class AnswerBoundary:
 
         `active` is True at the tokens that predict an answer's tokens. All other places of the result are zero.
         """
-        if self._upper.training != self._stage_layer.training:
-            self._upper.train(self._stage_layer.training)
+        self._upper.train(self._stage_layer.training)  # `below` has put what both halves share into evaluation mode
         turn = _turns(active, position_ids)
         places = _dense_places(active)  # (B, M), past a row's own tokens any place
         real = torch.arange(places.shape[1], device=places.device) < active.sum(1, keepdim=True)

@@ -8,7 +8,6 @@ stage skipped; the last of them returns given hidden states. No module of the ba
 from typing import Any
 
 import torch
-from torch import nn
 
 from .families import family_of
 from .growth import build_shell, sync_attention
@@ -49,6 +48,11 @@ class Boundary:
         self.width = int(base.config.hidden_size)
         self.device = device_of(base.get_input_embeddings())
 
+    def compile(self, *, below: bool = True) -> None:
+        """Compile the layers above the boundary with torch.compile, with `below` also those under it; at first use."""
+        for half in (self._lower, self._upper) if below else (self._upper,):
+            half.compile()
+
     @torch.no_grad()
     def below(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """Map token ids and positions (B, T) to the states at the boundary (B, K, T, D), before any norm.
@@ -56,13 +60,13 @@ class Boundary:
         K is `states`: 1, or 2 if a lower layer's output is also used above the stage. The last is the stage's input.
         There is no autograd graph.
         """
-        _set_mode(self._lower, False)
+        self._lower.eval()  # each time: `train` of the grown model reaches the layers that both share
         self._lower(input_ids=input_ids, position_ids=position_ids, use_cache=False)
         return torch.stack([layer.take() for layer in self._recorded.values()], dim=1)
 
     def above(self, states: torch.Tensor, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """Map states (B, K, T, D), token ids and positions (B, T) to normalized hidden states (B, T, D)."""
-        _set_mode(self._upper, self._stage_layer.training)
+        self._upper.train(self._stage_layer.training)
         for layer, state in zip(self._inputs.values(), states.unbind(1), strict=True):
             layer.state = state
         try:
@@ -73,8 +77,3 @@ class Boundary:
             for layer in self._inputs.values():
                 layer.state = None
         return output
-
-
-def _set_mode(backbone: nn.Module, training: bool) -> None:
-    if backbone.training != training:
-        backbone.train(training)

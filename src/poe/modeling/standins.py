@@ -43,6 +43,12 @@ class RecordedLayer(SkippedLayer):
         self.state = self._layer[0](hidden_states, *args, **kwargs)
         return self.state
 
+    def train(self, mode: bool = True) -> "RecordedLayer":
+        """Set the mode of the layer too, which is not a child of this module."""
+        self._layer[0].train(mode)
+        super().train(mode)
+        return self
+
     def take(self) -> torch.Tensor:
         """Return the latest output and remove it."""
         state, self.state = self.state, None

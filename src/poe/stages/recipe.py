@@ -88,8 +88,8 @@ class Plan:
     """Trackers that receive the metrics of every step, comma-separated: trackio, wandb, tensorboard."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Dtype of weights and activations. Auto: bfloat16 where the hardware multiplies it, else float32."""
-    compile: bool = False
-    """Compile the forward pass with torch.compile: about a minute at the start, then faster steps."""
+    compile: bool | Literal["auto"] = False
+    """Compile the forward pass with torch.compile: about a minute at the start, then faster steps. Auto: on a GPU."""
     checkpoint_activations: bool = False
     """Recompute the trained layers in the backward pass: slower steps, less memory."""
     seed: int = 0
@@ -170,23 +170,16 @@ class Recipe(Plan):
         super().__post_init__()
         if self.attach_at == 0 and self.layers == "new":
             raise RecipeError(f"Recipe {self.name!r}: attach_at should be at least 1 for new layers, got 0.")
-        if self.active == "answer" and self.compile:
-            raise RecipeError(
-                f"Recipe {self.name!r}: compile and active: answer cannot be combined, because the number of answer "
-                "tokens changes with every batch. Remove one of them."
-            )
         if self.layers == "fork" and self.shard_base:
             raise RecipeError(
                 f"Recipe {self.name!r}: shard_base divides the base's layers, and a fork reads their weights. Remove "
                 "shard_base, or use layers: new."
             )
-        for other in ("compile", "shard_base"):
-            if self.cache_hidden and getattr(self, other):
-                raise RecipeError(
-                    f"Recipe {self.name!r}: cache_hidden and {other} cannot be combined: training from the cache has "
-                    f"{'no forward pass of the whole model to compile' if other == 'compile' else 'no base to shard'}. "
-                    "Choose one of them."
-                )
+        if self.cache_hidden and self.shard_base:
+            raise RecipeError(
+                f"Recipe {self.name!r}: cache_hidden and shard_base cannot be combined: training from the cache has no "
+                "base to shard. Choose one of them."
+            )
 
     def as_dict(self) -> dict[str, Any]:
         return {**super().as_dict(), "augment": self.augment.as_dict()}
@@ -241,11 +234,16 @@ class BaseRecipe(Plan):
                 f"Recipe {self.name!r}: stage_layers is {stages}, expected positive numbers that sum to the "
                 f"{self.num_layers} layers (num_layers)."
             )
-        if self.compile and self.learning == "local" and len(stages) > 1:
+        if self.compile is True and self.learns_locally:
             raise RecipeError(
                 f"Recipe {self.name!r}: compile and local learning cannot be combined, because the backward pass of a "
                 "stage runs before the forward pass of the next one. Choose learning: backprop, or leave compile out."
             )
+
+    @property
+    def learns_locally(self) -> bool:
+        """Whether several stages learn, each from its own loss."""
+        return self.learning == "local" and len(self.stage_layers or ()) > 1
 
     @property
     def learning_rates(self) -> dict[str, Any]:

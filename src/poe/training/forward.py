@@ -14,6 +14,8 @@ from transformers.masking_utils import create_causal_mask
 
 from poe.data.packing import IGNORED, Batch
 from poe.errors import TrainingError
+from poe.modeling.answer_boundary import AnswerBoundary
+from poe.modeling.boundary import Boundary
 
 
 def prompt_positions(batch: Batch) -> Tensor:
@@ -54,21 +56,36 @@ def compile_forward(backbone: nn.Module) -> Callable[..., Any]:
     """Return a compiled forward pass of `backbone`; the module, its parameter names and its hooks do not change.
 
     Compilation happens at the first call. Every row is full, so there is one shape to compile, or two if the last
-    micro-batch of a step is smaller. The first call raises `TrainingError` if compilation fails.
+    micro-batch of a step is smaller. The first call raises `TrainingError` if compilation fails. What was compiled
+    before in this process is forgotten, because it counts against torch's limit of recompilations.
     """
+    torch.compiler.reset()
     compiled = torch.compile(backbone, dynamic=False)
 
     def forward(**inputs: Any) -> Any:
-        try:
+        with explain_failed_compilation(backbone):
             return compiled(**inputs)
-        except TorchDynamoException as error:
-            reason = str(error).strip().splitlines()[0]
-            raise TrainingError(
-                f"torch.compile cannot compile the {type(backbone).__name__}: {reason} On a CPU it needs a C++ "
-                "compiler. To train without it, at some cost in speed, set compile: false."
-            ) from error
 
     return forward
+
+
+def compile_boundary(boundary: Boundary | AnswerBoundary, *, below: bool) -> None:
+    """Let a boundary compile its layers, with `below` also those under the stage, at their first use."""
+    torch.compiler.reset()
+    boundary.compile(below=below)
+
+
+@contextmanager
+def explain_failed_compilation(model: nn.Module) -> Iterator[None]:
+    """Raise `TrainingError` instead of the errors of torch.compile."""
+    try:
+        yield
+    except TorchDynamoException as error:
+        reason = str(error).strip().splitlines()[0]
+        raise TrainingError(
+            f"torch.compile cannot compile the {type(model).__name__}: {reason} On a CPU it needs a C++ compiler. To "
+            "train without it, at some cost in speed, set compile: false (--no-compile)."
+        ) from error
 
 
 @contextmanager

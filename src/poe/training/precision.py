@@ -1,12 +1,17 @@
-"""The dtype and the device of a run.
+"""The dtype and the device of a run, and whether it is compiled.
 
 A trained tensor is fp32, or bf16 with an fp32 master copy in the optimizer's state. It is never fp16. The smallest
 number of fp16 is 6e-8, and the gradient of a loss averaged over the tokens of a step is smaller than that without a
 loss scaler. bf16 has the range of fp32 and needs no scaler.
 """
 
+import os
+import shutil
+from typing import Literal
+
 import torch
 from torch import nn
+from torch.utils._triton import has_triton
 from transformers import PreTrainedModel
 
 from poe.errors import TrainingError
@@ -37,6 +42,14 @@ def choose_dtype(wanted: str, device: torch.device | str = "cpu") -> torch.dtype
     if wanted not in TRAINED_DTYPES:
         raise TrainingError(f"Cannot train in {wanted!r}: expected auto, bfloat16 or float32.")
     return TRAINED_DTYPES[wanted]
+
+
+def choose_compile(wanted: bool | Literal["auto"], device: torch.device | str) -> bool:
+    """Return whether to compile, for a recipe's `compile`; `auto` is true on a GPU that has Triton and a C compiler."""
+    if wanted != "auto":
+        return wanted
+    compilers = (os.environ.get("CC") or "cc", "gcc", "clang")
+    return torch.device(device).type == "cuda" and has_triton() and any(map(shutil.which, compilers))
 
 
 def stage_dtype(wanted: str, base: PreTrainedModel) -> torch.dtype:

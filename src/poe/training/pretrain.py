@@ -23,7 +23,7 @@ from poe.training.engine import Engine
 from poe.training.forward import recompute_activations
 from poe.training.hidden_states.sources import HiddenSources, StagePredictions, WholeModel
 from poe.training.interrupts import stop_signals_raise
-from poe.training.precision import choose_dtype
+from poe.training.precision import choose_compile, choose_dtype
 from poe.training.preflight import Preflight, Report
 from poe.training.reporting.history import History
 from poe.training.reporting.progress import Progress
@@ -155,7 +155,8 @@ def _make_network(recipe: BaseRecipe) -> tuple[Any, Any]:
 
 def _make_sources(model: PoEForCausalLM, recipe: BaseRecipe) -> HiddenSources:
     stages = StagePredictions(model, recipe.learning == "local")
-    return HiddenSources(WholeModel(model, compile=True) if recipe.compile else stages, stages)
+    compiled = not recipe.learns_locally and choose_compile(recipe.compile, model.device)
+    return HiddenSources(WholeModel(model, compile=True) if compiled else stages, stages)
 
 
 def _continue_network(recipe: BaseRecipe, config: PoEConfig) -> Any:

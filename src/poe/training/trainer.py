@@ -28,7 +28,7 @@ from poe.training.hidden_states.sources import stage_sources, whole_model_source
 from poe.training.interrupts import Interrupted, stop_signals_raise
 from poe.training.parallel.distributed import SINGLE_PROCESS, World, count_rows_per_step
 from poe.training.parallel.sharding import prefetch_layers
-from poe.training.precision import check_not_fp16, stage_dtype
+from poe.training.precision import check_not_fp16, choose_compile, stage_dtype
 from poe.training.preflight import Preflight, Report, check_questions, describe_failure
 from poe.training.reporting.history import History
 from poe.training.reporting.progress import Progress
@@ -244,7 +244,7 @@ def _build_engine(job: _Job, prepared: TrainingData, grown: _Grown) -> Engine:
     train, val = prepared.train, prepared.val
     num_steps = plan.max_steps or train.num_steps(plan.tokens_per_step // plan.seq_len)
     if grown.is_sharded:
-        sources = whole_model_sources(model, plan.compile)
+        sources = whole_model_sources(model, choose_compile(plan.compile, model.device))
     else:
         sources = stage_sources(job.cascade, plan, train, val, num_steps, context.progress)
     sizes = token_bytes(job.cascade.tokenizer, model.config.vocab_size)

@@ -22,9 +22,11 @@ from poe.modeling.answer_boundary import AnswerBoundary, Read
 from poe.modeling.boundary import Boundary
 from poe.modeling.families import is_prefix_lm
 from poe.modeling.modeling_poe import PoEForCausalLM
+from poe.modeling.placement import device_of
 from poe.stages.recipe import Recipe
-from poe.training.forward import compile_forward, prefix_lm_mask
+from poe.training.forward import compile_boundary, compile_forward, explain_failed_compilation, prefix_lm_mask
 from poe.training.hidden_states.disk_cache import DiskCache, RowReader, boundary_facts
+from poe.training.precision import choose_compile
 from poe.training.reporting.progress import Progress
 
 BoundaryStates = Callable[[Batch], Tensor]  # rows of (B, T) tokens -> states at the boundary (B, K, T, D)
@@ -91,7 +93,8 @@ class AboveBoundary:
         self._model, self._boundary, self._states = model, boundary, states
 
     def __call__(self, batch: Batch) -> Tensor:
-        return self._boundary.above(self._states(batch), batch.input_ids, batch.position_ids)
+        with explain_failed_compilation(self._model):
+            return self._boundary.above(self._states(batch), batch.input_ids, batch.position_ids)
 
     def predictions(self, batch: Batch, learning: bool = False) -> Iterator[Prediction]:
         yield _predict(self._model, self(batch))
@@ -170,7 +173,9 @@ class AnswerTokens:
         self._model, self._boundary, self._read, self.cached = model, boundary, read, cached
 
     def __call__(self, batch: Batch) -> Tensor:
-        return self._boundary.above(self._read(batch), batch.input_ids, batch.position_ids, batch.labels != IGNORED)
+        active = batch.labels != IGNORED
+        with explain_failed_compilation(self._model):
+            return self._boundary.above(self._read(batch), batch.input_ids, batch.position_ids, active)
 
     def predictions(self, batch: Batch, learning: bool = False) -> Iterator[Prediction]:
         yield _predict(self._model, self(batch))
@@ -226,16 +231,19 @@ def stage_sources(
 ) -> HiddenSources:
     """Return the sources of stage `plan.name`, and fill the cache on disk if the recipe has one.
 
+    Of a run that compiles, only training rows run compiled, and a cache is filled without: other runs read it too.
+
     Raises `OutputError` when the cache does not fit on the disk. With `cache_hidden` raises `TrainingError` for a base
     with upper layers that read more than the hidden state below them, or with states that depend on more than the row.
     """
-    model, base = cascade.model(plan.name), cascade.base
-    if cascade.stages[plan.name].config.active == "answer":
-        return _answer_sources(cascade, plan, train, val, num_steps, progress)
-    if cascade.stages[plan.name].below == 0:  # a fork of every layer has no boundary
-        return whole_model_sources(model, plan.compile)
-    boundary = Boundary(base, cascade.stages[plan.name])
-    sources = whole_model_sources(model, plan.compile)
+    model, base, stage = cascade.model(plan.name), cascade.base, cascade.stages[plan.name]
+    compiled = choose_compile(plan.compile, device_of(base.get_input_embeddings()))
+    if stage.config.active == "answer":
+        return _answer_sources(cascade, plan, train, val, num_steps, progress, compiled)
+    sources = whole_model_sources(model, compiled)
+    if stage.below == 0:  # a fork of every layer has no boundary
+        return sources
+    boundary = Boundary(base, stage)
     if is_prefix_lm(base.config):
         if plan.cache_hidden:
             raise TrainingError(
@@ -253,11 +261,21 @@ def stage_sources(
     if not plan.cache_hidden:
         return sources._replace(val=AboveBoundary(model, boundary, MemoryCache(boundary)))
     train_cache, val_cache = _fill_caches(cascade, plan, boundary, train, val, num_steps, progress)
-    return HiddenSources(AboveBoundary(model, boundary, train_cache), AboveBoundary(model, boundary, val_cache))
+    above = boundary
+    if compiled:
+        above = Boundary(base, stage)
+        compile_boundary(above, below=False)
+    return HiddenSources(AboveBoundary(model, above, train_cache), AboveBoundary(model, boundary, val_cache))
 
 
 def _answer_sources(
-    cascade: Cascade, plan: Recipe, train: PackedRows, val: PackedRows, num_steps: int, progress: Progress
+    cascade: Cascade,
+    plan: Recipe,
+    train: PackedRows,
+    val: PackedRows,
+    num_steps: int,
+    progress: Progress,
+    compiled: bool,
 ) -> HiddenSources:
     """Return the sources of a fork that is active on the answer."""
     model, base = cascade.model(plan.name), cascade.base
@@ -266,18 +284,21 @@ def _answer_sources(
             "active: answer needs a base that reads its prompt from left to right, and this one reads it in both "
             "directions (prefix_lm). Use active: all."
         )
-    boundary = AnswerBoundary(base, cascade.stages[plan.name])
+    above = boundary = AnswerBoundary(base, cascade.stages[plan.name])
+    if compiled:
+        above = AnswerBoundary(base, cascade.stages[plan.name])
+        compile_boundary(above, below=not plan.cache_hidden)
     packed = PackedReads(boundary, train.batch(0, 1))
-    if not plan.cache_hidden:
-        read = partial(_read_rows, boundary)
-        remembered = MemoryCache(packed)
+    if plan.cache_hidden:
+        train_cache, val_cache = _fill_caches(cascade, plan, packed, train, val, num_steps, progress)
         return HiddenSources(
-            AnswerTokens(model, boundary, read, cached=False),
-            AnswerTokens(model, boundary, partial(_read_cache, packed, remembered), cached=True),
+            AnswerTokens(model, above, partial(_read_cache, packed, train_cache), cached=True),
+            AnswerTokens(model, boundary, partial(_read_cache, packed, val_cache), cached=True),
         )
-    caches = _fill_caches(cascade, plan, packed, train, val, num_steps, progress)
-    reads = [partial(_read_cache, packed, cache) for cache in caches]
-    return HiddenSources(*(AnswerTokens(model, boundary, read, cached=True) for read in reads))
+    return HiddenSources(
+        AnswerTokens(model, above, partial(_read_rows, above), cached=False),
+        AnswerTokens(model, boundary, partial(_read_cache, packed, MemoryCache(packed)), cached=True),
+    )
 
 
 def _read_rows(boundary: AnswerBoundary, batch: Batch) -> Read:

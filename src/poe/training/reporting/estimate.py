@@ -175,11 +175,12 @@ def network_speed(hidden: Callable[[Batch], torch.Tensor], rows: Batch, flops_pe
     """Return the operations per second of a forward pass of `rows` through the network, without its head.
 
     The network itself is measured. The speed of a single matrix product does not predict that of a small model, where
-    norms and attention take as long as the matrices, or that of a recurrent one.
+    norms and attention take as long as the matrices, or that of a recurrent one. A run that compiles is measured
+    without: passes without a gradient would have to be compiled too, for this alone.
     """
     device = rows.input_ids.device
     fastest = float("inf")
-    with torch.no_grad():
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         for _ in range(3):  # the first pass includes preparations
             _synchronize(device)
             started = time.perf_counter()
