@@ -188,6 +188,8 @@ def fork(
     optimizer = build_optimizer(own.named_parameters(), 768, betas=(0.9, 0.999), **rates)
     if active == "answer":
         boundary = AnswerBoundary(cascade.base, own)
+        if s.compile:
+            boundary.compile(backend=s.compile)
         packed = PackedReads(boundary, random_batch(8, 1, 4))
         read = RowMemory(packed) if cached else lambda batch: packed.below(batch.input_ids, batch.position_ids)
         forward: Any = AnswerTokens(model, boundary, lambda batch: packed.unpack(read(batch)), cached)

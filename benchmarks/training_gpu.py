@@ -3,6 +3,7 @@
     pip install -c constraints.txt -e ".[bench]"
     python benchmarks/training_gpu.py                 # all shapes and arms, about an hour on an H100
     python benchmarks/training_gpu.py --small         # tiny shapes on any machine, not compiled: a test of the arms
+    python benchmarks/training_gpu.py --plan 10min --base FOLDER --data xlam=FILE      # see gpu_plan.py
 
 The bases are a random PoE model of depth 24 and width 1,536 (1.38 B parameters, 604 M of them value embeddings on
 alternating layers; full attention) and a random model in the shape of Qwen3-1.7B (tied). Rows have 2,048 random tokens,
@@ -68,6 +69,7 @@ ARMS: dict[str, tuple[str, list[tuple[bool, bool]]]] = {  # name -> (kind, [(com
     "stage, no head": ("none", [(OFF, OFF), (ON, OFF)]),
     "stage, dense head, cached": ("dense cached", [(OFF, OFF)]),
     "stage, low-rank head, cached": ("low_rank cached", [(OFF, OFF)]),
+    "fork r16, upper half, all tokens": ("fork", [(OFF, OFF), (ON, OFF)]),
 }
 REFERENCE = "LoRA r16, TRL SFTTrainer"
 
@@ -85,6 +87,7 @@ def child(name: str, shape: str, compiled: bool, checkpointing: bool, options: d
         device=device,
         bf16=True,
         compile=options["backend"] if compiled else None,
+        attach_at=fields["layers"] // 2,
         checkpointing=checkpointing,
         chunked=ARMS[name][0] == "lora",
     )
@@ -148,6 +151,8 @@ class Clock:
 
 
 def row_counts(options: dict[str, Any]) -> list[int]:
+    if "rows" in options:
+        return list(options["rows"])
     return [1 << n for n in range(options["max_rows"].bit_length()) if 1 << n <= options["max_rows"]]
 
 
@@ -164,6 +169,8 @@ def measure_arm(kind: str, make_base: Callable[[], Any], vocab: int, s: Any, opt
     builders = {"full": arms.full, "lora": arms.lora, "last": arms.last_layers}
     if kind in builders:
         arm = builders[kind](make_base, options["length"], s)
+    elif kind == "fork":
+        arm = arms.fork(make_base, options["length"], s, active="all")
     else:
         arm = arms.stage(make_base, options["length"], s, head=kind.split()[0], cached=kind.endswith("cached"))
     fastest: tuple[float, Any] = (0.0, None)
@@ -314,6 +321,11 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     if sys.argv[1:2] == ["--child"]:
         child(*json.loads(sys.argv[2]))
+        return
+    if any(word.startswith("--plan") for word in sys.argv[1:]):
+        import gpu_plan
+
+        gpu_plan.main()
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="tiny shapes; runs on the CPU if there is no GPU")

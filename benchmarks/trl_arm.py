@@ -10,6 +10,8 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from poe.data.packing import Batch
+
 
 class Watch(TrainerCallback):
     """A callback that calls `begin()` before and `end()` after every optimizer step."""
@@ -26,18 +28,53 @@ class Watch(TrainerCallback):
 
 def trl_lora(make_base: MakeBase, ids: torch.Tensor, s: Settings, steps: int, watch: Watch) -> dict[str, Any]:
     """Train for `steps` steps, each on all rows of `ids` (B, T); return the sizes of the arm."""
+    rows = Dataset.from_dict({"input_ids": ids.tolist(), "labels": ids.tolist()})
+    return _train(make_base, rows, len(ids), s, steps, watch, {"lr_scheduler_type": "constant"})[0]
+
+
+def trl_lora_on_rows(
+    make_base: MakeBase, rows: Batch, rows_per_step: int, s: Settings, steps: int, watch: Watch
+) -> tuple[dict[str, Any], Any]:
+    """Train on packed rows (N, T) in their order; return the sizes of the arm and the trained model.
+
+    The rates rise for a twentieth of the steps and fall to zero, as those of the other arms do.
+    """
+    # transformers shifts the labels by itself
+    labels = torch.nn.functional.pad(rows.labels[:, :-1], (1, 0), value=-100)
+    columns = {"input_ids": rows.input_ids, "labels": labels, "seq_lengths": rows.position_ids}
+    table = Dataset.from_dict({name: column.tolist() for name, column in columns.items()})
+    schedule = {"lr_scheduler_type": "linear", "warmup_steps": 0.05, "train_sampling_strategy": "sequential"}
+    return _train(make_base, table, rows_per_step, s, steps, watch, schedule, _collate)
+
+
+def _collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Return a batch of packed rows; the trainer passes on only columns that it knows, so one has a borrowed name."""
+    names = {"input_ids": "input_ids", "labels": "labels", "seq_lengths": "position_ids"}
+    return {name: torch.tensor([row[column] for row in rows]) for column, name in names.items()}
+
+
+def _train(
+    make_base: MakeBase,
+    rows: Dataset,
+    rows_per_step: int,
+    s: Settings,
+    steps: int,
+    watch: Watch,
+    schedule: dict[str, Any],
+    collate: Callable[..., Any] | None = None,
+) -> tuple[dict[str, Any], Any]:
     base = make_base()
     base = base.to(s.device, torch.bfloat16) if s.bf16 else base.to(s.device)
-    flops = Cost(base, ids.shape[1])
+    flops = Cost(base, len(rows[0]["input_ids"]))
     with tempfile.TemporaryDirectory() as folder:
         trainer = SFTTrainer(
             model=base,
             args=SFTConfig(
                 folder,
                 max_steps=steps,
-                per_device_train_batch_size=ids.shape[0],
+                per_device_train_batch_size=rows_per_step,
                 learning_rate=s.lr,
-                lr_scheduler_type="constant",
+                **schedule,
                 max_grad_norm=s.max_grad_norm or 0.0,
                 max_length=None,
                 gradient_checkpointing=s.checkpointing,
@@ -51,14 +88,15 @@ def trl_lora(make_base: MakeBase, ids: torch.Tensor, s: Settings, steps: int, wa
                 report_to="none",
                 disable_tqdm=True,
             ),
-            train_dataset=Dataset.from_dict({"input_ids": ids.tolist(), "labels": ids.tolist()}),
+            train_dataset=rows,
+            data_collator=collate,
             processing_class=_tokenizer(),
             peft_config=lora_config(),
             callbacks=[watch],
         )
         trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
         trainer.train()
-    return {"trained": trained, "published": trained, "flops_per_token": flops.lora(trained)}
+    return {"trained": trained, "published": trained, "flops_per_token": flops.lora(trained)}, trainer.model
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:

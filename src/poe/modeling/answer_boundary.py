@@ -77,14 +77,14 @@ class AnswerBoundary:
         self._lower_depth = int(lower.config.num_hidden_layers)
         self.device = device_of(base.get_input_embeddings())
 
-    def compile(self, *, below: bool = True) -> None:
+    def compile(self, *, below: bool = True, **options: Any) -> None:
         """Compile the layers above the boundary with torch.compile, with `below` also those under it; at first use.
 
         The number of answer tokens differs from batch to batch, so `above` is compiled twice: for the first number,
         then for any.
         """
         for half in (self._lower, self._upper) if below else (self._upper,):
-            half.compile()
+            half.compile(**options)
 
     @torch.no_grad()
     def below(self, input_ids: Tensor, position_ids: Tensor) -> Read:

@@ -48,10 +48,10 @@ class Boundary:
         self.width = int(base.config.hidden_size)
         self.device = device_of(base.get_input_embeddings())
 
-    def compile(self, *, below: bool = True) -> None:
+    def compile(self, *, below: bool = True, **options: Any) -> None:
         """Compile the layers above the boundary with torch.compile, with `below` also those under it; at first use."""
         for half in (self._lower, self._upper) if below else (self._upper,):
-            half.compile()
+            half.compile(**options)
 
     @torch.no_grad()
     def below(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
