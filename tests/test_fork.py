@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from conftest import BASES, EXEMPLARS, RECURRENT, mostly_slow, scramble, tiny_base, tiny_model, token_ids
 from poe import Cascade, StageConfig
@@ -18,6 +20,7 @@ from poe.modeling.answer_boundary import AnswerBoundary
 from poe.modeling.boundary import Boundary
 from poe.modeling.families import logits_of
 from poe.modeling.fork import ForkedLinear
+from poe.modeling.recognition import recognize_family
 from poe.stages.copying import copying_scores
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -74,6 +77,69 @@ def test_a_fork_holds_its_changes_and_shares_all_else(flat_base: str, rank: int 
     assert all(name.endswith((".a", ".b") if rank else ".delta") for name in stage.delta_state_dict())
     foreign = {p.data_ptr() for p in cascade.model("f").parameters()} - base
     assert foreign == {p.data_ptr() for p in stage.parameters()}
+
+
+def test_a_fork_changes_the_linear_layers_that_its_family_declares() -> None:
+    for name in FAMILIES:
+        base = tiny_base(name)
+        cascade, family = Cascade(base), recognize_family(base)
+        cascade.add_stage(StageConfig("f", layers="fork", attach_at=1, rank=4, head="none"))
+        layer, fork = family.layers_of(base)[1], cascade.stages["f"].layers[0]
+        linear = {path for path, module in layer.named_modules() if isinstance(module, nn.Linear)}
+        changed = {path for path, module in fork.named_modules() if isinstance(module, ForkedLinear)}
+        assert changed == linear - set(family.unforked), name
+        others = {path: module for path, module in layer.named_modules() if module._parameters and path not in linear}
+        assert all(fork.get_submodule(path) is module for path, module in others.items() if path), name
+
+
+def test_a_poe_base_with_value_gates_can_be_forked_at_the_default_rank() -> None:
+    """The gate of a layer with value embeddings reads 12 channels, fewer than the rank of 16."""
+    base = tiny_model("poe", {"value_embedding_layers": [1]})
+    logits = base(token_ids()).logits
+    cascade = Cascade(base).add_stage(name="f", layers="fork", attach_at=1, head="none")
+    assert torch.equal(cascade(token_ids()).logits, logits)
+    assert not any("value_gate" in name for name in cascade.stages["f"].delta_state_dict())
+
+
+class _Packed(nn.Module):
+    """A linear layer as GPTQ and AWQ have it: no nn.Linear, and its weight in a buffer of whole numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("qweight", torch.zeros(4, 32, dtype=torch.int32))
+
+
+class _Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.zeros(2, 96, 32))
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (lambda: Conv1D(32, 48), "mlp.down_proj is a Conv1D with a weight of shape"),
+        (lambda: nn.Conv1d(48, 32, 3), "is a Conv1d"),
+        (_Packed, "is a _Packed with a qweight"),
+        (_Experts, r"is a _Experts with a gate_up_proj of shape \(2, 96, 32\)"),
+    ],
+)
+def test_a_fork_refuses_matrices_that_it_would_leave_as_they_are(kind: Callable[[], nn.Module], words: str) -> None:
+    base = tiny_base("llama")
+    base.model.layers[1].mlp.down_proj = kind()
+    with pytest.raises(FamilyError, match=words):
+        Cascade(base).add_stage(StageConfig("f", layers="fork", attach_at=1, rank=4, head="none"))
+
+
+def test_a_low_rank_fork_of_quantized_weights_is_not_merged() -> None:
+    base = tiny_base("llama")
+    packed = base.model.layers[1].mlp.down_proj
+    packed.weight = nn.Parameter(torch.zeros(packed.weight.numel() // 2, 1, dtype=torch.uint8), requires_grad=False)
+    cascade = Cascade(base).add_stage(StageConfig("f", layers="fork", attach_at=1, rank=4, head="none"))
+    with pytest.raises(FamilyError, match="are quantized: open the base without"):
+        cascade.model("f").state_dict()
+    with pytest.raises(FamilyError, match="are quantized: give a rank"):
+        cascade.add_stage(StageConfig("g", layers="fork", attach_at=1, rank=None, head="none"))
 
 
 @RANKS

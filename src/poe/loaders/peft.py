@@ -135,7 +135,7 @@ def read_peft(folder: Path, base: PreTrainedModel, name: str) -> tuple[StageConf
         moved[f"layers.{int(index) - below}.{rest}"] = tensor if key.endswith(".a") else tensor * scale
     for offset, layer in enumerate(family.layers_of(base)[below:]):
         for path, module in layer.named_modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear) and path not in family.unforked:
                 at, like = f"layers.{offset}.{path}", next(iter(stored.values()))
                 moved.setdefault(f"{at}.a", like.new_zeros(rank, module.in_features))
                 moved.setdefault(f"{at}.b", like.new_zeros(module.out_features, rank))

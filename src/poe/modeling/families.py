@@ -28,7 +28,8 @@ class Family:
     (layer_pattern.py); where they do not, they are like its last layer of type `layer_type`. `per_layer` has entries
     that every new layer takes, by the names of the config's lists with one entry per layer. A `recurrent` base runs its
     layers in every cycle, and new ones once above the last cycle (recurrent.py); `layers` is then the list of the stack
-    that ends a cycle, and the config's `num_hidden_layers` counts runs of layers.
+    that ends a cycle, and the config's `num_hidden_layers` counts runs of layers. A fork changes every linear layer
+    of a decoder layer except those at the paths `unforked`; norms and embeddings it shares with the base.
     """
 
     model_type: str
@@ -40,6 +41,7 @@ class Family:
     layer_type: str = "full_attention"
     per_layer: Mapping[str, Any] = field(default_factory=dict)
     recurrent: bool = False
+    unforked: tuple[str, ...] = ()
 
     def backbone_of(self, model: PreTrainedModel) -> nn.Module:
         """Return the module that holds the embedding, the layers and the final norm."""
@@ -76,7 +78,7 @@ FAMILIES: dict[str, Family] = {
         Family("nanochat", outputs=("self_attn.o_proj", "mlp.fc2")),
         Family("olmo2", outputs=_POST_NORMS),
         Family("phi3"),
-        Family("poe", per_layer={"layer_types": "full_attention"}),
+        Family("poe", unforked=("self_attn.value_gate",), per_layer={"layer_types": "full_attention"}),
         Family("qwen2"),
         Family("qwen3"),
         Family("smollm3"),

@@ -6,7 +6,7 @@ base's own object. A new fork computes exactly what the base's layer computes.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from torch.nn import functional
 
 from .failures import FamilyError
 from .placement import is_plain
+
+_PACKED = (torch.uint8, torch.int8, torch.int16, torch.int32)  # of buffers that hold quantized weights
 
 
 class Activity:
@@ -52,10 +54,10 @@ class ForkedLinear(nn.Module):
         self.in_features: int = base.in_features
         self.out_features: int = base.out_features
         if rank is None:
-            if isinstance(base, nn.Linear) and not is_plain(base.weight):
+            if not _has_plain_weight(base):
                 raise FamilyError(
-                    f"A fork without a rank adds to plain weights, but the base's are {type(base.weight).__name__}: "
-                    "give a rank, or open the base without quantization."
+                    f"A fork without a rank adds to plain weights, and those of the base's {type(base).__name__} are "
+                    "quantized: give a rank, or open the base without quantization."
                 )
             self.delta = nn.Parameter(torch.zeros(base.out_features, base.in_features, dtype=dtype))
             return
@@ -82,6 +84,11 @@ class ForkedLinear(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """The changed weight (out, in), in the base's dtype; the sum runs in fp32 at least."""
+        if not _has_plain_weight(self.base):
+            raise FamilyError(
+                f"A fork is merged into plain weights, and those of the base's {type(self.base).__name__} are "
+                "quantized: open the base without quantization."
+            )
         change = self.change()
         return (self.base.weight.detach().to(change.dtype) + change).to(self.base.weight.dtype)
 
@@ -144,17 +151,20 @@ def fork_layers(
     *,
     seed: int,
     dtype: torch.dtype,
+    unforked: Collection[str] = (),
 ) -> nn.ModuleList:
     """Return decoder layers like `layers` with every linear layer forked and everything else shared.
 
+    Linear layers at the paths `unforked` are shared too.
     `base_indices` are the indices of the base's layers that they are or go back to, None for a stage's new layer; each
     fork has its own as `base_index`. Random values depend on `seed` alone.
-    Raises `FamilyError` for a layer without linear layers.
+    Raises `FamilyError` for a layer without linear layers, and for one with other matrices, which a fork would silently
+    leave as they are: packed or fused weights, experts, convolutions.
     """
-    generator = torch.Generator().manual_seed(seed)
+    options = (rank, torch.Generator().manual_seed(seed), dtype, activity)
     forks = nn.ModuleList()
     for layer, base_index in zip(layers, base_indices, strict=True):
-        forked: Any = _fork(layer, rank, generator, dtype, activity)
+        forked: Any = _fork(layer, "", unforked, options)
         if forked is layer:
             raise FamilyError(f"A {type(layer).__name__} has no linear layer that a fork could change.")
         forked.base_index = base_index
@@ -162,13 +172,31 @@ def fork_layers(
     return forks
 
 
-def _fork(
-    module: nn.Module, rank: int | None, generator: torch.Generator, dtype: torch.dtype, activity: Activity
-) -> nn.Module:
-    """Return `module` itself if it holds no linear layer, else a copy whose linear layers are forked."""
+def _has_plain_weight(module: "nn.Linear | ForkedLinear") -> bool:
+    """Return whether the layer of the base below has a weight in plain numbers."""
+    while isinstance(module, ForkedLinear):
+        module = module.base
+    weight: Any = getattr(module, "weight", None)
+    return isinstance(weight, torch.Tensor) and is_plain(weight)
+
+
+def _fork(module: nn.Module, path: str, unforked: Collection[str], options: tuple[Any, ...]) -> nn.Module:
+    """Return `module` itself if it holds no linear layer to fork, else a copy whose linear layers are forked."""
+    if path in unforked or isinstance(module, nn.Embedding):
+        return module
     if isinstance(module, (nn.Linear, ForkedLinear)):
-        return ForkedLinear(module, rank, generator, dtype, activity)
-    children = {name: _fork(child, rank, generator, dtype, activity) for name, child in module.named_children()}
+        return ForkedLinear(module, *options)
+    for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+        if tensor.dim() > 1 and (isinstance(tensor, nn.Parameter) or tensor.dtype in _PACKED):
+            raise FamilyError(
+                f"A fork changes linear layers (nn.Linear), and {path or 'the layer'} is a {type(module).__name__} "
+                f"with a {name} of shape {tuple(tensor.shape)}, which it cannot change: use new layers "
+                "(layers='new'), or a base with plain linear layers."
+            )
+    children = {
+        name: _fork(child, f"{path}.{name}".removeprefix("."), unforked, options)
+        for name, child in module.named_children()
+    }
     if all(child is module._modules[name] for name, child in children.items()):
         return module
     if hasattr(module, "_hf_hook"):

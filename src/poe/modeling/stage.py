@@ -193,7 +193,8 @@ def build_stage(
         foot, stack = (depth, []) if parent is None else (parent.foot, parent.stack)
         path = [*family.layers_of(base)[:foot], *stack]
         indices = [*range(foot), *(getattr(layer, "base_index", None) for layer in stack)]
-        layers = fork_layers(path[below:], indices[below:], config.rank, activity, seed=seed, dtype=dtype or base.dtype)
+        own: dict[str, Any] = {"seed": seed, "dtype": dtype or base.dtype, "unforked": family.unforked}
+        layers = fork_layers(path[below:], indices[below:], config.rank, activity, **own)
     else:
         pattern = continue_pattern(base, below, config.num_layers) if pattern is None else pattern
         layers = build_layers(base, below, pattern, seed=seed, dtype=dtype)
