@@ -3,6 +3,7 @@
 import atexit
 import copy
 import functools
+import itertools
 import os
 import shutil
 import tempfile
@@ -180,6 +181,14 @@ def mostly_slow(values: Iterable[Any], quick: Iterable[Any]) -> list[Any]:
         )
         for value in values
     ]
+
+
+def every_value(*axes: Iterable[Any]) -> list[Any]:
+    """Return all combinations of `axes` as parameters of a test. Quick are so many that each value occurs in one."""
+    values = [list(axis) for axis in axes]
+    count = max(map(len, values))
+    quick = [tuple(axis[(i + shift) % len(axis)] for shift, axis in enumerate(values)) for i in range(count)]
+    return mostly_slow(itertools.product(*values), quick)
 
 
 @pytest.fixture(params=EXEMPLARS)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import token_ids
+from conftest import every_value, token_ids
 from decoding_models import MODELS, decoding_cascade, model_of, prompts
 from poe import Cascade
 from poe.decoding import Exit
@@ -32,25 +32,21 @@ def median_margin(cascade: Cascade, exit: int) -> float:
     return float(ConfidenceMeter("margin")(logits).median())
 
 
-@pytest.mark.parametrize("rows", [1, 4])
-@pytest.mark.parametrize("stage", [None, "top", "low"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "stage", "rows"), every_value(MODELS, [None, "top", "low"], [4, 1]))
 def test_without_early_tokens_generation_is_plain(name: str, stage: str | None, rows: int) -> None:
     cascade, inputs = decoding_cascade(name, stage), prompts(rows)
     plain = cascade.generate(**inputs, **QUIET)
     assert torch.equal(early(cascade, [1, 2], [math.inf, math.inf]).generate(**inputs, **QUIET), plain)
 
 
-@pytest.mark.parametrize("rows", [1, 4])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "rows"), every_value(MODELS, [1, 4]))
 def test_if_all_tokens_leave_at_one_exit_the_model_is_that_exit(name: str, rows: int) -> None:
     cascade, inputs = decoding_cascade(name), prompts(rows)
     plain = cascade.generate(**inputs, **QUIET, strategy=Exit(2))
     assert torch.equal(early(cascade, [2], [-1.0]).generate(**inputs, **QUIET), plain)
 
 
-@pytest.mark.parametrize("rows", [1, 4])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "rows"), every_value(MODELS, [4, 1]))
 def test_both_extremes_are_exact_in_bf16(name: str, rows: int) -> None:
     """As long as all tokens go the same way, every pass has the plain path's shape: equal to the last bit."""
     cascade, inputs = decoding_cascade(name, dtype=torch.bfloat16), prompts(rows)
@@ -59,9 +55,7 @@ def test_both_extremes_are_exact_in_bf16(name: str, rows: int) -> None:
         assert torch.equal(early(cascade, [2], [threshold]).generate(**inputs, **QUIET), plain)
 
 
-@pytest.mark.parametrize("rows", [1, 4])
-@pytest.mark.parametrize("stage", [None, "top", "low"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "stage", "rows"), every_value(MODELS, ["top", "low", None], [4, 1]))
 @torch.no_grad()
 def test_each_token_has_the_logits_of_its_own_exit_in_the_plain_model(name: str, stage: str | None, rows: int) -> None:
     """Some rows leave early and some do not. The logits of every token are those of the whole models."""

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from conftest import scramble, tiny_base, token_ids
+from conftest import EXEMPLARS, every_value, scramble, tiny_base, token_ids
 from poe import Cascade, StageConfig
 from poe.commands.poe import app
 from poe.errors import DeltaError, StageError
@@ -183,8 +183,10 @@ def test_the_int8_error_is_at_most_half_a_step(matrix: torch.Tensor) -> None:
     assert ((steps - 127).abs() < 0.5).logical_or(scale == 1).all()
 
 
-@pytest.mark.parametrize("head", ["dense", "low_rank", "none"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("base_name", "head", "dtype"),
+    every_value(EXEMPLARS, ["dense", "low_rank", "none"], [torch.float32, torch.bfloat16]),
+)
 def test_an_int8_delta_has_the_same_bytes_every_time(saved_base, base_name, head, dtype, tmp_path: Path) -> None:
     cascade = make_stage(saved_base, head, base_name, dtype)
     first = cascade.save_stage("t", tmp_path / "first", dtype=INT8)

@@ -1,13 +1,11 @@
 """Segments of a model, one after the other or apart in time, compute what the whole model computes."""
 
-import itertools
-
 import pytest
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from conftest import mostly_slow, tiny_base
+from conftest import every_value, tiny_base
 from decoding_models import MODELS, decoding_cascade, model_of, positions, prompts
 from poe import Cascade
 from poe.decoding.segments import Segment, SegmentedCache, SegmentedModel
@@ -15,12 +13,7 @@ from poe.errors import DecodingError, FamilyError
 
 ROUNDING = 2e-5  # the same sums over a batch of another shape; logits are of size 5
 STAGES = (None, "top", "low")
-# In `make test` every model with every stage, several rows where there is a stage, one row where there is none.
-ALL = list(itertools.product(MODELS, STAGES, (1, 4)))
-CASES = pytest.mark.parametrize(
-    ("name", "stage", "rows"),
-    mostly_slow(ALL, [(n, stage, rows) for n, stage, rows in ALL if bool(stage) == (rows > 1)]),
-)
+CASES = pytest.mark.parametrize(("name", "stage", "rows"), every_value(MODELS, STAGES, (4, 1)))
 
 
 def segmented(cascade: Cascade, cuts: list[int]) -> SegmentedModel:
@@ -86,8 +79,7 @@ def test_segments_equal_the_whole_model_bit_for_bit(name: str, stage: str | None
     assert cache.get_seq_length() == 13
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "stage"), every_value(MODELS, STAGES))
 @torch.no_grad()
 def test_a_lower_segment_can_be_ahead_of_an_upper_one(name: str, stage: str | None) -> None:
     """The lower part takes tokens one at a time, the upper ones all of them together, later: nothing else changes."""
@@ -110,9 +102,7 @@ def test_a_lower_segment_can_be_ahead_of_an_upper_one(name: str, stage: str | No
         assert (logits[real] - native(start, end)[0][real]).abs().max() < ROUNDING
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("removed", [1, 2, 3])
+@pytest.mark.parametrize(("name", "stage", "removed"), every_value(MODELS, STAGES, [1, 2, 3]))
 @torch.no_grad()
 def test_cropped_tokens_leave_no_trace(name: str, stage: str | None, removed: int) -> None:
     """Other tokens stood where the true ones come: after a crop the caches are as if they had never been."""

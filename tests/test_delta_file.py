@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers.core_model_loading import revert_weight_conversion
 
-from conftest import scramble, tiny_base
+from conftest import EXEMPLARS, every_value, scramble, tiny_base
 from poe import Cascade, StageConfig
 from poe.errors import DeltaError, FingerprintError, OutputError, StageError
 from poe.modeling import fingerprint as fingerprints
@@ -45,8 +45,9 @@ def folder(saved_base, tmp_path: Path) -> Path:
     return make_stage(saved_base).save_stage("t", tmp_path / "t")
 
 
-@HEADS
-@pytest.mark.parametrize("stored", [None, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize(
+    ("base_name", "head", "stored"), every_value(EXEMPLARS, ["dense", "low_rank", "none"], [None, torch.float32])
+)
 def test_saving_a_loaded_stage_gives_the_same_bytes(saved_base, base_name, head, stored, tmp_path) -> None:
     cascade = make_stage(saved_base, head, base_name)
     first = cascade.save_stage("t", tmp_path / "first", dtype=stored) / "delta.safetensors"

@@ -1,6 +1,7 @@
 """Native export: an ordinary checkpoint for any program, and errors before anything is written."""
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -21,6 +22,16 @@ from poe.errors import FamilyError, OutputError
 from poe.loaders import native
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Every base in one dtype is quick. A list is opened by one process, which costs as much as many folders.
+FLAT = [name for name in EXEMPLARS if name not in RECURRENT]
+QUICK = [(name, ("bf16", "fp32")[index % 2]) for index, name in enumerate(FLAT)]
+SLOW = [pair for pair in itertools.product(FLAT, DTYPES) if pair not in QUICK]
+QUICK_EXPORTS = pytest.mark.parametrize("exports", [QUICK], indirect=True)
+EXPORTS = pytest.mark.parametrize(
+    ("exports", "flat_name", "label"),
+    [*((QUICK, *pair) for pair in QUICK), *(pytest.param(SLOW, *pair, marks=pytest.mark.slow) for pair in SLOW)],
+    indirect=["exports"],
+)
 
 # What a stranger runs: `poe` cannot be imported, and remote code is trusted only where a folder brings some.
 STRANGER = """
@@ -59,23 +70,22 @@ except ImportError:
 
 
 @pytest.fixture(scope="module")
-def exports(saved_base, tmp_path_factory) -> dict[str, tuple[Path, Cascade, str]]:
-    """Name -> (folder, cascade, stage): bases of every kind and dtype, a chain of two, sharded and attached low too."""
+def exports(request, saved_base, tmp_path_factory) -> dict[str, tuple[Path, Cascade, str]]:
+    """Name -> (folder, cascade, stage): bases and dtypes, a chain of two, sharded and attached low too."""
     root, made = tmp_path_factory.mktemp("exports"), {}
     prompt = {"name": "p", "version": "1", "stop": ["w7"]}
-    for base in (name for name in EXEMPLARS if name not in RECURRENT):
-        for label, dtype in DTYPES.items():
-            cascade = Cascade.from_pretrained(saved_base(base, dtype))
-            cascade.add_stage(StageConfig("parent", 2, "dense", attach_at=1 if label == "bf16" else None))
-            cascade.add_stage(StageConfig("child", 1, "low_rank", 4, parent="parent"))
-            cascade.add_stage(StageConfig("plain", 1, "none"))
-            for seed, stage in enumerate(cascade.stages.values()):
-                scramble(stage, seed)
-            cascade.model("parent")  # assembled before its stop tokens are known
-            cascade.save_stage("parent", root / "stages" / f"{base}-{label}", prompt=prompt)
-            for stage, size in (("parent", "5GB"), ("child", "8KB"), ("plain", 20_000)):
-                name = f"{base}-{label}-{stage}"
-                made[name] = (cascade.export_native(stage, root / name, max_shard_size=size), cascade, stage)
+    for base, label in request.param:
+        cascade = Cascade.from_pretrained(saved_base(base, DTYPES[label]))
+        cascade.add_stage(StageConfig("parent", 2, "dense", attach_at=1 if label == "bf16" else None))
+        cascade.add_stage(StageConfig("child", 1, "low_rank", 4, parent="parent"))
+        cascade.add_stage(StageConfig("plain", 1, "none"))
+        for seed, stage in enumerate(cascade.stages.values()):
+            scramble(stage, seed)
+        cascade.model("parent")  # assembled before its stop tokens are known
+        cascade.save_stage("parent", root / "stages" / f"{base}-{label}", prompt=prompt)
+        for stage, size in (("parent", "5GB"), ("child", "8KB"), ("plain", 20_000)):
+            name = f"{base}-{label}-{stage}"
+            made[name] = (cascade.export_native(stage, root / name, max_shard_size=size), cascade, stage)
     return made
 
 
@@ -96,7 +106,7 @@ def seen(exports) -> dict:
 
 
 @pytest.mark.parametrize("stage", ["parent", "child", "plain"])
-@pytest.mark.parametrize("label", list(DTYPES))
+@EXPORTS
 def test_plain_transformers_computes_the_same_logits(flat_name, label, stage, exports, seen) -> None:
     folder, cascade, _ = exports[f"{flat_name}-{label}-{stage}"]
     answer = seen[str(folder)]
@@ -132,7 +142,7 @@ def test_a_chain_on_every_other_base_is_exported(name, label, saved_base, tmp_pa
         assert torch.equal(model(token_ids()).logits, cascade(token_ids(), stage=stage).logits)
 
 
-@pytest.mark.parametrize("label", list(DTYPES))
+@EXPORTS
 def test_the_files_are_those_of_an_ordinary_checkpoint(flat_name, label, exports, tmp_path) -> None:
     for stage in ("parent", "child", "plain"):
         folder, cascade, _ = exports[f"{flat_name}-{label}-{stage}"]
@@ -171,6 +181,7 @@ def test_the_files_are_those_of_an_ordinary_checkpoint(flat_name, label, exports
             assert all(sum(t.nbytes for t in load_file(p).values()) <= limit or len(load_file(p)) == 1 for p in files)
 
 
+@QUICK_EXPORTS
 def test_an_export_is_a_base_to_build_on(exports) -> None:
     folder, cascade, stage = exports["qwen3-tied-fp32-child"]
     again = Cascade.from_pretrained(folder).add_stage(StageConfig("next", 1, "low_rank", 4))
@@ -179,6 +190,7 @@ def test_an_export_is_a_base_to_build_on(exports) -> None:
     assert len(again.model("next").model.layers) == 6
 
 
+@QUICK_EXPORTS
 def test_export_does_not_change_the_base_or_the_cascade(exports) -> None:
     _, cascade, _ = exports["qwen3-tied-fp32-child"]
     assert cascade.config.tie_word_embeddings

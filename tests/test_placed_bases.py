@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from conftest import scramble, tiny_base, token_ids
+from conftest import EXEMPLARS, every_value, scramble, tiny_base, token_ids
 from poe import Cascade, StageConfig
 from poe.errors import FamilyError, FingerprintError
 from poe.modeling.families import family_of
@@ -26,7 +26,6 @@ MAPS = {
     "embedding": {"layers.0": "disk", "embedding": "disk", "head if tied": "disk"},
     "everything": {"": "disk"},
 }
-PLACED = pytest.mark.parametrize("where", MAPS)
 
 
 def device_map(base: PreTrainedModel, parts: dict[str, str]) -> dict[str, str]:
@@ -59,7 +58,7 @@ def options(folder: Path, where: str, tmp_path: Path) -> dict[str, Any]:
     return {"device_map": device_map(base, MAPS[where]), "offload_folder": tmp_path / "offload"}
 
 
-@PLACED
+@pytest.mark.parametrize(("base_name", "where"), every_value(EXEMPLARS, MAPS))
 def test_a_stage_on_an_offloaded_base_gives_the_same_results(
     base_name: str, where: str, saved_base, tmp_path: Path
 ) -> None:

@@ -7,7 +7,7 @@ import torch
 from transformers import GenerationConfig
 
 from branched_cascade import STAGES, branched_cascade
-from conftest import scramble, tiny_model, token_ids
+from conftest import every_value, scramble, tiny_model, token_ids
 from decoding_models import MODELS, decoding_cascade, positions, prompts
 from poe import Cascade
 from poe.decoding import Exit, SelfSpeculation
@@ -34,8 +34,7 @@ def routed(cascade: Cascade, stages: list[str | None]) -> tuple[Any, torch.Tenso
     )
 
 
-@pytest.mark.parametrize("eos", [None, list(range(40, 50))], ids=["endless", "eos"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "eos"), every_value(MODELS, [None, list(range(40, 50))]))
 def test_each_row_generates_what_it_generates_alone(name: str, eos: Any) -> None:
     """Greedy, past the windows, with left padding; with a stop token rows end one after the other."""
     cascade, inputs = branched_cascade(name), prompts(len(ROWS), 8)
@@ -50,9 +49,14 @@ def test_each_row_generates_what_it_generates_alone(name: str, eos: Any) -> None
     assert eos is None or len(ends) > 1
 
 
-@pytest.mark.parametrize("stages", [["math"], ["low", None, "low", "math"], ["grandchild", "child", "low", "tool"]])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "dtype", "stages"),
+    every_value(
+        MODELS,
+        [torch.float32, torch.bfloat16],
+        [["math"], ["low", None, "low", "math"], ["grandchild", "child", "low", "tool"]],
+    ),
+)
 @torch.no_grad()
 def test_the_logits_of_a_mixed_batch_equal_those_of_whole_models(name: str, dtype: torch.dtype, stages: list) -> None:
     """A prompt, then tokens one by one into the cache."""

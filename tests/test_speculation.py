@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, LogitsProcessor, StoppingCriteria, TextStreamer
 
-from conftest import mostly_slow, tiny_model, token_ids
+from conftest import every_value, tiny_model, token_ids
 from decoding_models import MODELS, decoding_cascade, model_of, prompts
 from poe import Cascade
 from poe.decoding import drafts
@@ -27,12 +27,7 @@ LENGTH = 16
 GREEDY = {"max_new_tokens": LENGTH, "do_sample": False}
 ALWAYS = {"min_probability": 0.0}
 STAGES = (None, "top", "low")
-# In `make test` every model with every stage, several rows where there is a stage, one row where there is none.
-ALL = list(itertools.product(MODELS, STAGES, (1, 4)))
-CASES = pytest.mark.parametrize(
-    ("name", "stage", "rows"),
-    mostly_slow(ALL, [(n, stage, rows) for n, stage, rows in ALL if bool(stage) == (rows > 1)]),
-)
+CASES = pytest.mark.parametrize(("name", "stage", "rows"), every_value(MODELS, STAGES, (4, 1)))
 
 
 def weaken_upper_layers(cascade: Cascade, scale: float = 0.3) -> Cascade:

@@ -1,5 +1,6 @@
 """A stage gives the same results from remote code without this package, from the package, and from transformers."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -19,6 +20,10 @@ from poe.modeling.modeling_poe_stage import PoEStageConfig, PoEStageForCausalLM
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 HEADS = ("dense", "low_rank", "none")
+# Every base in one dtype is quick. A list is opened by one process, which costs as much as many folders.
+QUICK = [(name, ("fp32", "bf16")[index % 2]) for index, name in enumerate(EXEMPLARS)]
+SLOW = [pair for pair in itertools.product(EXEMPLARS, DTYPES) if pair not in QUICK]
+QUICK_STAGES = pytest.mark.parametrize("stages", [QUICK], indirect=True)
 GREEDY = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None}
 
 # What a stranger runs. `poe` cannot be imported; every folder named on stdin is opened and used.
@@ -79,21 +84,20 @@ def prompts() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def stages(saved_base, tmp_path_factory) -> dict[str, str]:
-    """A scrambled stage on every base in every dtype with every head, and a chain of two per base; name -> folder."""
+def stages(request, saved_base, tmp_path_factory) -> dict[str, str]:
+    """A scrambled stage on each (base, dtype) with every head, and a chain of two; name -> folder."""
     root, folders = tmp_path_factory.mktemp("stages"), {}
-    for name in EXEMPLARS:
-        for label, dtype in DTYPES.items():
-            cascade = Cascade.from_pretrained(saved_base(name, dtype))
-            for head in HEADS:
-                stage = f"{name}-{label}-{head}"
-                cascade.add_stage(StageConfig(stage, 2, head, 4))
-                scramble(cascade.stages[stage], seed=1)
-                folders[stage] = str(cascade.save_stage(stage, root / stage))
-            child = f"{name}-{label}-child"
-            cascade.add_stage(StageConfig(child, 1, "low_rank", 4, parent=f"{name}-{label}-dense"))
-            scramble(cascade.stages[child], seed=2)
-            folders[child] = str(cascade.save_stage(child, root / child))
+    for name, label in request.param:
+        cascade = Cascade.from_pretrained(saved_base(name, DTYPES[label]))
+        for head in HEADS:
+            stage = f"{name}-{label}-{head}"
+            cascade.add_stage(StageConfig(stage, 2, head, 4))
+            scramble(cascade.stages[stage], seed=1)
+            folders[stage] = str(cascade.save_stage(stage, root / stage))
+        child = f"{name}-{label}-child"
+        cascade.add_stage(StageConfig(child, 1, "low_rank", 4, parent=f"{name}-{label}-dense"))
+        scramble(cascade.stages[child], seed=2)
+        folders[child] = str(cascade.save_stage(child, root / child))
     return folders
 
 
@@ -104,7 +108,11 @@ def seen(stages: dict[str, str]) -> dict:
 
 
 @pytest.mark.parametrize("head", [*HEADS, "child"])
-@pytest.mark.parametrize("label", list(DTYPES))
+@pytest.mark.parametrize(
+    ("stages", "base_name", "label"),
+    [*((QUICK, *pair) for pair in QUICK), *(pytest.param(SLOW, *pair, marks=pytest.mark.slow) for pair in SLOW)],
+    indirect=["stages"],
+)
 def test_remote_code_and_the_package_give_the_same_results(base_name, label, head, stages, seen, tmp_path) -> None:
     import hashlib
 
@@ -225,6 +233,7 @@ def test_options_and_errors_through_remote_code(name: str, saved_base, tmp_path:
         assert torch.equal(stored, tensor.to(torch.bfloat16).float()), name
 
 
+@QUICK_STAGES
 def test_auto_classes_open_a_stage_when_the_package_is_installed(stages: dict[str, str]) -> None:
     folder = stages["qwen3-fp32-dense"]
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -249,6 +258,7 @@ def test_a_poe_base_opens_without_the_package(saved_base) -> None:
     assert done.stdout.splitlines() == ["[5]", str(tokens.tolist())], done.stderr[-2000:]
 
 
+@QUICK_STAGES
 def test_a_subfolder_is_refused(stages: dict[str, str]) -> None:
     with pytest.raises(SourceError, match="subfolder"):
         PoEStageForCausalLM.from_pretrained(stages["poe-fp32-none"], subfolder="x")
