@@ -16,11 +16,15 @@ import pytest
 import torch
 
 from command_line import run_program
+from conftest import mostly_slow
 from poe import Cascade, train_stage
+from poe.data import statistics
 from poe.data.drops import DropReport
 from poe.errors import MemoryLimitError, OutputError, TrainingError
 from poe.files.lock import hold
 from poe.files.output import LOCK, atomic_folder
+from poe.modeling import saves
+from poe.training import sweep as sweep_module
 from poe.training.checkpoints.files import list_checkpoints
 from poe.training.engine import Engine
 from poe.training.interrupts import STOP_SIGNALS, StopRequest, stop_signals_raise
@@ -56,7 +60,7 @@ def fail_at_call(number: int, function: Any, error: BaseException) -> Any:
     return call
 
 
-@pytest.mark.parametrize("kind", EXHAUSTED)
+@pytest.mark.parametrize("kind", mostly_slow(EXHAUSTED, ["device"]))
 def test_exhausted_memory_is_one_message_and_the_run_is_saved(kind: str, tmp_path: Path) -> None:
     whole, _ = small_engine(tmp_path / "whole", FEW)
     whole.run()
@@ -187,8 +191,6 @@ def test_the_stage_is_saved_before_it_is_evaluated(demo_base: Path, tmp_path: Pa
     with pytest.raises(TrainingError, match=r"saved in .*, but its evaluation failed \(KeyError: 'x'\).*--resume"):
         run(fail_at_call(1, None, KeyError("x")), resume=False)
     delta = (tmp_path / "delta.safetensors").read_bytes()
-    with pytest.raises(KeyboardInterrupt):
-        run(fail_at_call(1, None, KeyboardInterrupt()))
     assert list_checkpoints(tmp_path)
     run(lambda cascade, name, held_out: {"held out": {}})
     assert json.loads((tmp_path / "training.json").read_text())["evaluation"] == {"held out": {}}
@@ -231,6 +233,46 @@ def test_no_run_writes_into_a_folder_that_another_run_uses(demo_base: Path, tmp_
         for run in runs.values():
             with pytest.raises(OutputError, match="in use by another process"):
                 run()
+
+
+@pytest.mark.parametrize("moves", mostly_slow(range(0, 20, 3), [3]))
+def test_a_stage_that_is_compressed_in_place_opens_after_a_kill(moves: int, saved_base, tmp_path: Path) -> None:
+    """Between any two files that take their names."""
+    cascade = Cascade.from_pretrained(saved_base()).add_stage(name="t", num_layers=1, head="dense")
+    folder = cascade.save_stage("t", tmp_path / "t")
+    cascade.stages["t"].head.weight.data.normal_()
+    cascade.compress_head("t", 2)
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(SystemExit):
+        real, left = os.replace, iter(range(moves))
+
+        def replace(source, target):
+            if saves.COMPLETE_SAVE in str(source) and next(left, None) is None:
+                raise SystemExit
+            real(source, target)
+
+        patch.setattr(os, "replace", replace)
+        cascade.save_stage("t", folder)
+    assert Cascade.from_pretrained(saved_base()).load_stage(folder).stages["t"].config.head == "low_rank"
+    assert not list(folder.glob(".poe-*"))
+
+
+def test_a_sweep_does_not_empty_the_folder_of_a_run(tmp_path: Path) -> None:
+    (tmp_path / "num_layers=1").mkdir()
+    (tmp_path / "num_layers=1" / "metrics.jsonl").write_text("{}\n")
+    with hold(tmp_path / "num_layers=1" / LOCK, create=True), pytest.raises(OutputError, match="in use by"):
+        sweep_module._remove_all_but(tmp_path / "num_layers=1")
+    assert (tmp_path / "num_layers=1" / "metrics.jsonl").is_file()
+
+
+def test_a_page_of_statistics_and_its_picture_are_written_both_or_not_at_all(tmp_path: Path, monkeypatch) -> None:
+    def refuse(path: Path, *args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(statistics, "_plot", lambda counted: b"png")
+    monkeypatch.setattr(Path, "write_text", refuse)
+    with pytest.raises(OutputError, match=r"page\.\w+ could not be written: No space left"):
+        statistics.write_page(tmp_path / "page.md", [], DropReport())
+    assert not list(tmp_path.iterdir())
 
 
 COMMANDS = {

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from conftest import mostly_slow
 from poe.errors import OutputError
 from poe.files.lock import hold, is_held
 from poe.files.output import (
@@ -128,7 +129,7 @@ def test_a_failed_save_leaves_the_previous_files_and_nothing_beside_them(tmp_pat
     assert files_of(tmp_path / "run") == {"a": "old"}
 
 
-@pytest.mark.parametrize("moves", range(4))
+@pytest.mark.parametrize("moves", mostly_slow(range(4), [2]))
 def test_a_save_that_is_killed_while_its_files_move_is_finished_later(
     moves: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -207,15 +207,15 @@ class Cascade:
     def compress_head(self, name: str, rank: int, input_ids: torch.Tensor | None = None) -> HeadReport:
         """Replace a stage's head delta by the nearest one of rank `rank`, and return the error of doing so.
 
-        With `input_ids` (batch, tokens) the report has the largest and the mean absolute change of their logits.
-        Raises `StageError` while another stage stands on it, or if the head would not get smaller.
+        With `input_ids` (B, T) the report has the largest and the mean absolute change of their logits. Raises
+        `StageError` while another stage stands on it, or if the head would not get smaller.
         """
-        stage = self._find_stage(name)
-        self._check_no_children(stage, "changed")
+        self._check_no_children(stage := self._find_stage(name), "changed")
         self.check_unchanged(name, weights=False)
         before = None if input_ids is None else self.model(name)(input_ids).logits.float()
         report = compress_head(stage, rank)
         self._models.pop(name, None)
+        self._base.record.add(stage)
         if before is None:
             return report
         change = (self.model(name)(input_ids).logits.float() - before).abs()

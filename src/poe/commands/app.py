@@ -70,7 +70,10 @@ def run(app: typer.Typer, name: str) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     _open_missing_streams()
     code: Any = FAILED
-    advice = "Use a smaller base or dtype, fewer or shorter texts, or a machine with more memory."
+    advice = (
+        "Lower --max-new-tokens where there is one, give fewer or shorter texts, choose a smaller base, or use a "
+        "machine with more memory."
+    )
     try:
         with explain_memory("This command", advice):
             app(prog_name=name)

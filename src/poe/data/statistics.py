@@ -18,7 +18,7 @@ from poe.data.render import Renderer
 from poe.data.render_worker import RenderWorker
 from poe.data.workers import default_workers, ordered_map
 from poe.errors import DataError, MissingExtraError, escape_markdown, printable
-from poe.files.output import write_file
+from poe.files.output import atomic_file, write_file
 
 _SIDES = {
     "train": TRAIN,
@@ -118,9 +118,10 @@ def write_page(path: Path, statistics: list[SourceStatistics], report: DropRepor
     sections += [("Repairs of rows that are", *repairs)] if repairs[1] else []
     if path.suffix == ".md":
         image = path.with_suffix(".png")
-        write_file(image, picture)
         text = "# Data\n\n" + "\n".join(f"## {title}\n\n{_markdown(head, rows)}" for title, head, rows in sections)
-        write_file(path, f"{text}\n![Distributions]({image.name})\n")
+        with atomic_file(path) as page, atomic_file(image) as plot:  # both or none
+            plot.write_bytes(picture)
+            page.write_text(f"{text}\n![Distributions]({image.name})\n", encoding="utf-8")
         return
     body = "".join(f"<h2>{escape(title)}</h2>{_html(head, rows)}" for title, head, rows in sections)
     image64 = base64.b64encode(picture).decode()

@@ -52,11 +52,7 @@ def export_native(
     `StageError` unless `all_tokens` is True.
     """
     target = folder.expanduser().absolute()
-    if target.is_dir() and not all(path.match(OWN_FILES) for path in target.iterdir()):
-        raise OutputError(
-            f"{target} is not empty: expected a new folder, because a loader could read the weights of an older "
-            "export there. Remove it or choose another."
-        )
+    _check_empty(target)
     if not all_tokens and any(link.config.active == "answer" for link in stage.chain):
         raise StageError(
             f"Stage {stage.name!r} is active on the answer alone, and an ordinary checkpoint acts on every token: "
@@ -82,6 +78,7 @@ def export_native(
     except ValueError:
         raise OutputError(f"max_shard_size should be bytes or text such as '5GB', got {max_shard_size!r}.") from None
     with atomic_folder(target) as temporary:
+        _check_empty(target)  # once more, in the locked folder
         for file, names in split.filename_to_tensors.items():
             shard = {name: tensors.pop(name).to(planned[name].dtype) for name in names}
             write_tensors(temporary / file, shard, {"format": "pt"})
@@ -93,6 +90,14 @@ def export_native(
         save_tokenizer(base.tokenizer, temporary, base.source)
         (temporary / "README.md").write_text(_render_card(base, stage, model), encoding="utf-8")
     return target
+
+
+def _check_empty(target: Path) -> None:
+    if target.is_dir() and not all(path.match(OWN_FILES) for path in target.iterdir()):
+        raise OutputError(
+            f"{target} is not empty: expected a new folder, because a loader could read the weights of an older "
+            "export there. Remove it or choose another."
+        )
 
 
 def _check_plain_weights(base: PreTrainedModel) -> None:

@@ -130,7 +130,7 @@ def _run(
             continue
         unfinished = has_checkpoint(out / folder)
         if not unfinished:  # it stopped before its first checkpoint, or between its end and the write of sweep.json
-            shutil.rmtree(out / folder, ignore_errors=True)
+            _remove_all_but(out / folder)
         title = f"candidate {number}/{len(plans)} {folder}"
         run = train_stage(
             cascade,
@@ -152,7 +152,7 @@ def _run(
         cascade.remove_stage(plan.name)
         _write_table(out, common, finished)
         for worse in _rank(finished)[1:]:
-            _remove_weights(out / worse.folder)
+            _remove_all_but(out / worse.folder, _KEPT_RECORDS)
     ranked = [candidate for candidate in _rank(finished) if candidate.folder in plans]
     if (out / ranked[0].folder / "delta.safetensors").is_file():
         cascade.load_stage(out / ranked[0].folder)
@@ -202,8 +202,9 @@ def _write_table(out: Path, common: dict[str, Any], candidates: Mapping[str, Can
     write_file(out / RECORD, json.dumps(record, indent=2) + "\n")
 
 
-def _remove_weights(folder: Path) -> None:
-    """Remove everything but the records of a candidate that is not the best."""
-    for path in folder.iterdir():
-        if path.name not in _KEPT_RECORDS:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+def _remove_all_but(folder: Path, kept: Sequence[str] = ()) -> None:
+    """Remove everything but `kept` from the folder of a candidate. Raises `OutputError` if another run uses it."""
+    with locked_folder(folder):
+        for path in folder.iterdir():
+            if path.name not in kept and not path.match(OWN_FILES):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
