@@ -13,7 +13,7 @@ from conftest import render_one
 from poe.calls.conversation import Conversation
 from poe.data.render import Renderer
 from poe.data.template_needs import TemplateNeeds
-from poe.data.templates import complete_template, template_call_form
+from poe.data.templates import complete_template, note_unread_calls, template_call_form
 from poe.demo.conversations import make_conversation
 from poe.errors import DataError
 from poe.loaders.base import save_base_folder
@@ -56,6 +56,7 @@ def test_a_template_that_wants_ids_of_nine_characters_keeps_its_rows() -> None:
 )
 def test_the_call_form_of_a_family_is_its_own(name: str, form: str | None) -> None:
     assert template_call_form(family(name)) == form
+    assert bool(note_unread_calls(family(name))) == (form is None)
 
 
 def test_the_newer_notation_of_mistral_is_not_taken_for_another() -> None:

@@ -139,7 +139,7 @@ def call(
     from poe.calls.forms.call_forms import parse_reply
     from poe.calls.tools import check_calls
     from poe.data.render import Renderer
-    from poe.data.templates import complete_template, reply_form
+    from poe.data.templates import complete_template, note_unread_calls, reply_form
     from poe.evaluation.calls import generate_replies
     from poe.loaders.tokenizer import check_tokenizer
 
@@ -151,6 +151,8 @@ def call(
     complete_template(cascade.tokenizer)  # of a base without a stage; a stage's is complete
     renderer = Renderer(cascade.tokenizer, vocab_size=cascade.config.vocab_size)
     prompt = renderer.prompt_ids(messages, declared)
+    if note := note_unread_calls(cascade.tokenizer):
+        err.print(f"note: {note}", markup=False)
     if count := renderer.count_control_tokens(messages, declared):
         err.print(f"note: {count} control tokens in the question or the tools are read as text", markup=False)
     stage = None if off else cascade.active

@@ -98,6 +98,7 @@ class TextEncoder:
         self.tokenizer, self.vocab_size = tokenizer, vocab_size
         self.control = control_tokens(tokenizer, vocab_size)
         self._ids = {*self.control.values(), *tokenizer.all_special_ids} - _unknown_ids(tokenizer)
+        self._is_printable = all(token == repr(token)[1:-1] for token in self.control)  # `repr` shows each as it is
         cores = {re.sub(r"^\W+|\W+$", "", token) for token in self.control} - {""}
         self.pattern = re.compile(_any_of(self.control))
         self.cores = re.compile(rf"(?<!\w)(?:{_any_of(cores)})(?!\w)")
@@ -107,13 +108,15 @@ class TextEncoder:
 
         In an assistant's message, the marks of the thinking at its beginning stay: they are the template's own.
         """
-        known = ""
+        known = repr((messages, tools))
+        if self._is_printable and not self.pattern.search(known) and not self.cores.search(known):
+            return Content(list(messages), list(tools))
+        known += str(self.tokenizer.chat_template)
         for letter in _MARKS:
             marker = _Marker(self.pattern, self.cores, letter)
             marked = [marker.mark_message(message) for message in messages], marker.mark(list(tools))
             if not marker.changed:
                 break
-            known = known or repr([messages, tools]) + str(self.tokenizer.chat_template)
             if letter not in known:
                 return Content(*marked, letter, marker.count)
         else:

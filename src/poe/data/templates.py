@@ -21,7 +21,14 @@ from poe.calls.forms.prompt_forms import tools_heading
 from poe.data.template_needs import CALL, QUESTION, RESULT, TOOL, find_needs
 from poe.errors import DataError
 
-__all__ = ["complete_template", "extend_with_tools", "reply_form", "shows_tools", "template_call_form"]
+__all__ = [
+    "complete_template",
+    "extend_with_tools",
+    "note_unread_calls",
+    "reply_form",
+    "shows_tools",
+    "template_call_form",
+]
 
 _ASSETS = Path(__file__).parents[1] / "assets"
 
@@ -108,6 +115,13 @@ def template_call_form(tokenizer: PreTrainedTokenizerBase) -> str | None:
         if [(call.name, call.arguments) for call in CALL_FORMS[name].read(call_text).calls] == expected:
             return name
     return None
+
+
+def note_unread_calls(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a note if the chat template writes calls in a notation that no call form reads, otherwise ""."""
+    if template_call_form(tokenizer) is not None:
+        return ""
+    return "the chat template writes calls in a notation of its own, which is not read: such calls count as text"
 
 
 def reply_form(tokenizer: PreTrainedTokenizerBase) -> str:

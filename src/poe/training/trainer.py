@@ -15,7 +15,7 @@ from poe.cascade import Cascade
 from poe.data.drops import DropReport
 from poe.data.pipeline import TrainingData, prepare
 from poe.data.render import Renderer, token_bytes
-from poe.data.templates import complete_template
+from poe.data.templates import complete_template, note_unread_calls
 from poe.errors import OutputError, TrainingError, explain_memory
 from poe.loaders.tokenizer import check_tokenizer
 from poe.modeling.placement import quantization_of
@@ -312,8 +312,7 @@ def _check_inputs(
         check_not_fp16(cascade.base, *(stage for name, stage in cascade.stages.items() if name == plan.name))
 
     def make_renderer() -> Renderer:
-        if note := complete_template(tokenizer):
-            notes.append(note)
+        notes.extend(filter(None, (complete_template(tokenizer), note_unread_calls(tokenizer))))
         return Renderer(tokenizer, calls_only=plan.train_on == "calls", vocab_size=vocab_size)
 
     def open_folder() -> Path:
