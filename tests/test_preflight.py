@@ -148,6 +148,29 @@ def test_a_base_that_computes_no_numbers_is_reported_before_the_first_step(base:
 
 
 @pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        ("poe generate demo text --max-new-tokens -3", 2),
+        ("poe generate demo text --temperature -1", 2),
+        ("poe calibrate demo --out x --rows 0", 2),
+        ("poe calibrate demo --out x --agreement 2", 2),
+        ("poe-train stage --max-steps -3", 1),
+        ("poe-train stage --max-steps 0", 1),
+        ("poe-train stage --seed -1", 1),
+        ("poe-train base demo --seed -1", 1),
+    ],
+)
+def test_a_number_outside_its_range_is_refused_before_a_model_is_opened(
+    command: str, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Cascade, "from_pretrained", never_train)
+    program, *words = command.split()
+    result = run_program(program, *words)
+    assert result.returncode == code
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
     ("values", "best", "expected"),
     [
         ([2.0, 1.5, 1.0], 2, None),

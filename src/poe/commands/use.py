@@ -16,7 +16,7 @@ app = Program()
 
 CALIBRATION_TOKENS = 512  # of each document
 
-NewTokens = Annotated[int, typer.Option(help="Largest number of new tokens.")]
+NewTokens = Annotated[int, typer.Option(min=1, help="Largest number of new tokens.")]
 Off = Annotated[bool, typer.Option("--off", help="Use the base without the stage.")]
 
 
@@ -27,7 +27,7 @@ def generate(
     base: Base = None,
     max_new_tokens: NewTokens = 128,
     temperature: Annotated[
-        float, typer.Option(help="Sampling temperature, with the model's own generation settings; 0 is greedy.")
+        float, typer.Option(min=0, help="Sampling temperature, with the model's own generation settings; 0 is greedy.")
     ] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     off: Off = False,
@@ -84,11 +84,13 @@ def calibrate(
     repo: Repo,
     output: Annotated[Path, typer.Option("--out", help="JSON file for `poe generate --strategy adaptive=FILE`.")],
     data: Annotated[str, typer.Option(help="Texts like those to generate: demo, or text=FILES.")] = "demo",
-    agreement: Annotated[float, typer.Option(help="Share of tokens that must equal those of full depth.")] = 0.99,
+    agreement: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of tokens that must equal those of full depth.")
+    ] = 0.99,
     confidence: Annotated[
         str, typer.Option(help="Measure of confidence: margin, probability or agreement.")
     ] = "margin",
-    rows: Annotated[int, typer.Option(help="Documents: half to choose thresholds, half to measure them.")] = 200,
+    rows: Annotated[int, typer.Option(min=2, help="Documents: half to choose thresholds, half to measure them.")] = 200,
     base: Base = None,
     off: Off = False,
 ) -> None:

@@ -92,7 +92,7 @@ class Plan:
     """Compile the forward pass with torch.compile: about a minute at the start, then faster steps. Auto: on a GPU."""
     checkpoint_activations: bool = False
     """Recompute the trained layers in the backward pass: slower steps, less memory."""
-    seed: int = 0
+    seed: NonNegativeInt = 0
     """Seed of the initial weights and of the choice and order of the rows."""
 
     def __post_init__(self) -> None:
