@@ -134,13 +134,22 @@ def tiny_model(
     return model
 
 
-def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """Return a tokenizer of words `w3` ... with a chat template."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
+def tiny_tokenizer(base: str = "") -> transformers.PreTrainedTokenizerFast:
+    """Return a tokenizer of words `w3` ... with a chat template.
 
-    words = {"<pad>": 0, "<bos>": 1, "<eos>": 2, **{f"w{i}": i for i in range(3, VOCABULARY)}}
-    inner = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    On a qwen2 base transformers reads any tokenizer as byte-level BPE, so that one has the characters of these words.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    special = {"<pad>": 0, "<bos>": 1, "<eos>": 2}
+    if base.startswith("qwen2"):
+        characters = {text: i for i, text in enumerate(["<|endoftext|>", "Ġ", "w", *"0123456789"], start=3)}
+        inner = Tokenizer(models.BPE({**special, **characters}, []))
+        inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    else:
+        words = {f"w{i}": i for i in range(3, VOCABULARY)}
+        inner = Tokenizer(models.WordLevel({**special, **words}, unk_token="<pad>"))
+        inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=inner, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", padding_side="left"
     )
@@ -231,7 +240,7 @@ def saved_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     def get(name: str = "qwen3", dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
         key = f"{name}-{str(dtype).removeprefix('torch.')}-{seed}"
         if key not in known:
-            known[key] = save_base_folder(tiny_base(name, dtype, seed), root / key, tiny_tokenizer())
+            known[key] = save_base_folder(tiny_base(name, dtype, seed), root / key, tiny_tokenizer(name))
         return known[key]
 
     return get
