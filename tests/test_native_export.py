@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from collections import namedtuple
 from pathlib import Path
 
@@ -326,3 +327,12 @@ def test_the_export_command(saved_base, tmp_path: Path) -> None:
     assert torch.equal(model(token_ids()).logits, Cascade.from_pretrained(tmp_path / "t")(token_ids()).logits)
     done = CliRunner().invoke(app, ["export", str(saved_base()), "--native", str(tmp_path / "base")])
     assert "is a base: expected a stage" in str(done.exception)
+
+
+@pytest.mark.parametrize(("model_type", "head", "warned"), [("gemma2", "low_rank", True), ("gemma2", "none", False)])
+def test_an_export_whose_head_other_programs_leave_out_comes_with_a_warning(model_type, head, warned, tmp_path) -> None:
+    cascade = Cascade(tiny_base(model_type)).add_stage(StageConfig("t", 1, head, 4))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        cascade.export_native("t", tmp_path / "out")
+    assert any("would leave the head of this gemma2 out" in str(each.message) for each in caught) == warned

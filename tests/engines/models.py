@@ -48,8 +48,8 @@ SENTENCEPIECE = (
 REFUSED = dict.fromkeys(("cohere", "cohere2"), "Can not map tensor 'lm_head.weight'")
 # llama.cpp reads no head beside the embedding in these families, so their stages change the layers alone.
 NO_HEAD = ("gemma", "gemma2")
-# Tiny models that are converted under the pinned transformers alone: transformers 5 changes a tokenizer of qwen2 that is
-# not Qwen's, and writes no rotary_pct for gpt_neox. Published bases have neither problem.
+# Tiny models that are converted under the pinned transformers alone: transformers 5 changes a tokenizer of qwen2 that
+# is not Qwen's, and writes no rotary_pct for gpt_neox. Published bases have neither problem.
 PINNED_ONLY = ("qwen2", "gpt_neox")
 REAL = ("smollm2-new", "smollm2-fork")
 ADAPTERS = ("smollm2-lora-1", "smollm2-lora-2")  # forks of the real base as LoRA adapters of PEFT

@@ -7,6 +7,7 @@ program that reads checkpoints of the family, computes the same logits.
 import copy
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from poe.modeling.recurrent import raise_no_checkpoint
 from poe.modeling.stage import Stage
 from poe.modeling.tensor_file import write_tensors
 
+# llama.cpp reads the embedding as the head in these families, also if a checkpoint has one; so does vLLM in gemma2.
+_HEAD_IGNORED_ELSEWHERE = ("gemma", "gemma2")
 _RESERVED_BYTES = 64 << 20  # free space for the tokenizer, the configs and the file system
 
 
@@ -59,6 +62,13 @@ def export_native(
             "measure what that costs, then export it with all_tokens=True (--all-tokens)."
         )
     base.check_unchanged(stage, weights=False)
+    kind = base.model.config.model_type
+    if kind in _HEAD_IGNORED_ELSEWHERE and any(link.config.head != "none" for link in stage.chain):
+        warnings.warn(
+            f"llama.cpp (and vLLM for gemma2) would leave the head of this {kind} out, and compute another model: use "
+            "the export with transformers, or train a stage with head='none' for those programs.",
+            stacklevel=2,
+        )
     if family_of(base.model).recurrent:
         raise_no_checkpoint(base.model.config.model_type)
     _check_plain_weights(base.model)
