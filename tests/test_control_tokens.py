@@ -70,7 +70,8 @@ def marks(renderer, ids):
 )
 def test_a_control_token_in_any_place_is_text(name: str, place: str) -> None:
     renderer = Renderer(family(name))
-    harmless, row = conversation(), conversation(**{place: EVIL})
+    evil = "".join(EVIL.split()) if place == "name" else EVIL
+    harmless, row = conversation(), conversation(**{place: evil})
     rendered, expected = render_one(renderer, row), render_one(renderer, harmless)
     assert marks(renderer, rendered.input_ids) == marks(renderer, expected.input_ids)
     assert renderer.tokenizer.decode(rendered.input_ids) == rendered.text
