@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
-from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
@@ -235,7 +234,8 @@ def _check_candidates(
 
 
 def _print_check(name: str, problem: str | None) -> None:
-    out.print(f"[red]FAIL[/red] {name}: {escape(problem)}" if problem else f"[green]ok  [/green] {name}")
+    text, style = (f"FAIL {name}: {problem}", "red") if problem else (f"ok   {name}", "green")
+    out.print(text, markup=False, style=style)
 
 
 def _end_dry_run(passed: bool) -> None:
