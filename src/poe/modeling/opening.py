@@ -20,7 +20,7 @@ from .layer_pattern import read_pattern
 from .lineage import BaseSource, Lineage
 from .modeling_poe import PoEConfig, PoEForCausalLM
 from .placement import load_head_into_memory, quantization_of
-from .recognition import check_structure
+from .recognition import check_structure, recognize_family
 from .stage import Stage, build_stage
 
 # save_pretrained of a PoE model then writes the file that defines it, and its auto_map.
@@ -155,6 +155,7 @@ def load_stages(
     Raises `DeltaError`, before copying any tensor, for a delta or config that does not fit, and `FingerprintError` for
     one that was changed; `verify=False` skips the latter.
     """
+    recognize_family(base)  # of an undeclared base, before the pattern of its layers is read
     stages: list[Stage] = []
     for files in lineage.stages:
         parent = stages[-1] if stages else None
