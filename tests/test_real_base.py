@@ -10,19 +10,20 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from poe import Cascade, train_stage
+from poe import Cascade
 from poe.calls.conversation import Call, Conversation
 from poe.calls.forms.call_forms import parse_reply
-from poe.calls.schema import as_tool
 from poe.data.render import Renderer
 from poe.data.templates import reply_form
+from poe.training.trainer import train_stage
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from smollm2 import make_smollm2
 
 pytestmark = pytest.mark.slow
 RUN = {"max_steps": 20, "seq_len": 512, "tokens_per_step": 512, "validation_every": 20, "warmup_ratio": 0.1}
-TOOL = as_tool("get_weather", "Weather of a city", {"type": "object", "properties": {"city": {"type": "string"}}})
+CITY = {"type": "object", "properties": {"city": {"type": "string"}}}
+TOOL = {"type": "function", "function": {"name": "get_weather", "description": "Weather", "parameters": CITY}}
 
 
 @pytest.fixture(scope="module")
