@@ -244,7 +244,7 @@ def rename_stage(tensors: dict, metadata: dict) -> None:
     [
         (lambda t, m: t.update(extra=torch.ones(1)), FingerprintError, "changed after"),
         (lambda t, m: t["head.weight"].add_(1), FingerprintError, "changed after"),
-        (lambda t, m: t.pop("head.weight"), FingerprintError, "changed after"),
+        (lambda t, m: t.pop("head.weight"), DeltaError, "declares the head 'dense'"),
         (lambda t, m: m.update(base_fingerprint="0" * 64), FingerprintError, "another base"),
         (lambda t, m: m.update(parent_fingerprint="0" * 64), FingerprintError, "stands on parent"),
         (lambda t, m: m.update(poe_format="9"), DeltaError, "format '9', expected 1 or 2"),
@@ -264,7 +264,7 @@ def test_a_tampered_delta_is_refused_before_the_base_is_loaded(folder, change, e
     ("change", "message"),
     [
         (lambda t: t.update(extra=torch.ones(1)), "unexpected .'extra'."),
-        (lambda t: t.pop("head.weight"), "missing .'head.weight'."),
+        (lambda t: t.pop("layers.0.mlp.up_proj.weight"), "missing .'layers.0.mlp.up_proj.weight'."),
         (lambda t: t.update({"head.weight": torch.ones(3, 3)}), r"head.weight should be \(61, 32\), got \(3, 3\)"),
         (lambda t: t["head.weight"].fill_(float("nan")), "not finite"),
         (lambda t: t["layers.0.mlp.up_proj.weight"].mul_(float("inf")), "not finite"),

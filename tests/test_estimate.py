@@ -125,6 +125,6 @@ def test_resumed_run_keeps_its_first_estimate_and_name(tmp_path: Path, monkeypat
     monkeypatch.setattr(estimating, "network_speed", lambda *args: 1.0)
     again, _ = small_engine(tmp_path)
     again._load_checkpoint()
-    again._report_estimate()
+    again.report_estimate()
     assert again.history.estimate == first
     assert again.history.name == engine.history.name

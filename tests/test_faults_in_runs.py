@@ -307,7 +307,7 @@ POOL = """
 import os, time
 from poe.data.workers import ordered_map
 def work(task):
-    print(os.getpid(), flush=True)
+    os.write(1, f"{os.getpid()}\\n".encode())  # one write, as two processes share the pipe
     time.sleep(60)
 list(ordered_map(work, range(4), 2))
 """

@@ -81,7 +81,7 @@ def test_a_base_that_offers_other_weights_is_refused(folder: Path, choice: str) 
 
 @pytest.mark.parametrize("keyword", [{"variant": "x"}, {"gguf_file": "x.gguf"}, {"subfolder": "x"}])
 def test_a_keyword_that_chooses_other_weights_is_refused(folder: Path, keyword: dict) -> None:
-    with pytest.raises(SourceError, match="would load other weights"):
+    with pytest.raises(SourceError, match=r"does not take|There is no folder"):
         Cascade.from_pretrained(folder / "base", **keyword)
 
 

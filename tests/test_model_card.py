@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from conftest import scramble, tiny_tokenizer
 from poe import Cascade, StageConfig
+from poe.errors import escape_controls
 from poe.loaders.card import example_prompt, non_commercial, notice, stage_card
 from poe.loaders.hub import plan_upload, upload
 
@@ -138,8 +139,8 @@ def test_any_training_record_gives_a_readable_card(name, license, reason, exampl
         "evaluation": {name: {"stage": {"rows": 1, "exact": 0.5}}},
     }
     content = ModelCard(stage_card(CONFIG, training, parameters=1, example=example * 3))
-    assert content.data.license == license
-    assert content.data.eval_results[0].dataset_name == name
+    assert content.data.license == escape_controls(license)
+    assert content.data.eval_results[0].dataset_name == escape_controls(name)
 
 
 def test_the_example_prompt_has_a_tool_if_the_template_supports_tools() -> None:

@@ -17,7 +17,7 @@ import torch
 
 from command_line import run_program
 from poe import Cascade, train_stage
-from poe.errors import DataError, OutputError, RecipeError, TemplateError, TrainingError
+from poe.errors import DataError, OutputError, TemplateError, TokenizerError, TrainingError
 from poe.modeling.modeling_poe import PoEForCausalLM
 from poe.stages import load_recipe
 from poe.stages.recipe import load_base_recipe
@@ -336,7 +336,7 @@ def test_base_training_continues_from_another_base(base: Path, tmp_path: Path) -
     assert after.config.hidden_size == 32
     assert (folder / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
     assert not torch.equal(before.lm_head.weight, after.lm_head.weight.float())
-    with pytest.raises(RecipeError, match="init"):
+    with pytest.raises(TokenizerError, match="has no tokenizer"):
         train_base(load_base_recipe("demo", init=str(tmp_path), max_steps=1), tmp_path / "no", progress=QUIET)
 
 

@@ -96,17 +96,21 @@ def _write_shared_words(folder: Path) -> None:
         shared["additional_special_tokens" if is_list else "extra_special_tokens"] = config["extra_special_tokens"]
     if shared == config:
         return
-    contents = _read_contents(folder)
-    _write_json(folder / CONFIG, shared)
     try:
-        again = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        with tempfile.TemporaryDirectory() as temporary:
-            again.save_pretrained(temporary)
-            is_same = _read_contents(Path(temporary)) == contents
+        contents = _read_and_save(folder)
+        _write_json(folder / CONFIG, shared)
+        is_same = _read_and_save(folder) == contents
     except Exception:  # a class that does not fit the files can raise any error
         is_same = False
     if not is_same:
         _write_json(folder / CONFIG, config)
+
+
+def _read_and_save(folder: Path) -> dict[str, Any]:
+    """Return the files that transformers writes for the tokenizer that it reads in a folder."""
+    with tempfile.TemporaryDirectory() as temporary:
+        AutoTokenizer.from_pretrained(folder, trust_remote_code=False).save_pretrained(temporary)
+        return _read_contents(Path(temporary))
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

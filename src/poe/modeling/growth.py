@@ -230,6 +230,8 @@ def _check_cache(depth: int, module: nn.Module, args: tuple[Any, ...], kwargs: d
     """Raise `StageError` for a cache that a model of another depth has filled: some layers would miss tokens."""
     cache = kwargs.get("past_key_values")
     layers = cache.layers if type(cache) is DynamicCache else []
+    if getattr(module, "smear", None) is not None:  # it keeps the embeddings after the layers' keys
+        layers = layers[:-1] if len(layers) == depth + 1 else layers
     lengths = [layer.get_seq_length() for layer in layers if isinstance(layer, DynamicLayer)]
     if len(lengths) < len(layers):  # some layers keep no keys
         return
