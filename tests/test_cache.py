@@ -1,4 +1,4 @@
-"""The cache of prepared rows and hidden states: damaged folders are made again, and nobody else may write."""
+"""The cache of prepared rows and hidden states: damaged folders are made again, and no other user may write."""
 
 import json
 import os

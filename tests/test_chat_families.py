@@ -54,13 +54,14 @@ def conversations(draw: Any) -> Conversation:
         if tools and draw(st.booleans()):
             ids = [f"call_{count}_{i}" for i in range(draw(st.integers(1, 2)))]
             calls = [
-                {"id": i, "type": "function", "function": {"name": name, "arguments": {key: write("ans")}}} for i in ids
+                {"id": i, "type": "function", "function": {"name": name, "arguments": {key: write("said")}}}
+                for i in ids
             ]
             content = draw(st.sampled_from([None, ""]))
             messages.append({"role": "assistant", "content": content, "tool_calls": calls})
             for i in draw(st.permutations(ids)):
                 messages.append({"role": "tool", "tool_call_id": i, "name": name, "content": write("res")})
-        messages.append({"role": "assistant", "content": write("ans")})
+        messages.append({"role": "assistant", "content": write("said")})
     form = draw(st.sampled_from([None, None, PromptForm(), PromptForm(calls="xlam", place="user")])) if tools else None
     return Conversation(messages, tools, form=form)
 
@@ -74,7 +75,7 @@ def spell(text: str) -> str:
 
 
 def words(text: str) -> list[str]:
-    return re.findall(r"(?:sys|tool|usr|res|ans)\d+[be]", text)
+    return re.findall(r"(?:sys|tool|usr|res|said)\d+[be]", text)
 
 
 def strings(value: Any) -> Iterator[str]:
@@ -143,8 +144,8 @@ def check(name: str, row: Conversation) -> None:
     assert [w for part in rendered for w in words(masked(tokenizer, part, True))] == answers
     for part in rendered:
         others = words(masked(tokenizer, part, False))
-        assert not [w for w in others if w.startswith("ans") and w not in answers]
-        assert len(rendered) > 1 or not [w for w in others if w.startswith("ans")]
+        assert not [w for w in others if w.startswith("said") and w not in answers]
+        assert len(rendered) > 1 or not [w for w in others if w.startswith("said")]
     # prompts are prefixes of rows
     for i, message in enumerate(row.messages):
         if message["role"] == "assistant":

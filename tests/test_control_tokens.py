@@ -31,7 +31,7 @@ def conversation(**changes):
     texts = {
         "system": "sys",
         "question": "usr",
-        "answer": "ans",
+        "answer": "said",
         "result": "res",
         "last": "bye",
         "name": "find",

@@ -332,7 +332,7 @@ def test_workers_end_with_a_parent_that_is_killed() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("stderr", ["full", "closed"])
 def test_a_run_without_standard_streams_is_a_run(demo_base: Path, tmp_path: Path, stderr: str) -> None:
-    """Results that nobody can receive are exit code 1, and the stage is there."""
+    """Results that cannot be delivered are exit code 1, and the stage is there."""
     words = command(demo_base, tmp_path / "run", "--max-steps", "2", data="demo=60")
     redirected = "2>/dev/full" if stderr == "full" else "2>&-"
     line = f"{' '.join(words)} >/dev/full {redirected}"

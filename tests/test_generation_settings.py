@@ -1,4 +1,4 @@
-"""Greedy is greedy whatever the base's generation config has, and that config is carried over as it is."""
+"""Greedy is greedy with any generation config of the base, and that config is carried over as it is."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def settle(setting: str) -> Cascade:
+def cascade_with(setting: str) -> Cascade:
     """Return a cascade with a stage `s` on a base with a generation config."""
     base = tiny_base()
     base.generation_config = GenerationConfig(
@@ -53,7 +53,7 @@ def folder(saved_base: Callable[..., Path], tmp_path: Path) -> Path:
 
 
 def answer(setting: str) -> list[str]:
-    return generate_replies(settle(setting), "s", token_ids(2, 5).tolist(), [2], max_new_tokens=6)
+    return generate_replies(cascade_with(setting), "s", token_ids(2, 5).tolist(), [2], max_new_tokens=6)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -64,7 +64,7 @@ def test_held_out_answers_are_greedy_whatever_the_base_recommends(setting: str) 
 @pytest.mark.parametrize("strategy", [None, SelfSpeculation(1)])
 def test_greedy_options_hold_in_strategies_and_products(strategy: Any) -> None:
     options = greedy_options(max_new_tokens=6)
-    plain, changed = settle("plain"), settle("a repetition penalty")
+    plain, changed = cascade_with("plain"), cascade_with("a repetition penalty")
     tokens = [c.generate(token_ids(1), stage="s", strategy=strategy, **options) for c in (plain, changed)]
     products = [c.compose({"s": 0.5, None: 0.5}).generate(token_ids(1), **options) for c in (plain, changed)]
     assert torch.equal(*tokens)
@@ -108,14 +108,14 @@ def test_a_generation_config_that_transformers_loads_is_carried_over(
 
 
 def test_a_generation_config_that_was_set_in_memory_is_saved(tmp_path: Path) -> None:
-    cascade = settle("plain")
+    cascade = cascade_with("plain")
     cascade.base.generation_config.temperature = 0.3
     cascade.save_stage("s", tmp_path / "s")
     assert GenerationConfig.from_pretrained(tmp_path / "s").temperature == 0.3
 
 
 def test_a_generation_config_that_no_file_can_hold_is_one_message(tmp_path: Path) -> None:
-    cascade = settle("plain")
+    cascade = cascade_with("plain")
     cascade.base.generation_config.suppress_tokens = torch.tensor([3])
     with pytest.raises(StageError, match="generation config"):
         cascade.save_stage("s", tmp_path / "s")

@@ -116,7 +116,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def memory_error(task: str, error: BaseException, advice: str) -> MemoryLimitError:
     """Return the error for a task that does not fit into memory, with the numbers and `advice`."""
     text = str(error).strip().partition("\n")[0]
-    wanted = re.search(r"allocat\w* ([\d.]+ ?(?:[KMGTP]i?B|bytes))", text)
+    wanted = re.search(r"alloc\w* ([\d.]+ ?(?:[KMGTP]i?B|bytes))", text)
     if "GPU" in text or "CUDA" in text:
         numbers = text[:300].rstrip(". ")
     else:

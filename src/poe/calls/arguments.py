@@ -133,7 +133,7 @@ class _Object:
     def undeclared(self, value: dict[str, Any], top: bool) -> list[str]:
         """Return the names that an object may not have.
 
-        JSON Schema allows other names unless it is told not to. The parameters of a tool (`top`), and objects that list
+        JSON Schema allows other names by default. The parameters of a tool (`top`), and objects that list
         properties, are meant as complete.
         """
         opening = [self.flat.get(key, False) for key in ("additionalProperties", "unevaluatedProperties")]

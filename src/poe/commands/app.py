@@ -96,7 +96,7 @@ def _open_missing_streams() -> None:
 
 
 def _flush_streams() -> int:
-    """Flush standard output and standard error, and return the exit code for results that nobody received."""
+    """Flush standard output and standard error, and return the exit code for results that were not received."""
     code = 0
     for stream in (sys.stdout, sys.stderr):
         try:

@@ -104,7 +104,7 @@ def is_cached(kind: str, key: str) -> bool:
 
 
 def make_private_folder(kind: str) -> Path:
-    """Make a folder of the cache, in which nobody else can put anything, and return it. Raises `OutputError`."""
+    """Make a folder of the cache, in which no other user can put anything, and return it. Raises `OutputError`."""
     path = cache_root()
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -84,7 +84,7 @@ def file_state(path: str | os.PathLike[str]) -> list[Any]:
 def fingerprint_files_cached(paths: Sequence[str]) -> str:
     """Return `fingerprint_files`, cached beside the Hub cache by `file_state`.
 
-    Only a record that nobody else can write is used, because the cache may be in a shared folder.
+    Only a record that no other user can write is used, because the cache may be in a shared folder.
     """
     states = sorted(file_state(path) for path in paths)
     folder = os.path.join(_cache_home(), "poe", "fingerprints")
