@@ -43,7 +43,7 @@ def deep_base(name: str, depth: int = 5) -> torch.nn.Module:
 
 @pytest.fixture
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    return save_base_folder(deep_base(request.param), tmp_path / "base", tiny_tokenizer())
+    return save_base_folder(deep_base(request.param), tmp_path / "base", tiny_tokenizer(request.param))
 
 
 def check_pattern(config, rule, start: int = 0) -> None:
