@@ -61,7 +61,7 @@ def wide_base(name: str, tmp_path: Path) -> Path:
     wide = {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 4}
     wide |= {"head_dim": 16} if "head_dim" in fields else {}
     model = tiny_model(model_type, {**fields, **wide}, torch.bfloat16)
-    return save_base_folder(model, tmp_path / "base", tiny_tokenizer())
+    return save_base_folder(model, tmp_path / "base", tiny_tokenizer(name))
 
 
 def held(tensor: Any) -> bytes:
