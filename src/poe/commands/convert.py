@@ -95,11 +95,12 @@ def export(
     A checkpoint (--native) holds the base, the stage and all that it stands on, and one folded head. Transformers loads
     it without this package, with the same logits. An adapter (--peft) holds the changes of a low-rank fork alone.
     """
-    if (native is None) == (peft is None):
+    target = native or peft
+    if target is None or (native is not None and peft is not None):
         raise typer.BadParameter("expected --native or --peft")
     if invocation is not None and (peft is None or all_tokens):
         raise typer.BadParameter("--invocation goes with --peft, and not with --all-tokens")
-    check_output_folder(native or peft)  # type: ignore[arg-type]
+    check_output_folder(target)
     cascade = _open_stage(repo, base)
     if native is not None:
         folder = cascade.export_native(cascade.active, native, max_shard_size=max_shard_size, all_tokens=all_tokens)

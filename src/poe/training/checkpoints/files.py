@@ -9,7 +9,6 @@ recognized, and the previous checkpoint is loaded.
 import contextlib
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from poe import __version__
 from poe.errors import OutputError, TrainingError
+from poe.files.output import flush
 
 Tensors = dict[str, torch.Tensor]
 _META = "meta.json"
@@ -75,7 +75,7 @@ def write_group(new: Path, stem: str, tensors: Mapping[str, torch.Tensor], note:
         path = new / f"{stem}.safetensors"
         on_cpu = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
         save_file(on_cpu, path, metadata=None if note is None else {_NOTE: json.dumps(note)})
-        _flush(path)
+        flush(path, recursive=False)
 
 
 def finish_checkpoint(new: Path, meta: Mapping[str, Any], keep: int = 1) -> Path:
@@ -87,14 +87,14 @@ def finish_checkpoint(new: Path, meta: Mapping[str, Any], keep: int = 1) -> Path
     with _convert_disk_errors(new):
         files = {path.name: [path.stat().st_size, _digest(path)] for path in sorted(new.iterdir())}
         (new / _META).write_text(json.dumps({**meta, **_VERSION, "files": files}), encoding="utf-8")
-        _flush(new / _META)
-        _flush(new)
+        flush(new / _META, recursive=False)
+        flush(new, recursive=False)
         if folder.exists() and _is_whole(folder):  # the run was stopped right after this step, and resumed
             shutil.rmtree(new)
             return folder
         shutil.rmtree(folder, ignore_errors=True)
         new.rename(folder)
-        _flush(folder.parent)
+        flush(folder.parent, recursive=False)
     # A checkpoint of a later step is damaged: a resumed run would have started from it.
     later = [path for path in list_checkpoints(folder.parent) if step_of(path) > step_of(folder)]
     for path in [*later, *list_checkpoints(folder.parent)[len(later) + keep :]]:
@@ -176,15 +176,6 @@ def _is_whole(folder: Path) -> bool:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file, or the entries of a folder, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextlib.contextmanager
