@@ -43,6 +43,15 @@ GEMMA = {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 4, "hidden
 HRM = {"head_dim": 8, "num_key_value_heads": 4, "embedding_scale": 2.0, "L_cycles": 2}
 TWO_TYPES = {"layer_types": ["full_attention", "sliding_attention"]}
 TIED = {"tie_word_embeddings": True}
+SMALL_RUN = {  # fields of a recipe, for a stage that trains in seconds
+    "seq_len": 512,
+    "tokens_per_step": 1024,
+    "validation_every": 20,
+    "eval_rows": 2,
+    "dtype": "float32",
+    "num_layers": 1,
+    "validation_ratio": 0.1,
+}
 # name -> (model type, fields of its config)
 BASES: dict[str, tuple[str, dict]] = {
     "poe": ("poe", {}),

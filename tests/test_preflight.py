@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from command_line import run_program
+from conftest import SMALL_RUN
 from poe import Cascade, train_stage
 from poe.errors import PoEError, TrainingError
 from poe.training import trainer
@@ -18,16 +19,7 @@ from poe.training.preflight import describe_failure
 from poe.training.reporting.progress import Progress
 from poe.training.trainer import check_stage_run
 
-SMALL: dict[str, Any] = {
-    "seq_len": 512,
-    "tokens_per_step": 1024,
-    "validation_every": 20,
-    "eval_rows": 2,
-    "dtype": "float32",
-    "num_layers": 1,
-    "validation_ratio": 0.1,
-    "max_steps": 2,
-}
+SMALL: dict[str, Any] = {**SMALL_RUN, "max_steps": 2}
 QUIET = Progress("test", quiet=True)
 
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from command_line import run_program
+from conftest import SMALL_RUN
 from poe import Cascade, train_stage
 from poe.errors import DataError, OutputError, TemplateError, TokenizerError, TrainingError
 from poe.modeling.modeling_poe import PoEForCausalLM
@@ -27,15 +28,6 @@ from poe.training.pretrain import train_base
 from poe.training.reporting.progress import Progress
 
 QUIET = Progress("test", quiet=True)
-SMALL = {
-    "seq_len": 512,
-    "tokens_per_step": 1024,
-    "validation_every": 20,
-    "eval_rows": 2,
-    "dtype": "float32",
-    "num_layers": 1,
-    "validation_ratio": 0.1,
-}
 
 
 @pytest.fixture
@@ -44,7 +36,7 @@ def base(demo_base: Path) -> Path:
 
 
 def command(base: Path, out: Path, *options: str, data: str = "demo=120") -> list[str]:
-    fields = [part for k, v in SMALL.items() for part in (f"--{k.replace('_', '-')}", str(v))]
+    fields = [part for k, v in SMALL_RUN.items() for part in (f"--{k.replace('_', '-')}", str(v))]
     program = [sys.executable, "-m", "poe.commands.train", "stage", "demo", "--no-eval"]
     return [*program, "--base", str(base), "--out", str(out), "--data", data, *fields, *options]
 
@@ -176,7 +168,7 @@ def test_dropped_rows_are_recorded_with_their_reasons(base: Path, tmp_path: Path
         for i in range(90)
     ]
     rows.write_text("\n".join([*lines, '{"messages": 3}', "not json"]))
-    recipe = load_recipe("demo", **{**SMALL, "max_steps": 1, "validation_ratio": 0.2})
+    recipe = load_recipe("demo", **{**SMALL_RUN, "max_steps": 1, "validation_ratio": 0.2})
     result = train_stage(Cascade.from_pretrained(base), recipe, f"messages={rows}", tmp_path / "out", progress=QUIET)
     counts = result.record["data"]["rows"]["messages"]
     assert (counts["read"], counts["kept"]) == (92, 90)
@@ -205,7 +197,7 @@ def test_wrong_names_and_usage_have_exit_codes(tmp_path: Path, args: list[str], 
 def test_base_without_chat_template_gets_one_that_is_saved_with_the_stage(base: Path, tmp_path: Path) -> None:
     cascade = Cascade.from_pretrained(base)
     cascade.tokenizer.chat_template = None
-    long = {**SMALL, "seq_len": 4096, "tokens_per_step": 4096, "max_steps": 1}
+    long = {**SMALL_RUN, "seq_len": 4096, "tokens_per_step": 4096, "max_steps": 1}
     train_stage(cascade, "demo", "demo=40", tmp_path / "out", progress=QUIET, **long)
     saved = Cascade.from_pretrained(tmp_path / "out").tokenizer
     assert saved.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False) == "<|bos|>User: hello\n\n"
@@ -215,16 +207,18 @@ def test_tokenizer_without_end_of_turn_is_refused_before_anything_is_written(bas
     cascade = Cascade.from_pretrained(base)
     cascade.tokenizer.chat_template = cascade.tokenizer.eos_token = None
     with pytest.raises(TemplateError, match="chat template"):
-        train_stage(cascade, "demo", "demo=40", tmp_path / "out", progress=QUIET, **SMALL)
+        train_stage(cascade, "demo", "demo=40", tmp_path / "out", progress=QUIET, **SMALL_RUN)
     assert not (tmp_path / "out").exists()
 
 
 def test_output_folder_that_is_not_empty_is_not_touched(base: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("precious")
     with pytest.raises(OutputError, match=r"not empty \(notes.txt\)"):
-        train_stage(Cascade.from_pretrained(base), "demo", "demo=40", tmp_path, progress=QUIET, **SMALL)
+        train_stage(Cascade.from_pretrained(base), "demo", "demo=40", tmp_path, progress=QUIET, **SMALL_RUN)
     with pytest.raises(TrainingError, match="Nothing to resume"):
-        train_stage(Cascade.from_pretrained(base), "demo", "demo=40", tmp_path, resume=True, progress=QUIET, **SMALL)
+        train_stage(
+            Cascade.from_pretrained(base), "demo", "demo=40", tmp_path, resume=True, progress=QUIET, **SMALL_RUN
+        )
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
 
 
@@ -241,7 +235,7 @@ def test_full_disk_is_reported_before_training_and_during_writes(base: Path, tmp
                 "demo=60",
                 tmp_path / "early",
                 progress=QUIET,
-                **SMALL,
+                **SMALL_RUN,
                 max_steps=2,
             )
     assert list_files(tmp_path / "early") in ([], ["dropped.jsonl"])
@@ -263,13 +257,13 @@ def test_nan_loss_stops_the_run(base: Path, tmp_path: Path, monkeypatch) -> None
     monkeypatch.setattr(step_module, "cross_entropy_sum", lambda *a, **k: real(*a, **k) * float("nan"))
     with pytest.raises(TrainingError, match="loss of step 1 is nan"):
         train_stage(
-            Cascade.from_pretrained(base), "demo", "demo=60", tmp_path / "o", progress=QUIET, **SMALL, max_steps=2
+            Cascade.from_pretrained(base), "demo", "demo=60", tmp_path / "o", progress=QUIET, **SMALL_RUN, max_steps=2
         )
 
 
 def test_stage_is_trained_in_the_dtype_of_the_recipe(base: Path, tmp_path: Path) -> None:
     cascade = Cascade.from_pretrained(base, dtype=torch.bfloat16)
-    fields = {**SMALL, "max_steps": 1, "z_loss": 1e-4, "checkpoint_activations": True}
+    fields = {**SMALL_RUN, "max_steps": 1, "z_loss": 1e-4, "checkpoint_activations": True}
     train_stage(cascade, "demo", "demo=60", tmp_path / "o", progress=QUIET, **fields)  # float32
     assert {p.dtype for p in cascade.stages["demo"].parameters()} == {torch.float32}
     assert all("forward" not in vars(layer) for layer in cascade.stages["demo"].layers)
@@ -283,7 +277,7 @@ def test_base_that_keeps_a_graph_is_refused_before_the_first_step(base: Path, tm
     cascade = Cascade.from_pretrained(base)
     cascade.base.enable_input_require_grads()
     with pytest.raises(TrainingError, match="disable_input_require_grads"):
-        train_stage(cascade, "demo", "demo=60", tmp_path / "o", progress=QUIET, **SMALL, max_steps=1)
+        train_stage(cascade, "demo", "demo=60", tmp_path / "o", progress=QUIET, **SMALL_RUN, max_steps=1)
     assert list_files(tmp_path / "o") in ([], ["dropped.jsonl"])
 
 
@@ -291,7 +285,7 @@ def test_training_improves_the_stage_and_keeps_the_base_unchanged(base: Path, tm
     cascade = Cascade.from_pretrained(base)
     ids = torch.arange(40)[None]
     before = cascade.base(ids).logits
-    fields = {**SMALL, "max_steps": 40}
+    fields = {**SMALL_RUN, "max_steps": 40}
     result = train_stage(cascade, "demo", "demo=150", tmp_path / "o", progress=QUIET, **fields)
     trajectory = [point["val_bpb"] for point in result.record["trajectory"]]
     assert trajectory[-1] < trajectory[0] * 0.9
@@ -308,7 +302,12 @@ def test_training_improves_the_stage_and_keeps_the_base_unchanged(base: Path, tm
 def test_losses_equal_recorded_numbers(base: Path, tmp_path: Path) -> None:
     """A change that is meant to be numerically neutral must not change them."""
     result = train_stage(
-        Cascade.from_pretrained(base), "demo", "demo=80", tmp_path / "o", progress=QUIET, **{**SMALL, "max_steps": 3}
+        Cascade.from_pretrained(base),
+        "demo",
+        "demo=80",
+        tmp_path / "o",
+        progress=QUIET,
+        **{**SMALL_RUN, "max_steps": 3},
     )
     losses = [record["loss"] for record in result.history.steps]
     assert losses == pytest.approx(GOLDEN, abs=2e-3), losses
@@ -317,7 +316,7 @@ def test_losses_equal_recorded_numbers(base: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("head", ["dense", "low_rank", "none"])
 def test_tokens_without_labels_keep_the_logits_of_the_base(base, head: str, tmp_path: Path) -> None:
     cascade = Cascade.from_pretrained(base)
-    fields = {**SMALL, "max_steps": 3, "head": head, "head_rank": 4}
+    fields = {**SMALL_RUN, "max_steps": 3, "head": head, "head_rank": 4}
     train_stage(cascade, "demo", "demo=80", tmp_path / "o", progress=QUIET, **fields)
     stage = cascade.stages["demo"]
     folded = cascade.model("demo").lm_head.weight.detach()
@@ -341,7 +340,7 @@ def test_base_training_continues_from_another_base(base: Path, tmp_path: Path) -
 
 
 def test_training_needs_validation_rows(base: Path, tmp_path: Path) -> None:
-    fields = {**SMALL, "validation_ratio": 0.0}
+    fields = {**SMALL_RUN, "validation_ratio": 0.0}
     with pytest.raises(DataError, match="is held out for validation"):
         train_stage(Cascade.from_pretrained(base), "demo", "demo=30", tmp_path / "o", progress=QUIET, **fields)
 
