@@ -25,6 +25,7 @@ from poe.errors import FamilyError, FingerprintError, SourceError, StageError
 from poe.modeling.families import family_of
 from poe.modeling.fingerprint import TIED_HEADS, fingerprint_tensors
 from poe.modeling.lineage import BaseSource
+from poe.modeling.opening import is_equal
 from poe.modeling.placement import device_of, is_offloaded, is_plain, quantization_of
 from poe.modeling.stage import Stage
 
@@ -163,12 +164,7 @@ def _has_values(tensor: Tensor | None, expected: Tensor) -> bool:
         return True
     expected = expected.to(tensor.device)
     dtypes = dict.fromkeys((tensor.dtype, torch.bfloat16, torch.float16))
-    return any(_is_equal(expected.to(dtype).to(tensor.dtype), tensor) for dtype in dtypes)
-
-
-def _is_equal(a: Tensor, b: Tensor) -> bool:
-    """Return whether all numbers are equal, where nan is equal to nan."""
-    return torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())
+    return any(is_equal(expected.to(dtype).to(tensor.dtype), tensor) for dtype in dtypes)
 
 
 def _compare_parts(expected: Parts, parts: Parts) -> str:

@@ -118,18 +118,20 @@ def _find_unequal(tensors: Mapping[str, torch.Tensor], stored: Mapping[str, Any]
             continue
         names = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
         file_name = next((each for each in names if each in stored), None)
-        if file_name is not None and _is_equal(tensor, stored[file_name].get_tensor(file_name)):
+        if file_name is not None and _has_values(tensor, stored[file_name].get_tensor(file_name)):
             equal.add(tensor.data_ptr())
         else:
             unequal[name] = tensor.data_ptr()
     return [name for name, address in unequal.items() if address not in equal]  # a tied tensor has two names
 
 
-def _is_equal(tensor: torch.Tensor, stored: torch.Tensor) -> bool:
-    if stored.shape != tensor.shape:
-        return False
-    stored = stored.to(tensor.device).to(tensor.dtype)
-    return torch.equal(tensor, stored) or torch.equal(tensor.nan_to_num(), stored.nan_to_num())
+def _has_values(tensor: torch.Tensor, stored: torch.Tensor) -> bool:
+    return stored.shape == tensor.shape and is_equal(tensor, stored.to(tensor.device).to(tensor.dtype))
+
+
+def is_equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Return whether all numbers of two tensors of one shape are equal, where nan is equal to nan."""
+    return torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 def _check_code(repo: str, config: dict[str, Any], trust_remote_code: bool) -> None:
