@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from command_line import run_program
-from conftest import mostly_slow
+from conftest import SMALL_RUN, mostly_slow
 from poe import Cascade, train_stage
 from poe.data import statistics
 from poe.data.drops import DropReport
@@ -33,7 +33,7 @@ from poe.training.reporting.metrics import Metrics
 from poe.training.reporting.progress import Progress
 from poe.training.sweep import sweep
 from small_run import PLAN, small_engine
-from test_training_runs import QUIET, SMALL, command
+from test_training_runs import QUIET, command
 
 FEW = PLAN.replace(max_steps=5, validation_every=2, checkpoint_every=1e9)
 EXHAUSTED = {
@@ -183,7 +183,7 @@ def test_the_stage_is_saved_before_it_is_evaluated(demo_base: Path, tmp_path: Pa
     """An evaluation that fails or is interrupted costs the evaluation alone."""
 
     def run(evaluate: Any, resume: bool = True) -> Any:
-        cascade, fields = Cascade.from_pretrained(demo_base), {**SMALL, "max_steps": 1}
+        cascade, fields = Cascade.from_pretrained(demo_base), {**SMALL_RUN, "max_steps": 1}
         return train_stage(
             cascade, "demo", "demo=40", tmp_path, resume=resume, evaluate=evaluate, progress=QUIET, **fields
         )

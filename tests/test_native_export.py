@@ -1,5 +1,6 @@
 """Native export: an ordinary checkpoint for any program, and errors before anything is written."""
 
+import functools
 import hashlib
 import itertools
 import json
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,15 +25,14 @@ from poe.errors import FamilyError, OutputError
 from poe.loaders import native
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# Every base in one dtype is quick. A list is opened by one process, which costs as much as many folders.
+# Every base in one dtype is quick. A group is opened by one process, which costs as much as many folders.
+Group = tuple[tuple[str, str], ...]  # (base, dtype)
 FLAT = [name for name in EXEMPLARS if name not in RECURRENT]
-QUICK = [(name, ("bf16", "fp32")[index % 2]) for index, name in enumerate(FLAT)]
-SLOW = [pair for pair in itertools.product(FLAT, DTYPES) if pair not in QUICK]
-QUICK_EXPORTS = pytest.mark.parametrize("exports", [QUICK], indirect=True)
+QUICK = tuple((name, ("bf16", "fp32")[index % 2]) for index, name in enumerate(FLAT))
+SLOW = tuple(pair for pair in itertools.product(FLAT, DTYPES) if pair not in QUICK)
 EXPORTS = pytest.mark.parametrize(
-    ("exports", "flat_name", "label"),
+    ("group", "flat_name", "label"),
     [*((QUICK, *pair) for pair in QUICK), *(pytest.param(SLOW, *pair, marks=pytest.mark.slow) for pair in SLOW)],
-    indirect=["exports"],
 )
 
 # What a stranger runs: `poe` cannot be imported, and remote code is trusted only where a folder brings some.
@@ -71,46 +72,56 @@ except ImportError:
 
 
 @pytest.fixture(scope="module")
-def exports(request, saved_base, tmp_path_factory) -> dict[str, tuple[Path, Cascade, str]]:
-    """Name -> (folder, cascade, stage): bases and dtypes, a chain of two, sharded and attached low too."""
-    root, made = tmp_path_factory.mktemp("exports"), {}
+def exports(saved_base, tmp_path_factory) -> Callable[[Group], dict[str, tuple[Path, Cascade, str]]]:
+    """Name -> (folder, cascade, stage): the bases of a group, a chain of two, sharded and attached low too."""
     prompt = {"name": "p", "version": "1", "stop": ["w7"]}
-    for base, label in request.param:
-        cascade = Cascade.from_pretrained(saved_base(base, DTYPES[label]))
-        cascade.add_stage(StageConfig("parent", 2, "dense", attach_at=1 if label == "bf16" else None))
-        cascade.add_stage(StageConfig("child", 1, "low_rank", 4, parent="parent"))
-        cascade.add_stage(StageConfig("plain", 1, "none"))
-        for seed, stage in enumerate(cascade.stages.values()):
-            scramble(stage, seed)
-        cascade.model("parent")  # assembled before its stop tokens are known
-        cascade.save_stage("parent", root / "stages" / f"{base}-{label}", prompt=prompt)
-        for stage, size in (("parent", "5GB"), ("child", "8KB"), ("plain", 20_000)):
-            name = f"{base}-{label}-{stage}"
-            made[name] = (cascade.export_native(stage, root / name, max_shard_size=size), cascade, stage)
-    return made
+
+    @functools.cache
+    def export(group: Group) -> dict[str, tuple[Path, Cascade, str]]:
+        root, made = tmp_path_factory.mktemp("exports"), {}
+        for base, label in group:
+            cascade = Cascade.from_pretrained(saved_base(base, DTYPES[label]))
+            cascade.add_stage(StageConfig("parent", 2, "dense", attach_at=1 if label == "bf16" else None))
+            cascade.add_stage(StageConfig("child", 1, "low_rank", 4, parent="parent"))
+            cascade.add_stage(StageConfig("plain", 1, "none"))
+            for seed, stage in enumerate(cascade.stages.values()):
+                scramble(stage, seed)
+            cascade.model("parent")  # assembled before its stop tokens are known
+            cascade.save_stage("parent", root / "stages" / f"{base}-{label}", prompt=prompt)
+            for stage, size in (("parent", "5GB"), ("child", "8KB"), ("plain", 20_000)):
+                name = f"{base}-{label}-{stage}"
+                made[name] = (cascade.export_native(stage, root / name, max_shard_size=size), cascade, stage)
+        return made
+
+    return export
 
 
 @pytest.fixture(scope="module")
-def seen(exports) -> dict:
-    """What a stranger sees in each export."""
-    job = {"ids": token_ids().tolist(), "folders": [str(folder) for folder, _, _ in exports.values()]}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", STRANGER],
-        input=json.dumps(job),
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+def seen(exports) -> Callable[[Group], dict]:
+    """What a stranger sees in each export of a group."""
+
+    @functools.cache
+    def see(group: Group) -> dict:
+        job = {"ids": token_ids().tolist(), "folders": [str(folder) for folder, _, _ in exports(group).values()]}
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", STRANGER],
+            input=json.dumps(job),
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads(done.stdout)
+
+    return see
 
 
 @pytest.mark.parametrize("stage", ["parent", "child", "plain"])
 @EXPORTS
-def test_plain_transformers_computes_the_same_logits(flat_name, label, stage, exports, seen) -> None:
-    folder, cascade, _ = exports[f"{flat_name}-{label}-{stage}"]
-    answer = seen[str(folder)]
+def test_plain_transformers_computes_the_same_logits(group, flat_name, label, stage, exports, seen) -> None:
+    folder, cascade, _ = exports(group)[f"{flat_name}-{label}-{stage}"]
+    answer = seen(group)[str(folder)]
     with torch.no_grad():
         logits = cascade(token_ids(), stage=stage).logits
     assert answer["logits"] == hashlib.sha256(logits.float().numpy().tobytes()).hexdigest()
@@ -144,9 +155,9 @@ def test_a_chain_on_every_other_base_is_exported(name, label, saved_base, tmp_pa
 
 
 @EXPORTS
-def test_the_files_are_those_of_an_ordinary_checkpoint(flat_name, label, exports, tmp_path) -> None:
+def test_the_files_are_those_of_an_ordinary_checkpoint(group, flat_name, label, exports, tmp_path) -> None:
     for stage in ("parent", "child", "plain"):
-        folder, cascade, _ = exports[f"{flat_name}-{label}-{stage}"]
+        folder, cascade, _ = exports(group)[f"{flat_name}-{label}-{stage}"]
         config = json.loads((folder / "config.json").read_text())
         assert config["model_type"] == cascade.config.model_type
         assert config["architectures"] == [type(cascade.base).__name__]
@@ -182,18 +193,16 @@ def test_the_files_are_those_of_an_ordinary_checkpoint(flat_name, label, exports
             assert all(sum(t.nbytes for t in load_file(p).values()) <= limit or len(load_file(p)) == 1 for p in files)
 
 
-@QUICK_EXPORTS
 def test_an_export_is_a_base_to_build_on(exports) -> None:
-    folder, cascade, stage = exports["qwen3-tied-fp32-child"]
+    folder, cascade, stage = exports(QUICK)["qwen3-tied-fp32-child"]
     again = Cascade.from_pretrained(folder).add_stage(StageConfig("next", 1, "low_rank", 4))
     assert torch.equal(again(token_ids()).logits, cascade(token_ids(), stage=stage).logits)
     scramble(again.stages["next"])
     assert len(again.model("next").model.layers) == 6
 
 
-@QUICK_EXPORTS
 def test_export_does_not_change_the_base_or_the_cascade(exports) -> None:
-    _, cascade, _ = exports["qwen3-tied-fp32-child"]
+    _, cascade, _ = exports(QUICK)["qwen3-tied-fp32-child"]
     assert cascade.config.tie_word_embeddings
     assert cascade.config.num_hidden_layers == 2
     for (name, mine), theirs in zip(

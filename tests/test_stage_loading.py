@@ -1,10 +1,12 @@
 """A stage gives the same results from remote code without this package, from the package, and from transformers."""
 
+import functools
 import itertools
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,11 +21,11 @@ from poe.loaders.stage_folder import network_files
 from poe.modeling.modeling_poe_stage import PoEStageConfig, PoEStageForCausalLM
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+Group = tuple[tuple[str, str], ...]  # (base, dtype)
 HEADS = ("dense", "low_rank", "none")
-# Every base in one dtype is quick. A list is opened by one process, which costs as much as many folders.
-QUICK = [(name, ("fp32", "bf16")[index % 2]) for index, name in enumerate(EXEMPLARS)]
-SLOW = [pair for pair in itertools.product(EXEMPLARS, DTYPES) if pair not in QUICK]
-QUICK_STAGES = pytest.mark.parametrize("stages", [QUICK], indirect=True)
+# Every base in one dtype is quick. A group is opened by one process, which costs as much as many folders.
+QUICK = tuple((name, ("fp32", "bf16")[index % 2]) for index, name in enumerate(EXEMPLARS))
+SLOW = tuple(pair for pair in itertools.product(EXEMPLARS, DTYPES) if pair not in QUICK)
 GREEDY = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None}
 
 # What a stranger runs. `poe` cannot be imported; every folder named on stdin is opened and used.
@@ -84,41 +86,47 @@ def prompts() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def stages(request, saved_base, tmp_path_factory) -> dict[str, str]:
-    """A scrambled stage on each (base, dtype) with every head, and a chain of two; name -> folder."""
-    root, folders = tmp_path_factory.mktemp("stages"), {}
-    for name, label in request.param:
-        cascade = Cascade.from_pretrained(saved_base(name, DTYPES[label]))
-        for head in HEADS:
-            stage = f"{name}-{label}-{head}"
-            cascade.add_stage(StageConfig(stage, 2, head, 4))
-            scramble(cascade.stages[stage], seed=1)
-            folders[stage] = str(cascade.save_stage(stage, root / stage))
-        child = f"{name}-{label}-child"
-        cascade.add_stage(StageConfig(child, 1, "low_rank", 4, parent=f"{name}-{label}-dense"))
-        scramble(cascade.stages[child], seed=2)
-        folders[child] = str(cascade.save_stage(child, root / child))
-    return folders
+def stages(saved_base, tmp_path_factory) -> Callable[[Group], dict[str, str]]:
+    """A scrambled stage on each (base, dtype) of a group with every head, and a chain of two; name -> folder."""
+
+    @functools.cache
+    def save(group: Group) -> dict[str, str]:
+        root, folders = tmp_path_factory.mktemp("stages"), {}
+        for name, label in group:
+            cascade = Cascade.from_pretrained(saved_base(name, DTYPES[label]))
+            for head in HEADS:
+                stage = f"{name}-{label}-{head}"
+                cascade.add_stage(StageConfig(stage, 2, head, 4))
+                scramble(cascade.stages[stage], seed=1)
+                folders[stage] = str(cascade.save_stage(stage, root / stage))
+            child = f"{name}-{label}-child"
+            cascade.add_stage(StageConfig(child, 1, "low_rank", 4, parent=f"{name}-{label}-dense"))
+            scramble(cascade.stages[child], seed=2)
+            folders[child] = str(cascade.save_stage(child, root / child))
+        return folders
+
+    return save
 
 
 @pytest.fixture(scope="module")
-def seen(stages: dict[str, str]) -> dict:
-    """What a stranger sees in each folder."""
-    return stranger(list(stages.values()))
+def seen(stages) -> Callable[[Group], dict]:
+    """What a stranger sees in each folder of a group."""
+    return functools.cache(lambda group: stranger(list(stages(group).values())))
 
 
 @pytest.mark.parametrize("head", [*HEADS, "child"])
 @pytest.mark.parametrize(
-    ("stages", "base_name", "label"),
+    ("group", "base_name", "label"),
     [*((QUICK, *pair) for pair in QUICK), *(pytest.param(SLOW, *pair, marks=pytest.mark.slow) for pair in SLOW)],
-    indirect=["stages"],
 )
-def test_remote_code_and_the_package_give_the_same_results(base_name, label, head, stages, seen, tmp_path) -> None:
+def test_remote_code_and_the_package_give_the_same_results(
+    group, base_name, label, head, stages, seen, tmp_path
+) -> None:
     import hashlib
 
-    folder = stages[f"{base_name}-{label}-{head}"]
+    folder = stages(group)[f"{base_name}-{label}-{head}"]
     cascade = Cascade.from_pretrained(folder)
-    kind, logits, cached, uncached, padded, words, dtype = seen[folder]
+    kind, logits, cached, uncached, padded, words, dtype = seen(group)[folder]
     ids, padded_ids, mask = prompts()
     with torch.no_grad():
         mine = cascade(ids).logits
@@ -233,9 +241,8 @@ def test_options_and_errors_through_remote_code(name: str, saved_base, tmp_path:
         assert torch.equal(stored, tensor.to(torch.bfloat16).float()), name
 
 
-@QUICK_STAGES
-def test_auto_classes_open_a_stage_when_the_package_is_installed(stages: dict[str, str]) -> None:
-    folder = stages["qwen3-fp32-dense"]
+def test_auto_classes_open_a_stage_when_the_package_is_installed(stages: Callable[[Group], dict[str, str]]) -> None:
+    folder = stages(QUICK)["qwen3-fp32-dense"]
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert torch.equal(model(token_ids()).logits, Cascade.from_pretrained(folder)(token_ids()).logits)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -258,10 +265,9 @@ def test_a_poe_base_opens_without_the_package(saved_base) -> None:
     assert done.stdout.splitlines() == ["[5]", str(tokens.tolist())], done.stderr[-2000:]
 
 
-@QUICK_STAGES
-def test_a_subfolder_is_refused(stages: dict[str, str]) -> None:
+def test_a_subfolder_is_refused(stages: Callable[[Group], dict[str, str]]) -> None:
     with pytest.raises(SourceError, match="subfolder"):
-        PoEStageForCausalLM.from_pretrained(stages["poe-fp32-none"], subfolder="x")
+        PoEStageForCausalLM.from_pretrained(stages(QUICK)["poe-fp32-none"], subfolder="x")
     with pytest.raises(NotImplementedError, match="loaded, not built"):
         PoEStageForCausalLM(PoEStageConfig())
 
