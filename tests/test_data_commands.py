@@ -1,6 +1,8 @@
 """`poe data` prints the rows that training sees, and other trainers can read its exports."""
 
+import html
 import json
+import re
 import subprocess
 from pathlib import Path
 
@@ -89,7 +91,13 @@ def test_the_commands_show_rows_print_statistics_and_export(tmp_path: Path) -> N
     assert rows["demo"]["read"] == 40
     assert sum(source["rows"].values()) == 40 - rows["demo"]["dropped"].get("duplicate row", 0)
     assert 0 < source["trained_tokens"] < source["total_tokens"]
-    assert "data:image/png;base64," in (tmp_path / "page.html").read_text()
+    page = (tmp_path / "page.html").read_text()
+    assert "data:image/png;base64," in page
+    assert "Rows that are not used" not in page or rows["demo"]["dropped"]
+    marked = re.findall("<mark>(.*?)</mark>", page, re.DOTALL)[1:]  # the first is of the legend
+    assert len(re.findall("<pre>", page)) == 2
+    assert marked
+    assert all(html.unescape(text).endswith("<|assistant_end|>") for text in marked)
     written = poe("data", "export", "demo=40", "rows.jsonl", cwd=tmp_path)
     assert written.returncode == 0, written.stderr
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == source["rows"]["train"]

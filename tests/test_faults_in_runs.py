@@ -18,7 +18,7 @@ import torch
 from command_line import run_program
 from conftest import SMALL_RUN, mostly_slow
 from poe import Cascade, train_stage
-from poe.data import statistics
+from poe.data import statistics_page
 from poe.data.drops import DropReport
 from poe.errors import MemoryLimitError, OutputError, TrainingError
 from poe.files.lock import hold
@@ -268,10 +268,10 @@ def test_a_page_of_statistics_and_its_picture_are_written_both_or_not_at_all(tmp
     def refuse(path: Path, *args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(statistics, "_plot", lambda counted: b"png")
+    monkeypatch.setattr(statistics_page, "_plot", lambda counted: b"png")
     monkeypatch.setattr(Path, "write_text", refuse)
     with pytest.raises(OutputError, match=r"page\.\w+ could not be written: No space left"):
-        statistics.write_page(tmp_path / "page.md", [], DropReport())
+        statistics_page.write_page(tmp_path / "page.md", [], DropReport(), [])
     assert not list(tmp_path.iterdir())
 
 

@@ -15,7 +15,9 @@ from conftest import mostly_slow, tiny_tokenizer
 from poe import Cascade, StageConfig
 from poe.commands.poe import app
 from poe.data.drops import DropReport
-from poe.data.statistics import SourceStatistics, _drop_table, _html, _markdown, _source_table
+from poe.data.samples import Sample
+from poe.data.statistics import SourceStatistics
+from poe.data.statistics_page import write_page
 from poe.errors import (
     DeltaError,
     PoEError,
@@ -214,13 +216,18 @@ def test_hostile_rows_are_shown_and_not_obeyed(tmp_path: Path) -> None:
         assert run.exception is None or isinstance(run.exception, PoEError | SystemExit), command
 
 
-def test_pages_of_statistics_show_hostile_names() -> None:
+def test_pages_of_statistics_show_hostile_names_and_rows(tmp_path: Path) -> None:
     report = DropReport()
     report.drop(EVIL, EVIL, "1")
-    for head, rows in (_source_table([SourceStatistics(EVIL, EVIL, None, {})]), _drop_table(report)):
-        for page in (_markdown(head, rows), _html(head, rows)):
-            assert not {"\x1b", "\x9b", "\u202e"} & set(page)
-            assert "<script>" not in page
+    report.repair(EVIL, EVIL)
+    for name in ("page.html", "page.md"):
+        samples = [Sample(EVIL, 2, 1, [(EVIL, False), (EVIL, True)])]
+        write_page(tmp_path / name, [SourceStatistics(EVIL, EVIL, None, {}, calls=[1])], report, samples)
+        page = (tmp_path / name).read_text()
+        assert not {"\x1b", "\x9b", "\u202e"} & set(page)
+        assert "<script>" not in page
+        assert page.count("<mark>") == 2 * (name == "page.html")
+        if name == "page.md":
             assert "\nok   base" not in page
     assert escape_markdown("![a](b)|`c`<d>") == r"!\[a\](b)\|\`c\`&lt;d>"
 

@@ -81,14 +81,17 @@ def stats(
 ) -> None:
     """Count rows, calls, tokens, licenses, repetitions, and dropped rows by reason."""
     from poe.data.drops import DropReport
-    from poe.data.statistics import compute_statistics, write_page
+    from poe.data.samples import sample_rows
+    from poe.data.statistics import compute_statistics
+    from poe.data.statistics_page import write_page
 
     if page is not None:
         check_output_file(page)
-    report = DropReport()
-    counted = compute_statistics(_read_corpus(spec, load_recipe(recipe), report), _load_renderer(base))
+    report, renderer = DropReport(), _load_renderer(base)
+    corpus = _read_corpus(spec, load_recipe(recipe), report)
+    counted = compute_statistics(corpus, renderer)
     if page is not None:
-        write_page(page, counted, report)
+        write_page(page, counted, report, sample_rows(corpus, renderer))
         err.print(f"wrote {page}", markup=False)
     if as_json:
         content = {"sources": [s.as_dict() for s in counted], "rows": report.as_dict()}
@@ -97,7 +100,11 @@ def stats(
     for s in counted:
         out.print(_format_counts(f"{s.source} · {s.license or 'license not stated'}", s.as_dict()))
     for source, counts in report.as_dict().items():
-        table = Table("reason", "rows", title=f"{source}: {counts['read']:,} read", title_justify="left")
+        title = f"{printable(source)}: {counts['read']:,} read, {counts['kept']:,} kept"
+        if not counts["dropped"]:
+            out.print(title, markup=False)
+            continue
+        table = Table("reason to drop", "rows", title=title, title_justify="left")
         for reason, number in counts["dropped"].items():
             table.add_row(printable(reason), f"{number:,}")
         out.print(table)
@@ -153,12 +160,11 @@ def _load_renderer(base: str) -> Any:
 
 def _color_tokens(tokenizer: Any, ids: list[int], mask: list[bool]) -> Text:
     """Return the text of a row with its trained tokens in green."""
-    text, start = Text(), 0
-    for end in range(1, len(ids) + 1):
-        if end == len(ids) or mask[end] != mask[start]:
-            text.append(tokenizer.decode(ids[start:end]), style="green" if mask[start] else "")
-            start = end
-    return text
+    from poe.data.samples import split_by_mask
+
+    return Text.assemble(
+        *((part, "green" if is_trained else "") for part, is_trained in split_by_mask(tokenizer, ids, mask))
+    )
 
 
 def _format_counts(title: str, content: dict[str, Any]) -> Table:

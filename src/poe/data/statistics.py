@@ -1,24 +1,17 @@
-"""Statistics of a SPEC: counts, distributions, licenses, and the rows that are not used, also as one page."""
+"""Statistics of a SPEC: counts, distributions, and licenses."""
 
-import base64
-import io
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from html import escape
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from poe.data.corpus import EVALUATION, HELD_OUT, LEAK, NEAR, TRAIN, Corpus
-from poe.data.drops import DropReport
 from poe.data.readers import READERS
 from poe.data.render import Renderer
 from poe.data.render_worker import RenderWorker
 from poe.data.workers import default_workers, ordered_map
-from poe.errors import DataError, MissingExtraError, escape_markdown, printable
-from poe.files.output import atomic_file, write_file
 
 _SIDES = {
     "train": TRAIN,
@@ -45,6 +38,11 @@ class SourceStatistics:
     tokens: list[int] = field(default_factory=list)
     trained_tokens: int = 0
     abstentions: int = 0  # rows that offer tools and call none
+
+    @property
+    def used(self) -> int:
+        """The number of rows that are trained on, held out, or asked in the evaluation."""
+        return len(self.calls)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the counts, and the mean, median and maximum of each list."""
@@ -103,91 +101,3 @@ def _summarize(numbers: list[int]) -> dict[str, float]:
     if not numbers:
         return {}
     return {"mean": round(float(np.mean(numbers)), 2), "median": float(np.median(numbers)), "max": max(numbers)}
-
-
-def write_page(path: Path, statistics: list[SourceStatistics], report: DropReport) -> None:
-    """Write an HTML page, or a Markdown page and its plot, depending on the suffix of the path.
-
-    Raises `DataError` for another suffix, `MissingExtraError` without matplotlib.
-    """
-    if path.suffix not in (".html", ".md"):
-        raise DataError(f"{path}: expected a page that ends in .html or .md.")
-    picture = _plot(statistics)
-    sections = [("Sources", *_source_table(statistics)), ("Rows that are not used", *_drop_table(report))]
-    repairs = _repair_table(report)
-    sections += [("Repairs of rows that are", *repairs)] if repairs[1] else []
-    if path.suffix == ".md":
-        image = path.with_suffix(".png")
-        text = "# Data\n\n" + "\n".join(f"## {title}\n\n{_markdown(head, rows)}" for title, head, rows in sections)
-        with atomic_file(path) as page, atomic_file(image) as plot:  # both or none
-            plot.write_bytes(picture)
-            page.write_text(f"{text}\n![Distributions]({image.name})\n", encoding="utf-8")
-        return
-    body = "".join(f"<h2>{escape(title)}</h2>{_html(head, rows)}" for title, head, rows in sections)
-    image64 = base64.b64encode(picture).decode()
-    style = "body{font:15px sans-serif;max-width:72em;margin:2em auto}td,th{padding:.2em .7em;text-align:left}"
-    write_file(
-        path,
-        f"<!doctype html><meta charset=utf-8><title>Data</title><style>{style}</style><h1>Data</h1>{body}"
-        f'<img src="data:image/png;base64,{image64}" alt="distributions">\n',
-    )
-
-
-Table = tuple[list[str], list[list[str]]]
-
-
-def _source_table(statistics: list[SourceStatistics]) -> Table:
-    head = ["source", "license", *_SIDES, "rows with calls", "abstentions", "tokens", "of them trained"]
-    rows = []
-    for s in statistics:
-        with_calls = sum(1 for n in s.calls if n)
-        numbers = [*s.sides.values(), with_calls, s.abstentions, sum(s.tokens), s.trained_tokens]
-        rows.append([s.source, s.license or "not stated", *(f"{n:,}" for n in numbers)])
-    return head, rows
-
-
-def _drop_table(report: DropReport) -> Table:
-    rows = []
-    for source, counts in report.as_dict().items():
-        rows.append([source, "read", f"{counts['read']:,}"])
-        rows += [[source, reason, f"{n:,}"] for reason, n in counts["dropped"].items()]
-    return ["reader", "reason", "rows"], rows
-
-
-def _repair_table(report: DropReport) -> Table:
-    counts = report.as_dict().items()
-    rows = [[source, rule, f"{n:,}"] for source, c in counts for rule, n in c.get("repaired", {}).items()]
-    return ["reader", "repair", "times"], rows
-
-
-def _markdown(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join("| " + " | ".join(map(escape_markdown, line)) + " |\n" for line in lines)
-
-
-def _html(head: list[str], rows: list[list[str]]) -> str:
-    titles = "".join(f"<th>{escape(printable(cell))}</th>" for cell in head)
-    body = "".join("<tr>" + "".join(f"<td>{escape(printable(cell))}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><tr>{titles}</tr>{body}</table>"
-
-
-def _plot(statistics: list[SourceStatistics]) -> bytes:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MissingExtraError('The page has plots: pip install "poe-cascade[train]"') from None
-    figure = Figure(figsize=(11, 3.2), layout="constrained")
-    panels = figure.subplots(1, 3)
-    for axes, name, title in zip(
-        panels, ("calls", "tools", "tokens"), ("calls in a row", "tools in a row", "tokens in a row"), strict=True
-    ):
-        series = [getattr(s, name) for s in statistics]
-        top = max((max(numbers) for numbers in series if numbers), default=1)
-        bins: Any = 40 if name == "tokens" else np.arange(min(top, 30) + 2) - 0.5
-        axes.hist(series, bins=bins, stacked=True, label=[s.source[:40] for s in statistics])
-        axes.set_title(title)
-        axes.set_ylabel("rows")
-    panels[0].legend(fontsize=7)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
