@@ -127,7 +127,7 @@ def test_reports_on_a_full_disk_are_one_message(tmp_path: Path, monkeypatch: pyt
         pass
     monkeypatch.setattr(os, "fsync", refuse)
     notes: list[str] = []
-    report.try_to_draw_report(tmp_path, notes.append)
+    report.try_to_draw_report(tmp_path, notes.append, "a run")
     assert "there is no report.png" in notes[0]
     with pytest.raises(OutputError, match=r"training\.json could not be written"):
         report.write_training_json(tmp_path, {})

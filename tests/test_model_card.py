@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from conftest import scramble, tiny_tokenizer
 from poe import Cascade, StageConfig
-from poe.errors import escape_controls
+from poe.errors import StageError, escape_controls
 from poe.loaders.card import example_prompt, non_commercial, notice, stage_card
 from poe.loaders.hub import plan_upload, upload
 
@@ -91,6 +91,7 @@ def test_the_card_has_the_recorded_results() -> None:
         "| own | - | 5 | 1 | not stated |",
         "- glaive: cannot be parsed: 234",
         "| 380 | 0.0599 |",
+        "2.2194 before training, 0.0599 after (step 380)",
         "| new values | stage | 150 | 0.633 | 0.860 | 0.753 | - |",
         '`Cascade.from_pretrained("me/tool")`'.strip("`"),
         'AutoModelForCausalLM.from_pretrained("me/tool", trust_remote_code=True)',
@@ -103,8 +104,24 @@ def test_the_card_has_the_recorded_results() -> None:
         assert part in text, part
     assert "Not for commercial use" not in text
     assert "has not been measured" in card({})
-    assert "say where it lies" in card(base={**CONFIG["base"], "repo": "../base"})
-    assert "base_model" not in card(base={**CONFIG["base"], "repo": "../base"})
+    local = card(base={**CONFIG["base"], "repo": "../../private/base"})
+    assert "Its base is not on the Hub" in local
+    assert "the frozen base `base`" in local
+    assert "private" not in local
+    assert "base_model" not in local
+
+
+def test_the_card_begins_with_a_question_and_the_reply_of_the_stage() -> None:
+    reply = '<tool_call>{"name": "get_weather", "arguments": {"city": "Lisbon"}}</tool_call>'
+    text = stage_card(CONFIG, {**TRAINING, "example": {"reply": reply}}, parameters=1, example="tools: get_weather")
+    code = re.search("```python\n(.*?)```", text, re.DOTALL)[1]
+    compile(code, "card", "exec")
+    assert "tools=tools" in code
+    assert "tools" not in re.search("```python\n(.*?)```", card(), re.DOTALL)[1]
+    titles = re.findall("^## (.*)$", text, re.MULTILINE)
+    assert titles == ["Ask it", "Results", "Other ways to load it", "Limits", "How it was made"]
+    assert text.index(code) < text.index(reply) < text.index("## Results") < text.index("lr: 0.02")
+    assert text.count("<details>") == text.count("</details>") == 3
 
 
 @pytest.mark.parametrize("license", ["CC-BY-NC-4.0", "cc-by-nc-sa-3.0", "non-commercial", "Noncommercial research"])
@@ -179,6 +196,14 @@ def test_every_link_of_a_card_leads_somewhere(hub, saved_base, tmp_path: Path) -
     assert 'from_pretrained("me/t")' in published.decode()
     assert "base_model: me/base" in published.decode()
     assert set(links(published.decode())) <= plan.files.keys()
+    # A license is chosen with the push. A card that the user has edited keeps its text.
+    (folder / "README.md").write_text("---\nlicense: other\n---\n# Mine\n")
+    plan = plan_upload(folder, "me/t", base="me/base", license="mit", token="hf_me")
+    assert plan.files["README.md"].decode().split() == "--- license: mit --- # Mine".split()
+    assert "License of this stage: mit." in plan.files["NOTICE"].decode()
+    assert json.loads(plan.files["training.json"])["license"] == "mit"
+    with pytest.raises(StageError, match="license= do not apply"):
+        plan_upload(saved_base(), "me/base", license="mit", token="hf_me")
 
 
 def test_every_link_of_the_readme_leads_somewhere() -> None:

@@ -104,7 +104,7 @@ def test_folders_of_this_machine_are_not_published(base: Path) -> None:
     assert json.loads((base / "training.json").read_text()) == record
     run = CliRunner().invoke(app, ["push", str(base), "me/base", "--dry-run"])
     assert run.exit_code == 0
-    assert "training.json (changed: it names no folder of this machine)" in run.output
+    assert "training.json (changed for the Hub)" in run.output
 
 
 def test_a_card_shows_what_a_record_says_and_obeys_none_of_it(saved_base, tmp_path: Path) -> None:
@@ -130,5 +130,5 @@ def test_a_card_shows_what_a_record_says_and_obeys_none_of_it(saved_base, tmp_pa
     prose = card.split("---", 2)[2]
     assert not [line for line in prose.splitlines() if line.startswith("# ") and line != "# t"]
     outside = "".join(prose.replace("````", "```").split("```")[::2])
-    assert "<script>" not in outside.replace(f"`` {evil}", "").split("## Recipe")[1]
-    assert "![p]" not in outside.split("## Recipe")[1]
+    assert "<script>" not in outside.replace(f"`` {evil}", "").split("## Ask it")[1]
+    assert "![p]" not in outside.split("## Ask it")[1]

@@ -41,6 +41,9 @@ def push(
     repo: Annotated[str, typer.Argument(help="Hub repository, me/name; created if it is new.", show_default=False)],
     base: Annotated[str | None, typer.Option(help="Hub id of the stage's base, if the stage names a folder.")] = None,
     parent: Annotated[str | None, typer.Option(help="Hub id of the stage's parent, if it names a folder.")] = None,
+    license: Annotated[
+        str | None, typer.Option(help="License of the stage, as an identifier of the Hub: apache-2.0, mit, other.")
+    ] = None,
     private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch to push to; created if it is new.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, print files and sizes, upload nothing.")] = False,
@@ -52,12 +55,12 @@ def push(
     """
     from poe.loaders.hub import plan_upload, upload
 
-    plan = plan_upload(folder, repo, base=base, parent=parent)
+    plan = plan_upload(folder, repo, base=base, parent=parent, license=license)
     table = Table(box=None, show_header=False)
     table.add_column()
     table.add_column(justify="right")
     for name, size in plan.sizes().items():
-        note = " (changed: it names no folder of this machine)" if isinstance(plan.files[name], bytes) else ""
+        note = " (changed for the Hub)" if isinstance(plan.files[name], bytes) else ""
         table.add_row(name + note, f"{size:,}")
     table.add_row(f"{len(plan.files)} files to {repo}", f"{sum(plan.sizes().values()):,} bytes")
     out.print(table)

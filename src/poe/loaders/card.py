@@ -1,5 +1,6 @@
 """The model card and the notice of a stage folder, made from its config.json and training.json."""
 
+import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -8,10 +9,12 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from poe.errors import escape_controls, escape_markdown
+from poe.loaders.repository import short_name
+from poe.modeling.access import is_path
 
 SHARES = {"exact": "exact calls", "names": "right tools", "valid": "valid calls", "abstained": "right abstention"}
 EXAMPLE = [{"role": "user", "content": "What is the weather in Lisbon?"}]
-TOOL = {
+TOOL: dict[str, Any] = {
     "type": "function",
     "function": {
         "name": "get_weather",
@@ -30,32 +33,33 @@ def stage_card(
     plot: str | None = None,
     repo: str | None = None,
 ) -> str:
-    """Return README.md: metadata for the Hub, usage, how the stage was made, and its limits.
+    """Return README.md: metadata for the Hub, an example, results, other ways to load, limits, how the stage was made.
 
     `config` is the stage's config.json. Of `training` (training.json) it uses, if present: `license`, `recipe`,
-    `data` (`sources`, `rows`), `trajectory`, `evaluation`, and the counts of the run. `example` is a rendered prompt,
-    `plot` the file name of a plot in the same folder, `repo` the stage's Hub repository.
+    `data` (`sources`, `rows`), `trajectory`, `evaluation`, `example` (the stage's `reply` to the example prompt), and
+    the counts of the run. `example` is the rendered prompt, `plot` the file name of a plot in the same folder, `repo`
+    the stage's Hub repository.
     """
+    reply = escape_controls(str((training.get("example") or {}).get("reply") or ""))
     config, training = _printable(config), _printable(training)
     stage, base = config["stage"], config["base"]
     head = {"dense": "a dense head delta", "none": "the head unchanged"}.get(
         stage["head"], f"a head delta of rank {stage['head_rank']}"
     )
-    below = f"the stage {_code(config['parent']['repo'])} and " if config.get("parent") else ""
+    below = f"the stage {_name_source(config['parent']['repo'])} and " if config.get("parent") else ""
+    name = repo or "<this repository>"
     parts = [
         f"---\n{_metadata(config, training).to_yaml()}\n---",
         f"# {stage['name']}",
         *_restrictions(training),
         f"A specialist of {_layers(stage)} and {head} ({parameters:,} parameters) on {below}"
-        f"the frozen base {_code(base['repo'] or 'that was never saved')}. It changes nothing in the base: "
+        f"the frozen base {_name_source(base['repo'])}. It changes nothing in the base: "
         f"loading it gives a {'' if _is_fork(stage) else 'deeper '}model of the base's own kind.",
-        *_doors(repo or "<this repository>", base, stage),
-        *_prompt(config.get("prompt") or {}, example),
-        *_recipe(training),
-        *_data(training.get("data") or {}),
-        *_validation(training.get("trajectory") or [], plot),
-        *_evaluation(training.get("evaluation") or {}),
+        *_ask(name, base, example, reply),
+        *_results(training, plot),
+        *_doors(name, stage),
         *_limits(config, training),
+        *_making(training, config.get("prompt") or {}, example),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -99,7 +103,7 @@ def example_prompt(tokenizer: Any) -> str | None:
 
 def _metadata(config: Mapping[str, Any], training: Mapping[str, Any]) -> ModelCardData:
     base = config["base"]["repo"]
-    on_hub = base is not None and not base.startswith(".")
+    on_hub = base is not None and not is_path(base)
     sources = _sources(training)
     hub_ids = [source["hub_id"] for source in sources.values() if source.get("hub_id")]
     results = [
@@ -159,27 +163,81 @@ def _layers(stage: Mapping[str, Any]) -> str:
     return f"changes ({rank}) of {stage['num_layers']} layers from {stage['attach_at']} up, active on {tokens},"
 
 
-def _doors(repo: str, base: Mapping[str, Any], stage: Mapping[str, Any]) -> list[str]:
+def _ask(repo: str, base: Mapping[str, Any], example: str | None, reply: str) -> list[str]:
+    """How to load the stage and ask it a question, and what it replied at the end of its training."""
+    has_tool = TOOL["function"]["name"] in (example or "")
+    lines = [
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n",
+        f'model = AutoModelForCausalLM.from_pretrained("{repo}", trust_remote_code=True)',
+        f'tokenizer = AutoTokenizer.from_pretrained("{repo}")',
+    ]
+    if example:
+        lines += [f"messages = {json.dumps(EXAMPLE)}"]
+        lines += [f"tools = {json.dumps([TOOL])}"] if has_tool else []
+        lines += [
+            "inputs = tokenizer.apply_chat_template(",
+            f"    messages, {'tools=tools, ' if has_tool else ''}add_generation_prompt=True, "
+            'return_dict=True, return_tensors="pt"',
+            ")",
+            "output = model.generate(**inputs, max_new_tokens=200, do_sample=False)",
+            'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :]))',
+        ]
+    parts = ["## Ask it", "```python\n" + "\n".join(lines) + "\n```"]
+    if reply:
+        parts += ["At the end of its training the stage replied:", _fenced("text", reply)]
+    if base["repo"] is None or is_path(base["repo"]):
+        parts.append(
+            "Its base is not on the Hub: pass its folder as `base=...`, or set the environment variable `POE_BASE`. "
+            f"The right base has the fingerprint `{base['fingerprint']}`."
+        )
+    return parts
+
+
+def _results(training: Mapping[str, Any], plot: str | None) -> list[str]:
+    parts = [*_evaluation(training.get("evaluation") or {}), *_validation(training, plot)]
+    return ["## Results", *parts] if parts else []
+
+
+def _doors(repo: str, stage: Mapping[str, Any]) -> list[str]:
     note, option = (", on all tokens", " --all-tokens") if stage.get("active") == "answer" else ("", "")
     text = (
-        "With transformers alone:\n\n"
-        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{repo}", trust_remote_code=True)\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{repo}")\n```\n\n'
-        "With the package (`pip install poe-cascade`), where stages can be stacked, combined and switched off:\n\n"
+        "With the package (`pip install poe-cascade`), where stages can be stacked, combined, and switched off:\n\n"
         f'```python\nfrom poe import Cascade\n\ncascade = Cascade.from_pretrained("{repo}")\n```\n\n'
-        f"As an ordinary checkpoint, for everything that knows neither{note}:"
+        f"As an ordinary checkpoint{note}, for llama.cpp, vLLM, and other programs that have neither:"
         f"\n\n```bash\npoe export {repo} --native out{option}\n```"
     )
-    if base["repo"] is None or base["repo"].startswith("."):
-        text += (
-            "\n\nIts base is not on the Hub: say where it lies with `base=...` or the environment variable `POE_BASE`. "
-            f"The right one has the fingerprint `{base['fingerprint']}`."
+    return ["## Other ways to load it", text]
+
+
+def _making(training: Mapping[str, Any], prompt: Mapping[str, Any], example: str | None) -> list[str]:
+    """How the stage was made: its data, the run, and folded away: recipe, validation, prompt format."""
+    parts = _data(training.get("data") or {})
+    if training.get("steps"):
+        machine = training.get("environment") or {}
+        versions = ", ".join(f"{name} {version}" for name, version in machine.get("versions", {}).items())
+        parts.append(
+            f"{training['steps']:,} steps over {training.get('tokens', 0):,} tokens in "
+            f"{training.get('seconds', 0):,} seconds on "
+            f"{escape_markdown(str(machine.get('device', 'an unknown device')))} "
+            f"({escape_markdown(versions) or 'versions not recorded'}). "
+            "[training.json](training.json) holds everything that was recorded."
         )
-    return ["## Use", text]
+    if training.get("recipe"):
+        recipe = yaml.safe_dump(_plain(training["recipe"]), sort_keys=False, allow_unicode=True).strip()
+        parts.append(_folded("Recipe", _fenced("yaml", recipe)))
+    if points := training.get("trajectory"):
+        rows = "\n".join(f"| {point['step']:,} | {point['val_bpb']:.4f} |" for point in points)
+        parts.append(_folded("Validation", f"| step | bits per byte |\n|---:|---:|\n{rows}"))
+    if text := _prompt(prompt, example):
+        parts.append(_folded("Prompt format", text))
+    return ["## How it was made", *parts] if parts else []
 
 
-def _prompt(prompt: Mapping[str, Any], example: str | None) -> list[str]:
+def _folded(title: str, text: str) -> str:
+    return f"<details>\n<summary>{title}</summary>\n\n{text}\n\n</details>"
+
+
+def _prompt(prompt: Mapping[str, Any], example: str | None) -> str:
     parts = []
     if prompt:
         stops = ", ".join(_code(stop) for stop in prompt.get("stop", [])) or "the end of the text"
@@ -187,28 +245,8 @@ def _prompt(prompt: Mapping[str, Any], example: str | None) -> list[str]:
             f"Format {_code(prompt.get('name'))}, version {_code(prompt.get('version'))}; an answer ends at {stops}."
         )
     if example:
-        parts.append(
-            "`tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True)` renders a question so:"
-            f"\n\n{_fenced('text', escape_controls(example))}"
-        )
-    return ["## Prompt format", *parts] if parts else []
-
-
-def _recipe(training: Mapping[str, Any]) -> list[str]:
-    if not training.get("recipe"):
-        return []
-    recipe = yaml.safe_dump(_plain(training["recipe"]), sort_keys=False, allow_unicode=True).strip()
-    parts = ["## Recipe", _fenced("yaml", recipe)]
-    if training.get("steps"):
-        machine = training.get("environment") or {}
-        versions = ", ".join(f"{name} {version}" for name, version in machine.get("versions", {}).items())
-        parts.append(
-            f"{training['steps']:,} steps over {training.get('tokens', 0):,} tokens in {training.get('seconds', 0):,} "
-            f"seconds on {escape_markdown(str(machine.get('device', 'an unknown device')))} "
-            f"({escape_markdown(versions) or 'versions not recorded'}). "
-            "[training.json](training.json) holds everything that was recorded."
-        )
-    return parts
+        parts.append(f"The template renders the example above as:\n\n{_fenced('text', escape_controls(example))}")
+    return "\n\n".join(parts)
 
 
 def _data(data: Mapping[str, Any]) -> list[str]:
@@ -226,7 +264,7 @@ def _data(data: Mapping[str, Any]) -> list[str]:
             f"| {label} | {'-' if read is None else f'{read:,}'} | {source.get('conversations', 0):,} | "
             f"{source.get('epochs', '-')} | {escape_markdown(str(source.get('license') or 'not stated'))} |"
         )
-    parts = ["## Data", "\n".join(lines)]
+    parts = ["\n".join(lines)]
     drops = [
         f"- {escape_markdown(f'{name}: {reason}')}: {number:,}"
         for name, count in counts.items()
@@ -235,12 +273,13 @@ def _data(data: Mapping[str, Any]) -> list[str]:
     return [*parts, "Rows that were left out, and why:\n\n" + "\n".join(drops)] if drops else parts
 
 
-def _validation(trajectory: list[Mapping[str, Any]], plot: str | None) -> list[str]:
-    if not trajectory:
+def _validation(training: Mapping[str, Any], plot: str | None) -> list[str]:
+    points = training.get("trajectory") or []
+    if not points:
         return []
-    points = "\n".join(f"| {point['step']} | {point['val_bpb']:.4f} |" for point in trajectory)
-    picture = [f"![Loss, bits per byte, learning rates, gradient norm, tokens per second]({plot})"] if plot else []
-    return ["## Validation", f"| step | bits per byte |\n|---:|---:|\n{points}", *picture]
+    best = min(points, key=lambda point: point["val_bpb"])
+    text = f"Bits per byte on validation rows: {points[0]['val_bpb']:.4f} before training, {best['val_bpb']:.4f} after"
+    return [f"{text} (step {best['step']:,}).", *([f"![The course of the training]({plot})"] if plot else [])]
 
 
 def _evaluation(evaluation: Mapping[str, Any]) -> list[str]:
@@ -258,7 +297,7 @@ def _evaluation(evaluation: Mapping[str, Any]) -> list[str]:
                 + " |"
             )
     return [
-        "## Held-out questions",
+        "Held-out questions:",
         "\n".join(lines),
         "A call is exact only if its name and arguments equal the reference as JSON values. `base` is the same model "
         "with the stage switched off.",
@@ -301,6 +340,10 @@ def _code(text: object) -> str:
     mark = "`" * (1 + max((len(run) for run in re.findall("`+", str(text))), default=0))
     space = " " if "`" in str(text) else ""
     return f"{mark}{space}{text}{space}{mark}"
+
+
+def _name_source(repo: str | None) -> str:
+    return "that was never saved" if repo is None else _code(short_name(repo))
 
 
 def _fenced(language: str, text: str) -> str:

@@ -12,7 +12,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from poe.errors import DeltaError, FingerprintError, LineageError, PoEError, SourceError, StageError
@@ -80,14 +80,16 @@ def plan_upload(
     *,
     base: str | None = None,
     parent: str | None = None,
+    license: str | None = None,
     token: str | bool | None = None,
 ) -> UploadPlan:
     """Check a stage's or base's folder and return the plan of its upload. Nothing is uploaded.
 
     A published stage must name Hub repositories for its base and parent. If config.json names folders, `base` and
-    `parent` replace them; their fingerprints must match. Raises `DeltaError` for a file that does not belong to a stage
-    or base and for a failed check of `verify`, `LineageError` for a base or parent that is not on the Hub,
-    `FingerprintError` for a wrong one, `SourceError` for an invalid repository name.
+    `parent` replace them; their fingerprints must match. `license` is the stage's license in the card, the notice and
+    training.json: an identifier of the Hub such as "apache-2.0", or "other". Raises `DeltaError` for a file that does
+    not belong to a stage or base and for a failed check of `verify`, `LineageError` for a base or parent that is not
+    on the Hub, `FingerprintError` for a wrong one, `SourceError` for an invalid repository name.
     """
     folder, access = Path(folder).expanduser().absolute(), Access(token)
     try:
@@ -101,13 +103,13 @@ def plan_upload(
     changed: dict[str, bytes] = {}
     if "training.json" in files:
         record = read_json(files["training.json"])
-        if (public := _without_paths(record)) != record:
+        if (public := _make_public(record, license)) != record:
             changed["training.json"] = (json.dumps(public, indent=2, ensure_ascii=False) + "\n").encode()
     if is_stage(config):
         check_stage_config(config, path)
-        changed |= _rewrite_files(folder, config, repo_id, base, parent, access)
-    elif base or parent:
-        raise StageError(f"{folder} is a base, so base= and parent= do not apply: leave them out.")
+        changed |= _rewrite_files(folder, config, repo_id, base, parent, license, access)
+    elif base or parent or license:
+        raise StageError(f"{folder} is a base, so base=, parent= and license= do not apply: leave them out.")
     failed = [check for check in verify(folder, base=base, access=access) if not check.ok]
     if failed:
         raise DeltaError(
@@ -198,6 +200,7 @@ def push_stage(
     *,
     base_repo: str | None = None,
     parent_repo: str | None = None,
+    license: str | None = None,
     private: bool | None = None,
     token: str | bool | None = None,
     revision: str | None = None,
@@ -206,8 +209,8 @@ def push_stage(
 ) -> str:
     """Write a stage's folder, check it (`plan_upload`) and upload it (`upload`); return the commit's URL.
 
-    `base_repo` and `parent_repo` are `base` and `parent` of `plan_upload`. `save_options` are those of
-    `save_stage_folder`, which can also raise `OutputError`.
+    `base_repo`, `parent_repo` and `license` are `base`, `parent` and `license` of `plan_upload`. `save_options` are
+    those of `save_stage_folder`, which can also raise `OutputError`.
     """
     source = stage.source
     with tempfile.TemporaryDirectory(prefix="poe-push-", ignore_cleanup_errors=True) as scratch:
@@ -216,7 +219,7 @@ def push_stage(
             fingerprint = stage.source["fingerprint"] if stage.source else None
         finally:
             stage.source = source  # the temporary folder is deleted below
-        plan = plan_upload(folder, repo_id, base=base_repo, parent=parent_repo, token=token)
+        plan = plan_upload(folder, repo_id, base=base_repo, parent=parent_repo, license=license, token=token)
         commit = upload(plan, private=private, revision=revision, token=token, commit_message=commit_message)
     stage.source = {"repo": repo_id, "revision": commit.oid, "fingerprint": fingerprint}
     return str(commit.commit_url)
@@ -288,8 +291,19 @@ def _without_paths(value: Any) -> Any:
     return _PATH.sub(r"\1", value) if isinstance(value, str) else value
 
 
+def _make_public(training: dict[str, Any], license: str | None) -> dict[str, Any]:
+    """Return training.json without private paths, and with the license, if one is given."""
+    return {**_without_paths(training), **({"license": license} if license else {})}
+
+
 def _rewrite_files(
-    folder: Path, config: dict[str, Any], repo_id: str, base: str | None, parent: str | None, access: Access
+    folder: Path,
+    config: dict[str, Any],
+    repo_id: str,
+    base: str | None,
+    parent: str | None,
+    license: str | None,
+    access: Access,
 ) -> dict[str, bytes]:
     """Return the files that change for the Hub: config.json, README.md and NOTICE with Hub names."""
     published = dict(config)
@@ -305,7 +319,7 @@ def _rewrite_files(
         changed["config.json"] = text.encode()
     record = folder / "training.json"
     training = read_json(record) if record.is_file() else {}
-    public = _without_paths(training)
+    public = _make_public(training, license)
     for file, before, after in (
         ("README.md", _render_card(folder, config, training), _render_card(folder, published, public, repo_id)),
         ("NOTICE", notice(config, training), notice(published, public)),
@@ -313,6 +327,10 @@ def _rewrite_files(
         # A file that the user has edited is kept; only a generated one is generated again.
         if not (folder / file).is_file() or (folder / file).read_text(encoding="utf-8") == before:
             changed[file] = after.encode()
+        elif license and file == "README.md":
+            card = ModelCard((folder / file).read_text(encoding="utf-8"))
+            card.data.license = license
+            changed[file] = str(card).encode()
     return changed
 
 

@@ -2,13 +2,14 @@
 
 import dataclasses
 import os
+import re
 from pathlib import Path
 
 from huggingface_hub import HfApi, hf_hub_url
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
 from poe.errors import PoEError, SourceError
-from poe.modeling.access import Access, fetch, hub_error
+from poe.modeling.access import Access, fetch, hub_error, is_path
 from poe.modeling.delta_file import DELTA_NAME, DeltaHeader, parse_delta_header
 from poe.modeling.lineage import StageSource
 from poe.modeling.tensor_file import header_length, parse_header
@@ -79,3 +80,10 @@ def _read_span(stage: StageSource, start: int, length: int) -> tuple[bytes, int]
                 "`poe verify` fetches the whole file."
             )
         return response.read(), int(response.headers["Content-Range"].rpartition("/")[2])
+
+
+def short_name(repo: str | None) -> str:
+    """Return a repository's name, or the last part of a folder's path, to show to people."""
+    if repo is None or not is_path(repo):
+        return repo or "a base that was never saved"
+    return re.split(r"[/\\]", repo.rstrip("/\\"))[-1] or repo

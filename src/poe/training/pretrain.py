@@ -89,7 +89,7 @@ def _train(recipe: BaseRecipe, run: Path, resume: bool, progress: Progress) -> P
     with engine.stop.catch_signals():
         save_base_folder(model.to(torch.bfloat16).eval(), run, tokenizer)
         write_training_json(run, record)
-        try_to_draw_report(run, progress.note)
+        try_to_draw_report(run, progress.note, f"Base {recipe.name}, data {recipe.data}")
     engine.remove_checkpoints()
     (run / CHUNKS).unlink(missing_ok=True)
     return run

@@ -9,8 +9,12 @@ import torch
 
 from poe.cascade import Cascade
 from poe.data.render import Renderer
+from poe.decoding.generation import greedy_options
 from poe.errors import StageError
+from poe.loaders.card import EXAMPLE, TOOL
 from poe.modeling.delta_file import delta_size
+from poe.modeling.families import is_prefix_lm
+from poe.modeling.placement import device_of
 from poe.modeling.stage import Stage
 from poe.stages.copying import find_copying_layer
 from poe.training.parallel.distributed import World
@@ -70,6 +74,16 @@ def prompt_format(tokenizer: Any, renderer: Renderer) -> dict[str, Any]:
     text = template if isinstance(template, str) else str(sorted(template.items()))
     stops = [tokenizer.convert_ids_to_tokens(token) for token in renderer.stop_token_ids]
     return {"name": "chat_template", "version": hashlib.sha256(text.encode()).hexdigest()[:12], "stop": stops}
+
+
+def answer_example(cascade: Cascade, name: str, renderer: Renderer) -> dict[str, str]:
+    """Return the stage's greedy reply to the example question of the model card, as `{"reply": text}`."""
+    ids = torch.tensor([renderer.prompt_ids(EXAMPLE, [TOOL])])
+    inputs = ids.to(device_of(cascade.model(name).eval().get_input_embeddings()))
+    prefix = {"token_type_ids": torch.ones_like(inputs)} if is_prefix_lm(cascade.config) else {}
+    options = greedy_options(max_new_tokens=100, eos_token_id=list(renderer.stop_token_ids))
+    output = cascade.generate(input_ids=inputs, **prefix, stage=name, **options)
+    return {"reply": cascade.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=False)}
 
 
 def base_facts(cascade: Cascade, stage: Stage) -> dict[str, str]:

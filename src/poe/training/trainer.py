@@ -17,6 +17,7 @@ from poe.data.pipeline import TrainingData, prepare
 from poe.data.render import Renderer, token_bytes
 from poe.data.templates import complete_template, note_unread_calls
 from poe.errors import OutputError, TrainingError, explain_memory
+from poe.loaders.repository import short_name
 from poe.loaders.tokenizer import check_tokenizer
 from poe.modeling.placement import quantization_of
 from poe.modeling.stage import Stage
@@ -44,6 +45,7 @@ from poe.training.reporting.report import (
 from poe.training.reporting.tracking import open_trackers
 from poe.training.run import RunContext, RunRows, RunSettings, TrainedModel
 from poe.training.stage_setup import (
+    answer_example,
     base_facts,
     delta_bytes,
     mask_unseen_tokens,
@@ -268,6 +270,7 @@ def _save(
             raise Interrupted
         try:
             record["evaluation"] = evaluate(cascade, name, prepared.held_out)
+            record["example"] = answer_example(cascade, name, job.renderer)
             _write_stage(job, record, fitted)
         except Exception as error:  # any kind: the run is over, and its result must not be lost
             raise TrainingError(
@@ -284,7 +287,8 @@ def _write_stage(job: _Job, record: dict[str, Any], fitted: _Fitted) -> None:
     if not job.context.world.is_main:
         return
     with fitted.engine.stop.catch_signals():
-        try_to_draw_report(job.folder, job.context.progress.note)  # first: the model card shows the picture
+        title = f"Stage {job.plan.name} on {short_name(job.cascade.base_source.repo)}, data {job.spec}"
+        try_to_draw_report(job.folder, job.context.progress.note, title)  # first: the model card shows the picture
         prompt = prompt_format(job.cascade.tokenizer, job.renderer)
         job.cascade.save_stage(job.plan.name, job.folder, training=record, prompt=prompt)
 

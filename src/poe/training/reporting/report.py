@@ -3,6 +3,7 @@
 import contextlib
 import importlib.metadata
 import json
+import math
 import platform
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-from poe.errors import OutputError, TrainingError
+from poe.errors import OutputError, TrainingError, printable
 from poe.files.output import OWN_FILES, atomic_file, locked_folder, write_file
 from poe.training.checkpoints.files import UNFINISHED, has_checkpoint
 from poe.training.reporting.estimate import compare_with_estimate
@@ -114,53 +115,66 @@ def outcome_record(history: History) -> dict[str, Any]:
     return {"estimate": history.estimate, "actual": actual, "ratio": compare_with_estimate(history.estimate, actual)}
 
 
-def draw_report(run: Path) -> bool:
+def draw_report(run: Path, title: str = "") -> bool:
     """Draw `run`/report.png from `run`/metrics.jsonl; return False if matplotlib is not installed.
 
-    The panels are: loss in nats per label; validation in bits per byte (thin lines: the lower stages of a PoE base);
-    the factor of the learning rates; the norm of the gradient before clipping; tokens per second. Raises `OutputError`
-    when there is no metrics.jsonl, or the picture cannot be written.
+    The panels are: loss in nats per trained token; validation in bits per byte (thin lines: the lower stages of a PoE
+    base); the factor of the learning rates; the norm of the gradient before clipping. An axis is logarithmic if its
+    values span more than a factor of ten. Raises `OutputError` when there is no metrics.jsonl, or the picture cannot be
+    written.
     """
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
     except ImportError:
         return False
     steps, evals = read_metrics(run)
-    figure = Figure(figsize=(8, 7), layout="constrained")
-    panels = figure.subplot_mosaic([["loss", "loss"], ["val_bpb", "lr_factor"], ["grad_norm", "tokens_per_s"]])
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    figure.suptitle(printable(title, 90), fontsize=12, x=0.01, horizontalalignment="left")
+    panels = figure.subplot_mosaic([["loss"] * 3, ["val_bpb", "lr_factor", "grad_norm"]], height_ratios=[3, 2])
     titles = {
         "loss": "training loss (nats per trained token)",
         "val_bpb": "validation (bits per byte)",
-        "lr_factor": "learning rates (share of their peak)",
+        "lr_factor": "learning rates (share of peak)",
         "grad_norm": "gradient norm",
-        "tokens_per_s": "tokens per second",
     }
-    for name, title in titles.items():
-        points = [(r["step"], r[name]) for r in (evals if name == "val_bpb" else steps) if name in r]
-        panels[name].set_title(title, fontsize=10, loc="left")
-        panels[name].grid(alpha=0.3)
-        panels[name].spines[["top", "right"]].set_visible(False)
-        if name in ("loss", "grad_norm", "tokens_per_s"):
-            panels[name].plot(*_columns(points), color="#b0b8c4", linewidth=1)
-            panels[name].plot(*_columns(_smoothed(points)), color="#1d4ed8", linewidth=1.5)
+    for name, panel_title in titles.items():
+        axes, records = panels[name], evals if name == "val_bpb" else steps
+        points = [(r["step"], r[name]) for r in records if name in r]
+        axes.set_title(panel_title, fontsize=10, loc="left")
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xlabel("step")
+        if name in ("loss", "grad_norm"):
+            axes.plot(*_columns(points), color="#b0b8c4", linewidth=1)
+            axes.plot(*_columns(_smoothed(points)), color="#1d4ed8", linewidth=1.5)
         else:
-            panels[name].plot(*_columns(points), "o-" if name == "val_bpb" else "-", color="#c2410c", markersize=3)
+            axes.plot(*_columns(points), "o-" if name == "val_bpb" else "-", color="#c2410c", markersize=3)
         if name == "val_bpb":
             for stage in range(len(evals[-1].get("stage_bpb", [])) - 1 if evals else 0):
-                points = [(r["step"], r["stage_bpb"][stage]) for r in evals]
-                panels[name].plot(*_columns(points), color="#c2410c", linewidth=0.8, alpha=0.5)
-        panels[name].set_ylim(0, None)
-    for name in ("grad_norm", "tokens_per_s"):
-        panels[name].set_xlabel("step")
+                lower = [(r["step"], r["stage_bpb"][stage]) for r in evals]
+                axes.plot(*_columns(lower), color="#c2410c", linewidth=0.8, alpha=0.5)
+        if name != "lr_factor" and _spans_decades(points):
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
+        else:
+            axes.set_ylim(0, None)
     with atomic_file(run / REPORT) as file:
         figure.savefig(file, dpi=120)
     return True
 
 
-def try_to_draw_report(run: Path, note: Callable[[str], None]) -> None:
+def _spans_decades(points: list[tuple[float, float]]) -> bool:
+    values = [y for _, y in points if math.isfinite(y)]
+    return bool(values) and 0 < 10 * min(values) < max(values)
+
+
+def try_to_draw_report(run: Path, note: Callable[[str], None], title: str) -> None:
     """Draw report.png; a picture that cannot be drawn is reported, and does not end the run."""
     try:
-        draw_report(run)
+        draw_report(run, title)
     except OutputError as error:
         note(f"there is no {REPORT}: {error}")
 
