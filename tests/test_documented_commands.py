@@ -28,6 +28,7 @@ NOT_RUN = {
     "docs/how-to/choose-layers.md": 1,
     "docs/how-to/decode.md": 5,
     "docs/how-to/export.md": 5,
+    "docs/how-to/from-peft-and-trl.md": 2,
     "docs/how-to/nanochat.md": 2,
     "docs/how-to/poe-bases.md": 4,
     "docs/how-to/publish.md": 6,
