@@ -209,9 +209,9 @@ def test_a_stage_on_a_base_in_memory_needs_its_location(tmp_path: Path) -> None:
     assert Cascade.from_pretrained(tmp_path / "t", base=base).active == "t"
 
 
-@pytest.mark.parametrize("place", ["./nowhere", "/no/such/folder", "a/b/c"])
+@pytest.mark.parametrize("place", ["./nowhere", "/no/such/folder", "a/b/c", r"C:\models\mine", r"models\mine"])
 def test_a_missing_folder_is_refused(place: str) -> None:
-    with pytest.raises(SourceError, match=r"(There is no folder|could not be reached).*"):
+    with pytest.raises(SourceError, match="There is no folder"):
         Cascade.from_pretrained(place)
 
 

@@ -85,7 +85,7 @@ class Cascade:
         plain tensors. `verify=False` skips the comparison of fingerprints and warns.
         Raises `SourceError`, `LineageError`, `FingerprintError`, `DeltaError` or `FamilyError`.
         """
-        location, options = read_options(locate(repo), dtype, options)
+        location, options = read_options(locate(repo), dtype, options, device_map)
         access = Access(token, cache_dir, local_files_only, options.pop("force_download", False))
         config, _ = read_config(location, access, revision)
         lineage: Lineage | None = None

@@ -15,6 +15,7 @@ from typer.core import TyperCommand
 
 from poe import __version__
 from poe.errors import PoEError, explain_memory
+from poe.stages.familiar_fields import advise
 from poe.training.reporting.progress import PlainConsole, console
 
 if TYPE_CHECKING:
@@ -24,11 +25,25 @@ FAILED, INTERRUPTED = 1, 130
 out, err = PlainConsole(), console()
 
 Repo = Annotated[str, typer.Argument(help="A base or a stage: folder, Hub id, or 'demo'.", show_default=False)]
+Device = Annotated[
+    str, typer.Option(help="Device to run on: auto (the GPU, if there is one), cpu, cuda, cuda:1, or mps.")
+]
 Base = Annotated[str | None, typer.Option(help="The stage's base, if it is not where the stage's config says.")]
 
 
 class Command(TyperCommand):
-    """A command that silences the libraries before it runs. Help and completion do not import them."""
+    """A command that silences the libraries before it runs. Help and completion do not import them.
+
+    An option of another trainer is answered with the option that does the same job here.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:  # Typer's NoSuchOption has no public name
+            if advice := advise(getattr(error, "option_name", "")):
+                error.message, error.possibilities = f"{error.message}.{advice}", None  # type: ignore[attr-defined]
+            raise
 
     def invoke(self, ctx: Any) -> Any:
         silence_libraries()

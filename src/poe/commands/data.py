@@ -51,6 +51,7 @@ def show(
     from poe.data.augment import ToolPool, augment
     from poe.data.drops import DropReport
     from poe.data.readers import READERS, read_source
+    from poe.data.readers.guess import find_reader
     from poe.data.spec import parse_spec
 
     plan = load_recipe(recipe)
@@ -62,7 +63,7 @@ def show(
             markup=False,
         )
     report = DropReport()
-    for source in parse_spec(spec, READERS):
+    for source in parse_spec(spec, READERS, find_reader):
         rows = list(islice(read_source(source, report), count + (POOL_ROWS if options.draws_tools else 0)))
         pool = ToolPool.from_conversations(rows)
         for row in rows[:count]:

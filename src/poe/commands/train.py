@@ -11,7 +11,7 @@ import typer
 from rich.progress import Progress
 from rich.table import Table
 
-from poe.commands.app import FAILED, Program, add_version, err, interruptible, out, run
+from poe.commands.app import FAILED, Device, Program, add_version, err, interruptible, out, run
 from poe.commands.recipe_options import (
     BaseRecipeCommand,
     StageRecipeCommand,
@@ -47,6 +47,7 @@ def stage(
     ] = None,
     out_folder: Annotated[Path | None, typer.Option("--out", help="Folder of the run; default: runs/RECIPE.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+    device: Device = "auto",
     no_eval: Annotated[bool, typer.Option("--no-eval", help="Skip the held-out questions after training.")] = False,
     dry_run: DryRun = False,
 ) -> None:
@@ -56,7 +57,7 @@ def stage(
     """
     plan = load_recipe(recipe, **context.obj)
     folder = out_folder or Path("runs") / plan.name
-    with _join_processes() as world, interruptible(f"poe-train stage {recipe}", folder, world):
+    with _join_processes(device) as world, interruptible(f"poe-train stage {recipe}", folder, world):
         from poe.training.trainer import check_stage_run, train_stage
 
         cascade = _open_base(plan, base, world)
@@ -87,13 +88,14 @@ def sweep(
         Path | None, typer.Option("--out", help="Folder of the sweep; default: runs/RECIPE-sweep.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the sweep in --out.")] = False,
+    device: Device = "auto",
     dry_run: DryRun = False,
 ) -> None:
     """Train every combination of some field values on the same cached hidden states, and keep the best stage."""
     plan = load_recipe(recipe, **context.obj)
     values = _parse_tries(tries or [])
     folder = out_folder or Path("runs") / f"{plan.name}-sweep"
-    with _join_processes() as world, interruptible(f"poe-train sweep {recipe}", folder, world):
+    with _join_processes(device) as world, interruptible(f"poe-train sweep {recipe}", folder, world):
         from poe.training import sweep as sweeping
 
         _check_single_process(world, "sweep")
@@ -158,13 +160,13 @@ def base(
 
 
 @contextmanager
-def _join_processes() -> "Iterator[World]":
+def _join_processes(device: str = "auto") -> "Iterator[World]":
     """Join the processes of a launcher. The main one prints; an error is printed once, by a process that raised it."""
     from poe.training.parallel.distributed import SINGLE_PROCESS, join_world
 
     world = SINGLE_PROCESS
     try:
-        with join_world() as world:
+        with join_world(device) as world:
             out.quiet = err.quiet = not world.is_main
             yield world
     except PoEError as error:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from poe.commands.app import FAILED, Base, Program, Repo, err, out
+from poe.commands.app import FAILED, Base, Device, Program, Repo, err, out
 from poe.errors import DataError, DecodingError, RowError, escape_controls, printable
 from poe.files.output import check_output_file
 
@@ -25,6 +25,7 @@ def generate(
     repo: Repo,
     prompt: Annotated[str, typer.Argument(help="Text to continue; '-' reads standard input.")],
     base: Base = None,
+    device: Device = "auto",
     max_new_tokens: NewTokens = 128,
     temperature: Annotated[
         float, typer.Option(min=0, help="Sampling temperature, with the model's own generation settings; 0 is greedy.")
@@ -56,7 +57,7 @@ def generate(
         chosen = None if strategy is None else parse_strategy(strategy)
     except DecodingError as error:
         raise DecodingError(f"--strategy: {error}") from None
-    cascade = _open_cascade(repo, base)
+    cascade = _open_cascade(repo, base, device)
     text = sys.stdin.read() if prompt == "-" else prompt
     check_tokenizer(cascade.tokenizer, cascade.config.vocab_size)
     ids = torch.tensor([TextEncoder(cascade.tokenizer, cascade.config.vocab_size).encode_plain(text)])
@@ -92,6 +93,7 @@ def calibrate(
     ] = "margin",
     rows: Annotated[int, typer.Option(min=2, help="Documents: half to choose thresholds, half to measure them.")] = 200,
     base: Base = None,
+    device: Device = "auto",
     off: Off = False,
 ) -> None:
     """Choose the thresholds of adaptive depth on texts, and write them to a file."""
@@ -103,7 +105,7 @@ def calibrate(
     from poe.training.text_rows import encode_texts
 
     check_output_file(output)
-    cascade = _open_cascade(repo, base)
+    cascade = _open_cascade(repo, base, device)
     check_tokenizer(cascade.tokenizer, cascade.config.vocab_size)
     encoder = TextEncoder(cascade.tokenizer, cascade.config.vocab_size)
     ids = [list(map(int, document)) for document, _ in encode_texts(encoder, islice(documents(data), rows))]
@@ -130,6 +132,7 @@ def call(
     question: Annotated[str, typer.Argument(help="The user's question.")],
     tools: Annotated[Path, typer.Option(help="JSON file with tools: OpenAI, Anthropic, MCP, ... (any spelling).")],
     base: Base = None,
+    device: Device = "auto",
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     max_new_tokens: NewTokens = 256,
     off: Off = False,
@@ -146,7 +149,7 @@ def call(
     from poe.loaders.tokenizer import check_tokenizer
 
     declared = _read_tools(tools)
-    cascade = _open_cascade(repo, base)
+    cascade = _open_cascade(repo, base, device)
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": question})
     check_tokenizer(cascade.tokenizer, cascade.config.vocab_size)
@@ -169,12 +172,12 @@ def call(
         raise typer.Exit(FAILED)
 
 
-def _open_cascade(repo: str, base: str | None) -> Any:
-    """Open a base or a stage to run it: on the default device, in the dtype that is fast there."""
+def _open_cascade(repo: str, base: str | None, device_name: str) -> Any:
+    """Open a base or a stage to run it, in the dtype that is fast on the device."""
     from poe.cascade import Cascade
-    from poe.training.precision import choose_dtype, default_device
+    from poe.training.precision import choose_device, choose_dtype
 
-    device = default_device()
+    device = choose_device(device_name)
     return Cascade.from_pretrained(
         repo,
         dtype=choose_dtype("auto", device),

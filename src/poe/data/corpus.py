@@ -19,6 +19,7 @@ from poe.data.cache import cached_folder, file_hash, fingerprint
 from poe.data.drops import DropReport
 from poe.data.near import NearDuplicates
 from poe.data.readers import READERS, read_source
+from poe.data.readers.guess import find_reader
 from poe.data.sources import hub_fingerprint
 from poe.data.spec import DataSource, parse_spec
 from poe.data.split import find_repetition, is_held_out, short_hash
@@ -60,8 +61,8 @@ def read_corpus(recipe: Recipe, report: DropReport) -> Corpus:
     or a call with a row of `eval_data`. `report` counts the rows that are read, kept and dropped. Raises `DataError`
     for a source without usable rows.
     """
-    sources = parse_spec(recipe.data, READERS)
-    evaluation = parse_spec(recipe.eval_data, READERS) if recipe.eval_data else []
+    sources = parse_spec(recipe.data, READERS, find_reader)
+    evaluation = parse_spec(recipe.eval_data, READERS, find_reader) if recipe.eval_data else []
     states = _file_states([*sources, *evaluation])
     identities = [[_source_identity(s) for s in sources], [_source_identity(s) for s in evaluation]]
     key = fingerprint("rows", *identities, recipe.validation_ratio, recipe.near_duplicates, recipe.seed)

@@ -6,24 +6,26 @@ A SPEC is a comma-separated list of `name[=path][*epochs][:weight]`:
     glaive=rows.jsonl*4,xlam*3           a local file four times, a public data set three times
     messages=data/*.jsonl.gz:0.5         every file that matches a glob, at half weight
     demo                                 generated rows
+    rows.jsonl                           a file, whose reader is found from its rows
 
 `name` is a reader. `epochs` is the number of passes through the rows, a whole number; the default is the recipe's, or
 1. `weight` is the source's share in the mixture, a positive number; the default is 1. Both are read only at the end of
 the item, so a path may contain `:`, `*` and `=`. For a path that ends in `*8` or `:8`, write both in full:
-`glaive=rows/*8*1:1`, `glaive=host:8*1:1`. A path cannot contain a comma: give its folder, or a glob with `?` for the
-comma.
+`glaive=rows/*8*1:1`, `glaive=host:8*1:1`. A path with a comma is read as one path if it exists.
 """
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from poe.errors import DataError, suggest
 
 MAX_EPOCHS = 10_000
 _GRAMMAR = "name[=path][*epochs][:weight], as in glaive=rows.jsonl*4:0.5"
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+_PATH = re.compile(r"[./\\~]")
 _WEIGHT = re.compile(r":([0-9]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?|\.[0-9]+)$")
 _EPOCHS = re.compile(r"\*([0-9]+)$")
 
@@ -46,15 +48,36 @@ class DataSource:
         return f"{self.name}{path}{epochs}{weight}"
 
 
-def parse_spec(text: str, known: Iterable[str] | None = None) -> list[DataSource]:
-    """Parse a SPEC. With `known` (reader names), an unknown name raises `DataError` with a suggestion."""
+def parse_spec(
+    text: str, known: Iterable[str] | None = None, find_reader: Callable[[str], str] | None = None
+) -> list[DataSource]:
+    """Parse a SPEC. With `known` (reader names), an unknown name raises `DataError` with a suggestion.
+
+    `find_reader` returns the reader's name for an item that is a path alone.
+    """
     if not text.strip():
         raise DataError(f"The data SPEC is empty; expected a comma-separated list of {_GRAMMAR}.")
     names = None if known is None else list(known)
-    return [_parse_item(item.strip(), text, names) for item in text.split(",")]
+    return [_parse_item(item.strip(), text, names, find_reader) for item in _split_items(text)]
 
 
-def _parse_item(item: str, text: str, known: list[str] | None) -> DataSource:
+def _split_items(text: str) -> list[str]:
+    """Split a SPEC at its commas, except at those of a path that exists."""
+    items, parts = [], text.split(",")
+    while parts:
+        sizes = range(len(parts), 1, -1)
+        size = next((n for n in sizes if _names_file(",".join(parts[:n])) and not _names_file(parts[0])), 1)
+        items.append(",".join(parts[:size]))
+        parts = parts[size:]
+    return items
+
+
+def _names_file(item: str) -> bool:
+    path = _EPOCHS.sub("", _WEIGHT.sub("", item.strip()))
+    return any(part and Path(part).expanduser().exists() for part in (path, path.partition("=")[2]))
+
+
+def _parse_item(item: str, text: str, known: list[str] | None, find_reader: Callable[[str], str] | None) -> DataSource:
     def invalid(problem: str) -> DataError:
         return DataError(f"{problem} in the data SPEC {text!r}; expected {_GRAMMAR}.")
 
@@ -73,8 +96,9 @@ def _parse_item(item: str, text: str, known: list[str] | None) -> DataSource:
         epochs = int(match[1])
         if not has_weight and _WEIGHT.search(rest):
             raise invalid(f"The weight of {item!r} comes before its epochs")
-    name, equals, path = rest.partition("=")
-    name, path = name.strip(), path.strip()
+    name, equals, path = (part.strip() for part in rest.partition("="))
+    if find_reader is not None and _PATH.search(rest) and not _NAME.fullmatch(name):
+        return DataSource(find_reader(rest), rest, epochs, weight)
     if not _NAME.fullmatch(name):
         raise invalid(f"{name!r} (of {item!r}) cannot be the name of a reader")
     if known is not None and name not in known:

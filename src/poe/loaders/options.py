@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from poe.errors import SourceError, suggest
+from poe.modeling.placement import missing_device
 
 TAKEN = (
     *("attn_implementation", "experts_implementation", "quantization_config", "max_memory", "offload_folder"),
@@ -46,12 +47,24 @@ REFUSED = {
 }
 
 
-def read_options(repo: str, dtype: Any, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+def _check_device_map(device_map: Any) -> None:
+    places = device_map.values() if isinstance(device_map, Mapping) else [device_map]
+    for place in places:
+        if isinstance(place, str) and place.partition(":")[0] in ("cuda", "mps"):
+            place = torch.device(place)
+        if isinstance(place, torch.device) and (problem := missing_device(place)):
+            raise SourceError(f"{problem} Leave device_map out, or give 'cpu'.")
+
+
+def read_options(
+    repo: str, dtype: Any, options: Mapping[str, Any], device_map: Any = None
+) -> tuple[str, dict[str, Any]]:
     """Return the location with its subfolder, and the keywords for the base's `from_pretrained`, `dtype` among them.
 
     Raises `SourceError` for a keyword that is refused or unknown, such as a field of the config: it would change what
-    the base computes, under the fingerprint of its files.
+    the base computes, under the fingerprint of its files. Raises it for a device that this machine does not have, too.
     """
+    _check_device_map(device_map)
     for name in options:
         if name in REFUSED:
             raise SourceError(f"from_pretrained does not take {name}: {REFUSED[name]}.")

@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-from transformers.utils.hub import cached_file
+from transformers.utils.hub import cached_file, is_offline_mode
 
 from .failures import SourceError
 from .saves import finish_save
@@ -53,8 +53,14 @@ def fetch(repo: str, filename: str, access: Access, revision: str | None = None)
             return None
         check_file(path)
         return path
+    if os.path.isfile(repo):
+        gguf = " A GGUF file is for llama.cpp: open the model that it was made from." if repo.endswith(".gguf") else ""
+        raise SourceError(f"{repo} is a file: expected the folder of a model or stage, with its config.json.{gguf}")
     if is_path(repo):
-        raise SourceError(f"There is no folder {repo}: expected a model folder or a Hub repository such as 'me/model'.")
+        raise SourceError(
+            f"There is no folder {repo} (from the folder {os.getcwd()}): expected a model folder or a Hub repository "
+            "such as 'me/model'."
+        )
     try:
         return cached_file(repo, filename, revision=revision, **access.kwargs(repo))
     except Exception as error:  # errors of the Hub client, the HTTP library or the file system
@@ -68,10 +74,7 @@ def read_config(repo: str, access: Access, revision: str | None = None) -> tuple
     finish_save(repo)
     path = fetch(repo, "config.json", access, revision)
     if path is None:
-        raise SourceError(
-            f"{repo} (revision {revision or 'main'}) has no config.json, or it could not be reached: expected the "
-            "folder or repository of a model or stage. Check the name, the network and your token."
-        )
+        raise SourceError(_explain_missing_config(repo, access, revision))
     config = read_json(path)
     if not isinstance(config.get("model_type"), str):
         raise SourceError(f"{path} is not a model config: expected a JSON object with `model_type`. Fetch it again.")
@@ -79,6 +82,23 @@ def read_config(repo: str, access: Access, revision: str | None = None) -> tuple
         if os.path.isdir(repo) and os.path.lexists(os.path.join(repo, name)):
             read_json(os.path.join(repo, name))
     return config, path
+
+
+def _explain_missing_config(repo: str, access: Access, revision: str | None) -> str:
+    """Return the reason why there is no config.json: none in a folder or repository, offline, or no way to the Hub."""
+    expected = "expected the folder or repository of a model or stage"
+    if os.path.isdir(repo):
+        return f"The folder {repo} has no config.json: {expected}."
+    fetch_it = f"fetch it once where there is a network (hf download {repo}), or give a local folder"
+    if access.local_files_only or is_offline_mode():
+        by = "local_files_only" if access.local_files_only else "the environment variable HF_HUB_OFFLINE"
+        return f"{repo} is not in the cache of the Hub client, and {by} forbids the network: {fetch_it}."
+    if not _can_reach_hub():
+        return (
+            f"{repo} is no folder here and not in the cache of the Hub client, and {hub_url()} cannot be reached: "
+            f"check the network, {fetch_it}."
+        )
+    return f"The repository {repo} (revision {revision or 'main'}) has no config.json: {expected}."
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -125,9 +145,7 @@ def check_file(path: str | os.PathLike[str], most_bytes: int | None = None) -> N
 
 def is_path(repo: str) -> bool:
     """Return whether a name can only be a folder's (a Hub name is `name` or `owner/name`)."""
-    return (
-        repo.startswith((".", "~")) or os.path.isabs(repo) or repo.count("/") > 1 or (os.sep != "/" and os.sep in repo)
-    )
+    return repo.startswith((".", "~")) or os.path.isabs(repo) or repo.count("/") > 1 or "\\" in repo or repo[1:2] == ":"
 
 
 def hub_error(what: str, repo: str, error: BaseException) -> SourceError:

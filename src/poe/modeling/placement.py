@@ -88,3 +88,17 @@ def _hooks(module: nn.Module) -> Iterator[Any]:
     """Yield the hooks with which accelerate moves a module's weights and inputs."""
     hook = getattr(module, "_hf_hook", None)
     yield from getattr(hook, "hooks", () if hook is None else (hook,))
+
+
+def missing_device(device: torch.device) -> str:
+    """Return a sentence if this machine does not have a device, else nothing."""
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            build = "" if torch.version.cuda or torch.version.hip else ", because this build of torch is for CPUs"
+            return f"There is no device {device}: torch sees {count} GPUs{build}."
+    elif device.type == "mps" and not torch.backends.mps.is_available():
+        return "There is no device mps: torch sees no GPU of Apple."
+    elif device.type not in ("cpu", "mps", "meta", "xpu", "npu", "hpu"):
+        return f"There is no device {device}: expected cpu, cuda, or mps."
+    return ""

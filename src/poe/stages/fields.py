@@ -8,6 +8,7 @@
 
 import ast
 import dataclasses
+import difflib
 import inspect
 import math
 import textwrap
@@ -57,7 +58,9 @@ def check_fields(instance: Any, title: str) -> None:
     for name, hint in typing.get_type_hints(type(instance), include_extras=True).items():
         value = getattr(instance, name)
         if not _accepts(hint, value):
-            raise RecipeError(f"{title}{name} should be {_expected(hint)}, got {value!r}.")
+            close = difflib.get_close_matches(str(value), _choices(hint), n=1, cutoff=0.6)
+            guess = f" Did you mean {close[0]!r}?" if close else ""
+            raise RecipeError(f"{title}{name} should be {_expected(hint)}, got {value!r}.{guess}")
 
 
 def describe_fields(kind: type) -> dict[str, FieldInfo]:
@@ -138,6 +141,13 @@ def _accepts(hint: Any, value: Any) -> bool:
 
 
 _NAMES = {float: "a number", int: "a whole number", str: "text", bool: "true or false", types.NoneType: "null"}
+
+
+def _choices(hint: Any) -> list[str]:
+    """Return the texts that a field accepts by name."""
+    if typing.get_origin(hint) is Literal:
+        return [choice for choice in typing.get_args(hint) if isinstance(choice, str)]
+    return [choice for argument in typing.get_args(hint) for choice in _choices(argument)]
 
 
 def _expected(hint: Any) -> str:

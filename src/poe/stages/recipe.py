@@ -16,6 +16,7 @@ import yaml
 from poe.errors import RecipeError, StageError, suggest
 from poe.modeling.stage_config import StageConfig
 from poe.stages.augmentation import Augmentation
+from poe.stages.familiar_fields import advise
 from poe.stages.fields import (
     FieldInfo,
     Momentum,
@@ -108,7 +109,7 @@ class Plan:
         known = {f.name for f in dataclasses.fields(self)}
         for name in fields:
             if name not in known:
-                raise RecipeError(f"A recipe has no field {name!r}.{suggest(name, known)}")
+                raise RecipeError(f"A recipe has no field {name!r}.{advise(name) or suggest(name, known)}")
         return dataclasses.replace(self, **fields)
 
     @property
@@ -317,7 +318,9 @@ def load_plan(kind: type[P], name: str | os.PathLike[str], **fields: Any) -> P:
     merged = {"name": path.stem, **content, **fields}
     for field_name in merged:
         if field_name not in known:
-            raise RecipeError(f"Recipe {str(name)!r} has no field {field_name!r}.{suggest(field_name, known)}")
+            raise RecipeError(
+                f"Recipe {str(name)!r} has no field {field_name!r}.{advise(field_name) or suggest(field_name, known)}"
+            )
     return kind(**merged)
 
 

@@ -15,6 +15,7 @@ from torch.utils._triton import has_triton
 from transformers import PreTrainedModel
 
 from poe.errors import TrainingError
+from poe.modeling.placement import missing_device
 
 TRAINED_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -30,9 +31,20 @@ def bf16_is_fast(device: torch.device | str = "cpu") -> bool:
     return kind == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 
-def default_device() -> torch.device:
-    """Return the first GPU, or the CPU if there is none."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def choose_device(wanted: str = "auto") -> torch.device:
+    """Return a device by name; "auto" is the first GPU, or the CPU if there is none.
+
+    Raises `TrainingError` for another name, and for a device that this machine does not have.
+    """
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(wanted)
+    except RuntimeError:
+        raise TrainingError(f"There is no device {wanted!r}: expected auto, cpu, cuda, cuda:1, or mps.") from None
+    if problem := missing_device(device):
+        raise TrainingError(f"{problem} Leave the device out to use what there is.")
+    return device
 
 
 def choose_dtype(wanted: str, device: torch.device | str = "cpu") -> torch.dtype:

@@ -1,4 +1,4 @@
-"""Rows in the format of OpenAI and TRL: `messages` and optional `tools`.
+"""Rows in the format of OpenAI, TRL and ShareGPT: `messages` or `conversations`, and optional `tools`.
 
 Hub: none; give a file (`messages=rows.jsonl`). License: that of the file, so none is given here.
 
@@ -6,6 +6,9 @@ Hub: none; give a file (`messages=rows.jsonl`). License: that of the file, so no
 "type", "function": {"name", "arguments"}}`, `{"name", "arguments"}`, or the same with `parameters`, `input` or `args`.
 The older `function_call` and the role `function` are read as a call and its response, and `developer` as `system`.
 Content is text, null, or a list of text parts. Every part of a row may be JSON text.
+
+A row with `conversations` is in ShareGPT's format, with `from` and `value` in each message (LLaMA-Factory's
+`function_call` and `observation` too) and `system` beside them.
 
 LLaMA-Factory's typed content is also read: a list of `{"type": "text" | "reasoning" | "tool_call", "value"}`, with a
 call as JSON text. Its single tool message answers all previous calls; for several calls, it is a list of objects with
@@ -37,7 +40,14 @@ NAME = "messages"
 HUB_ID = None
 LICENSE = ""
 
-_FIELDS = ("messages", "tools", "functions")
+CONVERSATIONS = ("messages", "conversations", "conversation")  # in order of preference
+_FIELDS = (*CONVERSATIONS, "tools", "functions", "system")
+_SHAREGPT = {
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "assistant", "model", "function_call"), "assistant"),
+    **dict.fromkeys(("observation", "tool", "function_response"), "tool"),
+    "system": "system",
+}
 _ARGUMENTS = ("arguments", "parameters", "input", "args")
 _CALL_TYPES = ("function", "function_call", "tool_call", "tool_use")
 
@@ -48,18 +58,35 @@ def read(rows: Iterable[Row], report: DropReport) -> Iterator[Conversation]:
 
 
 def _convert(row: dict[str, Any], note: Note) -> Turns:
-    messages = parse_field(row.get("messages"), "messages")
+    key = next((key for key in CONVERSATIONS if row.get(key)), "messages")
+    messages = parse_field(row.get(key), "messages")
     if not isinstance(messages, list) or not messages:
         raise RowError("row without a list of messages")
     declared = [row[key] for key in ("tools", "functions") if row.get(key)]
     turns = Turns(unique_tools([tool for tools in declared for tool in read_tools(tools, note)], note), note)
-    from_columns = isinstance(row, ColumnRow) and not isinstance(row["messages"], str)
+    from_columns = isinstance(row, ColumnRow) and not isinstance(row[key], str)
+    if isinstance(row.get("system"), str) and row["system"].strip():
+        turns.add_system(row["system"])
     for message in messages:
         message = parse_field(message, "message") if _is_object_text(message) else message
         if not isinstance(message, dict):
             raise RowError("message is not an object")
+        if "role" not in message and "from" in message:
+            message = _from_sharegpt(message)
         _add(turns, message, from_columns)
     return turns
+
+
+def _from_sharegpt(message: dict[str, Any]) -> dict[str, Any]:
+    """Return a ShareGPT message (`from`, `value`) in OpenAI's form. A `function_call` is a call, or a list of calls."""
+    kind = message["from"]
+    if kind not in _SHAREGPT:
+        raise RowError(f"message of an unknown role ({str(kind)[:40]!r})")
+    rest = {name: value for name, value in message.items() if name not in ("from", "value")}
+    if kind != "function_call":
+        return {**rest, "role": _SHAREGPT[kind], "content": message.get("value")}
+    calls = parse_field(message.get("value"), "function_call")
+    return {**rest, "role": "assistant", "content": None, "tool_calls": calls if isinstance(calls, list) else [calls]}
 
 
 def _is_object_text(value: Any) -> bool:

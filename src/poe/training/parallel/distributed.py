@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 from poe.errors import RecipeError, TrainingError
 from poe.stages.recipe import Plan
-from poe.training.precision import default_device
+from poe.training.precision import choose_device
 
 T = TypeVar("T")
 
@@ -183,15 +183,16 @@ SINGLE_PROCESS = World()
 
 
 @contextlib.contextmanager
-def join_world() -> Iterator[World]:
+def join_world(device_name: str = "auto") -> Iterator[World]:
     """Join the processes that the launcher started, and leave the group at the end, after errors as well.
 
-    A single process without a launcher is `World()` on the default device. When another process dies, a wait for it
-    raises a `TrainingError` with the way to continue. Raises `TrainingError` for an incomplete environment.
+    A single process without a launcher is `World()` on the device `device_name` (`choose_device`). With a launcher each
+    process has the GPU of its local rank, or the CPU. When another process dies, a wait for it raises a `TrainingError`
+    with the way to continue. Raises `TrainingError` for an incomplete environment.
     """
     size = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
     if size == 1:
-        yield World(device=default_device())
+        yield World(device=choose_device(device_name))
         return
     if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
         raise TrainingError(

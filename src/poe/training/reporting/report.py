@@ -39,6 +39,10 @@ def run_folder(folder: Path, resume: bool) -> Iterator[Path]:
     with locked_folder(folder) as run:
         content = sorted(p.name for p in run.iterdir() if not any(p.match(pattern) for pattern in LEFTOVERS))
         resumable = has_checkpoint(run)
+        if resume and not resumable and any((run / name).is_file() for name in RESULTS):
+            raise TrainingError(
+                f"Nothing to resume: the run in {run} is finished. To train more, start again in another folder."
+            )
         if resume and not resumable:
             raise TrainingError(f"Nothing to resume: there is no checkpoint in {run}. Start without --resume.")
         if content and not resume:
