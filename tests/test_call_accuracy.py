@@ -3,9 +3,10 @@
 from pathlib import Path
 
 from poe import Cascade
+from poe.chat import generate_replies
 from poe.data.readers.demo import evaluation_splits
 from poe.data.render import Renderer
-from poe.evaluation.calls import evaluate_calls, generate_replies, split_question
+from poe.evaluation.calls import evaluate_calls, split_question
 
 
 def test_progress_counts_every_question_once(demo_base: Path) -> None:
@@ -23,7 +24,9 @@ def test_a_reply_does_not_depend_on_its_batch(demo_base: Path) -> None:
     rows = evaluation_splits(3)["unseen values"]
     prompts = [renderer.prompt_ids(split_question(row)[0], row.tools, row.form) for row in rows]
     together, alone = (
-        generate_replies(cascade, None, prompts, renderer.stop_token_ids, max_new_tokens=4, batch_size=size)
+        generate_replies(
+            cascade.base, cascade.tokenizer, prompts, renderer.stop_token_ids, max_new_tokens=4, batch_size=size
+        )
         for size in (3, 1)
     )
     assert together == alone

@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from command_line import run_program
 from conftest import VOCABULARY, scramble, tiny_base, tiny_tokenizer, token_ids
 from poe import Cascade
+from poe.chat import generate_replies
 from poe.decoding import SelfSpeculation
 from poe.decoding.generation import greedy_options
 from poe.errors import SourceError, StageError
-from poe.evaluation.calls import generate_replies
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "a repetition penalty": {"repetition_penalty": 5.0},
@@ -53,7 +53,10 @@ def folder(saved_base: Callable[..., Path], tmp_path: Path) -> Path:
 
 
 def answer(setting: str) -> list[str]:
-    return generate_replies(cascade_with(setting), "s", token_ids(2, 5).tolist(), [2], max_new_tokens=6)
+    cascade = cascade_with(setting)
+    prompts = token_ids(2, 5).tolist()
+    replies = generate_replies(cascade.model("s"), cascade.tokenizer, prompts, [2], max_new_tokens=6)
+    return [reply.text for reply in replies]
 
 
 @pytest.mark.parametrize("setting", SETTINGS)

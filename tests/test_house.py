@@ -29,9 +29,10 @@ ROOMS: dict[str, set[str]] = {
     "stages": {"calls", "modeling", "errors"},
     "data": {"files", "stages", "calls", "demo", "errors"},
     "decoding": {"files", "modeling", "errors"},
-    "cascade": {"loaders", "stages", "decoding", "modeling", "errors"},
+    "chat": {"data", "calls", "decoding", "loaders", "modeling", "errors"},
+    "cascade": {"chat", "loaders", "stages", "decoding", "modeling", "errors"},
     "training": {"files", "cascade", "data", "demo", "calls", "loaders", "stages", "decoding", "modeling", "errors"},
-    "evaluation": {"training", "cascade", "data", "calls", "decoding", "modeling", "errors"},
+    "evaluation": {"training", "cascade", "chat", "data", "calls", "decoding", "modeling", "errors"},
     "commands": {
         *("evaluation", "training", "cascade", "data", "calls", "demo"),
         *("loaders", "stages", "decoding", "files", "modeling", "errors"),

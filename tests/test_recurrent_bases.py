@@ -13,9 +13,9 @@ from transformers.masking_utils import create_causal_mask
 
 from conftest import HRM, RECURRENT, VOCABULARY, demo_tokenizer, scramble, tiny_base, tiny_model, token_ids
 from poe import Cascade, StageConfig, train_stage
+from poe.chat import generate_replies
 from poe.data.packing import IGNORED, Batch
 from poe.errors import FamilyError, StageError, TrainingError
-from poe.evaluation.calls import generate_replies
 from poe.loaders.base import save_base_folder
 from poe.training.forward import prompt_positions
 from poe.training.hidden_states.sources import WholeModel
@@ -272,7 +272,7 @@ def test_evaluation_marks_prompts_of_a_prefix_base(tmp_path: Path) -> None:
     seen = []
     generate = cascade.base.generate
     cascade.base.generate = lambda **given: seen.append(given) or generate(**given)  # type: ignore[method-assign]
-    generate_replies(cascade, None, [[5, 6, 7], [5, 6, 7, 8, 9]], [1], max_new_tokens=2)
+    generate_replies(cascade.base, cascade.tokenizer, [[5, 6, 7], [5, 6, 7, 8, 9]], [1], max_new_tokens=2)
     assert torch.equal(seen[0]["token_type_ids"], seen[0]["attention_mask"])
     fields = {"seq_len": 256, "tokens_per_step": 512, "num_layers": 1, "validation_ratio": 0.1, "max_steps": 1}
     with pytest.raises(TrainingError, match=r"cache_hidden: .* both directions"):

@@ -8,39 +8,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from poe.chat import Answer, AnswerStream, answer
 from poe.decoding.adaptive import Confidence
-from poe.decoding.branches import build_branched_model
 from poe.decoding.depth import AdaptiveDepth, calibrate_depth
 from poe.decoding.drafts import calibrate_draft
 from poe.decoding.products import Product, compose
-from poe.decoding.routing import RoutedModel, Routing, generate_routed
+from poe.decoding.routing import Routing, generate_routed, route
 from poe.decoding.speculation import SelfSpeculation
-from poe.decoding.strategy import Expert, Strategy
+from poe.decoding.strategy import Expert, Strategy, check_strategy
 from poe.errors import DecodingError, DeltaError, StageError, suggest
-from poe.loaders.base import Base, open_base
-from poe.loaders.options import read_options
-from poe.loaders.repository import embedded_folders, locate
+from poe.loaders.base import Base
+from poe.loaders.chains import find_lineage, load_chain, open_repository
+from poe.loaders.familiar_names import explain_name
+from poe.loaders.repository import locate
 from poe.loaders.unchanged import check_plain_model
-from poe.modeling.access import Access, read_config
+from poe.modeling.access import Access
 from poe.modeling.growth import sync_attention
-from poe.modeling.lineage import BaseSource, Lineage, find_base, is_stage, resolve_lineage, warn_unverified
-from poe.modeling.modeling_poe import PoEConfig, PoEForCausalLM
-from poe.modeling.modeling_poe_stage import PoEStageConfig, PoEStageForCausalLM
-from poe.modeling.opening import load_stages
+from poe.modeling.lineage import BaseSource, Lineage
 from poe.modeling.recognition import recognize_family
 from poe.modeling.stage import Stage, assemble, build_stage, detach_stage_input, set_gradient_input
 from poe.stages.compress import HeadReport, compress_head
 from poe.stages.copying import find_copying_layer
 from poe.stages.fold import fold_chain
 from poe.stages.recipe import make_stage_config
-
-AutoConfig.register("poe", PoEConfig, exist_ok=True)
-AutoModelForCausalLM.register(PoEConfig, PoEForCausalLM, exist_ok=True)
-AutoConfig.register("poe_stage", PoEStageConfig, exist_ok=True)
-AutoModelForCausalLM.register(PoEStageConfig, PoEStageForCausalLM, exist_ok=True)
 
 _ACTIVE = object()  # the default of `stage=`: the active stage
 
@@ -85,35 +77,19 @@ class Cascade:
         plain tensors. `verify=False` skips the comparison of fingerprints and warns.
         Raises `SourceError`, `LineageError`, `FingerprintError`, `DeltaError` or `FamilyError`.
         """
-        location, options = read_options(locate(repo), dtype, options, device_map)
-        access = Access(token, cache_dir, local_files_only, options.pop("force_download", False))
-        config, _ = read_config(location, access, revision)
-        lineage: Lineage | None = None
-        if is_stage(config):
-            base_location = None if base is None else locate(base)
-            lineage = resolve_lineage(
-                location, access, revision=revision, base=base_location, embedded=embedded_folders()
-            )
-            if verify:
-                lineage.verify()
-            else:
-                warn_unverified(location)
-            source, config, tokenizer_revision = lineage.base, lineage.base_config, lineage.stages[-1].revision
-        else:
-            source, config = find_base(location, access, revision)
-            tokenizer_revision = source.revision
-        opened = open_base(
-            source,
-            config,
-            tokenizer_repo=location,
-            tokenizer_revision=tokenizer_revision,
-            trust_remote_code=trust_remote_code,
-            device_map=device_map,
+        opened, lineage = open_repository(
+            repo,
+            revision=revision,
+            base=base,
             verify=verify,
-            **options,
+            access=Access(token, cache_dir, local_files_only, options.pop("force_download", False)),
+            dtype=dtype,
+            options=options,
+            device_map=device_map,
+            trust_remote_code=trust_remote_code,
         )
-        cascade = cls(opened.model, opened.tokenizer, source=source)
-        return cascade if lineage is None else cascade._attach(lineage, verify)
+        cascade = cls(opened.model, opened.tokenizer, source=opened.known_source)
+        return cascade if lineage is None else cascade._attach(lineage, None, verify)
 
     @property
     def base(self) -> PreTrainedModel:
@@ -156,6 +132,7 @@ class Cascade:
         self,
         repo: str | os.PathLike[str],
         *,
+        name: str | None = None,
         revision: str | None = None,
         verify: bool = True,
         token: str | bool | None = None,
@@ -164,15 +141,13 @@ class Cascade:
     ) -> "Cascade":
         """Add a saved stage and its parents, and make the stage active.
 
-        Raises `FingerprintError` if the stage was trained on another base, and the errors of `from_pretrained`.
+        `name` is what the stage is called here (default: as in its files), so that stages of one name stand side by
+        side. It changes neither weights nor fingerprint; `save_stage` writes it. Raises `FingerprintError` if the stage
+        was trained on another base, `StageError` for a name that is taken, and the errors of `from_pretrained`.
         """
-        location, access = locate(repo), Access(token, cache_dir, local_files_only)
-        lineage = resolve_lineage(location, access, revision=revision, known_base=self.base_source)
-        if verify:
-            lineage.verify()
-        else:
-            warn_unverified(location)
-        return self._attach(lineage, verify)
+        access = Access(token, cache_dir, local_files_only)
+        lineage = find_lineage(locate(repo), access, revision, verify=verify, known_base=self.base_source)
+        return self._attach(lineage, name, verify)
 
     def import_stage(self, folder: str | os.PathLike[str], name: str) -> "Cascade":
         """Add a stage that another project trained, and make it active: `save_stage` then writes it as a delta.
@@ -256,7 +231,7 @@ class Cascade:
         With `strategy` it is the model that the strategy runs: `cascade.model(None, Exit(6))` has six layers.
         """
         if strategy is not None:
-            return _check_strategy(strategy).build_model(self.expert(name))
+            return check_strategy(strategy).build_model(self.expert(name))
         if name is None:
             return self.base
         stage = self._find_stage(name)
@@ -287,12 +262,50 @@ class Cascade:
         if isinstance(stage, (list, tuple)) or (stage == "auto" and stage not in self.stages):
             if strategy is not None:
                 raise DecodingError("A strategy decodes with one stage: expected strategy=None with a list or 'auto'.")
-            return self._generate_routed(stage, *args, **kwargs)
-        name = self.active if stage is _ACTIVE else stage
+            return generate_routed(self.base, stage, self.expert, self.stages, *args, **kwargs)
+        name = self._choose(stage)
         if strategy is not None:
-            return _check_strategy(strategy).generate(self.expert(name), *args, **kwargs)
+            return check_strategy(strategy).generate(self.expert(name), *args, **kwargs)
         model: Any = self.model(name)
         return model.generate(*args, **kwargs)
+
+    def call(
+        self,
+        question: str,
+        tools: Any,
+        *,
+        system: str | None = None,
+        stage: Any = _ACTIVE,
+        max_new_tokens: int = 256,
+        **options: Any,
+    ) -> Answer:
+        """Answer a question with calls of `tools`, and check the calls: `answer.calls`, `answer.problems`.
+
+        `system` is a system message. The other arguments are those of `chat`.
+        """
+        messages = [{"role": "system", "content": system}] if system else []
+        messages.append({"role": "user", "content": question})
+        chosen = {"stage": stage, "max_new_tokens": max_new_tokens, **options}
+        return self.chat(messages, tools, **chosen)  # type: ignore[return-value]
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Any = (),
+        *,
+        stream: bool = False,
+        stage: Any = _ACTIVE,
+        max_new_tokens: int = 256,
+        **options: Any,
+    ) -> Answer | AnswerStream:
+        """Answer a conversation of messages in OpenAI's form. `answer.message` is the next one.
+
+        `tools` are Python functions with type hints and a docstring, or in any spelling of `poe.calls.tools`. With
+        `stream` the result yields the text piece by piece, and has the `answer` at the end. `options` are those of
+        `generate`; the default is greedy decoding. Raises `DataError` for messages or tools that cannot be used.
+        """
+        model = self.model(self._choose(stage))
+        return answer(model, self.tokenizer, messages, tools, stream=stream, max_new_tokens=max_new_tokens, **options)
 
     def calibrate_depth(
         self,
@@ -307,7 +320,7 @@ class Cascade:
         `rows` are rows of token ids. `confidence` is "margin", "probability" or "agreement" (of consecutive exits). The
         result reports its agreement on the half of the rows that were held out, and can be saved.
         """
-        expert = self.expert(self.active if stage is _ACTIVE else stage)
+        expert = self.expert(self._choose(stage))
         return calibrate_depth(expert, rows, agreement=agreement, confidence=confidence)
 
     def calibrate_draft(
@@ -317,12 +330,12 @@ class Cascade:
 
         Raises `DecodingError`, with the times, if plain decoding is as fast.
         """
-        expert = self.expert(self.active if stage is _ACTIVE else stage)
+        expert = self.expert(self._choose(stage))
         return calibrate_draft(expert, prompts, max_new_tokens=max_new_tokens)
 
     def __call__(self, *args: Any, stage: Any = _ACTIVE, strategy: Strategy | None = None, **kwargs: Any) -> Any:
         """Call `model(stage, strategy)`; `stage` defaults to the active one."""
-        return self.model(self.active if stage is _ACTIVE else stage, strategy)(*args, **kwargs)
+        return self.model(self._choose(stage), strategy)(*args, **kwargs)
 
     def compose(self, stages: Mapping[str | None, float] | Iterable[str | None], mode: str = "log_op") -> Product:
         """Return a model, with `generate`, `logits` and `fit`, that combines the predictions of several stages.
@@ -340,15 +353,7 @@ class Cascade:
         A score is the mean log-probability of the prompt's tokens. All stages share one pass through the base, and the
         base wins a tie. Raises `DecodingError` with a fork that is active on the answer: it does not read prompts.
         """
-        experts = [self.expert(name) for name in (None, *self.stages)]
-        readers = [stage.name for stage in self.stages.values() if not stage.reads_prompt]
-        if readers:
-            raise DecodingError(
-                f"Routing compares how stages read the prompt, and the base reads it for {', '.join(readers)} "
-                "(active='answer'): name a stage for each row."
-            )
-        routing: Routing = build_branched_model(self.base, experts, RoutedModel).route(input_ids, attention_mask)
-        return routing
+        return route(self.base, [self.expert(name) for name in (None, *self.stages)], input_ids, attention_mask)
 
     def save_stage(
         self,
@@ -428,25 +433,35 @@ class Cascade:
         """
         from poe.loaders.hub import push_stage
 
-        name = stage or self.active
-        if name is None:
-            raise StageError("No stage is active: expected push_to_hub(repo_id, stage='...').")
-        return push_stage(self._base, self._find_stage(name), repo_id, base_repo=base, parent_repo=parent, **options)
+        stage = self._find_stage(stage or self._active_name("push_to_hub(repo_id, stage='...')"))
+        return push_stage(self._base, stage, repo_id, base_repo=base, parent_repo=parent, **options)
+
+    def save_pretrained(self, folder: str | os.PathLike[str], **options: Any) -> Path:
+        """Write the active stage: `save_stage` under the name that transformers and PEFT use."""
+        return self.save_stage(self._active_name("save_stage(name, folder)"), folder, **options)
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters of the active model are trained, in PEFT's form."""
+        from poe.loaders.describe import count_trainable
+
+        print(count_trainable(self.model(self.active)))
+
+    def __getattr__(self, name: str) -> Any:
+        """Answer the words of other libraries with ours."""
+        raise AttributeError(explain_name(name), name=name, obj=self)
 
     def __repr__(self) -> str:
         from poe.loaders.describe import summarize
 
         return summarize(self.base, self.stages, self.active)
 
-    def _generate_routed(self, stage: Any, inputs: Any = None, **kwargs: Any) -> Any:
-        routing = None
-        if stage == "auto":
-            routing = self.route(kwargs.get("input_ids", inputs), kwargs.get("attention_mask"))
-            stage = routing.stages
-        output = generate_routed(self.base, stage, self.expert, inputs, **kwargs)
-        if routing is not None and isinstance(output, ModelOutput):
-            output.routing = routing
-        return output
+    def _choose(self, stage: Any) -> Any:
+        return self.active if stage is _ACTIVE else stage
+
+    def _active_name(self, expected: str) -> str:
+        if self.active is None:
+            raise StageError(f"No stage is active: expected {expected}.")
+        return self.active
 
     def _find_stage(self, name: str) -> Stage:
         if name not in self.stages:
@@ -464,20 +479,13 @@ class Cascade:
                 f"Stage {stage.name!r} cannot be {action} while {', '.join(children)} stands on it: remove that first."
             )
 
-    def _attach(self, lineage: Lineage, verify: bool) -> "Cascade":
-        """Add the stages of a lineage that are not here yet, and make the last one active."""
-        loaded = {str(s.source["fingerprint"]): s for s in self.stages.values() if s.source is not None}
-        stages = load_stages(self.base, lineage, loaded, verify=verify)
-        for stage in stages:
-            if self.stages.get(stage.name, stage) is not stage:
-                raise StageError(
-                    f"Two stages are called {stage.name!r}: one is here already, another comes from "
-                    f"{stage.source and stage.source['repo']}. Load it into a cascade of its own."
-                )
-        for stage in stages:
+    def _attach(self, lineage: Lineage, name: str | None, verify: bool) -> "Cascade":
+        """Add the stages of a lineage that are not here yet, the last one as `name`, and make that active."""
+        chain = load_chain(self.base, self.stages, lineage, name, verify=verify)
+        for stage in chain:
             if stage.name not in self.stages:
                 self._insert(stage)
-        return self.activate(stages[-1].name)
+        return self.activate(chain[-1].name)
 
     def _insert(self, stage: Stage) -> "Cascade":
         detach_stage_input(stage, self.base.dtype)
@@ -490,11 +498,3 @@ class Cascade:
     def check_unchanged(self, name: str | None = None, *, weights: bool = True) -> None:
         """Raise `FamilyError` or `FingerprintError` if the base or a stage was changed in memory; see `Base`."""
         self._base.check_unchanged(None if name is None else self._find_stage(name), weights=weights)
-
-
-def _check_strategy(strategy: Strategy) -> Strategy:
-    if not isinstance(strategy, Strategy):
-        raise DecodingError(
-            f"strategy should be an Exit, an AdaptiveDepth or a SelfSpeculation of poe.decoding, got {strategy!r}."
-        )
-    return strategy

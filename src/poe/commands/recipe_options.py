@@ -15,8 +15,8 @@ from poe.stages import BaseRecipe, Recipe, list_recipes
 from poe.stages.fields import describe_fields, format_value
 from poe.stages.recipe import Plan, group_fields, load_plan
 
-# The recipe's argument and the option --data set these fields.
-NOT_OPTIONS = ("name", "description", "data")
+# A recipe's own description, and the field that the option --data sets.
+NOT_OPTIONS = ("description", "data")
 
 
 class RecipeCommand(Command):

@@ -45,7 +45,7 @@ def stage(
     data: Annotated[
         str | None, typer.Option(help="Training data as a SPEC: name[=path][*epochs][:weight], comma-separated.")
     ] = None,
-    out_folder: Annotated[Path | None, typer.Option("--out", help="Folder of the run; default: runs/RECIPE.")] = None,
+    out_folder: Annotated[Path | None, typer.Option("--out", help="Folder of the run; default: runs/NAME.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
     device: Device = "auto",
     no_eval: Annotated[bool, typer.Option("--no-eval", help="Skip the held-out questions after training.")] = False,
@@ -85,7 +85,7 @@ def sweep(
         str | None, typer.Option(help="Training data as a SPEC: name[=path][*epochs][:weight], comma-separated.")
     ] = None,
     out_folder: Annotated[
-        Path | None, typer.Option("--out", help="Folder of the sweep; default: runs/RECIPE-sweep.")
+        Path | None, typer.Option("--out", help="Folder of the sweep; default: runs/NAME-sweep.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the sweep in --out.")] = False,
     device: Device = "auto",
@@ -138,7 +138,7 @@ def base(
         str | None, typer.Option(help="Training texts as a SPEC: demo, notations, text=FILES or text=USER/DATASET.")
     ] = None,
     out_folder: Annotated[
-        Path | None, typer.Option("--out", help="Folder of the run; default: runs/base-RECIPE.")
+        Path | None, typer.Option("--out", help="Folder of the run; default: runs/base-NAME.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
     dry_run: DryRun = False,

@@ -137,38 +137,28 @@ def call(
     max_new_tokens: NewTokens = 256,
     off: Off = False,
 ) -> None:
-    """Answer a question with calls, printed as JSON: `content` and `tool_calls`.
+    """Answer a question with calls, printed as JSON: `content`, `tool_calls` and `finish_reason`.
 
-    The exit code is 1, and the problems are printed, if a call cannot be read or does not fit its schema.
+    The exit code is 1, and the problems are printed, if a call cannot be read or does not fit its schema, or if the
+    reply was cut off (`finish_reason: length`).
     """
-    from poe.calls.forms.call_forms import parse_reply
-    from poe.calls.tools import check_calls
-    from poe.data.render import Renderer
-    from poe.data.templates import complete_template, note_unread_calls, reply_form
-    from poe.evaluation.calls import generate_replies
-    from poe.loaders.tokenizer import check_tokenizer
-
     declared = _read_tools(tools)
     cascade = _open_cascade(repo, base, device)
-    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
-    messages.append({"role": "user", "content": question})
-    check_tokenizer(cascade.tokenizer, cascade.config.vocab_size)
-    complete_template(cascade.tokenizer)  # of a base without a stage; a stage's is complete
-    renderer = Renderer(cascade.tokenizer, vocab_size=cascade.config.vocab_size)
-    prompt = renderer.prompt_ids(messages, declared)
-    if note := note_unread_calls(cascade.tokenizer):
-        err.print(f"note: {note}", markup=False)
-    if count := renderer.count_control_tokens(messages, declared):
-        err.print(f"note: {count} control tokens in the question or the tools are read as text", markup=False)
     stage = None if off else cascade.active
-    text = generate_replies(cascade, stage, [prompt], renderer.stop_token_ids, max_new_tokens=max_new_tokens)[0]
-    reply = parse_reply(text, reply_form(cascade.tokenizer))
-    problems = check_calls(reply.calls, declared) + [f"this call cannot be read: {text}" for text in reply.malformed]
-    calls = [c.as_openai(i) for i, c in enumerate(reply.calls)]
-    content = {"content": reply.content or None, "tool_calls": calls}
+    answer = cascade.call(question, declared, system=system, stage=stage, max_new_tokens=max_new_tokens)
+    for note in answer.notes:
+        err.print(f"note: {note}", markup=False)
+    content = {
+        "content": answer.text or None,
+        "tool_calls": answer.message.get("tool_calls", []),
+        "finish_reason": answer.finish_reason,
+    }
     print(escape_controls(json.dumps(content, ensure_ascii=False, indent=2)))
+    problems = [f"the calls were not accepted: {'; '.join(answer.problems)}"] if answer.problems else []
+    if answer.finish_reason == "length":
+        problems.insert(0, f"the reply was cut off at {max_new_tokens} tokens: give a larger --max-new-tokens")
     if problems:
-        err.print(printable(f"error: the calls were not accepted: {'; '.join(problems)}", 2000), style="red")
+        err.print(printable(f"error: {'; '.join(problems)}", 2000), style="red")
         raise typer.Exit(FAILED)
 
 
@@ -189,7 +179,7 @@ def _open_cascade(repo: str, base: str | None, device_name: str) -> Any:
 def _load_siblings(cascade: Any, siblings: list[str]) -> dict[str | None, float]:
     """Load the stages of `--with`, and return the weights of all stages. The open stage gets 1 minus their sum."""
     own, weights = cascade.active, {}
-    for spec in siblings:
+    for position, spec in enumerate(siblings, 1):
         repo, _, number = spec.rpartition("=")
         try:
             weight = float(number)
@@ -197,7 +187,7 @@ def _load_siblings(cascade: Any, siblings: list[str]) -> dict[str | None, float]
             weight = -1.0
         if not repo or not 0 <= weight <= 1:
             raise DecodingError(f"--with {spec!r}: expected REPO=WEIGHT with a weight from 0 to 1.")
-        weights[cascade.load_stage(repo).active] = weight
+        weights[cascade.load_stage(repo, name=f"sibling-{position}").active] = weight
     return {own: 1 - sum(weights.values()), **weights}
 
 

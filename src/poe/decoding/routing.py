@@ -5,7 +5,7 @@ costs as much as the base alone.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,21 +102,42 @@ class _RowStops(StoppingCriteria):
         return ((last == self.eos_token_id.to(last.device)) & ends).any(1)
 
 
+def route(
+    base: PreTrainedModel, experts: Sequence[Expert], input_ids: Tensor, attention_mask: Tensor | None = None
+) -> Routing:
+    """Return the most likely expert of each prompt (B, T); see `Cascade.route`."""
+    silent = [str(each.name) for each in experts if each.stage is not None and not each.stage.reads_prompt]
+    if silent:
+        raise DecodingError(
+            f"Routing compares how stages read the prompt, and the base reads it for {', '.join(silent)} "
+            "(active='answer'): name a stage for each row."
+        )
+    routing: Routing = build_branched_model(base, experts, RoutedModel).route(input_ids, attention_mask)
+    return routing
+
+
 def generate_routed(
     base: PreTrainedModel,
-    stages: Sequence[str | None],
+    stages: Sequence[str | None] | str,
     find_expert: Callable[[str | None], Expert],
+    names: Iterable[str],
     inputs: Tensor | None = None,
     **options: Any,
 ) -> Any:
     """Generate with one stage for each row (None: the base); `options` are those of `generate`.
 
-    Each row stops at the stop tokens of its own stage, unless `options` have some. Raises `DecodingError` if the number
-    of stages is not the number of rows, or if the stages were saved with different sampling.
+    With "auto" each row gets the most likely of the stages `names` and the base. Each row stops at the stop tokens of
+    its own stage, unless `options` have some. Raises `DecodingError` if the number of stages is not the number of rows,
+    or if the stages were saved with different sampling.
     """
     prompts = options.get("input_ids") if inputs is None else inputs
     if not isinstance(prompts, Tensor) or prompts.dim() != 2:
         raise DecodingError("Routing needs token ids: expected input_ids of shape (rows, tokens).")
+    routing = None
+    if isinstance(stages, str):
+        candidates = [find_expert(name) for name in (None, *names)]
+        routing = route(base, candidates, prompts, options.get("attention_mask"))
+        stages = routing.stages
     if len(stages) != len(prompts):
         raise DecodingError(
             f"Expected one stage for each row, None for the base: got {len(stages)} for {len(prompts)} rows."
@@ -127,8 +148,8 @@ def generate_routed(
             "Flex attention's block masks cannot be split by rows: choose sdpa or eager attention for routing."
         )
     model = build_branched_model(base, experts, RoutedModel)
-    names = [expert.name for expert in experts]
-    branch = torch.tensor([names.index(name) for name in stages])
+    branches = {expert.name: number for number, expert in enumerate(experts)}
+    branch = torch.tensor([branches[name] for name in stages])
     given_config = options.get("generation_config")
     model.generation_config = _common_config(experts, given_config is not None)
     stops = [_stop_tokens(expert.model.generation_config) for expert in experts]
@@ -141,6 +162,8 @@ def generate_routed(
     output = model.generate(inputs, branch=branch, **options)
     if isinstance(output, ModelOutput):
         output.stages = list(stages)
+        if routing is not None:
+            output.routing = routing
     return output
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from poe.errors import StageError
+from poe.errors import DecodingError, StageError
 from poe.modeling.exits import exit_at
 from poe.modeling.stage import Stage
 
@@ -64,3 +64,12 @@ class Exit(Strategy):
         if self.depth not in models:
             models[self.depth] = exit_at(expert.base, self.depth)
         return models[self.depth]
+
+
+def check_strategy(strategy: object) -> Strategy:
+    """Return a strategy. Raises `DecodingError` for anything else."""
+    if not isinstance(strategy, Strategy):
+        raise DecodingError(
+            f"strategy should be an Exit, an AdaptiveDepth or a SelfSpeculation of poe.decoding, got {strategy!r}."
+        )
+    return strategy

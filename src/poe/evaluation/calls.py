@@ -1,20 +1,16 @@
 """Call accuracy: the share of held-out questions that a model answers with the reference calls, or with none."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
-
-import torch
 
 from poe.calls.conversation import Conversation
 from poe.calls.forms.call_forms import parse_reply
 from poe.calls.tools import check_calls
 from poe.cascade import Cascade
+from poe.chat import generate_replies
 from poe.data.render import Renderer
 from poe.data.templates import reply_form
-from poe.decoding.generation import greedy_options
-from poe.modeling.families import is_prefix_lm
-from poe.modeling.placement import device_of
 
 
 @dataclass(frozen=True)
@@ -49,48 +45,6 @@ def split_question(conversation: Conversation) -> tuple[list[dict[str, Any]], li
     first = next(answers)
     calls = conversation.messages[first].get("tool_calls") or []
     return conversation.messages[:first], [(c["function"]["name"], c["function"]["arguments"]) for c in calls]
-
-
-def generate_replies(
-    cascade: Cascade,
-    stage: str | None,
-    prompts: Sequence[Sequence[int]],
-    stop_token_ids: Sequence[int],
-    *,
-    max_new_tokens: int = 160,
-    batch_size: int = 32,
-    progress: Callable[[int], None] | None = None,
-) -> list[str]:
-    """Generate a reply to each prompt (a list of token ids) by greedy decoding, in batches of similar length.
-
-    The replies keep their special tokens. `progress` is called after each batch with the number of its prompts.
-    """
-    tokenizer = cascade.tokenizer
-    pad = tokenizer.pad_token_id
-    if pad is None or pad >= cascade.config.vocab_size:
-        pad = stop_token_ids[0]
-    device = device_of(cascade.model(stage).eval().get_input_embeddings())
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    texts = [""] * len(prompts)
-    for start in range(0, len(order), batch_size):
-        part = order[start : start + batch_size]
-        width = max(len(prompts[i]) for i in part)
-        ids = torch.tensor([[pad] * (width - len(prompts[i])) + list(prompts[i]) for i in part])
-        mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in part])
-        prefix: dict[str, Any] = {"token_type_ids": mask.to(device)} if is_prefix_lm(cascade.config) else {}
-        output = cascade.generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            **prefix,
-            stage=stage,
-            **greedy_options(max_new_tokens=max_new_tokens, eos_token_id=list(stop_token_ids), pad_token_id=pad),
-        )
-        for row, i in zip(output[:, width:].tolist(), part, strict=True):
-            end = next((k for k, token in enumerate(row) if token in stop_token_ids), len(row))
-            texts[i] = tokenizer.decode(row[:end], skip_special_tokens=False)
-        if progress is not None:
-            progress(len(part))
-    return texts
 
 
 def score_replies(conversations: Sequence[Conversation], replies: Sequence[str], form: str = "hermes") -> CallScores:
@@ -133,6 +87,7 @@ def evaluate_calls(
     scores = {}
     for name, conversations in splits.items():
         prompts = [renderer.prompt_ids(split_question(c)[0], c.tools, c.form) for c in conversations]
-        replies = generate_replies(cascade, stage, prompts, renderer.stop_token_ids, **options)
-        scores[name] = score_replies(conversations, replies, form)
+        model, stops = cascade.model(stage), renderer.stop_token_ids
+        replies = generate_replies(model, cascade.tokenizer, prompts, stops, **options)
+        scores[name] = score_replies(conversations, [reply.text for reply in replies], form)
     return scores

@@ -73,15 +73,22 @@ def summarize(base: PreTrainedModel, stages: Mapping[str, Stage], active: str | 
     notes = [f"quantized ({method})"] if method else []
     notes += ["partly offloaded"] if is_offloaded(base) else []
     label = ", ".join([f"base {base.config.model_type}", *notes])
-    rows.append((label, "", str(base.config.num_hidden_layers), "", *_count_weights(base)))
+    rows.append((label, "", str(base.config.num_hidden_layers), "", *_format_counts(base)))
     for name, stage in stages.items():
         label = f"{name} *" if name == active else name
         head = f"rank {stage.config.head_rank}" if stage.config.head == "low_rank" else stage.config.head
         below = stage.config.parent or f"base[:{stage.below}]"
-        rows.append((label, below, f"+{len(stage.layers)}", head, *_count_weights(stage)))
+        rows.append((label, below, f"+{len(stage.layers)}", head, *_format_counts(stage)))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join(lines)
+
+
+def count_trainable(model: PreTrainedModel) -> str:
+    """Return how many parameters of a model are trained, in the words of PEFT's `print_trainable_parameters`."""
+    frozen, trainable, _ = _count_weights(model)
+    total = frozen + trainable
+    return f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}"
 
 
 def _describe_network(config: dict[str, Any]) -> list[tuple[str, str]]:
@@ -115,8 +122,13 @@ def _describe_training(path: str | None) -> list[tuple[str, str]]:
     return rows
 
 
-def _count_weights(module: nn.Module) -> tuple[str, str, str]:
-    """Return the numbers of frozen and trainable parameters, and the size of both in bytes, as text."""
+def _format_counts(module: nn.Module) -> tuple[str, str, str]:
+    frozen, trainable, size = _count_weights(module)
+    return f"{frozen:,}", f"{trainable:,}", _format_bytes(size)
+
+
+def _count_weights(module: nn.Module) -> tuple[int, int, int]:
+    """Return the numbers of frozen and trainable parameters, and the size of both in bytes."""
     frozen = trainable = size = 0
     for parameter in module.parameters():
         # Two views of one storage count once.
@@ -127,7 +139,7 @@ def _count_weights(module: nn.Module) -> tuple[str, str, str]:
             trainable += numbers
         else:
             frozen += numbers
-    return f"{frozen:,}", f"{trainable:,}", _format_bytes(size)
+    return frozen, trainable, size
 
 
 def _plain_parts(parameter: torch.Tensor) -> Iterator[torch.Tensor]:

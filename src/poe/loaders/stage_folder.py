@@ -65,7 +65,7 @@ def save_stage_folder(
         )
         generation = _write_companions(base, stage, parent, temporary, folder, training, dtype)
     stage.source = {"repo": str(folder), "revision": None, "fingerprint": fingerprint}
-    stage.saved_dtype, stage.generation_config = dtype, generation
+    stage.saved_name, stage.saved_dtype, stage.generation_config = stage.name, dtype, generation
     return folder
 
 

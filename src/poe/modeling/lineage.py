@@ -174,14 +174,14 @@ class StageSource:
         """The stage's name."""
         return str(self.config["stage"]["name"])
 
-    def stage_config(self, parent: str | None) -> StageConfig:
-        """Return the stage's config. `parent` is the name of its parent in the cascade."""
+    def stage_config(self, parent: str | None, name: str | None = None) -> StageConfig:
+        """Return the stage's config, with its name (default: that in its files) and its parent's in the cascade."""
         stage = self.config["stage"]
         if stage.get("own_norm"):
             raise DeltaError(
                 f"Stage {self.name!r} has a final norm of its own, which this version cannot load: update poe-cascade."
             )
-        return _read_stage_config(stage, parent)
+        return _read_stage_config({**stage, "name": name or self.name}, parent)
 
     @cached_property
     def delta_path(self) -> str:

@@ -149,11 +149,17 @@ def _check_code(repo: str, config: dict[str, Any], trust_remote_code: bool) -> N
 
 
 def load_stages(
-    base: PreTrainedModel, lineage: Lineage, known: dict[str, Stage] | None = None, *, verify: bool = True
+    base: PreTrainedModel,
+    lineage: Lineage,
+    known: Mapping[str, Stage] | None = None,
+    *,
+    name: str | None = None,
+    verify: bool = True,
 ) -> list[Stage]:
     """Build and fill every stage of a chain on a loaded base; return them from the base upwards.
 
-    `known` are stages on this base that are already loaded, by fingerprint; they are reused. The base does not change.
+    `known` are stages on this base that are already loaded, by fingerprint; they are reused. The last stage gets the
+    name `name` (default: that in its files) and is then reused only if it has that name. The base does not change.
     Raises `DeltaError`, before copying any tensor, for a delta or config that does not fit, and `FingerprintError` for
     one that was changed; `verify=False` skips the latter.
     """
@@ -162,9 +168,10 @@ def load_stages(
     for files in lineage.stages:
         parent = stages[-1] if stages else None
         stage = (known or {}).get(files.header.self_fingerprint)
-        if stage is None:
+        new_name = name if files is lineage.stages[-1] else None
+        if stage is None or new_name not in (None, stage.name):
             try:
-                config = files.stage_config(parent.name if parent else None)
+                config = files.stage_config(parent.name if parent else None, new_name)
                 below = config.layers_below(base.config.num_hidden_layers if parent is None else parent.depth)
                 pattern = read_pattern(base, files.config["stage"], below) if config.layers == "new" else None
                 stage = build_stage(base, config, parent, pattern=pattern)
@@ -178,7 +185,7 @@ def load_stages(
                 "revision": files.revision,
                 "fingerprint": files.header.self_fingerprint,
             }
-            stage.saved_dtype = files.header.dtype
+            stage.saved_name, stage.saved_dtype = files.name, files.header.dtype
             stage.prompt = files.config.get("prompt")
             if fetch(files.repo, "generation_config.json", files.access, files.revision) is not None:
                 stage.generation_config = GenerationConfig.from_pretrained(files.folder)

@@ -28,7 +28,8 @@ class Stage(nn.Module):
 
     The state dict has the names of the delta format: `layers.{i}.<name>`, and `head.weight` or `head.a`, `head.b`.
     `parent` is the stage below it, `below` the number of layers under it. `source` is the location of its files
-    (`repo`, `revision`, `fingerprint`), None until it is saved or loaded; `saved_dtype` is the dtype of those files.
+    (`repo`, `revision`, `fingerprint`), None until it is saved or loaded; `saved_name` and `saved_dtype` are name and
+    dtype in those files.
     """
 
     layers: nn.ModuleList
@@ -45,6 +46,7 @@ class Stage(nn.Module):
         self.activity = Activity()
         self._parent = (parent,)  # in a tuple, so that the parent's weights are not counted as this stage's
         self.source: dict[str, str | None] | None = None
+        self.saved_name: str | None = None
         self.saved_dtype: torch.dtype | None = None
         self.prompt: dict[str, Any] | None = None
         self.generation_config: GenerationConfig | None = None
@@ -173,6 +175,12 @@ def build_stage(
     for a base that cannot be grown, `StageError` for a config that does not fit.
     """
     family = recognize_family(base)
+    below_it = [] if parent is None else parent.chain
+    if config.name in {name for link in below_it for name in (link.name, link.saved_name)}:
+        raise StageError(
+            f"Stage {config.name!r} would stand on a stage of that name: choose another one, because the stages of a "
+            "chain are loaded together."
+        )
     depth = base.config.num_hidden_layers if parent is None else parent.depth
     below = config.layers_below(depth)
     forks, activity = config.layers == "fork", Activity()

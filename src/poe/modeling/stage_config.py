@@ -40,11 +40,7 @@ class StageConfig:
     active: str = "all"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.name):
-            raise StageError(
-                f"A stage's name must start with a letter or digit and have only letters, digits, '.', '_', '-', at "
-                f"most 100: got {str(self.name)[:100]!r}."
-            )
+        check_stage_name(self.name)
         for field, minimum in (("num_layers", 1), ("head_rank", 1)):
             value = getattr(self, field)
             is_auto = field == "head_rank" and value == "auto"
@@ -97,3 +93,12 @@ class StageConfig:
         if self.attach_at > depth:
             raise StageError(f"Stage {self.name!r}: attach_at is {self.attach_at}, but the base has {depth} layers.")
         return self.attach_at
+
+
+def check_stage_name(name: object) -> None:
+    """Raise `StageError` unless a stage can have this name."""
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        raise StageError(
+            f"A stage's name must start with a letter or digit and have only letters, digits, '.', '_', '-', at most "
+            f"100: got {str(name)[:100]!r}."
+        )

@@ -42,7 +42,7 @@ class Plan:
     """
 
     name: str
-    """Name of the recipe, and of the stage or base that it trains."""
+    """Name of the stage or base that the recipe trains."""
     description: str = ""
     """What the recipe is for, in one sentence."""
     data: str = ""
@@ -181,6 +181,7 @@ class Recipe(Plan):
                 f"Recipe {self.name!r}: cache_hidden and shard_base cannot be combined: training from the cache has no "
                 "base to shard. Choose one of them."
             )
+        self.stage_config()  # raises StageError before any data is read
 
     def as_dict(self) -> dict[str, Any]:
         return {**super().as_dict(), "augment": self.augment.as_dict()}
@@ -283,14 +284,14 @@ def list_recipes(kind: type[Plan] = Recipe) -> list[str]:
     return sorted(path.stem for path in _folder(kind).glob("*.yaml"))
 
 
-def load_recipe(name: str | os.PathLike[str], **fields: Any) -> Recipe:
+def load_recipe(recipe: str | os.PathLike[str], /, **fields: Any) -> Recipe:
     """Return a stage recipe by its name or YAML file, with some fields changed. Raises `RecipeError`."""
-    return load_plan(Recipe, name, **fields)
+    return load_plan(Recipe, recipe, **fields)
 
 
-def load_base_recipe(name: str | os.PathLike[str], **fields: Any) -> BaseRecipe:
+def load_base_recipe(recipe: str | os.PathLike[str], /, **fields: Any) -> BaseRecipe:
     """Return a base recipe by its name or YAML file, with some fields changed. Raises `RecipeError`."""
-    return load_plan(BaseRecipe, name, **fields)
+    return load_plan(BaseRecipe, recipe, **fields)
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -302,14 +303,22 @@ class _PlainLoader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-def load_plan(kind: type[P], name: str | os.PathLike[str], **fields: Any) -> P:
+def load_plan(kind: type[P], recipe: str | os.PathLike[str], /, **fields: Any) -> P:
     """Return a recipe of a class by its name or YAML file, with some fields changed. Raises `RecipeError`."""
-    path = Path(name)
-    path = path if path.suffix in (".yaml", ".yml") else _folder(kind) / f"{name}.yaml"
+    path = Path(recipe)
+    path = path if path.suffix in (".yaml", ".yml") else _folder(kind) / f"{recipe}.yaml"
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _PlainLoader)
     except FileNotFoundError:
-        raise RecipeError(f"Unknown recipe {str(name)!r}.{suggest(str(name), list_recipes(kind))}") from None
+        shipped = list_recipes(kind)
+        if path.parent != _folder(kind):
+            raise RecipeError(
+                f"There is no such file: {path} (from the folder {Path.cwd()}). Give the path of a YAML file, or a "
+                f"shipped recipe: {', '.join(shipped)}."
+            ) from None
+        raise RecipeError(f"Unknown recipe {str(recipe)!r}.{suggest(str(recipe), shipped)}") from None
+    except OSError as error:
+        raise RecipeError(f"The recipe {path} cannot be read: {error.strerror}.") from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise RecipeError(f"{path} is not YAML: {error}") from None
     if not isinstance(content, dict):
@@ -319,7 +328,8 @@ def load_plan(kind: type[P], name: str | os.PathLike[str], **fields: Any) -> P:
     for field_name in merged:
         if field_name not in known:
             raise RecipeError(
-                f"Recipe {str(name)!r} has no field {field_name!r}.{advise(field_name) or suggest(field_name, known)}"
+                f"Recipe {str(recipe)!r} has no field {field_name!r}."
+                f"{advise(field_name) or suggest(field_name, known)}"
             )
     return kind(**merged)
 

@@ -91,7 +91,7 @@ def sweep(
 ) -> SweepRun:
     """Train one candidate for every combination of `tries` (recipe field -> values) and keep the best by val bpb.
 
-    Each candidate has its own folder in `output_dir` (default `runs/RECIPE-sweep`). The folder of the best is a whole
+    Each candidate has its own folder in `output_dir` (default `runs/NAME-sweep`). The folder of the best is a whole
     stage folder, the others keep their records, and sweep.json has the table. At the end the best stage is active in
     `cascade`. `resume` skips finished candidates and continues the interrupted one. The other arguments are those of
     `train_stage`.

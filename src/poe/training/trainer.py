@@ -114,7 +114,7 @@ def train_stage(
     world: World = SINGLE_PROCESS,
     **fields: Any,
 ) -> StageRun:
-    """Train a stage on the frozen base of `cascade` and write it to `output_dir` (default `runs/RECIPE`).
+    """Train a stage on the frozen base of `cascade` and write it to `output_dir` (default `runs/NAME`).
 
     `recipe` is a name or a `Recipe`, and `fields` override its fields. `data` is a SPEC such as `glaive,xlam=file.json`
     (default: the recipe's). If the cascade already has a stage of that name, its training continues in its own dtype.
