@@ -5,12 +5,12 @@ import dataclasses
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from poe.chat import Answer, AnswerStream, answer
+from poe.chat import Answer, answer_messages
 from poe.decoding.adaptive import Confidence
 from poe.decoding.depth import AdaptiveDepth, calibrate_depth
 from poe.decoding.drafts import calibrate_draft
@@ -19,6 +19,7 @@ from poe.decoding.routing import Routing, generate_routed, route
 from poe.decoding.speculation import SelfSpeculation
 from poe.decoding.strategy import Expert, Strategy, check_strategy
 from poe.errors import DecodingError, DeltaError, StageError, suggest
+from poe.loaders import describe, foreign, hub, native, peft, stage_folder
 from poe.loaders.base import Base
 from poe.loaders.chains import find_lineage, load_chain, open_repository
 from poe.loaders.familiar_names import explain_name
@@ -156,9 +157,9 @@ class Cascade:
         added on top of the active one. Raises `SourceError` for an unknown layout or one that no stage can compute,
         `FingerprintError` for a stage of another base, `FamilyError` for a base that such stages do not stand on.
         """
-        from poe.loaders.foreign import read_foreign_stage
-
-        config, tensors = read_foreign_stage(Path(folder).expanduser(), name, self.base, self.active, self.model)
+        config, tensors = foreign.read_foreign_stage(
+            Path(folder).expanduser(), name, self.base, self.active, self.model
+        )
         self.add_stage(config, dtype=next(iter(tensors.values())).dtype)
         try:
             self.stages[name].load_delta(tensors)
@@ -187,14 +188,11 @@ class Cascade:
         """
         self._check_no_children(stage := self._find_stage(name), "changed")
         self.check_unchanged(name, weights=False)
-        before = None if input_ids is None else self.model(name)(input_ids).logits.float()
+        before = None if input_ids is None else self.model(name)(input_ids).logits
         report = compress_head(stage, rank)
         self._models.pop(name, None)
         self._base.record.add(stage)
-        if before is None:
-            return report
-        change = (self.model(name)(input_ids).logits.float() - before).abs()
-        return dataclasses.replace(report, max_logit_error=float(change.max()), mean_logit_error=float(change.mean()))
+        return report if before is None else report.with_change(before, self.model(name)(input_ids).logits)
 
     def remove_stage(self, name: str) -> "Cascade":
         """Remove a stage. If it was active, its parent (or the base) becomes active; the parent stays frozen.
@@ -269,24 +267,14 @@ class Cascade:
         model: Any = self.model(name)
         return model.generate(*args, **kwargs)
 
-    def call(
-        self,
-        question: str,
-        tools: Any,
-        *,
-        system: str | None = None,
-        stage: Any = _ACTIVE,
-        max_new_tokens: int = 256,
-        **options: Any,
-    ) -> Answer:
-        """Answer a question with calls of `tools`, and check the calls: `answer.calls`, `answer.problems`.
+    def call(self, question: str, tools: Any, *, system: str | None = None, **options: Any) -> Answer:
+        """Answer a question with calls of `tools`, and check them: `answer.calls`, `answer.text`, `answer.problems`.
 
-        `system` is a system message. The other arguments are those of `chat`.
+        `system` is a system message. `options` are the other arguments of `chat`.
         """
         messages = [{"role": "system", "content": system}] if system else []
-        messages.append({"role": "user", "content": question})
-        chosen = {"stage": stage, "max_new_tokens": max_new_tokens, **options}
-        return self.chat(messages, tools, **chosen)  # type: ignore[return-value]
+        answer: Answer = self.chat([*messages, {"role": "user", "content": question}], tools, **options)
+        return answer
 
     def chat(
         self,
@@ -297,15 +285,16 @@ class Cascade:
         stage: Any = _ACTIVE,
         max_new_tokens: int = 256,
         **options: Any,
-    ) -> Answer | AnswerStream:
-        """Answer a conversation of messages in OpenAI's form. `answer.message` is the next one.
+    ) -> Any:
+        """Return the `poe.chat.Answer` to messages in OpenAI's form; `answer.message` is the next one.
 
         `tools` are Python functions with type hints and a docstring, or in any spelling of `poe.calls.tools`. With
-        `stream` the result yields the text piece by piece, and has the `answer` at the end. `options` are those of
-        `generate`; the default is greedy decoding. Raises `DataError` for messages or tools that cannot be used.
+        `stream` the result is an `AnswerStream`, which yields the text piece by piece and has the `answer` at the end.
+        `options` are those of `generate`; without them decoding is greedy. Raises `DataError` for messages or tools
+        that cannot be used.
         """
-        model = self.model(self._choose(stage))
-        return answer(model, self.tokenizer, messages, tools, stream=stream, max_new_tokens=max_new_tokens, **options)
+        options |= {"stream": stream, "max_new_tokens": max_new_tokens}
+        return answer_messages(self.model(self._choose(stage)), self.tokenizer, messages, tools, **options)
 
     def calibrate_depth(
         self,
@@ -370,16 +359,14 @@ class Cascade:
         format. `dtype` defaults to that of the stage's files, or bfloat16. `torch.int8` stores matrices with scales;
         `stages[name].storage_error(torch.int8)` is its error. A failed write leaves the previous content.
         """
-        from poe.loaders.stage_folder import save_stage_folder
-
         stage = self._find_stage(name)
-        return save_stage_folder(self._base, stage, Path(folder), training=training, dtype=dtype, prompt=prompt)
+        return stage_folder.save_stage_folder(
+            self._base, stage, Path(folder), training=training, dtype=dtype, prompt=prompt
+        )
 
     def rehearse_save(self, name: str, **options: Any) -> None:
         """Raise what `save_stage` with these options would raise, without the weights. Nothing is written."""
-        from poe.loaders.stage_folder import rehearse_save
-
-        rehearse_save(self._base, self._find_stage(name), **options)
+        stage_folder.rehearse_save(self._base, self._find_stage(name), **options)
 
     def export_native(
         self,
@@ -397,10 +384,8 @@ class Cascade:
         or a full disk. A fork's weights are merged; one that is active on the answer is refused (`StageError`) unless
         `all_tokens` says that it may act on every token.
         """
-        from poe.loaders.native import export_native
-
         stage, model = self._find_stage(name), self.model(name)
-        return export_native(
+        return native.export_native(
             self._base, stage, model, Path(folder), max_shard_size=max_shard_size, all_tokens=all_tokens
         )
 
@@ -413,9 +398,7 @@ class Cascade:
         an Activated LoRA; without them the adapter acts on all tokens. Raises `FamilyError` for a stage that no LoRA
         can hold, `OutputError` if the folder cannot be written.
         """
-        from poe.loaders.peft import export_peft
-
-        return export_peft(self._base, self._find_stage(name), Path(folder), invocation_tokens)
+        return peft.export_peft(self._base, self._find_stage(name), Path(folder), invocation_tokens)
 
     def push_to_hub(
         self,
@@ -431,10 +414,10 @@ class Cascade:
         `base` and `parent` are the Hub repositories of the stage's base and parent, if the stage names folders.
         `options` are those of `poe.loaders.hub.push_stage`: `private`, `token`, `revision`, `commit_message`, ...
         """
-        from poe.loaders.hub import push_stage
-
-        stage = self._find_stage(stage or self._active_name("push_to_hub(repo_id, stage='...')"))
-        return push_stage(self._base, stage, repo_id, base_repo=base, parent_repo=parent, **options)
+        name = stage or self._active_name("push_to_hub(repo_id, stage='...')")
+        return hub.push_stage(
+            self._base, self._find_stage(name), repo_id, base_repo=base, parent_repo=parent, **options
+        )
 
     def save_pretrained(self, folder: str | os.PathLike[str], **options: Any) -> Path:
         """Write the active stage: `save_stage` under the name that transformers and PEFT use."""
@@ -442,18 +425,16 @@ class Cascade:
 
     def print_trainable_parameters(self) -> None:
         """Print how many parameters of the active model are trained, in PEFT's form."""
-        from poe.loaders.describe import count_trainable
+        print(describe.count_trainable(self.model(self.active)))
 
-        print(count_trainable(self.model(self.active)))
+    if not TYPE_CHECKING:  # a type checker finds wrong names by itself
 
-    def __getattr__(self, name: str) -> Any:
-        """Answer the words of other libraries with ours."""
-        raise AttributeError(explain_name(name), name=name, obj=self)
+        def __getattr__(self, name: str) -> Any:
+            """Answer the words of transformers and PEFT with ours."""
+            raise AttributeError(explain_name(name), name=name, obj=self)
 
     def __repr__(self) -> str:
-        from poe.loaders.describe import summarize
-
-        return summarize(self.base, self.stages, self.active)
+        return describe.summarize(self.base, self.stages, self.active)
 
     def _choose(self, stage: Any) -> Any:
         return self.active if stage is _ACTIVE else stage

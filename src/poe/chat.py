@@ -58,7 +58,7 @@ class RawReply:
     is_complete: bool
 
 
-def answer(
+def answer_messages(
     model: PreTrainedModel,
     tokenizer: Any,
     messages: Sequence[Mapping[str, Any]],

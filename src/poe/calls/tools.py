@@ -80,13 +80,8 @@ def _read_all(value: Any, place: str, note: Note, flat: bool) -> Iterator[Tool]:
 
 def _as_json(value: Any, name: str) -> Any:
     """Return JSON text, a Python function or an object of an SDK as a JSON value, checked for depth and content."""
-    if isinstance(value, type) and hasattr(value, "model_json_schema"):
-        value = value.model_json_schema()
-    elif hasattr(value, "model_dump"):
-        value = value.model_dump(mode="json", exclude_none=True)
-    elif callable(value):
-        value = _describe_function(value)
-    elif isinstance(value, tuple):
+    value = describe_object(value)
+    if isinstance(value, tuple):
         value = list(value)
     elif isinstance(value, str) and name == "tools" and not value.strip():
         return []
@@ -96,11 +91,21 @@ def _as_json(value: Any, name: str) -> Any:
     return [] if value is None and name == "tools" else value
 
 
-def _describe_function(function: Any) -> Any:
+def describe_object(value: Any) -> Any:
+    """Return a Python function, a class of Pydantic or an object of an SDK as JSON values, other values unchanged.
+
+    Raises `RowError` for a function without type hints or a docstring.
+    """
+    if isinstance(value, type) and hasattr(value, "model_json_schema"):
+        return value.model_json_schema()
+    if hasattr(value, "model_dump"):
+        return value.model_dump(mode="json", exclude_none=True)
+    if not callable(value):
+        return value
     from transformers.utils import get_json_schema
 
     try:
-        return get_json_schema(function)
+        return get_json_schema(value)
     except Exception as error:  # of several kinds: no docstring, no type hint, an unknown type
         raise RowError(f"Python function that does not describe a tool: {str(error)[:200]}") from None
 

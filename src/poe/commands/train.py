@@ -204,19 +204,18 @@ def _open_base(plan: Recipe, base: str, world: "World") -> "Cascade":
 
 def _evaluate(cascade: Any, name: str, held_out: dict[str, Any]) -> dict[str, Any]:
     """Answer the held-out questions with the base and with the stage, and return the scores by split and model."""
-    from poe.evaluation.calls import evaluate_calls
+    from poe.evaluation.calls import compare_with_base, evaluate_calls
 
-    results: dict[str, Any] = {}
     rows = sum(map(len, held_out.values()))
-    for label, stage_name in (("base", None), ("stage", name)):
-        title = f"answering held-out questions with the {label}"
+
+    def evaluate(cascade: Any, stage: str | None, splits: dict[str, Any]) -> Any:
+        title = f"answering held-out questions with the {'base' if stage is None else 'stage'}"
         err.print(f"{title} ({rows} rows)")
         with Progress(console=err, transient=True, disable=err.quiet or not err.is_interactive) as bars:
             task = bars.add_task(title, total=rows)
-            scores = evaluate_calls(cascade, stage_name, held_out, progress=partial(bars.advance, task))
-        for split, score in scores.items():
-            results.setdefault(split, {})[label] = score.as_dict()
-    return results
+            return evaluate_calls(cascade, stage, splits, progress=partial(bars.advance, task))
+
+    return compare_with_base(cascade, name, held_out, evaluate)
 
 
 def _check_candidates(

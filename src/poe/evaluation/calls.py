@@ -1,6 +1,6 @@
 """Call accuracy: the share of held-out questions that a model answers with the reference calls, or with none."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -91,3 +91,20 @@ def evaluate_calls(
         replies = generate_replies(model, cascade.tokenizer, prompts, stops, **options)
         scores[name] = score_replies(conversations, [reply.text for reply in replies], form)
     return scores
+
+
+def compare_with_base(
+    cascade: Cascade,
+    stage: str,
+    splits: dict[str, list[Conversation]],
+    evaluate: Callable[..., dict[str, CallScores]] = evaluate_calls,
+) -> dict[str, Any]:
+    """Answer and score every split with the base and with a stage; return the scores by split and model.
+
+    `train_stage(evaluate=compare_with_base)` does it after training.
+    """
+    results: dict[str, Any] = {}
+    for label, name in (("base", None), ("stage", stage)):
+        for split, score in evaluate(cascade, name, splits).items():
+            results.setdefault(split, {})[label] = score.as_dict()
+    return results

@@ -41,15 +41,13 @@ def open_repository(
     """
     location, options = read_options(locate(repo), dtype, options, placement.get("device_map"))
     config, _ = read_config(location, access, revision)
-    lineage = None
-    if is_stage(config):
-        lineage = find_lineage(location, access, revision, verify=verify, base=base)
-        source, config, tokenizer_revision = lineage.base, lineage.base_config, lineage.stages[-1].revision
-    else:
+    given = {"verify": verify, "tokenizer_repo": location, **placement, **options}
+    if not is_stage(config):
         source, config = find_base(location, access, revision)
-        tokenizer_revision = source.revision
-    tokenizer = {"tokenizer_repo": location, "tokenizer_revision": tokenizer_revision}
-    return open_base(source, config, verify=verify, **tokenizer, **placement, **options), lineage
+        return open_base(source, config, tokenizer_revision=source.revision, **given), None
+    lineage = find_lineage(location, access, revision, verify=verify, base=base)
+    stage_revision = lineage.stages[-1].revision
+    return open_base(lineage.base, lineage.base_config, tokenizer_revision=stage_revision, **given), lineage
 
 
 def find_lineage(

@@ -1,6 +1,6 @@
 """Words of transformers, PEFT and TRL that a cascade has another word for."""
 
-_NAMES = {
+NAMES = {
     "merge_and_unload": "cascade.export_native(name, folder) writes an ordinary checkpoint of the base's family",
     "merge_adapter": "a stage shares the base's weights and is never merged into them; see export_native",
     "unload": "the base is never changed: cascade.base is the model without stages",
@@ -35,4 +35,4 @@ _NAMES = {
 def explain_name(name: str) -> str:
     """Return the message of the `AttributeError` for a name that a cascade does not have."""
     message = f"A Cascade has no attribute {name!r}"
-    return f"{message}: {_NAMES[name]}." if name in _NAMES else message
+    return f"{message}: {NAMES[name]}." if name in NAMES else message

@@ -31,6 +31,11 @@ class HeadReport:
     max_logit_error: float | None = None
     mean_logit_error: float | None = None
 
+    def with_change(self, before: torch.Tensor, after: torch.Tensor) -> "HeadReport":
+        """Return the report with the errors of the logits, given those before and after."""
+        change = (after.float() - before.float()).abs()
+        return dataclasses.replace(self, max_logit_error=float(change.max()), mean_logit_error=float(change.mean()))
+
 
 @torch.no_grad()
 def compress_head(stage: Stage, rank: int) -> HeadReport:

@@ -212,7 +212,7 @@ class Engine:
     def _open_metrics(self) -> Metrics:
         records = [*self.history.evals, *self.history.steps]
         folder = self.settings.folder if self.context.world.is_main else None
-        return Metrics(folder, records, self.context.trackers.log)
+        return Metrics(folder, records, self.context.log)
 
     @contextmanager
     def _track(self, step: int) -> Iterator[None]:

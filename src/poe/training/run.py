@@ -1,19 +1,24 @@
 """The parts of a training run, as the engine and the estimate take them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from poe.data.packing import Rows
+from poe.errors import TrainingError
 from poe.modeling.placement import device_of
 from poe.training.hidden_states.sources import HiddenSources
 from poe.training.parallel.distributed import SINGLE_PROCESS, World
 from poe.training.reporting.progress import Progress
 from poe.training.reporting.tracking import Trackers
+
+Callback = Callable[[dict[str, Any]], object]
+"""Gets every line of metrics.jsonl: a step, or a validation."""
 
 
 @dataclass(frozen=True)
@@ -56,3 +61,20 @@ class RunContext:
     progress: Progress
     trackers: Trackers
     world: World = SINGLE_PROCESS
+    callbacks: tuple[Callback, ...] = ()
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Pass a line of metrics.jsonl to the trackers and the callbacks."""
+        self.trackers.log(record)
+        for callback in self.callbacks:
+            callback(dict(record))
+
+
+def check_callbacks(callbacks: Iterable[object]) -> None:
+    """Raise `TrainingError` for a callback that is no function, such as a `TrainerCallback` of transformers."""
+    for callback in callbacks:
+        if not callable(callback):
+            raise TrainingError(
+                f"A callback should be a function that takes a dict of metrics, such as print, got {callback!r}. "
+                "Callbacks of transformers work with TRL's trainers (docs/how-to/trl.md)."
+            )

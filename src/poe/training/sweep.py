@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from poe.cascade import Cascade
+from poe.data.given import Data, write_given
 from poe.errors import OutputError, PoEError, RecipeError, StageError, TrainingError
 from poe.files.output import OWN_FILES, locked_folder, write_file
 from poe.stages import Recipe, load_recipe
@@ -82,7 +83,7 @@ def sweep(
     cascade: Cascade,
     recipe: str | Recipe,
     tries: Mapping[str, Sequence[Any]],
-    data: str | None = None,
+    data: Data | None = None,
     output_dir: str | Path | None = None,
     *,
     resume: bool = False,
@@ -98,7 +99,9 @@ def sweep(
 
     Raises what `train_stage` raises, and `RecipeError` for candidates that cannot be compared.
     """
+    data, eval_data = write_given(data, None)
     plan = (load_recipe(recipe) if isinstance(recipe, str) else recipe).replace(**fields)
+    plan = plan.replace(eval_data=eval_data or plan.eval_data)
     plans = candidate_recipes(plan, tries)
     if plan.name in cascade.stages:
         raise StageError(

@@ -2,7 +2,7 @@
 
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 from poe.calls.conversation import Conversation
 from poe.cascade import Cascade
 from poe.data.drops import DropReport
+from poe.data.given import Data, write_given
 from poe.data.pipeline import TrainingData, prepare
 from poe.data.render import Renderer, token_bytes
 from poe.data.templates import complete_template, note_unread_calls
@@ -31,7 +32,7 @@ from poe.training.parallel.distributed import SINGLE_PROCESS, World, count_rows_
 from poe.training.parallel.sharding import prefetch_layers
 from poe.training.precision import check_not_fp16, choose_compile, stage_dtype
 from poe.training.preflight import Preflight, Report, check_questions, describe_failure
-from poe.training.reporting.history import History
+from poe.training.reporting.history import History, summarize_run
 from poe.training.reporting.progress import Progress
 from poe.training.reporting.report import (
     check_output,
@@ -43,7 +44,7 @@ from poe.training.reporting.report import (
     try_to_draw_report,
 )
 from poe.training.reporting.tracking import open_trackers
-from poe.training.run import RunContext, RunRows, RunSettings, TrainedModel
+from poe.training.run import Callback, RunContext, RunRows, RunSettings, TrainedModel, check_callbacks
 from poe.training.stage_setup import (
     answer_example,
     base_facts,
@@ -61,11 +62,17 @@ Evaluate = Callable[[Cascade, str, dict[str, list[Conversation]]], dict[str, Any
 
 @dataclass(frozen=True)
 class StageRun:
-    """The result of a training run: the stage folder, the history, and the content of training.json."""
+    """The result of a training run: the stage, its folder, the history, and the content of training.json."""
 
+    stage: Stage
     folder: Path
     history: History
     record: dict[str, Any]
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The result in numbers: losses, validation before and after, size, time, and scores of the evaluation."""
+        return summarize_run(self.record, self.history)
 
     @property
     def delta_bytes(self) -> int:
@@ -105,34 +112,45 @@ class _Fitted:
 def train_stage(
     cascade: Cascade,
     recipe: str | Recipe = "tool",
-    data: str | None = None,
+    data: Data | None = None,
     output_dir: str | Path | None = None,
     *,
+    eval_data: Data | None = None,
     resume: bool = False,
     evaluate: Evaluate | None = None,
+    callbacks: Sequence[Callback] = (),
     progress: Progress | None = None,
     world: World = SINGLE_PROCESS,
     **fields: Any,
 ) -> StageRun:
     """Train a stage on the frozen base of `cascade` and write it to `output_dir` (default `runs/NAME`).
 
-    `recipe` is a name or a `Recipe`, and `fields` override its fields. `data` is a SPEC such as `glaive,xlam=file.json`
-    (default: the recipe's). If the cascade already has a stage of that name, its training continues in its own dtype.
-    Otherwise a stage is added in the recipe's `dtype` ("auto": the base's). The run keeps the weights with the best
-    validation, in `cascade` and on disk. `resume` continues from the checkpoint in `output_dir`; the result has the
-    same bytes as that of an uninterrupted run. The processes of `world` (see `join_world`) share the rows of every
-    step. The main process writes, evaluates and reports, and all processes return its result.
+    `recipe` is a name or a `Recipe`, and `fields` override its fields, such as `name`. `data` (default: the recipe's)
+    is a SPEC such as `glaive,xlam=file.json`, or rows with `messages` and `tools`: a list, an iterable, a
+    `datasets.Dataset`, or a dict of them by split. `eval_data` likewise are the questions that `evaluate` answers after
+    training, `poe.evaluation.calls.compare_with_base` for example; training rows like them are dropped.
+
+    If the cascade already has a stage of that name, its training continues in its own dtype. Otherwise a stage is added
+    in the recipe's `dtype` ("auto": the base's). The run keeps the weights with the best validation, in `cascade` and
+    on disk. Each of `callbacks` gets every line of metrics.jsonl as a dict: a step, or a validation. `resume` continues
+    from the checkpoint in `output_dir`; the result has the same bytes as that of an uninterrupted run. The processes of
+    `world` (see `join_world`) share the rows of every step. The main process writes, evaluates and reports, and all
+    processes return its result.
 
     Raises `RecipeError`, `DataError`, `TokenizerError`, `TemplateError`, `OutputError`, `TrainingError`; `Interrupted`
     after Ctrl-C.
     """
+    check_callbacks(callbacks)
     plan = (load_recipe(recipe) if isinstance(recipe, str) else recipe).replace(**fields)
     folder = Path(output_dir or f"runs/{plan.name}")
     preflight = Preflight()
     with ExitStack() as cleanup:
         cleanup.enter_context(stop_signals_raise())
-        job = _check_inputs(cascade, plan, data or plan.data, folder, resume, progress, world, preflight, cleanup)
+        spec, eval_spec = write_given(data, eval_data)
+        plan = plan.replace(eval_data=eval_spec or plan.eval_data)
+        job = _check_inputs(cascade, plan, spec or plan.data, folder, resume, progress, world, preflight, cleanup)
         assert job is not None  # the first problem is raised
+        job = replace(job, context=replace(job.context, callbacks=tuple(callbacks) if world.is_main else ()))
         prepared = _prepare_data(job)
         if world.is_main:
             cleanup.callback(remove_leftovers, job.folder, keep_dropped=False)
@@ -144,7 +162,7 @@ def train_stage(
         record = _save(job, prepared, grown, fitted, evaluate)
     if problem := describe_failure(record):
         job.context.progress.note(problem)
-    return StageRun(job.folder, fitted.history, record)
+    return StageRun(cascade.stages[plan.name], job.folder, fitted.history, record)
 
 
 def check_stage_run(

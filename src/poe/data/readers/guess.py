@@ -1,7 +1,7 @@
 """Find the reader of a file from its first row, for a SPEC item that is a path alone."""
 
 from poe.data.drops import DropReport
-from poe.data.readers.messages import CONVERSATIONS
+from poe.data.readers.messages import holds_conversation
 from poe.data.sources import file_rows
 from poe.errors import DataError
 
@@ -17,12 +17,12 @@ _PUBLIC = {
 def find_reader(path: str) -> str:
     """Return the name of the reader for the rows of a file, a folder, or a glob.
 
-    Rows with `messages` (OpenAI, TRL) or `conversations` (ShareGPT) belong to `messages`. Raises `DataError` for other
+    Rows with `messages`, `prompt` and `completion` (OpenAI, TRL) or `conversations` (ShareGPT) belong to `messages`. Raises `DataError` for other
     rows, with the reader of the public data set that has the same keys, and for a path without rows.
     """
     report = DropReport()
     row = next((row for _, row in file_rows(path, "messages", report)), None)
-    if isinstance(row, dict) and any(row.get(key) is not None for key in CONVERSATIONS):
+    if isinstance(row, dict) and holds_conversation(row):
         return "messages"
     if row is None:
         reasons = ", ".join(report.dropped.get("messages", {})) or "it has no rows"

@@ -1,4 +1,4 @@
-"""Rows in the format of OpenAI, TRL and ShareGPT: `messages` or `conversations`, and optional `tools`.
+"""Rows of OpenAI, TRL and ShareGPT: `messages`, `conversations`, or `prompt` and `completion`; optional `tools`.
 
 Hub: none; give a file (`messages=rows.jsonl`). License: that of the file, so none is given here.
 
@@ -14,6 +14,9 @@ LLaMA-Factory's typed content is also read: a list of `{"type": "text" | "reason
 call as JSON text. Its single tool message answers all previous calls; for several calls, it is a list of objects with
 the names of the calls.
 
+`prompt` and `completion` are texts of the user and the assistant, or lists of messages; only the completion is trained
+on.
+
 A message of the assistant with `weight: 0`, or with `train: false` and the like of other trainers, is in the prompt of
 later turns and is not trained on.
 
@@ -23,7 +26,7 @@ row, a null argument is left out if it is not declared, or if it is optional and
 User names, reasoning and other extra keys of a message are not used.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from poe.calls.arguments import find_tool, restore_nulls
@@ -41,7 +44,7 @@ HUB_ID = None
 LICENSE = ""
 
 CONVERSATIONS = ("messages", "conversations", "conversation")  # in order of preference
-_FIELDS = (*CONVERSATIONS, "tools", "functions", "system")
+FIELDS = (*CONVERSATIONS, "prompt", "completion", "tools", "functions", "system")
 _SHAREGPT = {
     **dict.fromkeys(("human", "user"), "user"),
     **dict.fromkeys(("gpt", "chatgpt", "assistant", "model", "function_call"), "assistant"),
@@ -53,18 +56,23 @@ _CALL_TYPES = ("function", "function_call", "tool_call", "tool_use")
 
 
 def read(rows: Iterable[Row], report: DropReport) -> Iterator[Conversation]:
-    """Yield the conversations of rows with `messages` and `tools`."""
-    return read_rows(NAME, LICENSE, _FIELDS, rows, report, _convert)
+    """Yield the conversations of rows with `messages` (or `prompt` and `completion`) and `tools`."""
+    return read_rows(NAME, LICENSE, FIELDS, rows, report, _convert)
+
+
+def holds_conversation(row: Mapping[str, Any]) -> bool:
+    """Return whether a row has the keys of this format."""
+    return any(row.get(key) is not None for key in CONVERSATIONS) or {"prompt", "completion"} <= row.keys()
 
 
 def _convert(row: dict[str, Any], note: Note) -> Turns:
     key = next((key for key in CONVERSATIONS if row.get(key)), "messages")
-    messages = parse_field(row.get(key), "messages")
+    messages = parse_field(row.get(key, _join_completion(row)), "messages")
     if not isinstance(messages, list) or not messages:
         raise RowError("row without a list of messages")
     declared = [row[key] for key in ("tools", "functions") if row.get(key)]
     turns = Turns(unique_tools([tool for tools in declared for tool in read_tools(tools, note)], note), note)
-    from_columns = isinstance(row, ColumnRow) and not isinstance(row[key], str)
+    from_columns = isinstance(row, ColumnRow) and not isinstance(row.get(key), str)
     if isinstance(row.get("system"), str) and row["system"].strip():
         turns.add_system(row["system"])
     for message in messages:
@@ -87,6 +95,17 @@ def _from_sharegpt(message: dict[str, Any]) -> dict[str, Any]:
         return {**rest, "role": _SHAREGPT[kind], "content": message.get("value")}
     calls = parse_field(message.get("value"), "function_call")
     return {**rest, "role": "assistant", "content": None, "tool_calls": calls if isinstance(calls, list) else [calls]}
+
+
+def _join_completion(row: dict[str, Any]) -> list[Any] | None:
+    """Return the messages of a row with `prompt` and `completion`; those of the prompt are not trained on."""
+    prompt, completion = row.get("prompt"), row.get("completion")
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+    if not isinstance(prompt, list) or not isinstance(completion, list):
+        return None
+    given = [{**m, "weight": 0} if isinstance(m, dict) and m.get("role") == "assistant" else m for m in prompt]
+    return [*given, *completion]
 
 
 def _is_object_text(value: Any) -> bool:

@@ -1,6 +1,7 @@
 """The history of a run."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,3 +28,22 @@ class History:
     def actual(self) -> dict[str, Any]:
         """The actual values of the quantities that were estimated."""
         return {"tokens": self.tokens, "seconds": self.seconds + self.eval_seconds, "memory_bytes": self.peak_bytes}
+
+
+def summarize_run(record: Mapping[str, Any], history: History) -> dict[str, float]:
+    """Return the result of a run in numbers, from its training.json and its history.
+
+    `loss` is that of the last step, and `val_loss` and `val_bpb` those of the weights that were kept. The scores of an
+    evaluation are `SPLIT/base/exact`, `SPLIT/stage/exact`, and so on.
+    """
+    best = next((point for point in history.evals if point["step"] == history.best_step), {})
+    metrics: dict[str, float] = {
+        **({"loss": history.steps[-1]["loss"]} if history.steps else {}),
+        **{name: best[name] for name in ("val_loss", "val_bpb") if name in best},
+        **({"val_bpb_before": history.evals[0]["val_bpb"]} if history.evals else {}),
+        **{name: record[name] for name in ("best_step", "steps", "tokens", "seconds", "tokens_per_s")},
+    }
+    for split, models in record.get("evaluation", {}).items():
+        for model, scores in models.items():
+            metrics |= {f"{split}/{model}/{name}": score for name, score in scores.items() if score is not None}
+    return metrics
