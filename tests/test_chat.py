@@ -67,7 +67,7 @@ def test_a_call_is_read_and_checked_against_a_python_function(cascade: Cascade, 
     assert (answer.finish_reason, answer.raw) == ("tool_calls", f"I look. {CALL}")
     assert answer.message["tool_calls"][0]["function"] == {"name": "get_weather", "arguments": '{"city": "Lisbon"}'}
     assert cascade.call("?", get_weather) == answer  # one function
-    assert cascade.call("?", []).problems == ["get_weather: call to an undeclared tool"]
+    assert cascade.call("?", []).problems == ["get_weather: call to a tool that is not offered"]
     say(CALL.replace('"Lisbon"', "3"))
     assert cascade.call("?", [get_weather]).problems[0].startswith("get_weather: ")
 
