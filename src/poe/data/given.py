@@ -46,7 +46,7 @@ def write_given(data: Data | None, eval_data: Data | None) -> tuple[str | None, 
 
 
 def _find_splits(data: Mapping[str, Any]) -> Mapping[str, Any]:
-    if not data or {"messages", "prompt"} & data.keys():
+    if not data or messages.holds_conversation(data):
         raise DataError(f"data is one row, or empty: {_EXPECTED}.")
     return data
 
@@ -70,8 +70,7 @@ def _as_spec(data: Any, name: str) -> str:
             return {}
 
         folder, _ = cached_folder("given", key, keep)
-    # A SPEC has no comma in a path; as a glob, `?` is one.
-    return str(DataSource(messages.NAME, str(folder / file_name).replace(",", "?")))
+    return str(DataSource(messages.NAME, str(folder / file_name)))
 
 
 def _write_rows(data: Any, split: str, folder: Path) -> Path:
@@ -96,7 +95,7 @@ def _write_parquet(data: Any, split: str, path: Path) -> Path:
     if not hasattr(data, "num_rows"):  # it is streamed
         data = datasets.Dataset.from_list(list(data))
     seen = _Seen(split)
-    seen.add(dict.fromkeys(data.column_names))
+    seen.add(dict.fromkeys(data.column_names, ""))
     if data.num_rows:
         seen.check()
     data.select_columns([name for name in data.column_names if name in messages.FIELDS]).to_parquet(path)
@@ -114,7 +113,7 @@ class _Seen:
     def add(self, row: Any) -> None:
         self._rows += 1
         if isinstance(row, Mapping):
-            self._has_fields |= "messages" in row or {"prompt", "completion"} <= row.keys()
+            self._has_fields |= messages.holds_conversation(row)
             self._keys |= dict.fromkeys(map(str, list(row)[:20])) if len(self._keys) < 20 else {}
 
     def check(self) -> None:

@@ -328,8 +328,7 @@ def load_plan(kind: type[P], recipe: str | os.PathLike[str], /, **fields: Any) -
     for field_name in merged:
         if field_name not in known:
             raise RecipeError(
-                f"Recipe {str(recipe)!r} has no field {field_name!r}."
-                f"{advise(field_name) or suggest(field_name, known)}"
+                f"Recipe {str(recipe)!r} has no field {field_name!r}.{advise(field_name) or suggest(field_name, known)}"
             )
     return kind(**merged)
 

@@ -17,8 +17,9 @@ _PUBLIC = {
 def find_reader(path: str) -> str:
     """Return the name of the reader for the rows of a file, a folder, or a glob.
 
-    Rows with `messages`, `prompt` and `completion` (OpenAI, TRL) or `conversations` (ShareGPT) belong to `messages`. Raises `DataError` for other
-    rows, with the reader of the public data set that has the same keys, and for a path without rows.
+    Rows with `messages`, with `prompt` and `completion` (OpenAI, TRL) or with `conversations` (ShareGPT) belong to
+    `messages`. Raises `DataError` for other rows, with the reader of the public data set that has the same keys, and
+    for a path without rows.
     """
     report = DropReport()
     row = next((row for _, row in file_rows(path, "messages", report)), None)
