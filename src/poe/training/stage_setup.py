@@ -9,12 +9,9 @@ import torch
 
 from poe.cascade import Cascade
 from poe.data.render import Renderer
-from poe.decoding.generation import greedy_options
 from poe.errors import StageError
 from poe.loaders.card import EXAMPLE, TOOL
 from poe.modeling.delta_file import delta_size
-from poe.modeling.families import is_prefix_lm
-from poe.modeling.placement import device_of
 from poe.modeling.stage import Stage
 from poe.stages.copying import find_copying_layer
 from poe.training.parallel.distributed import World
@@ -76,21 +73,16 @@ def prompt_format(tokenizer: Any, renderer: Renderer) -> dict[str, Any]:
     return {"name": "chat_template", "version": hashlib.sha256(text.encode()).hexdigest()[:12], "stop": stops}
 
 
-def answer_example(cascade: Cascade, name: str, renderer: Renderer) -> dict[str, str]:
+def answer_example(cascade: Cascade, name: str) -> dict[str, str]:
     """Return the stage's greedy reply to the example question of the model card, as `{"reply": text}`."""
-    ids = torch.tensor([renderer.prompt_ids(EXAMPLE, [TOOL])])
-    inputs = ids.to(device_of(cascade.model(name).eval().get_input_embeddings()))
-    prefix = {"token_type_ids": torch.ones_like(inputs)} if is_prefix_lm(cascade.config) else {}
-    options = greedy_options(max_new_tokens=100, eos_token_id=list(renderer.stop_token_ids))
-    output = cascade.generate(input_ids=inputs, **prefix, stage=name, **options)
-    return {"reply": cascade.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=False)}
+    return {"reply": cascade.chat(EXAMPLE, [TOOL], stage=name, max_new_tokens=100).raw}
 
 
 def base_facts(cascade: Cascade, stage: Stage) -> dict[str, str]:
     """Return the fingerprints of the base and the parent: a run on others would end with another result."""
     facts = {"base": cascade.base_source.fingerprint[:12]}
     if stage.parent is not None:
-        facts["parent"] = f"{stage.parent.name} {(stage.parent.source or {}).get('fingerprint')}"
+        facts["parent"] = str((stage.parent.source or {}).get("fingerprint") or stage.parent.name)
     return facts
 
 

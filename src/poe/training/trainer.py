@@ -288,7 +288,7 @@ def _save(
             raise Interrupted
         try:
             record["evaluation"] = evaluate(cascade, name, prepared.held_out)
-            record["example"] = answer_example(cascade, name, job.renderer)
+            record["example"] = answer_example(cascade, name)
             _write_stage(job, record, fitted)
         except Exception as error:  # any kind: the run is over, and its result must not be lost
             raise TrainingError(
