@@ -136,17 +136,17 @@ def interruptible(command: str, folder: Path, world: "World") -> Iterator[None]:
     """
     try:
         yield
-    except KeyboardInterrupt:
-        advice = f"To continue: {command} --out {folder} --resume, with the same options."
+    except KeyboardInterrupt as stop:
         steps = [int(path.parent.name.partition("-")[2]) for path in folder.glob("**/checkpoint-*[0-9]/meta.json")]
-        if (folder / "delta.safetensors").is_file() and steps:
-            text = f"Stopped; the stage is saved in {folder}, and its evaluation is missing. {advice}"
-        elif steps:
-            text = f"Stopped; saved at step {max(steps)}. {advice}"
-        elif (folder / "sweep.json").exists():
-            text = f"Stopped; the finished candidates are saved. {advice}"
-        else:
-            text = "Stopped before the first checkpoint: nothing was saved."
+        has_candidates = (folder / "sweep.json").exists()
+        saved = str(stop)
+        if not saved and steps:
+            saved = f"saved at step {max(steps)}"
+        elif not saved and has_candidates:
+            saved = "the finished candidates are saved"
+        text = f"Stopped; {saved}." if saved else "Stopped before the first checkpoint: nothing was saved."
+        if steps or has_candidates:
+            text += f" To continue: {command} --out {folder} --resume, with the same options."
         with world.report_once("interrupted") as is_reporter:
             err.quiet = not is_reporter
             err.print(text, markup=False)

@@ -72,7 +72,7 @@ class Engine:
         self.report_estimate()
         self.context.progress.start(step, num_steps, self.rows.train.num_rows / self.rows_per_step)
         last_save = time.monotonic()
-        with self.stop.catch_signals(), self._track(step), self._open_metrics() as metrics:
+        with self.stop.catch_signals("after this step"), self._track(step), self._open_metrics() as metrics:
             try:
                 if step == 0:
                     self._validate(0, metrics)
@@ -94,14 +94,14 @@ class Engine:
                         self._save_checkpoint(step)
                         last_save = time.monotonic()
                     if stop:
-                        raise metrics.failure or Interrupted
+                        raise metrics.failure or Interrupted(f"saved at step {step}")
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
                 raise self._explain_memory(error, step, first) from error
             self._save_checkpoint(num_steps)  # protects the run until its result is on disk
             if self.context.world.any_process(self._must_stop(metrics))[0]:
-                raise metrics.failure or Interrupted
+                raise metrics.failure or Interrupted(f"saved at step {num_steps}")
         self._copy_weights(self.best_weights)
         return self.history
 
@@ -125,7 +125,8 @@ class Engine:
 
     def remove_checkpoints(self) -> None:
         """Remove the checkpoints. Call it when the result is on disk."""
-        remove_checkpoints(self.settings.folder)
+        with self.stop.catch_signals("now"):
+            remove_checkpoints(self.settings.folder)
 
     def _set_schedule(self, step: int) -> float:
         """Set the learning rates and the momentum of a step, and return the factor of the learning rates."""

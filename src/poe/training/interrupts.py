@@ -14,7 +14,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupted(KeyboardInterrupt):
-    """The run was stopped by a signal, after it saved a checkpoint or its result."""
+    """The run was stopped by a signal, after it saved a checkpoint or its result. The message is what was saved."""
 
 
 @contextmanager
@@ -33,14 +33,16 @@ class StopRequest:
 
     def __init__(self, note: Callable[[str], None]) -> None:
         self._note = note
+        self._end = ""
         self.requested = False
 
     def __bool__(self) -> bool:
         return self.requested
 
     @contextmanager
-    def catch_signals(self) -> Iterator[None]:
-        """Take note of the stop signals inside the block."""
+    def catch_signals(self, end: str) -> Iterator[None]:
+        """Take note of the stop signals inside the block. `end` is where the run stops: "after this step"."""
+        self._end = end
         with _handle_stop_signals(self._request):
             yield
 
@@ -48,7 +50,7 @@ class StopRequest:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        self._note("stopping after this step; press Ctrl-C again to stop at once")
+        self._note(f"stopping {self._end}; press Ctrl-C again to stop at once")
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from poe.stages.recipe import BaseRecipe
 from poe.training.engine import Engine
 from poe.training.forward import recompute_activations
 from poe.training.hidden_states.sources import HiddenSources, StagePredictions, WholeModel
-from poe.training.interrupts import stop_signals_raise
+from poe.training.interrupts import Interrupted, stop_signals_raise
 from poe.training.precision import choose_compile, choose_dtype
 from poe.training.preflight import Preflight, Report
 from poe.training.reporting.history import History
@@ -86,12 +86,14 @@ def _train(recipe: BaseRecipe, run: Path, resume: bool, progress: Progress) -> P
     record = training_record(recipe, history, num_steps)
     if isinstance(train, StreamedRows):
         record["data"] = {"spec": recipe.data, "rows": report.as_dict(), "passes": train.passes}
-    with engine.stop.catch_signals():
+    with engine.stop.catch_signals("after this save"):
         save_base_folder(model.to(torch.bfloat16).eval(), run, tokenizer)
         write_training_json(run, record)
         try_to_draw_report(run, progress.note, f"Base {recipe.name}, data {recipe.data}")
     engine.remove_checkpoints()
     (run / CHUNKS).unlink(missing_ok=True)
+    if engine.stop:
+        raise Interrupted(f"the base is saved in {run}")
     return run
 
 

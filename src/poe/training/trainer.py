@@ -278,33 +278,42 @@ def _save(
 ) -> dict[str, Any]:
     """Step 4: write the stage folder, answer the held-out questions, and remove the checkpoints.
 
-    The stage is saved before it is evaluated. The last checkpoint stays until the evaluation is written too.
+    The stage is saved before it is evaluated. The last checkpoint stays until the evaluation is written too. A signal
+    stops the run after a save or during the evaluation; `resume` does the rest.
     """
-    cascade, name, world = job.cascade, job.plan.name, job.context.world
-    record = _training_record(job, prepared, grown, fitted.history, fitted.engine.settings.num_steps)
-    _write_stage(job, record, fitted)
+    cascade, name, engine, world = job.cascade, job.plan.name, fitted.engine, job.context.world
+    record = _training_record(job, prepared, grown, fitted.history, engine.settings.num_steps)
+    saved = f"the stage is saved in {job.folder}"
+    without_evaluation = Interrupted(f"{saved}, and its evaluation is missing")
+    _write_stage(job, record, engine)
     if evaluate is not None and (world.is_main or grown.is_sharded):  # a sharded base runs in all processes at once
-        if fitted.engine.stop:
-            raise Interrupted
+        if engine.stop:
+            raise without_evaluation
         try:
             record["evaluation"] = evaluate(cascade, name, prepared.held_out)
             record["example"] = answer_example(cascade, name)
-            _write_stage(job, record, fitted)
+            _write_stage(job, record, engine)
+        except KeyboardInterrupt:
+            raise without_evaluation from None
         except Exception as error:  # any kind: the run is over, and its result must not be lost
             raise TrainingError(
                 f"The stage is trained and saved in {job.folder}, but its evaluation failed ({type(error).__name__}: "
                 f"{str(error)[:500]}). --resume repeats the evaluation alone; --resume --no-eval leaves it out."
             ) from error
+    elif engine.stop:
+        raise Interrupted(saved)
     if world.is_main:
-        fitted.engine.remove_checkpoints()
+        engine.remove_checkpoints()
+    if engine.stop:
+        raise Interrupted(saved)
     return world.broadcast(record)
 
 
-def _write_stage(job: _Job, record: dict[str, Any], fitted: _Fitted) -> None:
+def _write_stage(job: _Job, record: dict[str, Any], engine: Engine) -> None:
     """Write the stage folder in the main process. A signal that comes meanwhile stops the run before the next step."""
     if not job.context.world.is_main:
         return
-    with fitted.engine.stop.catch_signals():
+    with engine.stop.catch_signals("after this save"):
         title = f"Stage {job.plan.name} on {short_name(job.cascade.base_source.repo)}, data {job.spec}"
         try_to_draw_report(job.folder, job.context.progress.note, title)  # first: the model card shows the picture
         prompt = prompt_format(job.cascade.tokenizer, job.renderer)
