@@ -15,9 +15,12 @@ from poe.data.cache import cache_root
 from poe.data.drops import DropReport
 from poe.data.pipeline import TrainingData, prepare
 from poe.data.render import Renderer
+from poe.data.statistics import compute_statistics
 from poe.data.text import documents
 from poe.errors import DataError, OutputError
 from poe.stages import Augmentation, Recipe
+
+ANSWER = {"role": "assistant", "content": "I say it"}
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +195,47 @@ def test_evaluation_rows_are_not_trained_on(tmp_path: Path, renderer: Renderer) 
     assert "Pay 7 coins" not in trained
     assert "Pay 9 coins" not in trained
     assert data.train.stats.documents == 98 - len(data.held_out["held-out messages"])
+
+
+def refusing_renderer(condition: str) -> Renderer:
+    """Return a renderer with a template that refuses rows with a first message `m` of that condition."""
+    tokenizer = demo_tokenizer()
+    refusal = "{% set m = messages[0]['content'] %}{% if CONDITION %}{{ raise_exception('no') }}{% endif %}"
+    tokenizer.chat_template = refusal.replace("CONDITION", condition) + tokenizer.chat_template
+    return Renderer(tokenizer)
+
+
+def test_rows_of_every_side_that_cannot_be_rendered_are_counted_and_kept(tmp_path: Path) -> None:
+    questions = [f"say {i}{' refused' * (i % 5 == 0)}" for i in range(100)] + ["say " + "again " * 200]
+    lines = [json.dumps({"messages": [{"role": "user", "content": text}, ANSWER]}) for text in questions]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines[10:]))
+    (tmp_path / "asked.jsonl").write_text("\n".join(lines[:10]))
+    asked, report = f"messages={tmp_path}/asked.jsonl", DropReport(tmp_path / "dropped.jsonl")
+    renderer = refusing_renderer("'refused' in m")
+    recipe = make_recipe(f"messages={tmp_path}/rows.jsonl", seq_len=128, validation_ratio=0.4, eval_data=asked)
+    data = prepare(recipe, renderer, report)
+    report.close()
+    dropped = {"the chat template rejects it": 20, "longer than 128 tokens": 1}
+    assert data.summary["rows"]["messages"] == {"read": 101, "kept": 80, "dropped": dropped}
+    kept = [json.loads(line)["row"]["messages"][0]["content"] for line in report_lines(tmp_path)]
+    assert sorted(kept) == sorted(text for text in questions if "refused" in text or "again" in text)
+    assert [row.query for row in data.held_out[asked]] == [q for q in questions[:10] if "refused" not in q]
+    assert not [row for row in data.held_out["held-out messages"] if "refused" in row.query or "again" in row.query]
+    assert prepare(recipe, renderer, DropReport()).summary == data.summary  # also what was prepared before
+    counted = DropReport()
+    compute_statistics(corpus.read_corpus(recipe, DropReport()), renderer, counted)
+    assert counted.dropped["messages"] == {"the chat template rejects it": 20}
+
+
+def report_lines(folder: Path) -> list[str]:
+    return (folder / "dropped.jsonl").read_text().splitlines()
+
+
+def test_held_out_rows_that_are_all_refused_are_named_in_the_error(tmp_path: Path, renderer: Renderer) -> None:
+    spec = f"messages={write(tmp_path / 'a.jsonl', 0, 40)}"
+    held_out = [row.query for row in load(spec, renderer, eval_rows=40).held_out["held-out messages"]]
+    with pytest.raises(DataError, match=rf"dropped: the chat template rejects it \({len(held_out)}\)"):
+        load(spec, refusing_renderer(f"m in {held_out}"))
 
 
 EVERYTHING = Augmentation(

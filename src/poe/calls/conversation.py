@@ -63,6 +63,12 @@ class Conversation:
         text = next((m["content"] for m in self.messages if m["role"] == "user" and m["content"]), "")
         return re.sub(r"\s+", " ", text).strip().lower()
 
+    @property
+    def question(self) -> list[Message]:
+        """The messages before the first assistant turn that is trained on."""
+        is_answer = (m["role"] == "assistant" and m.get("weight") != 0 for m in self.messages)
+        return self.messages[: next(i for i, found in enumerate(is_answer) if found)]
+
     def key(self) -> str:
         """Return messages and tools as canonical text, independent of source, form and key order."""
         return json.dumps([self.messages, self.tools], sort_keys=True, ensure_ascii=False)

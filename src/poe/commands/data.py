@@ -90,7 +90,7 @@ def stats(
         check_output_file(page)
     report, renderer = DropReport(), _load_renderer(base)
     corpus = _read_corpus(spec, load_recipe(recipe), report)
-    counted = compute_statistics(corpus, renderer)
+    counted = compute_statistics(corpus, renderer, report)
     if page is not None:
         write_page(page, counted, report, sample_rows(corpus, renderer))
         err.print(f"wrote {page}", markup=False)

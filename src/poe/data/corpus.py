@@ -134,7 +134,7 @@ def _build(
         is_evaluation = number >= len(sources)
         for conversation in read_source(source, report):
             if reason := find_repetition(conversation, seen[is_evaluation]):
-                _drop(report, conversation, reason)
+                report.drop_kept(conversation, reason)
                 continue
             if is_evaluation:
                 side = EVALUATION
@@ -152,17 +152,11 @@ def _build(
         for later, earlier in near.find():
             if row_side[later] in (TRAIN, HELD_OUT):
                 row_side[later] = NEAR
-                _drop(report, rows[later], reason, earlier)
+                report.drop_kept(rows[later], reason, like=earlier)
     for row, reason in index.find_leaks(row_side):
         row_side[row] = LEAK
-        _drop(report, rows[row], reason)
+        report.drop_kept(rows[row], reason)
     np.savez(folder / "numbers.npz", source=row_source, side=row_side)
-
-
-def _drop(report: DropReport, conversation: Conversation, reason: str, like: int | None = None) -> None:
-    row = {"messages": conversation.messages, "tools": conversation.tools}
-    report.drop(conversation.source, reason, row if like is None else {**row, "like": like}, conversation.id)
-    report.kept[conversation.source] -= 1
 
 
 class _RowIndex:

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from poe.calls.conversation import Conversation
 from poe.files.output import convert_os_errors, write_error
 
 
@@ -46,6 +47,11 @@ class DropReport:
             except OSError as error:
                 assert self._path is not None
                 raise write_error(self._path, error) from error
+
+    def drop_kept(self, row: Conversation, reason: str, **notes: Any) -> None:
+        """Count a conversation that was kept when it was read as dropped after all. `notes` are written beside it."""
+        self.drop(row.source, reason, {"messages": row.messages, "tools": row.tools, **notes}, row.id)
+        self.kept[row.source] -= 1
 
     def repair(self, source: str, rule: str, count: int = 1) -> None:
         """Count a repair of a kept row under the name of its rule."""

@@ -21,7 +21,7 @@ from poe.data.drops import DropReport
 from poe.data.packing import PackedRows, open_packed_rows, pack_to_folder
 from poe.data.readers import READERS, demo
 from poe.data.render import Renderer
-from poe.data.render_worker import RenderTally, RenderWorker
+from poe.data.render_worker import RenderTally, RenderWorker, find_refusal
 from poe.data.workers import default_workers, ordered_map
 from poe.errors import DataError, TemplateError
 from poe.stages.augmentation import Augmentation
@@ -86,8 +86,8 @@ def prepare(
         raise DataError(f"No row of {recipe.data!r} can be trained on; dropped: {_drop_reasons(report)}.")
     if not counts["validation"]:
         raise DataError(
-            f"No row of {recipe.data!r} is held out for validation ({counts['packed']} packed rows to train on): "
-            "give more rows, or a larger validation_ratio."
+            f"No row of {recipe.data!r} is held out for validation ({counts['packed']} packed rows to train on; "
+            f"dropped: {_drop_reasons(report)}): give more rows, or a larger validation_ratio."
         )
     train = open_packed_rows(folder / "train", recipe.seed, recipe.isolate_documents)
     val = open_packed_rows(folder / "val", recipe.seed)
@@ -97,6 +97,7 @@ def prepare(
                 f"The rows of {recipe.data!r} have no token to {name} on: their {rows.stats.tokens} tokens are all "
                 "context. Check the tokenizer and the chat template with `poe data show`."
             )
+    splits = _held_out_splits(corpus, train_sources, recipe, set(counts["dropped_held_out"]), renderer, report)
     sources = {}
     for n in train_sources:
         source = corpus.sources[n]
@@ -123,7 +124,7 @@ def prepare(
         "augmentation": asdict(recipe.augment),
         "augmented_rows_left_plain": counts["left_plain"],
     }
-    return TrainingData(train, val, _held_out_splits(corpus, train_sources, recipe.eval_rows, recipe.seed), summary)
+    return TrainingData(train, val, splits, summary)
 
 
 def _shuffled_items(corpus: Corpus, passes: dict[int, float], seed: int) -> np.ndarray:
@@ -161,9 +162,13 @@ def _pack(
         held_out = np.sort(rng.choice(held_out, MAX_VALIDATION_CONVERSATIONS, replace=False))
     plain_worker = RenderWorker(corpus.folder, worker.renderer, seq_len)
     rendered = plain_worker(np.stack([held_out, np.zeros_like(held_out)], axis=1))
+    for item in rendered:
+        if item.dropped is not None:
+            tally.drop(item.row, item.dropped)
     val = pack_to_folder(folder / "val", (d for row in rendered for d in row.documents), seq_len, **options)
     return {
         "sources": tally.sources,
+        "dropped_held_out": [row for row in sorted(tally.dropped) if corpus.side[row] == HELD_OUT],
         "dropped": report.as_dict(),
         "left_plain": dict(tally.left_plain),
         "packed": train.rows,
@@ -178,22 +183,35 @@ def _tool_pool(corpus: Corpus, options: Augmentation) -> ToolPool | None:
     return ToolPool.from_conversations(corpus.rows[i] for i in np.flatnonzero(corpus.side == TRAIN).tolist())
 
 
-def _held_out_splits(corpus: Corpus, train_sources: range, eval_rows: int, seed: int) -> dict[str, list[Conversation]]:
-    """Return the conversations to answer after training, at most `eval_rows` per split."""
+def _held_out_splits(
+    corpus: Corpus, train_sources: range, recipe: Recipe, dropped: set[int], renderer: Renderer, report: DropReport
+) -> dict[str, list[Conversation]]:
+    """Return the conversations to answer after training, at most `recipe.eval_rows` per split.
+
+    A question that cannot be rendered is dropped and counted in `report`. `dropped` are rows that were dropped before.
+    """
     numbers: dict[str, list[int]] = {}
     splits: dict[str, list[Conversation]] = {}
     for n, source in enumerate(corpus.sources):
         if n in train_sources and source.name == demo.NAME:
-            splits |= demo.evaluation_splits(eval_rows)
+            splits |= demo.evaluation_splits(recipe.eval_rows)
         elif n in train_sources:
             rows = corpus.row_numbers(n, HELD_OUT).tolist()
             numbers.setdefault(f"held-out {source.name}", []).extend(rows)
         else:
             numbers[str(source)] = corpus.row_numbers(n, EVALUATION).tolist()
     for name, rows in numbers.items():
-        if rows:
-            splits[name] = [corpus.rows[i] for i in _sample(rows, eval_rows, seed)]
-    return splits
+        left = [row for row in rows if row not in dropped]
+        splits[name] = [corpus.rows[i] for i in _sample(left, recipe.eval_rows, recipe.seed)]
+    for name, asked in splits.items():
+        refused = [(row, reason) for row in asked if (reason := find_refusal(row, renderer))]
+        for row, reason in refused:
+            if name not in numbers:  # generated here, so it was not counted yet
+                report.read[row.source] += 1
+                report.kept[row.source] += 1
+            report.drop_kept(row, reason)
+            asked.remove(row)
+    return {name: asked for name, asked in splits.items() if asked}
 
 
 def _sample(rows: list[int], count: int, seed: int) -> list[int]:

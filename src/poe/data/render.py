@@ -177,7 +177,7 @@ class Renderer:
         try:
             return self._encoder.encode(text, content.mark).ids
         except RowError as error:
-            raise DataError(f"The prompt cannot be used, it has a {error.reason}. Change its text.") from error
+            raise RowError(error.reason, "The prompt cannot be used, change its text") from error
 
     def count_control_tokens(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> int:
         """Return the number of control tokens in messages and tools. They are encoded as text."""

@@ -112,6 +112,17 @@ class RenderWorker:
         return parts
 
 
+def find_refusal(conversation: Conversation, renderer: Renderer) -> str | None:
+    """Return why the question of a held-out row cannot be asked, None if it can."""
+    try:
+        renderer.prompt_ids(conversation.question, conversation.tools, conversation.form)
+    except RowError as error:
+        return error.reason
+    except DataError:
+        return REFUSED
+    return None
+
+
 def _count_characters(conversation: Conversation) -> int:
     """Return the number of characters in all texts of a row."""
     count, stack = 0, [conversation.messages, conversation.tools]
@@ -128,12 +139,12 @@ class RenderTally:
     """Counts rendered rows while it passes their documents on.
 
     `sources`: documents and tokens of each source's first epoch. `left_plain`: reasons why augmented rows were not
-    used. Every dropped row is added to the report.
+    used. Every dropped row is added to the report, and to `dropped` by its number.
     """
 
     def __init__(self, corpus: Corpus, report: DropReport) -> None:
         self._corpus, self._report = corpus, report
-        self._dropped: set[int] = set()
+        self.dropped: set[int] = set()
         self._template_error: str | None = None
         self._any_rendered = False
         self.sources = [{"documents": 0, "tokens": 0} for _ in corpus.sources]
@@ -147,7 +158,7 @@ class RenderTally:
             if item.left_plain is not None:
                 self.left_plain[item.left_plain] += 1
             if item.dropped is not None:
-                self._drop(item.row, item.dropped)
+                self.drop(item.row, item.dropped)
             elif item.epoch == 0:
                 counts = self.sources[int(self._corpus.source[item.row])]
                 counts["documents"] += 1
@@ -161,9 +172,8 @@ class RenderTally:
         if self._template_error is not None and not self._any_rendered:
             raise TemplateError(self._template_error)
 
-    def _drop(self, number: int, reason: str) -> None:
-        if number not in self._dropped:
-            self._dropped.add(number)
-            row = self._corpus.rows[number]
-            self._report.drop(row.source, reason, {"messages": row.messages, "tools": row.tools}, row.id)
-            self._report.kept[row.source] -= 1
+    def drop(self, number: int, reason: str) -> None:
+        """Count a row as dropped, once for all epochs."""
+        if number not in self.dropped:
+            self.dropped.add(number)
+            self._report.drop_kept(self._corpus.rows[number], reason)

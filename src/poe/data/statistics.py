@@ -10,7 +10,7 @@ import numpy as np
 from poe.data.corpus import EVALUATION, HELD_OUT, LEAK, NEAR, TRAIN, Corpus
 from poe.data.readers import READERS
 from poe.data.render import Renderer
-from poe.data.render_worker import RenderWorker
+from poe.data.render_worker import RenderedItem, RenderWorker
 from poe.data.workers import default_workers, ordered_map
 
 _SIDES = {
@@ -60,10 +60,12 @@ class SourceStatistics:
         }
 
 
-def compute_statistics(corpus: Corpus, renderer: Renderer | None = None) -> list[SourceStatistics]:
+def compute_statistics(
+    corpus: Corpus, renderer: Renderer | None = None, report: DropReport | None = None
+) -> list[SourceStatistics]:
     """Count the rows of every source, and their tokens if there is a renderer.
 
-    A row that the chat template rejects, or of more than `MAX_CHARACTERS`, has 0 tokens.
+    A row that cannot be rendered has no tokens, and is counted as dropped in `report`.
     """
     statistics = []
     for number, source in enumerate(corpus.sources):
@@ -79,22 +81,25 @@ def compute_statistics(corpus: Corpus, renderer: Renderer | None = None) -> list
         counts.turns.append(sum(m["role"] == "user" for m in row.messages))
         counts.abstentions += bool(row.tools) and not calls
     if renderer is not None:
-        for index, tokens, trained in _count_tokens(corpus, renderer, used):
-            statistics[int(corpus.source[index])].tokens.append(tokens)
-            statistics[int(corpus.source[index])].trained_tokens += trained
+        for item in _render(corpus, renderer, used):
+            if item.dropped is not None:
+                if report is not None:
+                    report.drop_kept(corpus.rows[item.row], item.dropped)
+                continue
+            counts = statistics[int(corpus.source[item.row])]
+            counts.tokens.append(sum(len(ids) for ids, _ in item.documents))
+            counts.trained_tokens += sum(int(mask.sum()) for _, mask in item.documents)
     return statistics
 
 
-def _count_tokens(corpus: Corpus, renderer: Renderer, used: np.ndarray) -> Iterator[tuple[int, int, int]]:
-    """Yield (row, tokens, trained tokens) of the used rows."""
+def _render(corpus: Corpus, renderer: Renderer, used: np.ndarray) -> Iterator[RenderedItem]:
+    """Render the used rows."""
     items = np.stack([used, np.zeros_like(used)], axis=1)
     tasks = (items[i : i + _ROWS_PER_TASK] for i in range(0, len(items), _ROWS_PER_TASK))
     worker = RenderWorker(corpus.folder, renderer, seq_len=2**31)
     workers = default_workers() if len(items) > _MIN_ROWS_FOR_WORKERS else 1
     for results in ordered_map(worker, tasks, workers):
-        for result in results:
-            lengths = [(len(ids), int(mask.sum())) for ids, mask in result.documents]
-            yield result.row, sum(n for n, _ in lengths), sum(n for _, n in lengths)
+        yield from results
 
 
 def _summarize(numbers: list[int]) -> dict[str, float]:

@@ -37,14 +37,10 @@ class CallScores:
 
 
 def split_question(conversation: Conversation) -> tuple[list[dict[str, Any]], list[tuple[str, Any]]]:
-    """Return the messages before the first assistant turn, and the calls of that turn as (name, arguments) pairs.
-
-    A turn with the weight 0, which is not trained on, is no reference.
-    """
-    answers = (i for i, m in enumerate(conversation.messages) if m["role"] == "assistant" and m.get("weight") != 0)
-    first = next(answers)
-    calls = conversation.messages[first].get("tool_calls") or []
-    return conversation.messages[:first], [(c["function"]["name"], c["function"]["arguments"]) for c in calls]
+    """Return the messages before the first assistant turn that is trained on, and its calls as (name, arguments)."""
+    question = conversation.question
+    calls = conversation.messages[len(question)].get("tool_calls") or []
+    return question, [(c["function"]["name"], c["function"]["arguments"]) for c in calls]
 
 
 def score_replies(conversations: Sequence[Conversation], replies: Sequence[str], form: str = "hermes") -> CallScores:

@@ -3,8 +3,6 @@
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from poe.calls.conversation import Conversation
-from poe.data.render import Renderer
 from poe.errors import PoEError, TrainingError
 
 T = TypeVar("T")
@@ -43,17 +41,6 @@ class Preflight:
         if self._report is not None:
             self._report(name, None)
         return result
-
-
-def check_questions(preflight: Preflight, renderer: Renderer, held_out: Mapping[str, list[Conversation]]) -> None:
-    """Check that the held-out questions can be asked after the run."""
-
-    def render_all() -> None:
-        for conversation in (row for rows in held_out.values() for row in rows):
-            first = next(i for i, message in enumerate(conversation.messages) if message["role"] == "assistant")
-            renderer.prompt_ids(conversation.messages[:first], conversation.tools, conversation.form)
-
-    preflight.check("held-out questions", render_all)
 
 
 def describe_failure(record: Mapping[str, Any]) -> str | None:

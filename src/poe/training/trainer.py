@@ -31,7 +31,7 @@ from poe.training.interrupts import Interrupted, stop_signals_raise
 from poe.training.parallel.distributed import SINGLE_PROCESS, World, count_rows_per_step
 from poe.training.parallel.sharding import prefetch_layers
 from poe.training.precision import check_not_fp16, choose_compile, stage_dtype
-from poe.training.preflight import Preflight, Report, check_questions, describe_failure
+from poe.training.preflight import Preflight, Report, describe_failure
 from poe.training.reporting.history import History, summarize_run
 from poe.training.reporting.progress import Progress
 from poe.training.reporting.report import (
@@ -157,7 +157,7 @@ def train_stage(
         advice = "Lower max_tokens_per_batch, seq_len or num_layers, or choose a smaller dtype."
         with explain_memory("The stage", advice):
             grown = _grow_model(job, prepared, cleanup)
-            _check_end(job, prepared, grown, preflight, evaluate is not None)
+            _check_end(job, prepared, grown, preflight)
             fitted = _fit(job, prepared, grown, resume)
         record = _save(job, prepared, grown, fitted, evaluate)
     if problem := describe_failure(record):
@@ -196,7 +196,7 @@ def check_stage_run(
             cleanup.callback(cascade.activate, active)
             cleanup.callback(cascade.remove_stage, plan.name)
         if prepared and grown:
-            _check_end(job, prepared, grown, preflight, True)
+            _check_end(job, prepared, grown, preflight)
             # the states of a cache are computed by the run itself
             uncached = replace(job, plan=plan.replace(cache_hidden=False))
             preflight.check("memory and disk", lambda: _build_engine(uncached, prepared, grown).report_estimate())
@@ -236,10 +236,8 @@ def _grow_model(job: _Job, prepared: TrainingData, cleanup: ExitStack) -> _Grown
     return _Grown(model, stage, quantization, is_sharded)
 
 
-def _check_end(job: _Job, prepared: TrainingData, grown: _Grown, preflight: Preflight, has_questions: bool) -> None:
-    """Check that what follows the training will work: the questions, and the files of the stage."""
-    if has_questions:
-        check_questions(preflight, job.renderer, prepared.held_out)
+def _check_end(job: _Job, prepared: TrainingData, grown: _Grown, preflight: Preflight) -> None:
+    """Check that the files of the stage can be written after the training."""
     if not job.context.world.is_main:
         return
     record = _training_record(job, prepared, grown, History(evals=[{"step": 0, "val_bpb": 0.0}], best_bpb=0.0), 0)
