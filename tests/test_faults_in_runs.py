@@ -33,7 +33,8 @@ from poe.training.reporting.metrics import Metrics
 from poe.training.reporting.progress import Progress
 from poe.training.sweep import sweep
 from small_run import PLAN, small_engine
-from test_training_runs import QUIET, command
+from test_training_runs import QUIET
+from test_training_runs import command as stage_command
 
 FEW = PLAN.replace(max_steps=5, validation_every=2, checkpoint_every=1e9)
 EXHAUSTED = {
@@ -303,6 +304,26 @@ def test_a_command_that_cannot_write_its_result_fails_before_it_works(line: str,
     assert done.stderr.startswith(f"error: {tmp_path / 'file'} is a file: expected a folder")
 
 
+BROKEN_DATA = {
+    "sweep": "poe-train sweep demo --try num_layers=1,2 --base {base} --data messages={data} --out {out}",
+    "base": "poe-train base text --data text={data} --out {out}",
+    "stats": "poe data stats messages={data} --base {base} --out {out}/page.html",
+    "rows": "poe data export messages={data} {out}/rows.jsonl",
+}
+
+
+@pytest.mark.parametrize("command", mostly_slow(BROKEN_DATA, ["sweep", "base"]))
+def test_a_command_that_fails_in_its_data_leaves_no_folder(command: str, demo_base: Path, tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"messages": 3}\nnot json\n')
+    line = BROKEN_DATA[command].format(base=demo_base, data=data, out=tmp_path / "runs" / "new")
+    done = run_program(*line.split())
+    assert done.returncode == 1
+    assert "No row of the data source" in done.stderr or "text" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == [data]
+
+
 POOL = """
 import os, time
 from poe.data.workers import ordered_map
@@ -333,7 +354,7 @@ def test_workers_end_with_a_parent_that_is_killed() -> None:
 @pytest.mark.parametrize("stderr", ["full", "closed"])
 def test_a_run_without_standard_streams_is_a_run(demo_base: Path, tmp_path: Path, stderr: str) -> None:
     """Results that cannot be delivered are exit code 1, and the stage is there."""
-    words = command(demo_base, tmp_path / "run", "--max-steps", "2", data="demo=60")
+    words = stage_command(demo_base, tmp_path / "run", "--max-steps", "2", data="demo=60")
     redirected = "2>/dev/full" if stderr == "full" else "2>&-"
     line = f"{' '.join(words)} >/dev/full {redirected}"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -344,7 +365,7 @@ def test_a_run_without_standard_streams_is_a_run(demo_base: Path, tmp_path: Path
 
 @pytest.mark.slow
 def test_a_terminal_that_closes_saves_the_run(demo_base: Path, tmp_path: Path) -> None:
-    words = command(demo_base, tmp_path / "run", "--max-steps", "400", data="demo=60")
+    words = stage_command(demo_base, tmp_path / "run", "--max-steps", "400", data="demo=60")
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, preexec_fn=restore_sighup)
     with contextlib.suppress(FileNotFoundError):
         while process.poll() is None:

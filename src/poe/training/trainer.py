@@ -39,7 +39,6 @@ from poe.training.reporting.report import (
     environment,
     note_data,
     outcome_record,
-    remove_leftovers,
     run_folder,
     try_to_draw_report,
 )
@@ -152,8 +151,6 @@ def train_stage(
         assert job is not None  # the first problem is raised
         job = replace(job, context=replace(job.context, callbacks=tuple(callbacks) if world.is_main else ()))
         prepared = _prepare_data(job)
-        if world.is_main:
-            cleanup.callback(remove_leftovers, job.folder, keep_dropped=False)
         advice = "Lower max_tokens_per_batch, seq_len or num_layers, or choose a smaller dtype."
         with explain_memory("The stage", advice):
             grown = _grow_model(job, prepared, cleanup)

@@ -54,7 +54,7 @@ def run_folder(folder: Path, resume: bool) -> Iterator[Path]:
         try:
             yield run
         finally:
-            remove_leftovers(run)
+            _remove_leftovers(run)
 
 
 def check_output(folder: Path, resume: bool) -> Path:
@@ -63,17 +63,14 @@ def check_output(folder: Path, resume: bool) -> Path:
         return run
 
 
-def remove_leftovers(run: Path, *, keep_dropped: bool = True) -> None:
-    """Empty the folder of a run that failed before a checkpoint or a result, so that it can be used again.
-
-    With `keep_dropped` a list of dropped rows stays, which explains why no data was left.
-    """
+def _remove_leftovers(run: Path) -> None:
+    """Empty the folder of a run that failed before a checkpoint or a result."""
     if any((run / name).exists() for name in RESULTS) or has_checkpoint(run):
         return
     for path in [path for pattern in LEFTOVERS for path in run.glob(pattern) if not path.match(OWN_FILES)]:
         if path.match(UNFINISHED):
             shutil.rmtree(path, ignore_errors=True)
-        elif path.is_file() and (path.name != "dropped.jsonl" or not keep_dropped or path.stat().st_size == 0):
+        elif path.is_file():
             path.unlink()  # the trackers' folders may explain the failure: they stay
 
 
