@@ -106,7 +106,7 @@ def test_messages_from_parquet_lose_their_null_members(tmp_path: Any) -> None:
         ({"messages": ["Go"]}, "message is not an object"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "message of an unknown role ('robot')"),
         ({"messages": [USER, {"role": "system", "content": "x"}]}, "system turn that is not the first"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "content that is not text"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "image in the content"),
         ({"messages": [USER, assistant(content="")]}, "empty turn"),
         ({"messages": [USER, assistant(tool_call({}))]}, "call to a tool that is not offered"),
         ({"messages": [USER, assistant(tool_call("{"))], "tools": [BAKE]}, "arguments not JSON"),

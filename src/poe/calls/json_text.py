@@ -1,4 +1,4 @@
-"""Parse JSON text strictly: NaN, Infinity and an object with one key twice are errors, and so is nesting too deep."""
+"""Write values as JSON text, and parse it strictly: no NaN, Infinity, object with one key twice or nesting too deep."""
 
 import json
 import re
@@ -23,6 +23,11 @@ def parse_json(text: str, *, strict: bool = True) -> Any:
         return json.loads(text, parse_constant=_reject_constant, object_pairs_hook=_unique, strict=strict)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def as_text(value: Any) -> str:
+    """Return a value as text: text unchanged, any other value as JSON."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def parse_field(text: Any, name: str) -> Any:

@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from poe.calls.content import split_messages
 from poe.calls.conversation import Conversation, Message, PromptForm, Tool
 from poe.calls.forms.prompt_forms import write_as_text
 from poe.calls.tools import read_tools
@@ -120,7 +121,7 @@ class Renderer:
         messages, tools = content.messages, content.tools
         if not messages:
             raise DataError("A conversation without messages cannot be rendered.")
-        answers = [message for message in conversation.messages if message["role"] == "assistant"]
+        answers = [message for message in split_messages(conversation.messages) if message["role"] == "assistant"]
         trained = [
             message.get("weight") != 0 and (not self._calls_only or bool(message.get("tool_calls")))
             for message in answers
@@ -164,8 +165,8 @@ class Renderer:
     def prompt(self, messages: Sequence[Message], tools: Any = (), form: PromptForm | None = None) -> str:
         """Return the prompt text for the answer to `messages`, written in `form`.
 
-        `tools` are in any spelling of `poe.calls.tools`. Raises the errors of `render`, and `RowError` for tools that
-        cannot be read.
+        `tools` are in any spelling of `poe.calls.tools`, `messages` may have the blocks of `poe.calls.content`. Raises
+        the errors of `render`, and `RowError` for tools and blocks that cannot be read.
         """
         content = self._prepare(messages, read_tools(tools), form)
         return self._text(content.messages, content.tools, prompt=True).replace(content.mark, "")
@@ -181,10 +182,11 @@ class Renderer:
 
     def count_control_tokens(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> int:
         """Return the number of control tokens in messages and tools. They are encoded as text."""
-        return self._encoder.protect(messages, tools).count
+        return self._encoder.protect(split_messages(messages), tools).count
 
     def _prepare(self, messages: Sequence[Message], tools: Sequence[Tool], form: PromptForm | None) -> Content:
         """Return messages and tools as the template takes them, as text if there is a form, with marks in content."""
+        messages = split_messages(messages)
         content = self._encoder.protect(messages, tools)
         if form is not None:
             if content.mark:  # the form must be able to hold the text as it is, without marks

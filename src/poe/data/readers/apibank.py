@@ -35,14 +35,14 @@ from typing import Any
 
 from poe.calls.arguments import find_tool
 from poe.calls.conversation import Conversation, Tool
-from poe.calls.json_text import parse_field
+from poe.calls.json_text import as_text, parse_field
 from poe.calls.literals import parse_literal
 from poe.calls.schema import Note
 from poe.calls.tools import as_tool, unique_tools
 from poe.calls.values import check_value
 from poe.data.drops import DropReport
 from poe.data.readers.signatures import Call, read_calls, type_schema
-from poe.data.readers.turns import Turns, as_text, read_rows
+from poe.data.readers.turns import Turns, read_rows
 from poe.data.sources import Row
 from poe.errors import RowError
 

@@ -5,7 +5,8 @@ Hub: none; give a file (`messages=rows.jsonl`). License: that of the file, so no
 `tools` is a list in any spelling of `poe.calls.tools`; so is `functions`, the older name. `tool_calls` are `{"id",
 "type", "function": {"name", "arguments"}}`, `{"name", "arguments"}`, or the same with `parameters`, `input` or `args`.
 The older `function_call` and the role `function` are read as a call and its response, and `developer` as `system`.
-Content is text, null, or a list of text parts. Every part of a row may be JSON text.
+Content is text, null, or a list of blocks (`poe.calls.content`): text, and the `tool_use` and `tool_result` of
+Anthropic, which also has a system text beside the messages (`system`). Every part of a row may be JSON text.
 
 A row with `conversations` is in ShareGPT's format, with `from` and `value` in each message (LLaMA-Factory's
 `function_call` and `observation` too) and `system` beside them.
@@ -30,12 +31,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from poe.calls.arguments import find_tool, restore_nulls
+from poe.calls.content import content_text, split_message
 from poe.calls.conversation import Conversation, Tool
 from poe.calls.json_text import parse_field
 from poe.calls.schema import Note
 from poe.calls.tools import read_tools, unique_tools
 from poe.data.drops import DropReport
-from poe.data.readers.turns import Turns, as_text, is_trained, parse_call_object, read_rows
+from poe.data.readers.turns import Turns, is_trained, parse_call_object, read_rows
 from poe.data.sources import ColumnRow, Row
 from poe.errors import RowError
 
@@ -73,8 +75,8 @@ def _convert(row: dict[str, Any], note: Note) -> Turns:
     declared = [row[key] for key in ("tools", "functions") if row.get(key)]
     turns = Turns(unique_tools([tool for tools in declared for tool in read_tools(tools, note)], note), note)
     from_columns = isinstance(row, ColumnRow) and not isinstance(row.get(key), str)
-    if isinstance(row.get("system"), str) and row["system"].strip():
-        turns.add_system(row["system"])
+    if (system := content_text(row.get("system"))).strip() and not _begins_with(messages, system):
+        turns.add_system(system)
     for message in messages:
         message = parse_field(message, "message") if _is_object_text(message) else message
         if not isinstance(message, dict):
@@ -88,7 +90,7 @@ def _convert(row: dict[str, Any], note: Note) -> Turns:
 def _from_sharegpt(message: dict[str, Any]) -> dict[str, Any]:
     """Return a ShareGPT message (`from`, `value`) in OpenAI's form. A `function_call` is a call, or a list of calls."""
     kind = message["from"]
-    if kind not in _SHAREGPT:
+    if not isinstance(kind, str) or kind not in _SHAREGPT:
         raise RowError(f"message of an unknown role ({str(kind)[:40]!r})")
     rest = {name: value for name, value in message.items() if name not in ("from", "value")}
     if kind != "function_call":
@@ -108,16 +110,28 @@ def _join_completion(row: dict[str, Any]) -> list[Any] | None:
     return [*given, *completion]
 
 
+def _begins_with(messages: list[Any], system: str) -> bool:
+    """Return whether the first message is this system text."""
+    first = messages[0] if isinstance(messages[0], dict) else {}
+    return first.get("role") in ("system", "developer") and first.get("content") == system
+
+
 def _is_object_text(value: Any) -> bool:
     return isinstance(value, str) and value.lstrip().startswith("{")
 
 
 def _add(turns: Turns, message: dict[str, Any], from_columns: bool) -> None:
-    role, content = message.get("role"), message.get("content")
+    content = message.get("content")
     if isinstance(content, list) and any(isinstance(p, dict) and p.get("value") is not None for p in content):
         _add_typed(turns, message, content)
         return
-    text = content_text(content)
+    for part in split_message(message, turns.note):
+        _add_plain(turns, part, from_columns)
+
+
+def _add_plain(turns: Turns, message: dict[str, Any], from_columns: bool) -> None:
+    """Add a message without blocks."""
+    role, text = message.get("role"), content_text(message.get("content"))
     if role in ("system", "developer"):
         turns.add_system(text)
     elif role == "user":
@@ -167,19 +181,6 @@ def _add_typed(turns: Turns, message: dict[str, Any], parts: list[Any]) -> None:
         turns.add_results([text])
     else:
         _add(turns, {**message, "content": text}, from_columns=False)
-
-
-def content_text(content: Any) -> str:
-    """Return the text of a message. Objects, such as some tool results, become JSON; images raise `RowError`."""
-    if content is None:
-        return ""
-    if isinstance(content, list) and content and all(isinstance(p, dict) and "type" in p for p in content):
-        if not all(
-            p["type"] in ("text", "input_text", "output_text") and isinstance(p.get("text"), str) for p in content
-        ):
-            raise RowError("content that is not text")
-        return "".join(p["text"] for p in content)
-    return as_text(content)
 
 
 def read_call(call: Any, tools: list[Tool], from_columns: bool) -> tuple[Any, Any, str | None]:

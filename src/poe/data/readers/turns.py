@@ -1,13 +1,12 @@
 """Functions that the readers share: read rows and count them, parse fields, and build conversations from turns."""
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from poe.calls.arguments import fit_call
 from poe.calls.conversation import Conversation, Message, Tool
-from poe.calls.json_text import DuplicateKeyError, parse_field, parse_json_at
+from poe.calls.json_text import DuplicateKeyError, as_text, parse_field, parse_json_at
 from poe.calls.literals import parse_literal
 from poe.calls.schema import Note, no_note
 from poe.calls.values import check_value, without_nulls
@@ -246,11 +245,6 @@ def _parse_result(text: str) -> Any:
         return parse_notation(text, "result", no_note)
     except RowError:
         return None
-
-
-def as_text(value: Any) -> str:
-    """Return a result as text: text unchanged, any other value as JSON."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def question_turns(question: Any, answer: Any, note: Note) -> Turns:

@@ -31,12 +31,12 @@ Traps and how the reader handles them:
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from poe.calls.content import content_text
 from poe.calls.conversation import Conversation
 from poe.calls.json_text import parse_field
 from poe.calls.schema import Note
 from poe.calls.tools import read_tools
 from poe.data.drops import DropReport
-from poe.data.readers.messages import content_text
 from poe.data.readers.turns import Turns, is_trained, read_rows
 from poe.data.sources import Row
 from poe.errors import RowError
