@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import TorchAoConfig
 
 import poe.modeling.fingerprint as fingerprint_module
 from conftest import BASES, EXEMPLARS, mostly_slow, scramble, tiny_base, tiny_model, token_ids
@@ -85,7 +86,22 @@ def test_a_keyword_that_chooses_other_weights_is_refused(folder: Path, keyword: 
         Cascade.from_pretrained(folder / "base", **keyword)
 
 
-def test_a_model_that_was_loaded_from_another_file_is_refused(folder: Path, monkeypatch) -> None:
+def quantize(folder: Path) -> dict[str, object]:
+    quantization = pytest.importorskip("torchao.quantization")
+    return {"quantization_config": TorchAoConfig(quantization.Int8WeightOnlyConfig())}
+
+
+PLACES: dict[str, Callable[[Path], dict[str, object]]] = {
+    "in memory": lambda folder: {},
+    "offloaded": lambda folder: {"device_map": {"": "disk"}, "offload_folder": folder / "offload"},
+    "quantized": quantize,
+}
+
+
+@pytest.mark.parametrize("options", PLACES.values(), ids=PLACES)
+def test_a_model_that_was_loaded_from_another_file_is_refused(
+    folder: Path, options: Callable[[Path], dict[str, object]], monkeypatch
+) -> None:
     """The file that transformers reads does not matter: the tensors in memory do."""
     other_weights(folder, "other.safetensors")
     loader = opening.AutoModelForCausalLM.from_pretrained
@@ -94,12 +110,10 @@ def test_a_model_that_was_loaded_from_another_file_is_refused(folder: Path, monk
         edit(Path(repo) / "config.json", transformers_weights="other.safetensors")
         return loader(repo, **options)
 
-    config = (folder / "base/config.json").read_bytes()
     monkeypatch.setattr(opening.AutoModelForCausalLM, "from_pretrained", load_another)
     monkeypatch.setattr("poe.modeling.lineage.BaseSource.check_unchanged", lambda source: None)
     with pytest.raises(FingerprintError, match="was not loaded as it is in"):
-        Cascade.from_pretrained(folder / "base")
-    (folder / "base/config.json").write_bytes(config)
+        Cascade.from_pretrained(folder / "base", **options(folder))
 
 
 def test_a_base_that_changes_while_it_is_loaded_is_refused(folder: Path, monkeypatch) -> None:

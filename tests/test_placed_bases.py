@@ -122,6 +122,17 @@ def test_the_trainer_trains_on_an_offloaded_base(tmp_path: Path) -> None:
     assert all(torch.equal(here[name], there[name]) for name in here)
 
 
+def test_an_offloaded_weight_that_changed_is_noticed(saved_base, tmp_path: Path) -> None:
+    cascade = Cascade.from_pretrained(saved_base("llama"), **options(saved_base("llama"), "lower layer", tmp_path))
+    cascade.check_unchanged()
+    projection = cascade.base.model.layers[0].mlp.up_proj
+    hook = projection._hf_hook
+    changed = {"weight": hook.weights_map["weight"] + 1}
+    hook.weights_map = changed
+    with pytest.raises(FingerprintError, match=r"layers\.0\.mlp\.up_proj\.weight is not what it was"):
+        cascade.check_unchanged()
+
+
 def test_operations_that_need_the_base_in_memory_are_refused(saved_base, tmp_path: Path) -> None:
     folder = saved_base("qwen3")
     placed = options(folder, "upper layers, head", tmp_path)

@@ -4,8 +4,8 @@ A stage is saved under its base's fingerprint, which is that of the base's files
 that: a LoRA that is merged or still attached, an edited layer, a resized embedding, a field of the config. Everything
 that saves or trains a stage calls `check_unchanged` first.
 
-Moving a base to another device, casting it, compiling it and sharding it are no changes. Weights that are quantized,
-offloaded or sharded are not compared; the plain ones beside them are.
+Moving a base to another device, casting it, compiling it and sharding it are no changes. `find_unequal` says which
+weights are compared; those of a sharded base are not.
 """
 
 import json
@@ -16,21 +16,21 @@ from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from poe.errors import FamilyError, FingerprintError, SourceError, StageError
 from poe.modeling.families import family_of
-from poe.modeling.fingerprint import TIED_HEADS, fingerprint_tensors
+from poe.modeling.fingerprint import fingerprint_tensors
 from poe.modeling.lineage import BaseSource
-from poe.modeling.opening import is_equal
-from poe.modeling.placement import device_of, is_offloaded, is_plain, quantization_of
+from poe.modeling.opening import find_unequal, has_values
+from poe.modeling.placement import COMPILED, device_of, is_offloaded, is_plain, plain_name, quantization_of
 from poe.modeling.stage import Stage
 
 PROBE_TOKENS = 8
-_COMPILED = "_orig_mod"  # torch.compile wraps a module in another, which holds it under this name
+_HALF = (torch.bfloat16, torch.float16)  # a base may have been cast to one of them and back
 _KNOWN_HOOKS = ("poe", "transformers", "transformers_modules", "accelerate", "torch")
 _RECOMPUTED = ("dynamic", "longrope")  # rotary positions that change their own buffers in the forward pass
 _NOT_COMPARED = {"quantization_config", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id"}
@@ -64,9 +64,9 @@ def list_parts(model: nn.Module) -> Parts:
     """Return the modules and tensors of a model by name, without the wrappers of torch.compile."""
     parts: Parts = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if _COMPILED not in module._modules:
-            parts[_plain_name(name)] = type(module)
-            parts |= {_plain_name(f"{name}.{own}"): None for own in (*module._parameters, *module._buffers)}
+        if COMPILED not in module._modules:
+            parts[plain_name(name)] = type(module)
+            parts |= {plain_name(f"{name}.{own}"): None for own in (*module._parameters, *module._buffers)}
     return parts
 
 
@@ -117,7 +117,7 @@ def check_unchanged(base: PreTrainedModel, record: Record, stage: Stage | None =
             )
     buffers = dict(_unsaved_buffers(base))
     for name, value in record.buffers.items():
-        if not _has_values(buffers.get(name), value):
+        if not has_values(buffers.get(name), value, _HALF):
             raise FingerprintError(f"The base has changed in memory: its buffer {name} has other values. {REMEDY}")
 
 
@@ -125,46 +125,22 @@ def find_changed_weight(base: PreTrainedModel, record: Record, source: BaseSourc
     """Return the name of a weight that differs from the base's files, or from its fingerprint if it has no files."""
     if _is_sharded(base):
         return None
-    tensors = {_plain_name(name): tensor for name, tensor in base.state_dict().items()}
-    if source.repo is None:
-        if quantization_of(base) or is_offloaded(base):
+    if source.repo is not None:
+        try:
+            return next(iter(find_unequal(base, source, _HALF)), None)
+        except (OSError, SafetensorError, SourceError) as error:
+            # What was trained on the base must not be lost because the base's files are gone.
+            warnings.warn(f"The base could not be compared with its files in {source.repo}: {error}", stacklevel=4)
             return None
-        # A wider dtype keeps all values, a narrower one does not: then there is nothing to compare with.
-        if any(tensor.dtype.itemsize < record.dtypes[name].itemsize for name, tensor in tensors.items()):
-            return None
-        cast = {name: tensor.to(record.dtypes[name]) for name, tensor in tensors.items()}
-        saved = revert_weight_conversion(base, cast)
-        return None if fingerprint_tensors(saved) == source.fingerprint else "a weight"
-    if quantization_of(base) is None:
-        tensors = revert_weight_conversion(base, tensors)
-    try:
-        for path in source.weight_files:
-            with safe_open(path, "pt") as file:
-                for name in file.keys():  # noqa: SIM118 - it is no dictionary
-                    if (tensor := tensors.pop(name, None)) is not None and not _has_values(
-                        tensor, file.get_tensor(name)
-                    ):
-                        return name
-    except (OSError, SafetensorError, SourceError) as error:
-        # What was trained on the base must not be lost because the base's files are gone.
-        warnings.warn(f"The base could not be compared with its files in {source.repo}: {error}", stacklevel=4)
+    if quantization_of(base) or is_offloaded(base):
         return None
-    embedding: Any = base.get_input_embeddings().weight
-    return next((n for n in TIED_HEADS if n in tensors and not _has_values(tensors[n], embedding)), None)
-
-
-def _has_values(tensor: Tensor | None, expected: Tensor) -> bool:
-    """Return whether a tensor has the expected values in its own dtype, also if it was cast to half precision before.
-
-    Only plain tensors in memory can be compared.
-    """
-    if tensor is None or tensor.shape != expected.shape:
-        return tensor is not None and not is_plain(tensor)  # packed weights have other shapes
-    if tensor.is_meta or expected.is_meta or not (is_plain(tensor) and is_plain(expected)):
-        return True
-    expected = expected.to(tensor.device)
-    dtypes = dict.fromkeys((tensor.dtype, torch.bfloat16, torch.float16))
-    return any(is_equal(expected.to(dtype).to(tensor.dtype), tensor) for dtype in dtypes)
+    tensors = {plain_name(name): tensor for name, tensor in base.state_dict().items()}
+    # A wider dtype keeps all values, a narrower one does not: then there is nothing to compare with.
+    if any(tensor.dtype.itemsize < record.dtypes[name].itemsize for name, tensor in tensors.items()):
+        return None
+    cast = {name: tensor.to(record.dtypes[name]) for name, tensor in tensors.items()}
+    saved = revert_weight_conversion(base, cast)
+    return None if fingerprint_tensors(saved) == source.fingerprint else "a weight"
 
 
 def _compare_parts(expected: Parts, parts: Parts) -> str:
@@ -235,15 +211,11 @@ def _unsaved_buffers(base: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if not any(kind in str(getattr(module, "rope_type", "")) for kind in _RECOMPUTED):
             for own in module._non_persistent_buffers_set:
                 if (buffer := module._buffers.get(own)) is not None and not buffer.is_meta:
-                    yield _plain_name(f"{name}.{own}"), buffer
+                    yield plain_name(f"{name}.{own}"), buffer
 
 
 def _is_sharded(module: nn.Module) -> bool:
     return any(hasattr(parameter, "device_mesh") for parameter in module.parameters())
-
-
-def _plain_name(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part not in ("", _COMPILED))
 
 
 def _title(module: nn.Module) -> str:

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,10 +16,11 @@ from .access import fetch
 from .delta_file import read_delta
 from .failures import DeltaError, FingerprintError, PoEError, SourceError, StageError
 from .families import FAMILIES
+from .fingerprint import TIED_HEADS
 from .layer_pattern import read_pattern
 from .lineage import BaseSource, Lineage
 from .modeling_poe import PoEConfig, PoEForCausalLM
-from .placement import load_head_into_memory, quantization_of
+from .placement import is_offloaded, load_head_into_memory, plain_name, quantization_of, read_tensors
 from .recognition import check_structure, recognize_family
 from .stage import Stage, build_stage
 
@@ -88,45 +89,73 @@ def load_base(
     return model.eval()
 
 
-@torch.no_grad()
 def check_loaded(model: PreTrainedModel, source: BaseSource) -> None:
     """Raise `FingerprintError` unless a model's tensors are those of the files that its fingerprint covers.
 
-    transformers chooses by itself which files it reads. Each tensor is compared with the file's, cast to its dtype.
-    Packed and offloaded tensors are not compared: they have other forms.
+    transformers chooses by itself which files it reads.
     """
     source.check_unchanged()
-    with contextlib.ExitStack() as opened:
-        files = [opened.enter_context(safe_open(path, "pt")) for path in source.weight_files]
-        stored = {name: file for file in files for name in file.keys()}  # noqa: SIM118 - not a mapping
-        left = _find_unequal(model.state_dict(keep_vars=True), stored, model.base_model_prefix)
-        if left and quantization_of(model) is None:
-            # The names and shapes of its files, which some families convert.
-            left = _find_unequal(revert_weight_conversion(model, model.state_dict()), stored, model.base_model_prefix)
-    if left and quantization_of(model) is None:
+    if unequal := find_unequal(model, source):
         raise FingerprintError(
             f"The base {source.repo} was not loaded as it is in {os.path.basename(source.weight_files[0])}: "
-            f"{len(left)} tensors differ ({', '.join(left[:3])}). Does its folder hold other weights? Remove them."
+            f"{len(unequal)} tensors differ ({', '.join(unequal[:3])}). Does its folder hold other weights? Remove "
+            "them."
         )
 
 
-def _find_unequal(tensors: Mapping[str, torch.Tensor], stored: Mapping[str, Any], prefix: str) -> list[str]:
-    """Return the names of plain tensors that differ from those of the files (name -> open file)."""
-    unequal, equal = {}, set()
-    for name, tensor in tensors.items():
-        if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.device.type == "meta" or not tensor.numel():
+@torch.no_grad()
+def find_unequal(model: PreTrainedModel, source: BaseSource, dtypes: Sequence[torch.dtype] = ()) -> list[str]:
+    """Return the names of a model's tensors that are not those of the base's files.
+
+    Each tensor is compared with the file's in its own dtype; with `dtypes` it may have been cast to one of them before.
+    Offloaded tensors are read one by one. Packed and sharded tensors are not compared. In a model with packed or
+    offloaded tensors, those that the files hold in another form are not compared either.
+    """
+    is_whole = quantization_of(model) is None and not is_offloaded(model)
+    with contextlib.ExitStack() as opened:
+        files = [opened.enter_context(safe_open(path, "pt")) for path in source.weight_files]
+        stored = {name: file for file in files for name in file.keys()}  # noqa: SIM118 - not a mapping
+        unequal = _compare(read_tensors(model), stored, model.base_model_prefix, dtypes, is_whole)
+        if unequal and is_whole:  # the names and shapes of its files, which some families convert
+            state = {plain_name(name): tensor for name, tensor in model.state_dict().items()}
+            converted = revert_weight_conversion(model, state)
+            unequal = _compare(converted.items(), stored, model.base_model_prefix, dtypes, is_whole)
+    return unequal
+
+
+def _compare(
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    stored: Mapping[str, Any],
+    prefix: str,
+    dtypes: Sequence[torch.dtype],
+    is_whole: bool,
+) -> list[str]:
+    """Return the names of plain tensors that differ from those of the files (name -> open file).
+
+    Unless the model `is_whole`, a tensor that the files do not hold in this form is left out.
+    """
+    unequal: dict[str, int] = {}
+    equal: set[int] = set()
+    for name, tensor in tensors:
+        if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.is_meta or not tensor.numel():
             continue
-        names = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
-        file_name = next((each for each in names if each in stored), None)
-        if file_name is not None and _has_values(tensor, stored[file_name].get_tensor(file_name)):
+        found = next((n for n in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}") if n in stored), None)
+        expected = None if found is None else stored[found].get_tensor(found)
+        if expected is not None and has_values(tensor, expected, dtypes):
             equal.add(tensor.data_ptr())
-        else:
-            unequal[name] = tensor.data_ptr()
-    return [name for name, address in unequal.items() if address not in equal]  # a tied tensor has two names
+        elif is_whole or (expected is not None and expected.shape == tensor.shape):
+            is_tied = is_whole and (found is None or name in TIED_HEADS)  # it may be another name of an equal tensor
+            unequal[name] = tensor.data_ptr() if is_tied else 0
+    return [name for name, address in unequal.items() if not address or address not in equal]
 
 
-def _has_values(tensor: torch.Tensor, stored: torch.Tensor) -> bool:
-    return stored.shape == tensor.shape and is_equal(tensor, stored.to(tensor.device).to(tensor.dtype))
+def has_values(tensor: torch.Tensor | None, stored: torch.Tensor, dtypes: Sequence[torch.dtype] = ()) -> bool:
+    """Return whether a tensor has stored values in its own dtype, also if it was cast to one of `dtypes` before."""
+    if tensor is None or stored.shape != tensor.shape:
+        return False
+    stored = stored.to(tensor.device)
+    casts = dict.fromkeys((tensor.dtype, *dtypes))
+    return any(is_equal(stored.to(dtype).to(tensor.dtype), tensor) for dtype in casts)
 
 
 def is_equal(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+COMPILED = "_orig_mod"  # torch.compile wraps a module in another, which holds it under this name
 _PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # The config fields in which the quantization methods of transformers list the modules that they exclude.
 _EXCLUSION_FIELDS = ("llm_int8_skip_modules", "modules_to_not_convert")
@@ -54,6 +55,19 @@ def load_parameter(module: nn.Module, name: str) -> nn.Parameter:
     if hook is None or parameter.device.type != "meta":
         return parameter
     return nn.Parameter(hook.weights_map[name].to(device_of(module)), requires_grad=False)
+
+
+def read_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the state dict of a model, in which offloaded parameters are read into memory one by one."""
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        path, _, own = name.rpartition(".")
+        is_offloaded = isinstance(tensor, nn.Parameter) and tensor.is_meta
+        yield plain_name(name), load_parameter(model.get_submodule(path), own) if is_offloaded else tensor
+
+
+def plain_name(name: str) -> str:
+    """Return the name of a module or tensor without the wrappers of torch.compile."""
+    return ".".join(part for part in name.split(".") if part not in ("", COMPILED))
 
 
 @torch.no_grad()
