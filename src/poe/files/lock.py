@@ -33,7 +33,7 @@ def hold(path: Path, *, create: bool = False) -> Iterator[int]:
 
     `create` makes the file if it does not exist, and opens it for writing. A link is not followed.
     """
-    handle = os.open(path, os.O_NOFOLLOW | (os.O_RDWR | os.O_CREAT if create else os.O_RDONLY), 0o644)
+    handle = os.open(path, os.O_NOFOLLOW | os.O_NONBLOCK | (os.O_RDWR | os.O_CREAT if create else os.O_RDONLY), 0o644)
     _open_locks.add(handle)
     try:
         _lock(handle)
@@ -46,7 +46,7 @@ def hold(path: Path, *, create: bool = False) -> Iterator[int]:
 def is_held(path: Path) -> bool:
     """Return whether a process, this one included, holds a file or folder; True if the file system has no locks."""
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # a pipe has no end to wait for
     except FileNotFoundError:
         return False
     try:

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -56,8 +56,8 @@ def load_base(
             f"{source.repo}: {', '.join(chosen)} would load other weights than model.safetensors, which the "
             "fingerprint covers: expected a folder or repository of its own for them."
         )
-    if isinstance(layers := config.get("num_hidden_layers"), int) and layers > _MOST_LAYERS:
-        raise SourceError(f"config.json of {source.repo} declares {layers} layers: expected at most {_MOST_LAYERS}.")
+    if isinstance(layers := config.get("num_hidden_layers"), int) and not 1 <= layers <= _MOST_LAYERS:
+        raise SourceError(f"config.json of {source.repo} declares {layers} layers: expected 1 to {_MOST_LAYERS}.")
     _check_code(source.repo, config, trust_remote_code)
     location = {
         "revision": source.revision or "main",
@@ -83,6 +83,7 @@ def load_base(
             f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}). Fetch it again"
             + (", or open it without quantization_config." if options.get("quantization_config") else ".")
         )
+    _check_token_ids(model.generation_config, source.repo)
     if verify:
         check_loaded(model, source)
     load_head_into_memory(model)
@@ -164,7 +165,16 @@ def is_equal(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _check_code(repo: str, config: dict[str, Any], trust_remote_code: bool) -> None:
-    """Raise `SourceError` if trusted code would come from another repository than the base's."""
+    """Raise `SourceError` if code would come from another repository than the base's.
+
+    transformers takes an attention implementation with a slash for a repository of compiled kernels.
+    """
+    kernels = [value for key, value in _fields(config) if key.endswith("_implementation") and "/" in str(value)]
+    if kernels:
+        raise SourceError(
+            f"config.json of {repo} takes code from another repository (attention kernels of {kernels[0]}): remove the "
+            "field, and choose kernels yourself with attn_implementation."
+        )
     entries = config.get("auto_map") or {}
     others = (
         [str(value) for value in entries.values() if "--" in str(value)] if isinstance(entries, dict) else [entries]
@@ -175,6 +185,23 @@ def _check_code(repo: str, config: dict[str, Any], trust_remote_code: bool) -> N
             f"{repo} takes code from another repository ({others[0]}): trust_remote_code trusts the files of {repo} "
             "alone. Copy the code into a folder with the base, read it, and open that."
         )
+
+
+def _fields(value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the fields of a JSON value, at any depth."""
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield str(key), inner
+        yield from _fields(inner)
+
+
+def _check_token_ids(config: GenerationConfig | None, repo: str) -> None:
+    """Raise `SourceError` unless the special tokens of a generation config are whole numbers."""
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(config, name, None)
+        if not all(type(number) is int for number in (value if isinstance(value, list) else [value or 0])):
+            raise SourceError(
+                f"generation_config.json of {repo}: expected token ids as {name}, got {str(value)[:80]!r}."
+            )
 
 
 def load_stages(
@@ -218,5 +245,6 @@ def load_stages(
             stage.prompt = files.config.get("prompt")
             if fetch(files.repo, "generation_config.json", files.access, files.revision) is not None:
                 stage.generation_config = GenerationConfig.from_pretrained(files.folder)
+                _check_token_ids(stage.generation_config, files.repo)
         stages.append(stage)
     return stages

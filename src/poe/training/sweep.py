@@ -191,7 +191,11 @@ def _read_finished(out: Path, common: dict[str, Any], resume: bool) -> dict[str,
                 f"The sweep in {out} has other options (then -> now): {'; '.join(differing)}. Resume with the "
                 "options it was started with, or choose another output folder."
             )
-        return {row["folder"]: Candidate(**row) for row in record["candidates"]}
+        candidates = [Candidate(**row) for row in record["candidates"]]
+        for candidate in candidates:  # folders are emptied by name
+            if Path(candidate.folder).name != candidate.folder or "=" not in candidate.folder:
+                raise ValueError(f"{RECORD} names the folder {candidate.folder[:80]!r}, which is no candidate")
+        return {candidate.folder: candidate for candidate in candidates}
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, PoEError):
             raise
