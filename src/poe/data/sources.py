@@ -41,6 +41,9 @@ MAX_ROW = 1 << 24
 
 TOO_LONG = "row longer than 16 MiB"
 
+MAX_WHOLE = 1 << 30
+"""The maximum size of what is read at once: a file with one JSON object, or a compressed parquet file."""
+
 _OUTSIDE = re.compile(r'["\[\]{},]')
 _IN_STRING = re.compile(r'\\.|"', re.DOTALL)
 
@@ -117,6 +120,12 @@ def _pyarrow(purpose: str) -> Any:
     return pyarrow
 
 
+def _check_whole(size: int, file: Path, advice: str) -> None:
+    """Raise `DataError` for a file that must be in memory as a whole and is too large; a small archive can be."""
+    if size > MAX_WHOLE:
+        raise DataError(f"{str(file)!r} holds more than {MAX_WHOLE >> 30} GiB that must be read at once. {advice}")
+
+
 class Blocks:
     """The decompressed blocks of a file. `truncated` becomes true if the compressed data is incomplete."""
 
@@ -161,19 +170,19 @@ def _text_rows(file: Path, source: str, report: DropReport) -> Iterator[Row]:
         yield from _lines(blocks, blocks, file, source, report)
         return
     chunks = _decoded(blocks, file)
-    text = ""
-    for chunk in chunks:
-        text += chunk
-        if text.strip():
-            break
-    text = text.lstrip()
+    text = next((start for chunk in chunks if (start := chunk.lstrip())), "")
     if text.startswith("["):
         yield from _list(chain([text[1:]], chunks), file, source, report)
         return
     if not text.startswith("{"):
         kind = f"starts with {text[:20]!r}" if text else "is empty"
         raise DataError(f"{str(file)!r} {kind}; expected a JSON list of rows, or one JSON object per line.")
-    text = "".join(chain([text], chunks))
+    parts, size = [text], len(text)
+    for chunk in chunks:
+        parts.append(chunk)
+        size += len(chunk)
+        _check_whole(size, file, "Write one row per line, in a .jsonl file.")
+    text = "".join(parts)
     try:
         whole = parse_json(text)
     except ValueError as error:
@@ -317,7 +326,11 @@ def _parquet_rows(file: Path) -> Iterator[Row]:
 
     try:
         with _open(file) as stream:
-            data = io.BytesIO(stream.read()) if file.suffix.lower() in COMPRESSED else stream
+            data: Any = stream
+            if file.suffix.lower() in COMPRESSED:
+                content = stream.read(MAX_WHOLE + 1)
+                _check_whole(len(content), file, "Unpack it.")
+                data = io.BytesIO(content)
             index = 0
             for batch in parquet.ParquetFile(data).iter_batches(batch_size=512):
                 for row in batch.to_pylist():

@@ -8,6 +8,7 @@ from .failures import StageError
 
 HEADS = ("dense", "low_rank", "none")
 LAYERS = ("new", "fork")
+MOST_LAYERS = 1000  # more would be built until the memory is full
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,7 @@ class StageConfig:
     """The shape of one stage: a few new decoder layers and an additive head.
 
     name        letters, digits, `.`, `_`, `-`; the stage's name in a cascade and in its files
-    num_layers  number of new decoder layers, at least 1
+    num_layers  number of new decoder layers, 1 to 1000
     head        "dense" (vocabulary x width), "low_rank" (`head_rank`), or "none"
     head_rank   rank of a low-rank head delta, or "auto": the largest power of two, at least 8 and at most the width,
                 with no more head parameters than layer parameters; other heads ignore it
@@ -41,13 +42,15 @@ class StageConfig:
 
     def __post_init__(self) -> None:
         check_stage_name(self.name)
-        for field, minimum in (("num_layers", 1), ("head_rank", 1)):
+        for field, most in (("num_layers", MOST_LAYERS), ("head_rank", None)):
             value = getattr(self, field)
             is_auto = field == "head_rank" and value == "auto"
-            if not is_auto and (not isinstance(value, int) or isinstance(value, bool) or value < minimum):
-                other = " or 'auto'" if field == "head_rank" else ""
+            is_number = isinstance(value, int) and not isinstance(value, bool)
+            if not is_auto and not (is_number and 1 <= value <= (most or value)):
+                limit = f" and at most {most}" if most else " or 'auto'"
                 raise StageError(
-                    f"Stage {self.name!r}: {field} must be a whole number of at least {minimum}{other}, got {value!r}."
+                    f"Stage {self.name!r}: {field} must be a whole number of at least 1{limit}, got "
+                    f"{str(value)[:80]!r}."
                 )
         if self.head not in HEADS:
             raise StageError(f"Stage {self.name!r}: head must be one of {', '.join(HEADS)}, got {self.head!r}.")

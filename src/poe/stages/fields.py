@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal
 import yaml
 
 from poe.errors import RecipeError
+from poe.modeling.stage_config import MOST_LAYERS
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ Ratio = Annotated[float, Range("0 to 1", lambda x: 0 <= x <= 1)]
 Momentum = Annotated[float, Range("0 to below 1", lambda x: 0 <= x < 1)]
 Positive = Annotated[float, Range("above 0", lambda x: x > 0)]
 NonNegative = Annotated[float, Range("0 or more", lambda x: x >= 0)]
+LayerCount = Annotated[int, Range(f"1 to {MOST_LAYERS}", lambda x: 1 <= x <= MOST_LAYERS)]
+VocabularySize = Annotated[int, Range("1 to 10000000", lambda x: 1 <= x <= 10_000_000)]  # more aborts the process
 PositiveInt = Annotated[int, Range("1 or more", lambda x: x >= 1)]
 NonNegativeInt = Annotated[int, Range("0 or more", lambda x: x >= 0)]
 

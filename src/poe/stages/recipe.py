@@ -19,12 +19,14 @@ from poe.stages.augmentation import Augmentation
 from poe.stages.familiar_fields import advise
 from poe.stages.fields import (
     FieldInfo,
+    LayerCount,
     Momentum,
     NonNegative,
     NonNegativeInt,
     Positive,
     PositiveInt,
     Ratio,
+    VocabularySize,
     check_fields,
     describe_fields,
 )
@@ -98,6 +100,10 @@ class Plan:
 
     def __post_init__(self) -> None:
         check_fields(self, f"Recipe {self.name!r}: ")
+        try:
+            StageConfig(self.name)
+        except StageError as error:
+            raise RecipeError(str(error)) from None
         if self.tokens_per_step % self.seq_len:
             raise RecipeError(
                 f"Recipe {self.name!r}: tokens_per_step ({self.tokens_per_step}) must be a multiple of seq_len "
@@ -138,7 +144,7 @@ class Recipe(Plan):
     """Changes to the training rows, by name, as in {mask: 0.33, formats: 0.5}."""
     layers: Literal["new", "fork"] = "new"
     """New layers above the base, or a fork: the stage's own version of the base's layers from attach_at up."""
-    num_layers: PositiveInt = 4
+    num_layers: LayerCount = 4
     """Number of new decoder layers. A fork has one for every layer of the base above attach_at."""
     rank: PositiveInt | None = 16
     """Rank of a fork's change of each linear layer. Null: full rank."""
@@ -197,11 +203,11 @@ class Recipe(Plan):
 class BaseRecipe(Plan):
     """The shape and the training of a PoE base from scratch."""
 
-    vocab_size: PositiveInt = 32768
+    vocab_size: VocabularySize = 32768
     """Number of tokens in the vocabulary."""
     hidden_size: PositiveInt = 768
     """Width of the residual stream."""
-    num_layers: PositiveInt = 12
+    num_layers: LayerCount = 12
     """Number of decoder layers."""
     num_heads: PositiveInt = 6
     """Number of attention heads."""
@@ -295,7 +301,13 @@ def load_base_recipe(recipe: str | os.PathLike[str], /, **fields: Any) -> BaseRe
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """A loader without aliases: a few lines of them stand for gigabytes, and no field needs one."""
+    """A loader without aliases, a few lines of which stand for gigabytes, and without a field that is given twice."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        names = [key.value for key, _ in node.value]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise yaml.YAMLError(f"the field {str(twice)[:80]!r} is given twice: expected each field once.")
+        return super().construct_mapping(node, deep)
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
