@@ -46,7 +46,7 @@ def base(demo_base: Path) -> Path:
         ({"dtype": ["float32"]}, "dtype cannot be tried in a sweep: it changes the hidden states of the base"),
         ({"num_layer": [1]}, "Did you mean 'num_layers'"),
         ({"num_layers": [1, 1]}, "different values"),
-        ({"num_layers": [1, "two"]}, "num_layers should be a whole number .1 or more., got 'two'"),
+        ({"num_layers": [1, "two"]}, "num_layers should be a whole number .1 to 1000., got 'two'"),
     ],
 )
 def test_candidates_that_cannot_be_compared_are_refused(tries: dict, message: str) -> None:
