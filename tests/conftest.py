@@ -30,12 +30,15 @@ os.environ.update(HF_ENDPOINT=HUB.url, HF_HUB_DISABLE_XET="1", NO_PROXY="127.0.0
 import pytest  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
 from torch import nn  # noqa: E402
 from transformers import PreTrainedModel  # noqa: E402
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 torch.set_num_threads(1)
+settings.register_profile("tests", suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no fault
+settings.load_profile("tests")
 
 VOCABULARY = 61
 SLIDING = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}

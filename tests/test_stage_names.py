@@ -112,7 +112,7 @@ def test_generate_combines_two_published_stages_of_one_name(tools: list[Path]) -
 def test_a_recipe_takes_a_name_and_refuses_an_impossible_one() -> None:
     assert load_recipe("demo", name="weather").stage_config().name == "weather"
     assert load_base_recipe("demo", name="mine").name == "mine"
-    with pytest.raises(StageError, match="must start with a letter"):
+    with pytest.raises(RecipeError, match="must start with a letter"):
         load_recipe("demo", name="my stage")
 
 

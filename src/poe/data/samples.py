@@ -27,7 +27,7 @@ def split_by_mask(
     parts, start = [], 0
     for end in range(1, len(input_ids) + 1):
         if end == len(input_ids) or loss_mask[end] != loss_mask[start]:
-            parts.append((str(tokenizer.decode(input_ids[start:end])), bool(loss_mask[start])))
+            parts.append((str(tokenizer.decode(list(input_ids[start:end]))), bool(loss_mask[start])))
             start = end
     return parts
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from poe.data.corpus import EVALUATION, HELD_OUT, LEAK, NEAR, TRAIN, Corpus
+from poe.data.drops import DropReport
 from poe.data.readers import READERS
 from poe.data.render import Renderer
 from poe.data.render_worker import RenderedItem, RenderWorker

@@ -329,7 +329,7 @@ def _rewrite_files(
             changed[file] = after.encode()
         elif license and file == "README.md":
             card = ModelCard((folder / file).read_text(encoding="utf-8"))
-            card.data.license = license
+            card.data["license"] = license
             changed[file] = str(card).encode()
     return changed
 
