@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,12 +18,13 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import BASES, EXEMPLARS, RECURRENT, scramble, tiny_base, tiny_tokenizer, token_ids
 from poe import Cascade, StageConfig
 from poe.errors import FamilyError, OutputError
 from poe.loaders import native
+from poe.loaders.llama_cpp import find_differences
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Every base in one dtype is quick. A group is opened by one process, which costs as much as many folders.
@@ -129,7 +131,7 @@ def test_plain_transformers_computes_the_same_logits(group, flat_name, label, st
     assert answer["tokens"] == tokens.tolist()
     assert answer["class"] == type(cascade.base).__name__
     assert answer["missing"] == []
-    assert not answer["tied"]
+    assert answer["tied"] == (stage == "plain" and cascade.config.tie_word_embeddings)
     assert answer["dtype"] == str(DTYPES[label])
     assert answer["words"] == cascade.tokenizer("w5 w6").input_ids
     assert answer["template"] == cascade.tokenizer.chat_template
@@ -161,7 +163,8 @@ def test_the_files_are_those_of_an_ordinary_checkpoint(group, flat_name, label, 
         config = json.loads((folder / "config.json").read_text())
         assert config["model_type"] == cascade.config.model_type
         assert config["architectures"] == [type(cascade.base).__name__]
-        assert config["tie_word_embeddings"] is False
+        is_tied = stage == "plain" and cascade.config.tie_word_embeddings
+        assert config.get("tie_word_embeddings", True) is is_tied
         depth = cascade.stages[stage].below + len(cascade.stages[stage].layers)
         assert config["num_hidden_layers"] == depth
         if config.get("layer_types"):
@@ -175,6 +178,8 @@ def test_the_files_are_those_of_an_ordinary_checkpoint(group, flat_name, label, 
         files = sorted(folder.glob("*.safetensors"))
         stored = {name: tensor for path in files for name, tensor in load_file(path).items()}
         expected = cascade.model(stage).state_dict()
+        if is_tied:
+            del expected["lm_head.weight"]
         assert stored.keys() == expected.keys()
         for name, tensor in expected.items():
             assert torch.equal(stored[name], tensor), name
@@ -338,10 +343,47 @@ def test_the_export_command(saved_base, tmp_path: Path) -> None:
     assert "is a base: expected a stage" in str(done.exception)
 
 
-@pytest.mark.parametrize(("model_type", "head", "warned"), [("gemma2", "low_rank", True), ("gemma2", "none", False)])
-def test_an_export_whose_head_other_programs_leave_out_comes_with_a_warning(model_type, head, warned, tmp_path) -> None:
-    cascade = Cascade(tiny_base(model_type)).add_stage(StageConfig("t", 1, head, 4))
+@pytest.mark.parametrize(("head", "warned"), [("low_rank", True), ("none", False)])
+def test_an_export_that_is_another_model_in_llama_cpp_comes_with_a_warning(head, warned, tmp_path) -> None:
+    cascade = Cascade(tiny_base("cohere-tied")).add_stage(StageConfig("t", 1, head, 4))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         cascade.export_native("t", tmp_path / "out")
-    assert any("would leave the head of this gemma2 out" in str(each.message) for each in caught) == warned
+    reason = "its converter refuses a head beside the embedding"
+    assert any(reason in str(each.message) for each in caught) == warned
+    assert (reason in (tmp_path / "out" / "README.md").read_text()) == warned
+
+
+WINDOW = {"sliding_window": 8}
+EVERY_SECOND = ["sliding_attention", "full_attention"] * 4
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields", "message"),
+    [
+        *((model_type, {}, None) for model_type in ("llama", "qwen2", "gemma2", "gemma3_text", "olmo3", "smollm3")),
+        ("exaone4", {**WINDOW, "num_hidden_layers": 64}, None),
+        (
+            "exaone4",
+            {**WINDOW, "num_hidden_layers": 32},
+            "exaone4, 32 layers., and other positions: 24 layers",
+        ),
+        ("phi3", WINDOW, "a sliding window to no layer .phi3, 8 layers.: 8 layers"),
+        ("phi3", {"sliding_window": 131072}, None),
+        ("mistral", WINDOW, "to no layer .mistral"),
+        ("gemma3_text", {"layer_types": EVERY_SECOND}, "to all layers but every 6th .gemma3_text"),
+        (
+            "gemma2",
+            {"num_hidden_layers": 46, "hidden_size": 3584, "num_attention_heads": 16},
+            "by 224.*and this one by 256",
+        ),
+        ("gemma3_text", {"query_pre_attn_scalar": 168}, "by 256.*8 layers"),
+        ("smollm3", {"no_rope_layers": [1, 0] * 4}, "out of every 4th layer"),
+        ("phi", {"intermediate_size": 96}, "intermediate_size of 4 x"),
+        ("glm", {}, "rms_norm_eps is 1e-05"),
+    ],
+)
+def test_what_llama_cpp_computes_otherwise_is_found_in_the_config(model_type, fields, message) -> None:
+    config = AutoConfig.for_model(model_type, **{"num_hidden_layers": 8, **fields})
+    found = "; ".join(find_differences(config, has_head=False))
+    assert found == "" if message is None else re.search(message, found)

@@ -2,12 +2,14 @@
 
     python tests/engines/exports.py FOLDER NAME ...
 
-Each base has three layers and its stage five, so that the export crosses every layer pattern. FOLDER/expected.json has
-for each export some prompts, their greedy continuations in fp32, and the distance of the two best logits.
+Most bases have three layers and their stages five, so that the export crosses every layer pattern. FOLDER/expected.json
+has for each export some prompts, their greedy continuations in fp32, and the distances of the two best logits;
+FOLDER/warnings.json what the export warned of.
 """
 
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,21 @@ sys.path[:0] = [str(TESTS), str(TESTS / "engines"), str(TESTS.parent / "benchmar
 import peft  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from models import ADAPTERS, FAMILIES, NO_HEAD, REAL, SENTENCEPIECE  # noqa: E402
+from models import ADAPTERS, DIFFERENT, FAMILIES, NO_HEAD, REAL, SENTENCEPIECE, family_of  # noqa: E402
 from smollm2 import make_smollm2  # noqa: E402
 
 from conftest import scramble, tiny_model  # noqa: E402
 from poe import Cascade, StageConfig  # noqa: E402
 
-DEPTH, NEW_LAYERS, NEW_TOKENS, PROMPT_LENGTHS = 3, 5, 16, (5, 29)
+DEPTH, NEW_LAYERS, NEW_TOKENS, PROMPTS, PROMPT_LENGTHS = 3, 5, 16, 3, (5, 29)
+REAL_TOKENS, REAL_PROMPT_LENGTH = 32, 8
+REAL_PROMPTS = (
+    "The weather in Zurich tomorrow will be mostly",
+    "To bake bread at home, first you need",
+    "She opened the old wooden door and found",
+    "def add(a, b):\n    return a + b\n\n",
+    "Water boils at a lower temperature in the",
+)
 
 
 def main(folder: Path, names: list[str]) -> None:
@@ -32,7 +42,7 @@ def main(folder: Path, names: list[str]) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     real = make_smollm2()
-    expected = {}
+    expected, caught = {}, {}
     for name in names:
         on_real = name in (*REAL, *ADAPTERS)
         cascade = Cascade.from_pretrained(real) if on_real else Cascade(tiny_base(name))
@@ -40,16 +50,22 @@ def main(folder: Path, names: list[str]) -> None:
         if name in ADAPTERS:
             adapter = cascade.export_peft("t", folder / name)
             base = transformers.AutoModelForCausalLM.from_pretrained(real, dtype=torch.float32)
-            expected[name] = continue_prompts(peft.PeftModel.from_pretrained(base, adapter))
-            continue
-        export = cascade.export_native("t", folder / name, all_tokens=True)
-        if not on_real:
-            write_tokenizer(name, real, export)
-        # Other implementations of attention leave out the soft cap of Gemma 2.
-        options = {"dtype": torch.float32, "attn_implementation": "eager"}
-        model = transformers.AutoModelForCausalLM.from_pretrained(export, **options)
-        expected[name] = continue_prompts(model)
+            model = peft.PeftModel.from_pretrained(base, adapter)
+        else:
+            with warnings.catch_warnings(record=True) as found:
+                warnings.simplefilter("always")
+                export = cascade.export_native("t", folder / name, all_tokens=True)
+            caught[name] = [text for each in found if "llama.cpp" in (text := str(each.message))]
+            if not on_real:
+                write_tokenizer(name, real, export)
+            # Other implementations of attention leave out the soft cap of Gemma 2.
+            options = {"dtype": torch.float32, "attn_implementation": "eager"}
+            model = transformers.AutoModelForCausalLM.from_pretrained(export, **options)
+        prompts = real_prompts(cascade.tokenizer) if on_real else random_prompts(model.config.vocab_size)
+        count = REAL_TOKENS if on_real else NEW_TOKENS
+        expected[name] = [row for prompt in prompts for row in continue_prompts(model, prompt, count)]
     (folder / "expected.json").write_text(json.dumps(expected))
+    (folder / "warnings.json").write_text(json.dumps(caught))
 
 
 def add_stage(cascade: Cascade, name: str) -> None:
@@ -64,18 +80,26 @@ def add_stage(cascade: Cascade, name: str) -> None:
 
 def tiny_base(name: str) -> transformers.PreTrainedModel:
     """Return a base with random weights in sizes that llama.cpp takes."""
-    vocabulary = 512 if name in SENTENCEPIECE else 49152
+    vocabulary = 512 if family_of(name) in SENTENCEPIECE else 49152
     sizes = {"vocab_size": vocabulary, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": DEPTH}
-    return tiny_model(name, {**sizes, **FAMILIES[name]})
+    return tiny_model(family_of(name), {**sizes, **{**FAMILIES, **DIFFERENT}[name]})
 
 
 def write_tokenizer(name: str, real: Path, folder: Path) -> None:
-    """Write a tokenizer that the converter takes; the exports of the real base carry their own."""
-    if name in SENTENCEPIECE:
+    """Write a tokenizer and the words of the config that the converter takes; the real base has its own."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    if family_of(name) == "cohere2":  # published bases have this field, which transformers 5 does not write
+        config["rotary_pct"] = 1.0
+    path.write_text(json.dumps(config))
+    if family_of(name) in SENTENCEPIECE:
         write_sentencepiece(folder)
         return
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        (folder / file).write_bytes((real / file).read_bytes())
+        text = (real / file).read_text(encoding="utf-8")
+        if family_of(name) in ("glm", "glm4"):
+            text = text.replace("<reponame>", "<|user|>")  # the converter looks for this token
+        (folder / file).write_text(text, encoding="utf-8")
 
 
 def write_sentencepiece(folder: Path) -> None:
@@ -92,6 +116,7 @@ def write_sentencepiece(folder: Path) -> None:
         eos_id=1,
         bos_id=2,
         unk_id=3,
+        control_symbols="<|endoftext|>",  # llama.cpp looks for it in a model with phi3 in its name
         minloglevel=2,
     )
     (folder / "tokenizer.vocab").unlink()
@@ -99,25 +124,32 @@ def write_sentencepiece(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", **settings}))
 
 
-@torch.no_grad()
-def continue_prompts(model: Any) -> list[dict[str, Any]]:
-    """Return prompts, a model's greedy continuations, and the distances of the two best logits."""
+def random_prompts(vocabulary: int) -> list[torch.Tensor]:
+    """Return batches of prompts (prompts, tokens), short ones and some that are longer than the windows."""
     generator = torch.Generator().manual_seed(0)
-    answers = []
-    for length in PROMPT_LENGTHS:
-        prompt = torch.randint(3, min(500, model.config.vocab_size), (1, length), generator=generator)
-        options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "output_logits": True}
-        output = model.generate(
-            input_ids=prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=NEW_TOKENS,
-            return_dict_in_generate=True,
-            **options,
-        )
-        best = torch.cat(output.logits).topk(2).values
-        tokens = output.sequences[0, length:].tolist()
-        answers.append({"prompt": prompt[0].tolist(), "tokens": tokens, "gaps": (best[:, 0] - best[:, 1]).tolist()})
-    return answers
+    return [torch.randint(3, min(500, vocabulary), (PROMPTS, n), generator=generator) for n in PROMPT_LENGTHS]
+
+
+def real_prompts(tokenizer: Any) -> list[torch.Tensor]:
+    """Return one batch of prompts (prompts, tokens)."""
+    return [torch.tensor([tokenizer(text).input_ids[:REAL_PROMPT_LENGTH] for text in REAL_PROMPTS])]
+
+
+@torch.no_grad()
+def continue_prompts(model: Any, prompts: torch.Tensor, count: int) -> list[dict[str, Any]]:
+    """Return prompts, a model's greedy continuations of `count` tokens, and the distances of the two best logits."""
+    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "output_logits": True}
+    output = model.generate(
+        input_ids=prompts,
+        attention_mask=torch.ones_like(prompts),
+        max_new_tokens=count,
+        return_dict_in_generate=True,
+        **options,
+    )
+    best = torch.stack(output.logits, dim=1).topk(2).values  # (prompts, tokens, 2)
+    gaps, tokens = (best[..., 0] - best[..., 1]).tolist(), output.sequences[:, prompts.shape[1] :].tolist()
+    rows = zip(prompts.tolist(), tokens, gaps, strict=True)
+    return [{"prompt": prompt, "tokens": added, "gaps": distances} for prompt, added, distances in rows]
 
 
 if __name__ == "__main__":

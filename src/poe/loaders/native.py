@@ -19,6 +19,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from poe.errors import FamilyError, OutputError, StageError
 from poe.files.output import OWN_FILES, atomic_folder
 from poe.loaders.base import Base
+from poe.loaders.llama_cpp import find_differences
 from poe.loaders.stage_folder import write_generation_config
 from poe.loaders.tokenizer_files import save_tokenizer
 from poe.modeling.access import read_config
@@ -29,8 +30,6 @@ from poe.modeling.recurrent import raise_no_checkpoint
 from poe.modeling.stage import Stage
 from poe.modeling.tensor_file import write_tensors
 
-# llama.cpp reads the embedding as the head in these families, also if a checkpoint has one; so does vLLM in gemma2.
-_HEAD_IGNORED_ELSEWHERE = ("gemma", "gemma2")
 _RESERVED_BYTES = 64 << 20  # free space for the tokenizer, the configs and the file system
 
 
@@ -62,18 +61,21 @@ def export_native(
             "measure what that costs, then export it with all_tokens=True (--all-tokens)."
         )
     base.check_unchanged(stage, weights=False)
-    kind = base.model.config.model_type
-    if kind in _HEAD_IGNORED_ELSEWHERE and any(link.config.head != "none" for link in stage.chain):
-        warnings.warn(
-            f"llama.cpp (and vLLM for gemma2) would leave the head of this {kind} out, and compute another model: use "
-            "the export with transformers, or train a stage with head='none' for those programs.",
-            stacklevel=2,
-        )
-    if family_of(base.model).recurrent:
+    family = family_of(base.model)
+    if family.recurrent:
         raise_no_checkpoint(base.model.config.model_type)
     _check_plain_weights(base.model)
+    is_tied = _is_tied(base.model) and all(link.config.head == "none" for link in stage.chain)
+    differences = find_differences(model.config, has_head=not is_tied)
+    if differences:
+        warnings.warn(
+            f"llama.cpp would not compute what transformers computes from this export: {'; '.join(differences)}.",
+            stacklevel=2,
+        )
     with torch.no_grad():
         tensors: dict[str, torch.Tensor] = model.state_dict()
+    if is_tied:
+        del tensors[f"{family.head}.weight"]
     # Meta tensors have the sizes of the file without a copy of the weights.
     below = stage.foot
     planned = {
@@ -96,9 +98,9 @@ def export_native(
             index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
             text = json.dumps(index, indent=2, sort_keys=True) + "\n"
             (temporary / "model.safetensors.index.json").write_text(text, encoding="utf-8")
-        _save_configs(base.source, stage, model, temporary)
+        _save_configs(base.source, stage, model, is_tied, temporary)
         save_tokenizer(base.tokenizer, temporary, base.source)
-        (temporary / "README.md").write_text(_render_card(base, stage, model), encoding="utf-8")
+        (temporary / "README.md").write_text(_render_card(base, stage, model, is_tied, differences), encoding="utf-8")
     return target
 
 
@@ -121,6 +123,11 @@ def _check_plain_weights(base: PreTrainedModel) -> None:
         raise FamilyError("A part of the base is offloaded: open it without a device_map, then export.")
 
 
+def _is_tied(base: PreTrainedModel) -> bool:
+    """Return whether a base's head is its embedding."""
+    return family_of(base).head_of(base).weight is base.get_input_embeddings().weight
+
+
 def _stored_dtype(base: PreTrainedModel, name: str, tensor: torch.Tensor, below: int) -> torch.dtype:
     """Return a tensor's dtype in the file: the base's dtype for the stages' layers, the tensor's own for the rest."""
     family = family_of(base)
@@ -140,7 +147,7 @@ def _check_disk_space(target: Path, size: int) -> None:
         )
 
 
-def _save_configs(source: BaseSource, stage: Stage, model: PreTrainedModel, folder: Path) -> None:
+def _save_configs(source: BaseSource, stage: Stage, model: PreTrainedModel, is_tied: bool, folder: Path) -> None:
     """Write config.json and generation_config.json, and for a PoE model the file that defines it.
 
     config.json is the base's own file with the changed fields of the deeper model. It keeps the base's spelling
@@ -149,6 +156,7 @@ def _save_configs(source: BaseSource, stage: Stage, model: PreTrainedModel, fold
     config = copy.deepcopy(model.config)
     config.dtype = str(model.dtype).removeprefix("torch.")
     config.architectures = [type(model).__name__]
+    config.tie_word_embeddings = is_tied
     if type(model)._auto_class is not None:
         custom_object_save(model, folder, config=config)  # type: ignore[arg-type]
     config.save_pretrained(folder)
@@ -172,8 +180,8 @@ def _config_fields(config: PreTrainedConfig) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name not in ("transformers_version", "_name_or_path")}
 
 
-def _render_card(base: Base, stage: Stage, model: PreTrainedModel) -> str:
-    """Return README.md: the contents of the checkpoint, and how to open it.
+def _render_card(base: Base, stage: Stage, model: PreTrainedModel, is_tied: bool, differences: list[str]) -> str:
+    """Return README.md: the contents of the checkpoint, how to open it, and how llama.cpp differs.
 
     A checkpoint has all weights, so a base that was changed in memory (by a merged adapter) can be exported; the card
     says so then.
@@ -189,11 +197,13 @@ def _render_card(base: Base, stage: Stage, model: PreTrainedModel) -> str:
     depth = model.config.num_hidden_layers
     chain = " -> ".join(link.name for link in stage.chain)
     trust = ", trust_remote_code=True" if type(model)._auto_class is not None else ""
+    head = "the embedding as its head, as in the base" if is_tied else "the head folded in and untied"
+    note = f"\nllama.cpp would compute another model: {'; '.join(differences)}.\n" if differences else ""
     return (
         f"---\n{data.to_yaml()}\n---\n\n# {stage.name}\n\n"
         f"The base {f'`{on_hub}`' if on_hub else 'model'} ({origin}) with the stages "
-        f"{chain} as an ordinary checkpoint: {depth} layers, the head folded in and untied. The "
+        f"{chain} as an ordinary checkpoint: {depth} layers, {head}. The "
         f"base's weights are in it{weights}, so the base's license applies to it.\n\n"
         "```python\nfrom transformers import AutoModelForCausalLM\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("<this repository>"{trust})\n```\n'
+        f'model = AutoModelForCausalLM.from_pretrained("<this repository>"{trust})\n```\n{note}'
     )
