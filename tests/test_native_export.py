@@ -339,6 +339,12 @@ def test_the_export_command(saved_base, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.dtype == torch.bfloat16
     assert torch.equal(model(token_ids()).logits, Cascade.from_pretrained(tmp_path / "t")(token_ids()).logits)
+    assert "warning" not in done.output
+    cascade = Cascade.from_pretrained(saved_base("cohere-tied")).add_stage(StageConfig("t", 1, "low_rank", 4))
+    cascade.save_stage("t", tmp_path / "c")
+    done = CliRunner().invoke(app, ["export", str(tmp_path / "c"), "--native", str(tmp_path / "cohere")])
+    assert done.exit_code == 0, done.output
+    assert "warning: llama.cpp would not compute what transformers" in done.output
     done = CliRunner().invoke(app, ["export", str(saved_base()), "--native", str(tmp_path / "base")])
     assert "is a base: expected a stage" in str(done.exception)
 

@@ -1,11 +1,12 @@
 """Commands that write a model in another form: import, export, fold, compress."""
 
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from poe.commands.app import Base, Program, Repo, out
+from poe.commands.app import Base, Program, Repo, err, out
 from poe.errors import StageError
 from poe.files.output import check_output_folder
 
@@ -103,7 +104,10 @@ def export(
     check_output_folder(target)
     cascade = _open_stage(repo, base)
     if native is not None:
-        folder = cascade.export_native(cascade.active, native, max_shard_size=max_shard_size, all_tokens=all_tokens)
+        with warnings.catch_warnings(record=True) as caught:
+            folder = cascade.export_native(cascade.active, native, max_shard_size=max_shard_size, all_tokens=all_tokens)
+        for each in caught:
+            err.print(f"warning: {each.message}", markup=False)
         out.print(f"{folder}: {cascade.config.model_type}, {_format_size(folder)}", markup=False)
         return
     config = cascade.stages[cascade.active].config
