@@ -2,7 +2,8 @@
 
     python tests/engines/answer.py MODEL.gguf [LORA.gguf] < PROMPTS
 
-PROMPTS is JSON, a list of rows of token ids and how many tokens to add. Prints the continuations as a line of JSON.
+PROMPTS is JSON, a list of rows of token ids and how many tokens to add. Prints the continuations as a line of JSON. One
+that reaches a token that ends a text ends with it.
 """
 
 import json
@@ -27,7 +28,7 @@ def main(model: str, lora: list[str]) -> None:
     prompts, count = json.load(sys.stdin)
     answers = []
     for prompt in prompts:
-        request = {"prompt": prompt, "n_predict": count, "temperature": 0.0, "return_tokens": True, "ignore_eos": True}
+        request = {"prompt": prompt, "n_predict": count, "temperature": 0.0, "return_tokens": True}
         body = json.dumps({**request, "cache_prompt": False}).encode()
         call = urllib.request.Request(
             f"{server.listening_address}/completion", body, {"Content-Type": "application/json"}
