@@ -27,10 +27,12 @@ def main(llama_cpp: Path, folder: Path, suffix: str, base: str, names: list[str]
         options = ["--base", base] if is_lora else []
         sys.argv = [program.name, str(folder / name), "--outfile", str(out), "--outtype", "f32", *options]
         try:
-            with contextlib.redirect_stderr(io.StringIO()):
+            with contextlib.redirect_stderr(io.StringIO()) as log:
                 runpy.run_path(str(program), run_name="__main__")
             errors[name] = None if out.exists() else "it wrote no file"
-        except BaseException as error:  # it ends some runs with sys.exit
+        except SystemExit:
+            errors[name] = (log.getvalue().strip().splitlines() or ["it gave no reason"])[-1][:300]
+        except Exception as error:
             errors[name] = f"{type(error).__name__}: {error}"[:300]
         logging.getLogger().handlers.clear()
     print(json.dumps({"transformers": transformers.__version__, "errors": errors}))

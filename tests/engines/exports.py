@@ -19,7 +19,7 @@ sys.path[:0] = [str(TESTS), str(TESTS / "engines"), str(TESTS.parent / "benchmar
 import peft  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from models import ADAPTERS, DIFFERENT, FAMILIES, NO_HEAD, REAL, SENTENCEPIECE, family_of  # noqa: E402
+from models import ADAPTERS, DIFFERENT, FAMILIES, NO_HEAD, REAL, SENTENCEPIECE, UNKNOWN, family_of  # noqa: E402
 from smollm2 import make_smollm2  # noqa: E402
 
 from conftest import scramble, tiny_model  # noqa: E402
@@ -82,7 +82,7 @@ def tiny_base(name: str) -> transformers.PreTrainedModel:
     """Return a base with random weights in sizes that llama.cpp takes."""
     vocabulary = 512 if family_of(name) in SENTENCEPIECE else 49152
     sizes = {"vocab_size": vocabulary, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": DEPTH}
-    return tiny_model(family_of(name), {**sizes, **{**FAMILIES, **DIFFERENT}[name]})
+    return tiny_model(family_of(name), {**sizes, **(FAMILIES | DIFFERENT | UNKNOWN)[name]})
 
 
 def write_tokenizer(name: str, real: Path, folder: Path) -> None:

@@ -60,6 +60,14 @@ DIFFERENT: dict[str, dict[str, Any]] = {
     "glm-theta": {**GLM, "rope_theta": 1e6},
     "phi-narrow": {"num_key_value_heads": 4},
 }
+# llama.cpp has no architecture for these: its converter refuses their exports by name.
+UNKNOWN: dict[str, dict[str, Any]] = {
+    "cwm": {},
+    "helium": {"head_dim": 16},
+    "nanochat": {},
+    "persimmon": {},
+    "poe": {},
+}
 # Stages without a head, whose exports keep the tied head of their base.
 NO_HEAD = ("llama-tied", "gemma", "gemma2", "gemma2-27b", "gemma2-order", "gemma2-46", "cohere", "cohere2")
 # Families that llama.cpp's converter reads with a SentencePiece model, which may be small. It takes a byte-level
@@ -76,6 +84,7 @@ SENTENCEPIECE = (
     "ernie4_5",
     "nemotron",
     "phi3",
+    *UNKNOWN,
 )
 # Converted under the pinned transformers alone. Under transformers 5 the converter finds no rotary_pct for gpt_neox,
 # even if config.json has one; and a tokenizer of qwen2 that is not Qwen's, as in this tiny model, is changed.
@@ -83,7 +92,7 @@ PINNED_ONLY = ("qwen2", "gpt_neox")
 REAL = ("smollm2-new", "smollm2-fork")
 ADAPTERS = ("smollm2-lora-1", "smollm2-lora-2")  # forks of the real base as LoRA adapters of PEFT
 
-ALL = [*REAL, *ADAPTERS, *FAMILIES, *DIFFERENT]
+ALL = [*REAL, *ADAPTERS, *FAMILIES, *DIFFERENT, *UNKNOWN]
 
 
 def family_of(name: str) -> str:
