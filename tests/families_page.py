@@ -28,6 +28,8 @@ A model can be a base if its decoder layers run one after the other. The tests c
 - the loss of training is that of the model's own logits;
 - saved files have the same bytes when they are loaded and saved again, alone and in a chain.
 
+[Export](../how-to/export.md#families-that-agree) lists the families of which llama.cpp computes the same tokens.
+
 ## Declared
 
 If a family has several types of layers (sliding windows, layers without rotary positions), new layers continue its

@@ -367,7 +367,7 @@ EVERY_SECOND = ["sliding_attention", "full_attention"] * 4
 @pytest.mark.parametrize(
     ("model_type", "fields", "message"),
     [
-        *((model_type, {}, None) for model_type in ("llama", "qwen2", "gemma2", "gemma3_text", "olmo3", "smollm3")),
+        *((model_type, {}, None) for model_type in ("llama", "qwen2", "gemma2", "gemma3_text", "smollm3")),
         ("exaone4", {**WINDOW, "num_hidden_layers": 64}, None),
         (
             "exaone4",
@@ -385,6 +385,7 @@ EVERY_SECOND = ["sliding_attention", "full_attention"] * 4
         ),
         ("gemma3_text", {"query_pre_attn_scalar": 168}, "by 256.*8 layers"),
         ("smollm3", {"no_rope_layers": [1, 0] * 4}, "out of every 4th layer"),
+        ("olmo2", {}, "does not open olmo2 with a tied head"),
         ("phi", {"intermediate_size": 96}, "intermediate_size of 4 x"),
         ("glm", {}, "rms_norm_eps is 1e-05"),
     ],

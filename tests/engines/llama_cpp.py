@@ -96,8 +96,14 @@ def export(folder: Path, names: list[str], sentencepiece: Path) -> None:
 
 
 def convert(source: Path, folder: Path, kind: str, names: list[str], path: list[Path]) -> dict[str, Any]:
-    """Convert exports, and the base of those that are adapters; return the converter's report."""
-    names = [BASE, *names] if set(names) & set(ADAPTERS) and kind == KINDS[-1] else names
+    """Convert exports, and the base of those that are adapters; return the converter's report.
+
+    Those that should agree are converted under both kinds of transformers, the others under the first.
+    """
+    if kind != KINDS[0]:
+        names = [name for name in names if name not in DIFFERENT and name not in UNKNOWN]
+    elif set(names) & set(ADAPTERS):
+        names = [BASE, *names]
     done = run([str(HERE / "convert.py"), str(source), str(folder), kind, str(folder / BASE), *names], path)
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
@@ -109,15 +115,14 @@ def compare(
 
     Where the conversions gave different files, the tokens of both count.
     """
-    errors = [report["errors"][name] for report in reports]
-    files = [folder / f"{name}-{kind}.gguf" for kind in KINDS]
-    files = [file for file, error in zip(files, errors, strict=True) if error is None]
+    errors = [report["errors"][name] for report in reports if name in report["errors"]]
+    files = [folder / f"{name}-{kind}.gguf" for kind, error in zip(KINDS, errors, strict=False) if error is None]
     if not files:
         return name, errors, "not converted"
     if len(files) == 2 and filecmp.cmp(*files, shallow=False):
         files.pop(0).unlink()
     prompts = json.dumps([[each["prompt"] for each in expected], len(expected[0]["tokens"])])
-    base = [folder / f"{BASE}-{KINDS[-1]}.gguf"] if name in ADAPTERS else []
+    base = [folder / f"{BASE}-{KINDS[0]}.gguf"] if name in ADAPTERS else []
     equal = total = 0
     for file in files:
         done = run([str(HERE / "answer.py"), *map(str, [*base, file])], [engine], prompts, may_fail=True)

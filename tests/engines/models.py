@@ -48,6 +48,7 @@ DIFFERENT: dict[str, dict[str, Any]] = {
     "gemma2-order": {**GEMMA, "layer_types": ["full_attention", "sliding_attention", "full_attention"]},
     "gemma2-46": {**GEMMA, "num_hidden_layers": 41},
     "gemma3_text-27b": {**GEMMA, "query_pre_attn_scalar": 16},
+    "olmo2-tied": TIED,
     "cohere-head": FAMILIES["cohere"],
     "cohere2-head": FAMILIES["cohere2"],
     "exaone4-windows": WINDOW,
@@ -69,7 +70,17 @@ UNKNOWN: dict[str, dict[str, Any]] = {
     "poe": {},
 }
 # Stages without a head, whose exports keep the tied head of their base.
-NO_HEAD = ("llama-tied", "gemma", "gemma2", "gemma2-27b", "gemma2-order", "gemma2-46", "cohere", "cohere2")
+NO_HEAD = (
+    "llama-tied",
+    "olmo2-tied",
+    "gemma",
+    "gemma2",
+    "gemma2-27b",
+    "gemma2-order",
+    "gemma2-46",
+    "cohere",
+    "cohere2",
+)
 # Families that llama.cpp's converter reads with a SentencePiece model, which may be small. It takes a byte-level
 # tokenizer only if it is a published one: the others have that of SmolLM2.
 SENTENCEPIECE = (
@@ -92,7 +103,7 @@ PINNED_ONLY = ("qwen2", "gpt_neox")
 REAL = ("smollm2-new", "smollm2-fork")
 ADAPTERS = ("smollm2-lora-1", "smollm2-lora-2")  # forks of the real base as LoRA adapters of PEFT
 
-ALL = [*REAL, *ADAPTERS, *FAMILIES, *DIFFERENT, *UNKNOWN]
+ALL = [*REAL, ADAPTERS[0], *FAMILIES, *DIFFERENT, *UNKNOWN]
 
 
 def family_of(name: str) -> str:

@@ -24,6 +24,7 @@ _FULL_ATTENTION_EVERY = {
     "smollm3": 1,
     "starcoder2": 1,
 }
+_NEVER_TIED = ("apertus", "gpt_neox", "nemotron", "olmo2", "olmo3", "phi", "stablelm")
 _LARGEST_GEMMA = {"gemma2": 46, "gemma3_text": 62}  # layers of the 27B models
 _POSITIONS_BY_WINDOW = ("cohere2", "exaone4", "gemma3_text")  # the kind of a layer decides its rotary positions, too
 
@@ -48,6 +49,8 @@ def _differences_of_head(config: PreTrainedConfig, has_head: bool) -> Iterator[s
             "its converter refuses a head beside the embedding (lm_head.weight): a stage with head='none' on a tied "
             "base has none"
         )
+    if not has_head and kind in _NEVER_TIED:
+        yield f"it does not open {kind} with a tied head: a stage with a head delta unties it"
 
 
 def _differences_of_layers(config: PreTrainedConfig) -> Iterator[str]:
