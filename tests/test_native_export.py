@@ -372,9 +372,9 @@ EVERY_SECOND = ["sliding_attention", "full_attention"] * 4
         (
             "exaone4",
             {**WINDOW, "num_hidden_layers": 32},
-            "exaone4, 32 layers., and other positions: 24 layers",
+            "exaone4, 32 layers., and other positions, and this.*8 tokens to 24 of them",
         ),
-        ("phi3", WINDOW, "a sliding window to no layer .phi3, 8 layers.: 8 layers"),
+        ("phi3", WINDOW, "a sliding window to no layer .phi3, 8 layers.*to 8 of them"),
         ("phi3", {"sliding_window": 131072}, None),
         ("mistral", WINDOW, "to no layer .mistral"),
         ("gemma3_text", {"layer_types": EVERY_SECOND}, "to all layers but every 6th .gemma3_text"),

@@ -64,8 +64,8 @@ def _differences_of_layers(config: PreTrainedConfig) -> Iterator[str]:
         given = "no layer" if every == 1 else f"all layers but every {every}th"
         positions = ", and other positions" if kind in _POSITIONS_BY_WINDOW else ""
         yield (
-            f"it gives a sliding window to {given} ({kind}, {depth} layers){positions}: {sum(listed)} layers of this "
-            f"one have a window of {window} tokens"
+            f"it gives a sliding window to {given} ({kind}, {depth} layers){positions}, and this one gives a window of "
+            f"{window} tokens to {sum(listed)} of them"
         )
     if kind == "smollm3" and list(config.no_rope_layers[:depth]) != [int((i + 1) % 4 != 0) for i in range(depth)]:
         yield "it leaves positions out of every 4th layer (smollm3), and this one out of others"
