@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 from transformers import PreTrainedConfig
 
-# Of these layers every n-th has full attention and the others a sliding window, whatever the config lists; 1 means that
-# no layer has a window.
+# Every n-th layer has full attention and the others a sliding window; with 1 no layer has one. llama.cpp does not read
+# the config's list of layers.
 _FULL_ATTENTION_EVERY = {
     "cohere2": 4,
     "exaone4": 1,
