@@ -154,7 +154,7 @@ def test_messages_and_tools_that_cannot_be_used_are_refused(cascade: Cascade) ->
         cascade.chat([*QUESTION, {"role": "assistant", "content": "x"}])
     with pytest.raises(RowError, match=r"tools\[0\].*Python function that does not describe a tool"):
         cascade.call("?", [lambda city: city])
-    with pytest.raises(RowError, match="content that is not text"):
+    with pytest.raises(RowError, match="image in the content"):
         cascade.chat([{"role": "user", "content": [{"type": "image", "image": "x"}]}])
     with pytest.raises(TokenizerError):
         Cascade(cascade.base).chat(QUESTION)
