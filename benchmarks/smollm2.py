@@ -7,6 +7,7 @@ written as an ordinary llama checkpoint with tokenizer and chat template. The wh
 the folder (269 MB) are kept in ~/.cache/poe-tests, so only the first call downloads.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -79,11 +80,13 @@ def download(requirement: str, sha256: str) -> Path:
     pattern = f"{requirement.replace('-', '_').replace('==', '-')}-*.whl"
     if not list(wheels.glob(pattern)):
         with tempfile.TemporaryDirectory(dir=wheels) as temporary:
-            listed = Path(temporary) / "requirements.txt"
-            listed.write_text(f"{requirement} --hash=sha256:{sha256}\n")
-            pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
-            subprocess.run([*pip, "-d", temporary, "-r", str(listed)], check=True, capture_output=True, text=True)
-            next(Path(temporary).glob("*.whl")).rename(wheels / next(Path(temporary).glob("*.whl")).name)
+            pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
+            subprocess.run([*pip, "-d", temporary, requirement], check=True, capture_output=True, text=True)
+            wheel = next(Path(temporary).glob("*.whl"))
+            found = hashlib.sha256(wheel.read_bytes()).hexdigest()
+            if found != sha256:
+                raise SystemExit(f"The wheel of {requirement} has the SHA-256 {found}, expected {sha256}.")
+            wheel.rename(wheels / wheel.name)
     return next(wheels.glob(pattern))
 
 
