@@ -1,10 +1,10 @@
 """Write what the engines are tried with: exports of a stage on a base of each family, and what transformers computes.
 
-    python tests/engines/exports.py FOLDER NAME ...
+    python tests/engines/exports.py FOLDER HEAD_DIM NAME ...
 
-Most bases have three layers and their stages five, so that the export crosses every layer pattern. FOLDER/expected.json
-has for each export some prompts, their greedy continuations in fp32, and the distances of the two best logits;
-FOLDER/warnings.json what the export warned of.
+Most bases have three layers and their stages five, so that the export crosses every layer pattern. The attention heads
+of the tiny bases have at least HEAD_DIM channels. FOLDER/expected.json has for each export some prompts, their greedy
+continuations in fp32, and the distances of the two best logits; FOLDER/warnings.json what the export warned of.
 """
 
 import json
@@ -16,7 +16,6 @@ from typing import Any
 TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS), str(TESTS / "engines"), str(TESTS.parent / "benchmarks")]
 
-import peft  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from models import ADAPTERS, DIFFERENT, FAMILIES, NO_HEAD, REAL, SENTENCEPIECE, UNKNOWN, family_of  # noqa: E402
@@ -36,7 +35,7 @@ REAL_PROMPTS = (
 )
 
 
-def main(folder: Path, names: list[str]) -> None:
+def main(folder: Path, head_dim: int, names: list[str]) -> None:
     """Write the exports and expected.json."""
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
@@ -45,12 +44,12 @@ def main(folder: Path, names: list[str]) -> None:
     expected, caught = {}, {}
     for name in names:
         on_real = name in (*REAL, *ADAPTERS)
-        cascade = Cascade.from_pretrained(real) if on_real else Cascade(tiny_base(name))
+        dtype = torch.float32 if name in ADAPTERS else "auto"
+        cascade = Cascade.from_pretrained(real, dtype=dtype) if on_real else Cascade(tiny_base(name, head_dim))
         add_stage(cascade, name)
         if name in ADAPTERS:
-            adapter = cascade.export_peft("t", folder / name)
-            base = transformers.AutoModelForCausalLM.from_pretrained(real, dtype=torch.float32)
-            model = peft.PeftModel.from_pretrained(base, adapter)
+            cascade.export_peft("t", folder / name)
+            model = cascade.model("t")
         else:
             with warnings.catch_warnings(record=True) as found:
                 warnings.simplefilter("always")
@@ -71,18 +70,22 @@ def main(folder: Path, names: list[str]) -> None:
 def add_stage(cascade: Cascade, name: str) -> None:
     """Add a stage with random weights that change every prediction."""
     if name in ("smollm2-fork", *ADAPTERS):
-        cascade.add_stage(StageConfig("t", head="none", layers="fork", attach_at=20, rank=8, active="answer"))
+        active = "all" if name in ADAPTERS else "answer"
+        cascade.add_stage(StageConfig("t", head="none", layers="fork", attach_at=20, rank=8, active=active))
     else:
         cascade.add_stage(StageConfig("t", NEW_LAYERS, "none" if name in NO_HEAD else "low_rank", 8))
     seed = 2 if name == ADAPTERS[1] else 1
     scramble(cascade.stages["t"], seed, scale=0.02 if name in (*REAL, *ADAPTERS) else 0.2)
 
 
-def tiny_base(name: str) -> transformers.PreTrainedModel:
-    """Return a base with random weights in sizes that llama.cpp takes."""
+def tiny_base(name: str, head_dim: int) -> transformers.PreTrainedModel:
+    """Return a base with random weights in sizes that the engine takes: four heads."""
     vocabulary = 512 if family_of(name) in SENTENCEPIECE else 49152
-    sizes = {"vocab_size": vocabulary, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": DEPTH}
-    return tiny_model(family_of(name), {**sizes, **(FAMILIES | DIFFERENT | UNKNOWN)[name]})
+    sizes = {"vocab_size": vocabulary, "hidden_size": 4 * head_dim, "intermediate_size": 96, "num_hidden_layers": DEPTH}
+    fields = {**sizes, **(FAMILIES | DIFFERENT | UNKNOWN)[name]}
+    if "head_dim" in fields:
+        fields["head_dim"] = max(fields["head_dim"], head_dim)
+    return tiny_model(family_of(name), fields)
 
 
 def write_tokenizer(name: str, real: Path, folder: Path) -> None:
@@ -153,4 +156,4 @@ def continue_prompts(model: Any, prompts: torch.Tensor, count: int) -> list[dict
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])

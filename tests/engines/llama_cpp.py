@@ -89,10 +89,10 @@ def split_in_two(names: list[str]) -> list[list[str]]:
     return [half for half in (names[::2], names[1::2]) if half]
 
 
-def export(folder: Path, names: list[str], sentencepiece: Path) -> None:
+def export(folder: Path, names: list[str], sentencepiece: Path, head_dim: int = 16) -> None:
     """Write exports and what transformers computes."""
     folder.mkdir()
-    run([str(HERE / "exports.py"), str(folder), *names], [sentencepiece])
+    run([str(HERE / "exports.py"), str(folder), str(head_dim), *names], [sentencepiece])
 
 
 def convert(source: Path, folder: Path, kind: str, names: list[str], path: list[Path]) -> dict[str, Any]:
