@@ -63,8 +63,17 @@ def main(folder: Path, head_dim: int, names: list[str]) -> None:
         prompts = real_prompts(cascade.tokenizer) if on_real else random_prompts(model.config.vocab_size)
         count = REAL_TOKENS if on_real else NEW_TOKENS
         expected[name] = [row for prompt in prompts for row in continue_prompts(model, prompt, count)]
+        if on_real:
+            alone = [row for prompt in prompts for row in continue_prompts(cascade.base, prompt, count)]
+            check_changed(name, expected[name], alone)
     (folder / "expected.json").write_text(json.dumps(expected))
     (folder / "warnings.json").write_text(json.dumps(caught))
+
+
+def check_changed(name: str, answers: list[dict[str, Any]], of_base: list[dict[str, Any]]) -> None:
+    """End the program if the base alone gives the same tokens: an engine that ignored the stage would agree."""
+    if all(ours["tokens"] == theirs["tokens"] for ours, theirs in zip(answers, of_base, strict=True)):
+        raise SystemExit(f"{name} continues every prompt as its base does: expected a stage that changes the tokens.")
 
 
 def add_stage(cascade: Cascade, name: str) -> None:
@@ -75,7 +84,7 @@ def add_stage(cascade: Cascade, name: str) -> None:
     else:
         cascade.add_stage(StageConfig("t", NEW_LAYERS, "none" if name in NO_HEAD else "low_rank", 8))
     seed = 2 if name == ADAPTERS[1] else 1
-    scramble(cascade.stages["t"], seed, scale=0.02 if name in (*REAL, *ADAPTERS) else 0.2)
+    scramble(cascade.stages["t"], seed, scale=0.1 if name == "smollm2-new" else 0.2)
 
 
 def tiny_base(name: str, head_dim: int) -> transformers.PreTrainedModel:
