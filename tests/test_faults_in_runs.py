@@ -167,7 +167,7 @@ def test_a_closed_terminal_and_sigterm_stop_a_run_like_ctrl_c(number: signal.Sig
     before = [signal.signal(each, signal.default_int_handler) for each in STOP_SIGNALS]
     try:
         stop = StopRequest(lambda text: None)
-        with stop.catch_signals():
+        with stop.catch_signals("now"):
             os.kill(os.getpid(), number)
         assert stop
         with pytest.raises(KeyboardInterrupt), stop_signals_raise():
