@@ -66,15 +66,17 @@ def _split_items(text: str) -> list[str]:
     items, parts = [], text.split(",")
     while parts:
         sizes = range(len(parts), 1, -1)
-        size = next((n for n in sizes if _names_file(",".join(parts[:n])) and not _names_file(parts[0])), 1)
+        size = next((n for n in sizes if "," in _existing_path(",".join(parts[:n]))), 1)
         items.append(",".join(parts[:size]))
         parts = parts[size:]
     return items
 
 
-def _names_file(item: str) -> bool:
-    path = _EPOCHS.sub("", _WEIGHT.sub("", item.strip()))
-    return any(part and Path(part).expanduser().exists() for part in (path, path.partition("=")[2]))
+def _existing_path(item: str) -> str:
+    """Return the path of an item if it exists, else nothing."""
+    text = _EPOCHS.sub("", _WEIGHT.sub("", item.strip()))
+    paths = (text, text.partition("=")[2])
+    return next((path for path in paths if path and Path(path).expanduser().exists()), "")
 
 
 def _parse_item(item: str, text: str, known: list[str] | None, find_reader: Callable[[str], str] | None) -> DataSource:
