@@ -70,6 +70,18 @@ def small_engine(
     return Engine(plan, trained, RunRows(train or rows(40, 1), rows(4, 2)), settings, context), cascade
 
 
+def stop_after(engine: Engine, steps: int) -> None:
+    """Let the engine receive a stop signal between its step number `steps` (from 1) and the next one."""
+    take_step = engine._take_step
+
+    def take_and_stop(step: int) -> Any:
+        result = take_step(step)
+        engine.stop.requested = step + 1 == steps
+        return result
+
+    engine._take_step = take_and_stop  # type: ignore[method-assign]
+
+
 def train(run: Path, ready: Connection | None = None, deadly_operation: int | None = None) -> None:
     """Start or continue the run; with `deadly_operation` = n, kill this process at its n-th checkpoint operation.
 

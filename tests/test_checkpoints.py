@@ -26,7 +26,7 @@ from poe.training.checkpoints.files import (
 from poe.training.checkpoints.rng import restore_rng, rng_state
 from poe.training.engine import Engine
 from poe.training.reporting.metrics import Metrics, read_metrics
-from small_run import PLAN, rows, small_engine, train
+from small_run import PLAN, rows, small_engine, stop_after, train
 
 TIMED = ("tokens_per_s",)
 
@@ -181,15 +181,9 @@ def test_every_random_generator_is_restored() -> None:
 
 
 def run_three_steps(run: Path, plan=PLAN, **options) -> Engine:
-    """Return an engine that was stopped during its third step."""
+    """Return an engine that was stopped after its third step."""
     engine, _ = small_engine(run, plan, **options)
-    real = engine._take_step
-
-    def step(number: int):
-        engine.stop.requested = number == 2
-        return real(number)
-
-    engine._take_step = step
+    stop_after(engine, 3)
     with pytest.raises(KeyboardInterrupt):
         engine.run()
     return engine

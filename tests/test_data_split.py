@@ -2,13 +2,14 @@
 
 import random
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from poe.calls.conversation import Conversation
 from poe.calls.tools import as_tool
-from poe.data.split import find_repetition, is_held_out
+from poe.data.split import find_held_out, find_repetition, split_number
 
 WEATHER = as_tool("weather", "", {"type": "object", "properties": {"city": {"type": "string"}}})
 CLOCK = as_tool("clock", "", None)
@@ -26,8 +27,9 @@ def row(
 def split(rows: list[Conversation], share: float = 0.02, seed: int = 0) -> tuple[list, list]:
     """Return the training rows and the held-out rows."""
     sides: tuple[list, list] = ([], [])
-    for conversation in rows:
-        sides[is_held_out(conversation, share, seed)].append(conversation)
+    numbers = np.array([split_number(conversation, seed) for conversation in rows], dtype=np.uint64)
+    for conversation, is_held_out in zip(rows, find_held_out(numbers, share).tolist(), strict=True):
+        sides[is_held_out].append(conversation)
     return sides
 
 
@@ -51,10 +53,10 @@ def test_all_rows_with_a_query_are_on_one_side(questions: list[str], seed: int, 
     assert not sides[0] & sides[1]
 
 
-@given(st.text(min_size=1), st.floats(0, 1), st.floats(0, 1))
-def test_a_larger_share_holds_out_all_rows_of_a_smaller_one(question: str, a: float, b: float) -> None:
-    low, high = sorted((a, b))
-    assert is_held_out(row(question), low) <= is_held_out(row(question), high)
+@given(texts, st.floats(0, 1), st.floats(0, 1))
+def test_a_larger_share_holds_out_all_rows_of_a_smaller_one(questions: list[str], a: float, b: float) -> None:
+    few, many = ({c.query for c in split([row(q) for q in questions], share)[1]} for share in sorted((a, b)))
+    assert few <= many
 
 
 def test_the_share_is_approximate_and_seeds_differ() -> None:
@@ -69,8 +71,15 @@ def test_the_share_is_approximate_and_seeds_differ() -> None:
 
 
 def test_the_side_is_the_same_on_every_machine() -> None:
-    held = [i for i in range(200) if is_held_out(row(f"question {i}"), 0.05)]
+    held = [int(c.query.split()[1]) for c in split([row(f"question {i}") for i in range(200)], 0.05)[1]]
     assert held == [11, 32, 110, 168, 187, 197]
+
+
+def test_at_least_one_query_is_held_out_of_the_smallest_set() -> None:
+    rows = [row("the same question", answer) for answer in "ab"]
+    assert split(rows, 1e-9)[1] == rows  # both have one query
+    (held,) = split([*rows[:1], *(row(f"question {i}") for i in range(20))], 1e-9)[1]
+    assert held.query.startswith("question")
 
 
 def test_rows_without_a_user_are_split_too() -> None:

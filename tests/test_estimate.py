@@ -22,7 +22,7 @@ from poe.training.reporting.estimate import (
 )
 from poe.training.reporting.report import outcome_record
 from poe.training.stage_setup import delta_bytes
-from small_run import PLAN, small_engine
+from small_run import PLAN, small_engine, stop_after
 
 HEADS = [("dense", 2), ("low_rank", 3), ("none", 2)]
 
@@ -94,7 +94,12 @@ def test_outcome_is_recorded_with_the_estimate(tmp_path: Path) -> None:
     record = outcome_record(history)
     assert record["actual"]["tokens"] == record["estimate"]["tokens"] == 5 * PLAN.tokens_per_step
     assert record["ratio"]["tokens"] == 1
-    assert set(record["ratio"]) == {"tokens", "seconds", "memory_bytes"}
+    assert record["ratio"]["steps"] == 1
+    assert record["ratio"]["passes"] == pytest.approx(1, abs=0.01)
+    assert set(record["ratio"]) == {"tokens", "steps", "passes", "seconds", "memory_bytes", "disk_bytes"}
+    history.evaluation_seconds = 1.0
+    history.estimate["evaluation_seconds"] = 2.0
+    assert outcome_record(history, result_bytes=5)["ratio"]["evaluation_seconds"] == 0.5
     assert record["estimate"]["seconds_after_3_steps"] > 0
     assert json.loads(json.dumps(record)) == record
     assert compare_with_estimate({"seconds": 2.0}, {"seconds": 3.0, "memory_bytes": 1.0}) == {"seconds": 1.5}
@@ -117,8 +122,7 @@ def test_memory_is_measured_in_bytes() -> None:
 
 def test_resumed_run_keeps_its_first_estimate_and_name(tmp_path: Path, monkeypatch) -> None:
     engine, _ = small_engine(tmp_path)
-    real = engine._take_step
-    engine._take_step = lambda step: (setattr(engine.stop, "requested", step == 2), real(step))[1]
+    stop_after(engine, 3)
     with pytest.raises(KeyboardInterrupt):
         engine.run()
     first = engine.history.estimate

@@ -14,8 +14,9 @@ from command_line import run_program
 from conftest import SMALL_RUN
 from poe import Cascade, train_stage
 from poe.errors import PoEError, TrainingError
+from poe.loaders.hub import find_problems
+from poe.loaders.outcome import describe_failure, describe_untrained
 from poe.training import trainer
-from poe.training.preflight import describe_failure
 from poe.training.reporting.progress import Progress
 from poe.training.trainer import check_stage_run
 
@@ -81,7 +82,10 @@ def test_a_dry_run_reports_every_check_and_leaves_no_folder(base: Path, tmp_path
     lines = [line.removeprefix("ok  ").strip() for line in result.stdout.splitlines() if line.startswith("ok")]
     assert {"base", "tokenizer", "chat template", "output folder", "data", "files of the stage"} <= set(lines)
     assert "120 rows read" in result.stderr
-    assert "estimate: parameters trained" in result.stderr
+    assert "plan: packed rows" in result.stderr
+    assert all(
+        f"{word} " in result.stderr for word in ("steps", "passes", "held-out questions, at most", "memory, peak")
+    )
     assert not out.parent.exists()
 
 
@@ -99,8 +103,11 @@ def test_a_dry_run_of_a_run_that_would_fail_has_exit_code_1_and_every_problem(ba
 def test_a_dry_run_leaves_the_cascade_as_it_was(base: Path, tmp_path: Path) -> None:
     cascade = Cascade.from_pretrained(base).add_stage(name="other", num_layers=1)
     checks: dict[str, str | None] = {}
-    passed = check_stage_run(cascade, "demo", "demo=120", tmp_path / "out", checks.__setitem__, progress=QUIET, **SMALL)
-    assert passed
+    fields = {**SMALL, "seq_len": "at most 512", "tokens_per_step": "at most 1024", "max_steps": None}  # from the data
+    passed = check_stage_run(
+        cascade, "demo", "demo=120", tmp_path / "out", checks.__setitem__, progress=QUIET, **fields
+    )
+    assert passed, checks
     assert not any(checks.values())
     assert list(cascade.stages) == ["other"]
     assert cascade.active == "other"
@@ -179,3 +186,23 @@ def test_a_run_is_a_success_if_it_ends_better_than_it_began(
     trajectory = [{"step": step, "val_bpb": value} for step, value in enumerate(values)]
     problem = describe_failure({"trajectory": trajectory, "best_step": best})
     assert (problem is None) if expected is None else expected in str(problem)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"head": "low_rank", "head_rank": 2}, {"head": "none"}, {"layers": "fork", "attach_at": 1, "rank": 2}],
+)
+def test_a_stage_that_was_never_trained_is_named_when_it_is_saved(
+    fields: dict[str, Any], saved_base: Callable[..., Path], tmp_path: Path
+) -> None:
+    cascade = Cascade.from_pretrained(saved_base("llama")).add_stage(name="new", **fields)
+    with pytest.warns(UserWarning, match="'new': The stage was never trained"):
+        cascade.save_stage("new", tmp_path / "new")
+    delta = tmp_path / "new" / "delta.safetensors"
+    assert list(find_problems({delta.name: delta})) == [describe_untrained(load_file(delta))]
+    (tmp_path / "training.json").write_text('{"trajectory": [{"val_bpb": 1}, {"val_bpb": 2}], "best_step": 0}')
+    record = {delta.name: delta, "training.json": tmp_path / "training.json"}
+    assert "learned nothing" in next(find_problems(record))
+    for parameter in cascade.stages["new"].parameters():
+        torch.nn.init.normal_(parameter)
+    assert describe_untrained(cascade.stages["new"].delta_state_dict()) is None

@@ -75,7 +75,7 @@ def test_the_tool_recipe_has_the_published_hyperparameters() -> None:
         (lambda: load_recipe("tool").replace(num_layer=2), "Did you mean 'num_layers'"),
         (lambda: load_recipe("tool", head="thick"), "head should be"),
         (lambda: load_recipe("tool", num_layers="many"), "num_layers should be a whole number .1 to 1000., got 'many'"),
-        (lambda: load_recipe("tool", seq_len=1000), "must be a multiple of seq_len"),
+        (lambda: load_recipe("tool", seq_len=1000, tokens_per_step=4096), "must be a multiple of seq_len"),
         (
             lambda: load_recipe("tool", keep_checkpoints=0),
             "keep_checkpoints should be .*, got 0",

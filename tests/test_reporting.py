@@ -14,7 +14,7 @@ from poe.training.reporting.metrics import read_metrics
 from poe.training.reporting.progress import Progress
 from poe.training.reporting.report import draw_report
 from poe.training.reporting.tracking import TrackedRun, Trackers, open_trackers
-from small_run import PLAN, small_engine
+from small_run import PLAN, small_engine, stop_after
 
 
 class Recorder:
@@ -63,13 +63,13 @@ def test_trackers_receive_the_records_of_metrics_jsonl(tmp_path: Path) -> None:
 def test_resumed_run_keeps_its_name_in_trackers(tmp_path: Path) -> None:
     first, second = Recorder(), Recorder()
     engine, _ = small_engine(tmp_path, trackers=Trackers({"t": first.make}, print))
-    engine.stop.requested = True  # stop after one step
+    stop_after(engine, 1)
     with pytest.raises(KeyboardInterrupt):
         engine.run()
     assert first.calls[-1] == ("finish",)
     engine.history.name = "another"  # the resumed run must read the name from the checkpoint
     resumed, _ = small_engine(tmp_path, trackers=Trackers({"t": second.make}, print))
-    resumed.stop.requested = True
+    stop_after(resumed, 2)
     with pytest.raises(KeyboardInterrupt):
         resumed.run(resume=True)
     assert second.calls[0] == ("start", first.calls[0][1], 1)

@@ -16,7 +16,7 @@ from poe.calls.tools import check_calls, read_tools
 from poe.data.readers.messages import content_text, read_call
 from poe.data.render import Renderer
 from poe.data.templates import complete_template, note_unread_calls, reply_form
-from poe.decoding.generation import greedy_options
+from poe.decoding.generation import REPLY_BATCH, REPLY_TOKENS, greedy_options
 from poe.errors import DataError, DecodingError
 from poe.loaders.tokenizer import check_tokenizer
 from poe.modeling.families import is_prefix_lm
@@ -121,8 +121,8 @@ def generate_replies(
     prompts: Sequence[Sequence[int]],
     stop_token_ids: Sequence[int],
     *,
-    max_new_tokens: int = 160,
-    batch_size: int = 32,
+    max_new_tokens: int = REPLY_TOKENS,
+    batch_size: int = REPLY_BATCH,
     progress: Callable[[int], None] | None = None,
     **options: Any,
 ) -> list[RawReply]:

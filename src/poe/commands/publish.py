@@ -64,6 +64,8 @@ def push(
         table.add_row(name + note, f"{size:,}")
     table.add_row(f"{len(plan.files)} files to {repo}", f"{sum(plan.sizes().values()):,} bytes")
     out.print(table)
+    for problem in plan.problems:
+        out.print(f"warning: {printable(problem)}", markup=False, style="yellow")
     if plan.left_out:
         out.print(f"not uploaded: {printable(', '.join(plan.left_out))}")
     if dry_run:

@@ -1,6 +1,7 @@
 """Train a stage on a frozen base, or a base from scratch. `poe` uses the result."""
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -40,7 +41,7 @@ DryRun = Annotated[
 @app.command(cls=StageRecipeCommand)
 def stage(
     context: typer.Context,
-    recipe: StageRecipe = "tool",
+    recipe: StageRecipe = "tool-fork",
     base: Annotated[str, typer.Option(help="Hub id or folder of the base; 'demo' is the embedded one.")] = "demo",
     data: Annotated[
         str | None, typer.Option(help="Training data as a SPEC: name[=path][*epochs][:weight], comma-separated.")
@@ -57,13 +58,16 @@ def stage(
     """
     plan = load_recipe(recipe, **context.obj)
     folder = out_folder or Path("runs") / plan.name
+    _announce(f"stage {plan.name}: opening {base}")
     with _join_processes(device) as world, interruptible(f"poe-train stage {recipe}", folder, world):
         from poe.training.trainer import check_stage_run, train_stage
 
         cascade = _open_base(plan, base, world)
         if dry_run:
             _check_single_process(world, "stage --dry-run")
-            _end_dry_run(check_stage_run(cascade, plan, data, folder, _print_check, resume=resume))
+            _end_dry_run(
+                check_stage_run(cascade, plan, data, folder, _print_check, resume=resume, has_questions=not no_eval)
+            )
         evaluate = None if no_eval else _evaluate
         result = train_stage(cascade, plan, data, folder, resume=resume, evaluate=evaluate, world=world)
         out.print(_format_bpb(result.record))
@@ -76,7 +80,7 @@ def stage(
 @app.command(cls=StageRecipeCommand)
 def sweep(
     context: typer.Context,
-    recipe: StageRecipe = "tool",
+    recipe: StageRecipe = "tool-fork",
     tries: Annotated[
         list[str] | None, typer.Option("--try", help="FIELD=VALUE,VALUE... (repeatable: every combination is trained).")
     ] = None,
@@ -157,6 +161,12 @@ def base(
     out.print(_format_bpb(record))
     _print_outcome(folder / "model.safetensors", record)
     _raise_failure(record)
+
+
+def _announce(text: str) -> None:
+    """Print the first line of a run, before the libraries are imported, which takes longest on a busy machine."""
+    if os.environ.get("RANK", "0") == "0":
+        err.print(text, markup=False)
 
 
 @contextmanager
@@ -247,7 +257,7 @@ def _end_dry_run(passed: bool) -> None:
 
 def _raise_failure(record: dict[str, Any]) -> None:
     """Raise `TrainingError` if a finished run is no success, so that the exit code is 1."""
-    from poe.training.preflight import describe_failure
+    from poe.loaders.outcome import describe_failure
 
     if problem := describe_failure(record):
         raise TrainingError(problem)

@@ -20,9 +20,10 @@ from poe.data.drops import DropReport
 from poe.data.near import NearDuplicates
 from poe.data.readers import READERS, read_source
 from poe.data.readers.guess import find_reader
+from poe.data.sizes import choose_validation_ratio
 from poe.data.sources import hub_fingerprint
 from poe.data.spec import DataSource, parse_spec
-from poe.data.split import find_repetition, is_held_out, short_hash
+from poe.data.split import find_held_out, find_repetition, short_hash, split_number
 from poe.data.store import RowStore, RowWriter
 from poe.errors import DataError
 from poe.stages.recipe import Recipe
@@ -37,7 +38,7 @@ class Corpus:
     """Numbered rows. Row i comes from `sources[source[i]]` and has the side `side[i]`.
 
     `sources` are the items of the SPEC, followed by the `num_evaluation_sources` items of `eval_data`. `key` is a
-    fingerprint of the whole set.
+    fingerprint of the whole set. `validation_ratio` is the share of queries that are held out.
     """
 
     rows: RowStore
@@ -47,6 +48,7 @@ class Corpus:
     folder: Path
     key: str
     num_evaluation_sources: int
+    validation_ratio: float
 
     def row_numbers(self, source: int, side: int) -> np.ndarray:
         """Return the numbers of a source's rows on one side, in reading order."""
@@ -70,7 +72,7 @@ def read_corpus(recipe: Recipe, report: DropReport) -> Corpus:
     def build(folder: Path) -> dict[str, Any]:
         folder_report = DropReport(folder / DROPPED_FILE)
         try:
-            _build(folder, sources, evaluation, recipe, folder_report)
+            ratio = _build(folder, sources, evaluation, recipe, folder_report)
             _check_unchanged([*sources, *evaluation], states, [*identities[0], *identities[1]])
         except DataError:
             folder_report.close()
@@ -78,13 +80,16 @@ def read_corpus(recipe: Recipe, report: DropReport) -> Corpus:
             raise
         finally:
             folder_report.close()
-        return folder_report.as_dict()
+        return {"counts": folder_report.as_dict(), "validation_ratio": ratio}
 
-    folder, counts = cached_folder("rows", key, build)
-    report.add(counts, folder / DROPPED_FILE)
+    folder, result = cached_folder("rows", key, build)
+    report.add(result["counts"], folder / DROPPED_FILE)
     numbers = np.load(folder / "numbers.npz")
     all_sources = [*sources, *evaluation]
-    return Corpus(RowStore(folder), all_sources, numbers["source"], numbers["side"], folder, key, len(evaluation))
+    return Corpus(
+        *(RowStore(folder), all_sources, numbers["source"], numbers["side"], folder, key, len(evaluation)),
+        result["validation_ratio"],
+    )
 
 
 def _source_identity(source: DataSource) -> list[Any]:
@@ -124,7 +129,8 @@ def _check_unchanged(sources: list[DataSource], states: list[Any], identities: l
 
 def _build(
     folder: Path, sources: list[DataSource], evaluation: list[DataSource], recipe: Recipe, report: DropReport
-) -> None:
+) -> float:
+    """Write the rows and their sides, and return the share of queries that are held out."""
     writer, index = RowWriter(folder), _RowIndex()
     near = None if recipe.near_duplicates is None else NearDuplicates(recipe.near_duplicates)
     # Evaluation rows come first, so that the training row is dropped when it is a near-duplicate of one.
@@ -136,11 +142,7 @@ def _build(
             if reason := find_repetition(conversation, seen[is_evaluation]):
                 report.drop_kept(conversation, reason)
                 continue
-            if is_evaluation:
-                side = EVALUATION
-            else:
-                side = HELD_OUT if is_held_out(conversation, recipe.validation_ratio, recipe.seed) else TRAIN
-            index.add(conversation, number, side)
+            index.add(conversation, number, EVALUATION if is_evaluation else TRAIN, recipe.seed)
             writer.append(conversation)
             if near is not None:
                 near.add(conversation)
@@ -150,34 +152,43 @@ def _build(
     if near is not None:
         reason = f"almost the same as an earlier row (similarity {near.threshold:g} or more)"
         for later, earlier in near.find():
-            if row_side[later] in (TRAIN, HELD_OUT):
+            if row_side[later] == TRAIN:
                 row_side[later] = NEAR
                 report.drop_kept(rows[later], reason, like=earlier)
+    used = np.flatnonzero(row_side == TRAIN)
+    numbers = index.split_numbers()[used]
+    ratio = choose_validation_ratio(recipe, numbers)
+    row_side[used[find_held_out(numbers, ratio)]] = HELD_OUT
     for row, reason in index.find_leaks(row_side):
         row_side[row] = LEAK
         report.drop_kept(rows[row], reason)
     np.savez(folder / "numbers.npz", source=row_source, side=row_side)
+    return ratio
 
 
 class _RowIndex:
-    """The part of each row that stays in memory while a corpus is read, about 40 bytes."""
+    """The part of each row that stays in memory while a corpus is read, about 50 bytes."""
 
     def __init__(self) -> None:
         self._source, self._side = array("h"), array("b")
-        self._query = array("Q")
+        self._query, self._split = array("Q"), array("Q")
         self._call, self._call_row = array("Q"), array("L")
 
-    def add(self, conversation: Conversation, source: int, side: int) -> None:
+    def add(self, conversation: Conversation, source: int, side: int, seed: int) -> None:
         row = len(self._source)
         self._source.append(source)
         self._side.append(side)
         self._query.append(short_hash(conversation.query or conversation.key()))
+        self._split.append(split_number(conversation, seed))
         for call in _calls_as_text(conversation):
             self._call.append(short_hash(call))
             self._call_row.append(row)
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
         return np.array(self._source, dtype=np.int16), np.array(self._side, dtype=np.int8)
+
+    def split_numbers(self) -> np.ndarray:
+        return np.array(self._split, dtype=np.uint64)
 
     def find_leaks(self, side: np.ndarray) -> Iterator[tuple[int, str]]:
         """Yield the training rows that share a query or a call with a held-out or evaluation row, with the reason."""

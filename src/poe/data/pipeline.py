@@ -7,7 +7,9 @@ and MinHash values that compare it with other rows.
 
 import hashlib
 import random
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ from poe.data.packing import PackedRows, open_packed_rows, pack_to_folder
 from poe.data.readers import READERS, demo
 from poe.data.render import Renderer
 from poe.data.render_worker import RenderTally, RenderWorker, find_refusal
+from poe.data.sizes import DataSize, choose_seq_len, longest_row, resolve_sizes
+from poe.data.spool import spool_documents
 from poe.data.workers import default_workers, ordered_map
 from poe.errors import DataError, TemplateError
 from poe.stages.augmentation import Augmentation
@@ -34,23 +38,35 @@ MIN_ROWS_FOR_WORKERS = 2000  # with fewer rows, starting processes takes longer 
 
 @dataclass
 class TrainingData:
-    """Packed rows for training and validation, held-out conversations to answer, and a summary of all rows."""
+    """Packed rows for training and validation, held-out conversations to answer, and a summary of all rows.
+
+    `recipe` is the recipe of the run, with a number for every size.
+    """
 
     train: PackedRows
     val: PackedRows
     held_out: dict[str, list[Conversation]]  # name of a split -> conversations with the expected answers
+    recipe: Recipe
+    size: DataSize
     summary: dict[str, Any] = field(default_factory=dict)
 
 
 def prepare(
-    recipe: Recipe, renderer: Renderer, report: DropReport | None = None, workers: int | None = None
+    recipe: Recipe,
+    renderer: Renderer,
+    report: DropReport | None = None,
+    workers: int | None = None,
+    *,
+    max_positions: int | None = None,
+    num_processes: int = 1,
 ) -> TrainingData:
-    """Read `recipe.data` and pack it into rows of `recipe.seq_len` tokens, as the recipe's data options say.
+    """Read `recipe.data` and pack it into rows, as the recipe's data options say.
 
     Only training rows are augmented, differently in every epoch. If the augmented row cannot be used (it is too long,
     for example), the original row is used. A conversation that is too long or cannot be rendered is dropped and counted
     in `report`. `workers` is the number of rendering processes (default: `default_workers()`); it does not change the
-    result, and a small set is rendered in this process.
+    result, and a small set is rendered in this process. Sizes that the recipe leaves to the data are chosen for a base
+    with `max_positions` positions and for `num_processes` processes (sizes.py).
 
     Raises `DataError` when no training row or no validation row is left, and `TemplateError` when the chat template
     does not show the assistant's tokens in any row.
@@ -64,15 +80,18 @@ def prepare(
         epochs[n] = source.epochs if source.epochs is not None else recipe.epochs.get(source.name, 1)
     items = _shuffled_items(corpus, {n: epochs[n] * corpus.sources[n].weight for n in train_sources}, recipe.seed)
     items_hash = hashlib.sha256(items.tobytes()).hexdigest()
-    options = (recipe.seq_len, recipe.seed, items_hash, asdict(recipe.augment))
+    lengths = (str(recipe.seq_len), str(recipe.tokens_per_step), max_positions)
+    options = (*lengths, recipe.seed, items_hash, asdict(recipe.augment))
     key = fingerprint("packed", corpus.key, renderer.fingerprint(), *options)
 
     def pack(folder: Path) -> dict[str, Any]:
         folder_report = DropReport(folder / DROPPED_FILE)
         try:
             pool = _tool_pool(corpus, recipe.augment)
-            worker = RenderWorker(corpus.folder, renderer, recipe.seq_len, recipe.augment, pool, recipe.seed)
-            return _pack(folder, items, worker, corpus, folder_report, workers or default_workers())
+            longest = longest_row(recipe, max_positions)
+            worker = RenderWorker(corpus.folder, renderer, longest, recipe.augment, pool, recipe.seed)
+            fit = partial(choose_seq_len, recipe, max_positions=max_positions)
+            return _pack(folder, items, worker, fit, corpus, folder_report, workers or default_workers())
         except (DataError, TemplateError):
             folder_report.close()
             report.add(folder_report.as_dict(), folder / DROPPED_FILE)
@@ -82,6 +101,13 @@ def prepare(
 
     folder, counts = cached_folder("packed", key, pack)
     report.add(counts["dropped"], folder / DROPPED_FILE)
+    size = DataSize(
+        conversations=int((corpus.side == TRAIN).sum()),
+        held_out=int((corpus.side == HELD_OUT).sum()),
+        packed_rows=counts["packed"],
+        passes=len(items) / max(1, len(np.unique(items[:, 0]))),
+        chosen_passes=any(corpus.sources[n].epochs or corpus.sources[n].name in recipe.epochs for n in train_sources),
+    )
     if not counts["packed"]:
         raise DataError(f"No row of {recipe.data!r} can be trained on; dropped: {_drop_reasons(report)}.")
     if not counts["validation"]:
@@ -98,6 +124,7 @@ def prepare(
                 "context. Check the tokenizer and the chat template with `poe data show`."
             )
     splits = _held_out_splits(corpus, train_sources, recipe, set(counts["dropped_held_out"]), renderer, report)
+    resolved = resolve_sizes(recipe, train.seq_len, corpus.validation_ratio, size, num_processes)
     sources = {}
     for n in train_sources:
         source = corpus.sources[n]
@@ -116,7 +143,7 @@ def prepare(
         "sources": sources,
         "rows": report.as_dict(),
         "packed_rows": train.num_rows,
-        "seq_len": recipe.seq_len,
+        "seq_len": train.seq_len,
         "fill": round(train.fill, 4),
         "tokens": train.stats.tokens,
         "trained_tokens": train.trained_tokens,
@@ -124,7 +151,7 @@ def prepare(
         "augmentation": asdict(recipe.augment),
         "augmented_rows_left_plain": counts["left_plain"],
     }
-    return TrainingData(train, val, splits, summary)
+    return TrainingData(train, val, splits, resolved, size, summary)
 
 
 def _shuffled_items(corpus: Corpus, passes: dict[int, float], seed: int) -> np.ndarray:
@@ -145,27 +172,38 @@ def _shuffled_items(corpus: Corpus, passes: dict[int, float], seed: int) -> np.n
 
 
 def _pack(
-    folder: Path, items: np.ndarray, worker: RenderWorker, corpus: Corpus, report: DropReport, workers: int
+    folder: Path,
+    items: np.ndarray,
+    worker: RenderWorker,
+    choose_length: Callable[[int], int],
+    corpus: Corpus,
+    report: DropReport,
+    workers: int,
 ) -> dict[str, Any]:
-    """Render and pack the training items and a sample of the held-out rows into `folder`."""
-    tally = RenderTally(corpus, report)
-    seed, seq_len = worker.seed, worker.seq_len
-    options: dict[str, Any] = {"seed": seed, "pad_id": worker.renderer.tokenizer.pad_token_id or 0}
-    tasks = (items[i : i + ROWS_PER_TASK] for i in range(0, len(items), ROWS_PER_TASK))
-    results = ordered_map(worker, tasks, 1 if len(items) < MIN_ROWS_FOR_WORKERS else workers)
-    train = pack_to_folder(folder / "train", tally.count(results), seq_len, **options)
-    if not train.rows:
-        tally.raise_if_hidden()
+    """Render and pack the training items and a sample of the held-out rows into `folder`.
+
+    `choose_length` gets the length of the longest document, and returns that of the packed rows.
+    """
+    tally, seed = RenderTally(corpus, report), worker.seed
     held_out = np.flatnonzero(corpus.side == HELD_OUT)
     if len(held_out) > MAX_VALIDATION_CONVERSATIONS:
         rng = np.random.default_rng(seed)
         held_out = np.sort(rng.choice(held_out, MAX_VALIDATION_CONVERSATIONS, replace=False))
-    plain_worker = RenderWorker(corpus.folder, worker.renderer, seq_len)
+    plain_worker = RenderWorker(corpus.folder, worker.renderer, worker.seq_len)
     rendered = plain_worker(np.stack([held_out, np.zeros_like(held_out)], axis=1))
+    to_validate = [document for row in rendered for document in row.documents]
+    tasks = (items[i : i + ROWS_PER_TASK] for i in range(0, len(items), ROWS_PER_TASK))
+    results = ordered_map(worker, tasks, 1 if len(items) < MIN_ROWS_FOR_WORKERS else workers)
+    with spool_documents(folder / "documents", tally.count(results)) as to_train:
+        seq_len = choose_length(max(to_train.longest, *(len(ids) for ids, _ in to_validate), 0))
+        options: dict[str, Any] = {"seed": seed, "pad_id": worker.renderer.tokenizer.pad_token_id or 0}
+        train = pack_to_folder(folder / "train", to_train, seq_len, **options)
+    if not train.rows:
+        tally.raise_if_hidden()
     for item in rendered:
         if item.dropped is not None:
             tally.drop(item.row, item.dropped)
-    val = pack_to_folder(folder / "val", (d for row in rendered for d in row.documents), seq_len, **options)
+    val = pack_to_folder(folder / "val", to_validate, seq_len, **options)
     return {
         "sources": tally.sources,
         "dropped_held_out": [row for row in sorted(tally.dropped) if corpus.side[row] == HELD_OUT],

@@ -3,6 +3,9 @@
 import hashlib
 import json
 import re
+from math import ceil
+
+import numpy as np
 
 from poe.calls.conversation import Conversation
 
@@ -42,15 +45,25 @@ def _question(conversation: Conversation) -> str:
     return json.dumps([texts, tools], ensure_ascii=False)
 
 
-def is_held_out(conversation: Conversation, held_out: float = 0.02, seed: int = 0) -> bool:
-    """Return whether a row is held out. Only its `query`, the share and the seed decide.
+def split_number(conversation: Conversation, seed: int = 0) -> int:
+    """Return the number, from 0 to 2**64 - 1, that decides the side of a row: a hash of its `query` and of the seed.
 
-    All rows with one query are on the same side. Rows that are added later do not move other rows, and a larger share
-    holds out every row that a smaller share does. `held_out` is the expected share of *queries*, so the actual share of
-    a small set can differ.
+    The rows with the lowest numbers are held out. So all rows with one query are on the same side, rows that are added
+    later do not move other rows, and a larger share holds out every row that a smaller share does.
     """
-    if not 0 <= held_out <= 1:
-        raise ValueError(f"held_out is a share from 0 to 1, got {held_out!r}")
     text = conversation.query or conversation.key()
-    number = int.from_bytes(text_hash(f"{seed}\n{text}", 16)[:8], "big")
-    return number < held_out * 2**64
+    return int.from_bytes(text_hash(f"{seed}\n{text}", 16)[:8], "big")
+
+
+def find_held_out(numbers: np.ndarray, ratio: float) -> np.ndarray:
+    """Return which of the rows with these split numbers, uint64 (N,), are held out, bool (N,).
+
+    `ratio` is the expected share of *queries*, so the actual share of a small set can differ. Above 0 it is at least
+    one query.
+    """
+    if not 0 <= ratio <= 1:
+        raise ValueError(f"ratio is a share from 0 to 1, got {ratio!r}")
+    if not ratio or not len(numbers):
+        return np.zeros(len(numbers), dtype=bool)
+    largest = np.uint64(ceil(ratio * 2**64) - 1)
+    return numbers <= max(largest, numbers.min())

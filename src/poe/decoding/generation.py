@@ -4,6 +4,9 @@ from typing import Any
 
 from transformers import GenerationConfig
 
+REPLY_TOKENS = 160  # the most tokens of a reply to a held-out question
+REPLY_BATCH = 32  # questions that are answered together
+
 # What decides no token: special tokens, the form of the output, how it is computed, and the length, which callers give.
 _NOT_DECIDING = (
     *("eos_token_id", "pad_token_id", "bos_token_id", "decoder_start_token_id", "use_cache", "max_length"),

@@ -14,11 +14,13 @@ from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard
 from huggingface_hub.utils import HFValidationError, validate_repo_id
+from safetensors.torch import load_file
 
 from poe.errors import DeltaError, FingerprintError, LineageError, PoEError, SourceError, StageError
 from poe.files.output import OWN_FILES
 from poe.loaders.base import Base
 from poe.loaders.card import example_prompt, notice, stage_card
+from poe.loaders.outcome import describe_failure, describe_untrained
 from poe.loaders.repository import read_remote_header
 from poe.loaders.stage_folder import PLOT, network_files, save_stage_folder
 from poe.loaders.tokenizer import load_tokenizer
@@ -62,12 +64,17 @@ UNPUBLISHED = (
 
 @dataclass(frozen=True)
 class UploadPlan:
-    """The files of an upload: name -> a path, or bytes that replace the folder's file. `left_out` stays local."""
+    """The files of an upload: name -> a path, or bytes that replace the folder's file.
+
+    `left_out` stays local. `problems` are reasons not to publish the result, as sentences: it learned nothing, or was
+    never trained.
+    """
 
     repo_id: str
     title: str
     files: Mapping[str, Path | bytes]
     left_out: tuple[str, ...]
+    problems: tuple[str, ...] = ()
 
     def sizes(self) -> dict[str, int]:
         """Return each file's size in bytes."""
@@ -118,7 +125,17 @@ def plan_upload(
             + " (`poe verify` shows every check.)"
         )
     title = f"Stage {config['stage']['name']}" if is_stage(config) else f"Base {folder.name}"
-    return UploadPlan(repo_id, title, {**files, **changed}, tuple(left_out))
+    return UploadPlan(repo_id, title, {**files, **changed}, tuple(left_out), tuple(find_problems(files)))
+
+
+def find_problems(files: Mapping[str, Path]) -> Iterator[str]:
+    """Yield what a folder's training record, or else its delta, says against publishing it."""
+    record = read_json(files["training.json"]) if "training.json" in files else {}
+    problem = describe_failure(record)
+    if not record and DELTA_NAME in files:
+        problem = describe_untrained(load_file(files[DELTA_NAME]))
+    if problem:
+        yield problem
 
 
 def upload(

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from poe.errors import StageError
 from poe.files.output import atomic_folder
 from poe.loaders.base import Base
 from poe.loaders.card import example_prompt, notice, stage_card
+from poe.loaders.outcome import describe_untrained
 from poe.loaders.tokenizer_files import save_tokenizer
 from poe.modeling import modeling_poe_stage
 from poe.modeling.access import Access, fetch, first_line, read_config, read_json
@@ -45,8 +47,10 @@ def save_stage_folder(
     `training` becomes training.json. `prompt` (`name`, `version`, `stop`: list of strings) goes into config.json; each
     stop string that is a single token ends generation. `dtype` defaults to that of the stage's files, or bfloat16.
     Raises `OutputError` if the folder cannot be written, `DeltaError` for weights that are not finite, `StageError`
-    for a parent that was not saved since its last change.
+    for a parent that was not saved since its last change. Warns if the stage was never trained.
     """
+    if training is None and (problem := describe_untrained(stage.delta_state_dict())):
+        warnings.warn(f"Stage {stage.name!r}: {problem}", stacklevel=3)
     folder = folder.expanduser().absolute()
     dtype = dtype or stage.saved_dtype or torch.bfloat16
     stage.prompt = dict(prompt) if prompt is not None else stage.prompt

@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import inspect
 import math
+import re
 import textwrap
 import types
 import typing
@@ -32,6 +33,13 @@ class Range:
     accepts: Callable[[float], bool]
 
 
+class AtMost(int):
+    """A limit, written `at most 2048` in a recipe: a run uses less where its data needs less."""
+
+    def __str__(self) -> str:
+        return f"at most {int(self)}"
+
+
 Ratio = Annotated[float, Range("0 to 1", lambda x: 0 <= x <= 1)]
 Momentum = Annotated[float, Range("0 to below 1", lambda x: 0 <= x < 1)]
 Positive = Annotated[float, Range("above 0", lambda x: x > 0)]
@@ -40,6 +48,7 @@ LayerCount = Annotated[int, Range(f"1 to {MOST_LAYERS}", lambda x: 1 <= x <= MOS
 VocabularySize = Annotated[int, Range("1 to 10000000", lambda x: 1 <= x <= 10_000_000)]  # more aborts the process
 PositiveInt = Annotated[int, Range("1 or more", lambda x: x >= 1)]
 NonNegativeInt = Annotated[int, Range("0 or more", lambda x: x >= 0)]
+Limit = Annotated[int, Range("1 or more, or such a number after 'at most'", lambda x: x >= 1)]
 
 
 @dataclass(frozen=True)
@@ -66,6 +75,12 @@ def check_fields(instance: Any, title: str) -> None:
             raise RecipeError(f"{title}{name} should be {_expected(hint)}, got {value!r}.{guess}")
 
 
+def parse_limit(value: Any) -> Any:
+    """Return the `AtMost` that a text such as `at most 2048` stands for, and any other value as it is."""
+    match = re.fullmatch(r"at most (\d+)", value) if isinstance(value, str) else None
+    return AtMost(match[1]) if match else value
+
+
 def describe_fields(kind: type) -> dict[str, FieldInfo]:
     """Return the fields of a dataclass by name, in the order of the class."""
     sentences = _sentences(kind)
@@ -86,6 +101,7 @@ def format_value(value: Any) -> str:
     """Return the value of a field as one line of YAML, the text for a recipe file or an option."""
     if dataclasses.is_dataclass(value):
         value = value.as_dict()  # type: ignore[union-attr]
+    value = str(value) if isinstance(value, AtMost) else value
     return yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("...\n").strip()
 
 

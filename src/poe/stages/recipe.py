@@ -18,8 +18,10 @@ from poe.modeling.stage_config import StageConfig
 from poe.stages.augmentation import Augmentation
 from poe.stages.familiar_fields import advise
 from poe.stages.fields import (
+    AtMost,
     FieldInfo,
     LayerCount,
+    Limit,
     Momentum,
     NonNegative,
     NonNegativeInt,
@@ -29,8 +31,10 @@ from poe.stages.fields import (
     VocabularySize,
     check_fields,
     describe_fields,
+    parse_limit,
 )
 
+LIMITS = ("seq_len", "tokens_per_step", "validation_every")  # fields of a stage recipe that follow the data
 P = TypeVar("P", bound="Plan")
 RECIPES = Path(__file__).parent
 
@@ -104,7 +108,8 @@ class Plan:
             StageConfig(self.name)
         except StageError as error:
             raise RecipeError(str(error)) from None
-        if self.tokens_per_step % self.seq_len:
+        is_open = isinstance(self.seq_len, AtMost) or isinstance(self.tokens_per_step, AtMost)
+        if not is_open and self.tokens_per_step % self.seq_len:
             raise RecipeError(
                 f"Recipe {self.name!r}: tokens_per_step ({self.tokens_per_step}) must be a multiple of seq_len "
                 f"({self.seq_len})."
@@ -136,6 +141,17 @@ class Plan:
 class Recipe(Plan):
     """The shape and the training of a stage. The defaults are those of the published 1.3B stages of Cognica PoE."""
 
+    seq_len: Limit = AtMost(2048)
+    """Length of a packed row in tokens. At most N: as long as the longest row of the data, up to N and the base's own
+    limit."""
+    tokens_per_step: Limit = AtMost(131072)
+    """Tokens in one optimizer step, over all rows and processes; a multiple of seq_len. At most N: few enough that a
+    pass of the data has 50 steps, or one row."""
+    max_steps: PositiveInt | None = None
+    """Number of optimizer steps. Null: as many as the data and its epochs give; without epochs at least 50, in several
+    passes of small data."""
+    validation_every: Limit = AtMost(200)
+    """Steps between two measurements of the validation bits per byte. At most N: a fifth of the steps, up to N."""
     train_on: Literal["assistant", "calls"] = "assistant"
     """Turns to learn: all turns of the assistant, or only those with calls."""
     isolate_documents: bool = True
@@ -158,8 +174,9 @@ class Recipe(Plan):
     """Number of layers of the base below the stage. Null: all. Auto, for a fork: the lowest layer that copies."""
     epochs: dict[str, PositiveInt] = field(default_factory=dict)
     """Passes over the rows of each reader, as in {glaive: 4}, unless the SPEC gives them."""
-    validation_ratio: Ratio = 0.02
-    """Share of the queries to keep for validation."""
+    validation_ratio: Ratio | Literal["auto"] = "auto"
+    """Share of the queries to keep for validation, at least one query. Auto: 0.02, and of small data more: 20 queries,
+    but no more than a tenth."""
     eval_data: str = ""
     """Questions to answer after training, as a SPEC; training rows with the same query or call are dropped."""
     near_duplicates: Ratio | None = 0.9
@@ -174,6 +191,8 @@ class Recipe(Plan):
     def __post_init__(self) -> None:
         if not isinstance(self.augment, Augmentation):
             object.__setattr__(self, "augment", Augmentation.from_dict(self.augment))
+        for name in LIMITS:
+            object.__setattr__(self, name, parse_limit(getattr(self, name)))
         super().__post_init__()
         if self.attach_at == 0 and self.layers == "new":
             raise RecipeError(f"Recipe {self.name!r}: attach_at should be at least 1 for new layers, got 0.")
@@ -190,7 +209,8 @@ class Recipe(Plan):
         self.stage_config()  # raises StageError before any data is read
 
     def as_dict(self) -> dict[str, Any]:
-        return {**super().as_dict(), "augment": self.augment.as_dict()}
+        fields = {**super().as_dict(), "augment": self.augment.as_dict()}
+        return {name: str(value) if isinstance(value, AtMost) else value for name, value in fields.items()}
 
     def stage_config(self, **fields: Any) -> StageConfig:
         """Return the shape of the stage, with some fields changed."""

@@ -15,15 +15,18 @@ from poe.errors import OutputError, PoEError, TrainingError, is_out_of_memory, m
 from poe.stages.recipe import Plan
 from poe.training.checkpoints.files import has_checkpoint, remove_checkpoints
 from poe.training.checkpoints.identity import check_resumable, run_identity
+from poe.training.checkpoints.rng import restore_rng, rng_state
 from poe.training.checkpoints.state import RunState, load_state, save_state
 from poe.training.checks import check_validation_is_finite, check_weights_are_finite
-from poe.training.interrupts import Interrupted, StopRequest
+from poe.training.interrupts import AbandonedPassError, Interrupted, StopRequest
 from poe.training.optim import build_optimizer
+from poe.training.precision import choose_compile
 from poe.training.reporting.estimate import (
     check_disk_space,
     estimate_line,
     estimate_run,
     estimate_table,
+    folder_bytes,
     format_quantity,
     memory_peak,
 )
@@ -56,10 +59,11 @@ class Engine:
             process_group=context.world.group,
             **plan.learning_rates,
         )
-        self.training_step = TrainingStep(plan, trained, self.optimizer, context.world)
+        self.training_step = TrainingStep(plan, trained, self.optimizer, context.world, self._end_pass)
         self.history = History()
         self.best_weights: dict[str, Tensor] = {}
         self.stop = StopRequest(context.progress.note)
+        self._rng = rng_state()  # before the current step
 
     def run(self, resume: bool = False) -> History:
         """Train to the end. Raises `Interrupted` after saving, `TrainingError` for numbers that are not finite.
@@ -72,10 +76,9 @@ class Engine:
         self.report_estimate()
         self.context.progress.start(step, num_steps, self.rows.train.num_rows / self.rows_per_step)
         last_save = time.monotonic()
-        with self.stop.catch_signals("after this step"), self._track(step), self._open_metrics() as metrics:
+        with self.stop.catch_signals("and saving the state"), self._track(step), self._open_metrics() as metrics:
             try:
-                if step == 0:
-                    self._validate(0, metrics)
+                self._validate_if_due(step, metrics)  # of a new run, or of one that was stopped in a validation
                 while step < num_steps:
                     started = time.perf_counter()
                     factor = self._set_schedule(step)
@@ -85,8 +88,7 @@ class Engine:
                     self._record_step(step, result, factor, seconds, metrics)
                     if step == 3 and first == 0:
                         self._refine_estimate(seconds)
-                    if step % self.plan.validation_every == 0 or step == num_steps:
-                        self._validate(step, metrics)
+                    self._validate_if_due(step, metrics)
                     self.training_step.has_updated = False
                     save_due = time.monotonic() - last_save >= self.plan.checkpoint_every
                     stop, save_due = self.context.world.any_process(self._must_stop(metrics), save_due)
@@ -95,6 +97,9 @@ class Engine:
                         last_save = time.monotonic()
                     if stop:
                         raise metrics.failure or Interrupted(f"saved at step {step}")
+            except AbandonedPassError:
+                self._save_abandoned(step)
+                raise Interrupted(f"saved at step {step}" if self.best_weights else "nothing was saved") from None
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
@@ -104,6 +109,13 @@ class Engine:
                 raise metrics.failure or Interrupted(f"saved at step {num_steps}")
         self._copy_weights(self.best_weights)
         return self.history
+
+    def _save_abandoned(self, step: int) -> None:
+        """Save the state before the step or the validation that was abandoned, unless nothing was done yet."""
+        self.optimizer.zero_grad(set_to_none=True)
+        restore_rng(*self._rng)
+        if self.best_weights:
+            self._save_checkpoint(step)
 
     def _must_stop(self, metrics: Metrics) -> bool:
         return bool(self.stop) or metrics.failure is not None
@@ -152,7 +164,29 @@ class Engine:
         return factor
 
     def _take_step(self, step: int) -> StepResult:
-        return self.training_step.take(step + 1, self.rows.train.batch(step, self.rows_per_step))
+        self._rng = rng_state()
+        with self._watch_passes(f"step {step + 1}/{self.settings.num_steps}", step):
+            return self.training_step.take(step + 1, self.rows.train.batch(step, self.rows_per_step))
+
+    @contextmanager
+    def _watch_passes(self, work: str, step: int | None = None) -> Iterator[None]:
+        """Show the progress of a step or a validation, and leave it on a stop signal.
+
+        On a CPU, where a pass can take minutes, this happens at every module of the network. Of several processes none
+        can leave alone, so they finish the step.
+        """
+        progress, device = self.context.progress, self.trained.device
+        progress.begin(work, step)
+        if device.type != "cpu" or self.context.world.size > 1 or choose_compile(self.plan.compile, device):
+            yield
+            return
+        with self.stop.leave_passes(progress.beat):
+            yield
+
+    def _end_pass(self, share: float) -> None:
+        self.context.progress.show_share(share)
+        if self.context.world.size == 1:
+            self.stop.leave_pass()
 
     def _record_step(self, step: int, result: StepResult, factor: float, seconds: float, metrics: Metrics) -> None:
         self.history.seconds += seconds
@@ -170,13 +204,22 @@ class Engine:
         metrics.write(record)
         self.context.progress.show_step(step, result.loss, result.num_tokens / seconds)
 
+    def _validate_if_due(self, step: int, metrics: Metrics) -> None:
+        """Validate at step 0, every `validation_every` steps, and after the last one."""
+        if step % self.plan.validation_every and step != self.settings.num_steps:
+            return
+        if self.history.evals and self.history.evals[-1]["step"] == step:  # before the run was stopped
+            return
+        self._validate(step, metrics)
+
     def _validate(self, step: int, metrics: Metrics) -> None:
         if self.rows.val is None:
             self.keep_best_weights(step, math.inf)
             return
         started = time.perf_counter()
         rows_per_batch = max(1, self.plan.max_tokens_per_batch // self.plan.seq_len)
-        measured = validate(self.trained, self.rows.val, rows_per_batch, self.context.world, self.context.progress)
+        with self._watch_passes(f"validation after step {step}"):
+            measured = validate(self.trained, self.rows.val, rows_per_batch, self.context.world, self._show_validation)
         check_validation_is_finite(step, measured["val_bpb"])
         record = {"step": step, **measured}
         self.history.evals.append(record)
@@ -184,6 +227,11 @@ class Engine:
         metrics.write(record)
         self.context.progress.report_validation(step, record["val_bpb"])
         self.keep_best_weights(step, record["val_bpb"])
+
+    def _show_validation(self, row: int) -> None:
+        assert self.rows.val is not None
+        self.context.progress.show_validation(row, self.rows.val.num_rows)
+        self._end_pass(row / self.rows.val.num_rows)
 
     def keep_best_weights(self, step: int, bpb: float) -> None:
         """Copy the weights if they are the best so far. Without validation rows the newest count as the best."""
@@ -238,6 +286,7 @@ class Engine:
         state = RunState(step, dict(parameters), best, self._identity, self.history.__dict__)
         folder, keep = self.settings.folder, self.plan.keep_checkpoints
         save_state(folder, state, self.optimizer, parameters, self.context.world, keep)
+        self.history.disk_bytes = max(self.history.disk_bytes, folder_bytes(folder))
 
     def _load_checkpoint(self) -> int:
         """Restore the newest whole checkpoint and return its step."""

@@ -1,7 +1,8 @@
 """Stopping a run. Ctrl-C, SIGTERM and SIGHUP (a closed terminal) do the same.
 
-While a run trains or saves, the first signal lets it finish the step or the save. At any other time it raises
-`KeyboardInterrupt`, so what is half done is cleaned up.
+While a run trains, the first signal abandons the step or the validation at the next module of the network, and the run
+saves the state before it. A save is finished first. At any other time a signal raises `KeyboardInterrupt`, so what is
+half done is cleaned up.
 """
 
 import signal
@@ -10,11 +11,18 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupted(KeyboardInterrupt):
     """The run was stopped by a signal, after it saved a checkpoint or its result. The message is what was saved."""
+
+
+class AbandonedPassError(Exception):
+    """A forward or backward pass was left because of a stop signal; no weight has changed."""
 
 
 @contextmanager
@@ -38,6 +46,33 @@ class StopRequest:
 
     def __bool__(self) -> bool:
         return self.requested
+
+    def leave_pass(self) -> None:
+        """Raise `AbandonedPassError` if a stop is requested."""
+        if self.requested:
+            raise AbandonedPassError
+
+    @contextmanager
+    def leave_passes(self, on_module: Callable[[], None]) -> Iterator[None]:
+        """Leave the forward and backward passes inside the block when a stop is requested, at the next module.
+
+        `on_module` is called after every module. Modules that torch.compile traces cannot be left.
+        """
+
+        def check(*_: Any) -> None:
+            on_module()
+            self.leave_pass()
+
+        def check_both_passes(module: nn.Module, args: Any, output: Any) -> None:
+            check()
+            if isinstance(output, Tensor) and output.requires_grad:
+                output.register_hook(check)
+
+        handle = register_module_forward_hook(check_both_passes)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     @contextmanager
     def catch_signals(self, end: str) -> Iterator[None]:

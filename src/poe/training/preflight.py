@@ -1,7 +1,7 @@
 """The preflight: everything that could fail at the end of a run is tried before its first step."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import TypeVar
 
 from poe.errors import PoEError, TrainingError
 
@@ -41,21 +41,3 @@ class Preflight:
         if self._report is not None:
             self._report(name, None)
         return result
-
-
-def describe_failure(record: Mapping[str, Any]) -> str | None:
-    """Return why a run is no success, from its training.json: it learned nothing, or it diverged. None if it is one."""
-    trajectory = record["trajectory"]
-    if len(trajectory) < 2:
-        return None
-    before, after, best = trajectory[0]["val_bpb"], trajectory[-1]["val_bpb"], record["best_step"]
-    numbers = f"validation began at {before:.4f} bits per byte and ended at {after:.4f}"
-    advice = "Try lower learning rates (matrix_lr, head_lr), max_grad_norm, or other data."
-    if best == 0:
-        return (
-            f"The run learned nothing: {numbers}, and no step was better than the first. The weights that were saved "
-            f"are those from before the training. {advice}"
-        )
-    if not after <= before:
-        return f"The run diverged: {numbers}. The weights that were saved are those of step {best}, the best. {advice}"
-    return None

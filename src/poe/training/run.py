@@ -52,6 +52,7 @@ class RunSettings:
     num_steps: int
     facts: Mapping[str, str] = field(default_factory=dict)  # a checkpoint with other facts is not continued
     result_bytes: int | None = None  # size of the file that the run will write, for the estimate
+    questions: Mapping[str, list[int]] = field(default_factory=dict)  # tokens of each prompt to answer, by split
 
 
 @dataclass(frozen=True)

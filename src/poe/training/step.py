@@ -1,6 +1,6 @@
 """One optimizer step: forward and backward passes in micro-batches, clipping, and the update."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -28,12 +28,23 @@ class StepResult(NamedTuple):
 
 
 class TrainingStep:
-    """Takes optimizer steps on `trained` by `plan`. The processes of `world` share the rows of every step."""
+    """Takes optimizer steps on `trained` by `plan`. The processes of `world` share the rows of every step.
 
-    def __init__(self, plan: Plan, trained: TrainedModel, optimizer: MuonAdamW, world: World) -> None:
+    `on_pass` is called after every forward and backward pass with the share of the step that is done.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        trained: TrainedModel,
+        optimizer: MuonAdamW,
+        world: World,
+        on_pass: Callable[[float], None] = lambda share: None,
+    ) -> None:
         self._plan, self._trained, self._optimizer, self._world = plan, trained, optimizer, world
         self._logits = logits_of(trained.model.config)
         self._rows_per_batch = max(1, plan.max_tokens_per_batch // plan.seq_len)
+        self._on_pass = on_pass
         self.has_updated = False  # from the update of the weights until the caller has recorded the step
 
     def take(self, step: int, batch: Batch) -> StepResult:
@@ -57,7 +68,7 @@ class TrainingStep:
         The mean is over the `num_labels` labels of the whole step. There is one mean for each prediction of the model:
         one for every stage of a PoE base with local learning, else one.
         """
-        losses = []
+        losses, num_rows, rows_done = [], batch.input_ids.shape[0], 0
         for part in self._micro_batches(batch):
             sums = []
             for hidden, weight, bias in self._trained.sources.train.predictions(part, learning=True):
@@ -65,6 +76,8 @@ class TrainingStep:
                 (loss / num_labels).backward()
                 sums.append(loss.detach())
             losses.append(torch.stack(sums))
+            rows_done += part.input_ids.shape[0]
+            self._on_pass(rows_done / num_rows)
         totals = torch.stack(losses).double().sum(0).tolist()  # the only read of a loss: a GPU waits here once
         return [total / num_labels for total in self._world.all_reduce(*totals)]
 

@@ -16,8 +16,10 @@ from poe.data.drops import DropReport
 from poe.data.given import Data, write_given
 from poe.data.pipeline import TrainingData, prepare
 from poe.data.render import Renderer, token_bytes
+from poe.data.sizes import describe_sizes
 from poe.data.templates import complete_template, note_unread_calls
 from poe.errors import OutputError, TrainingError, explain_memory
+from poe.loaders.outcome import describe_failure
 from poe.loaders.repository import short_name
 from poe.loaders.tokenizer import check_tokenizer
 from poe.modeling.placement import quantization_of
@@ -31,7 +33,7 @@ from poe.training.interrupts import Interrupted, stop_signals_raise
 from poe.training.parallel.distributed import SINGLE_PROCESS, World, count_rows_per_step
 from poe.training.parallel.sharding import prefetch_layers
 from poe.training.precision import check_not_fp16, choose_compile, stage_dtype
-from poe.training.preflight import Preflight, Report, describe_failure
+from poe.training.preflight import Preflight, Report
 from poe.training.reporting.history import History, summarize_run
 from poe.training.reporting.progress import Progress
 from poe.training.reporting.report import (
@@ -41,6 +43,7 @@ from poe.training.reporting.report import (
     outcome_record,
     run_folder,
     try_to_draw_report,
+    write_training_json,
 )
 from poe.training.reporting.tracking import open_trackers
 from poe.training.run import Callback, RunContext, RunRows, RunSettings, TrainedModel, check_callbacks
@@ -110,7 +113,7 @@ class _Fitted:
 
 def train_stage(
     cascade: Cascade,
-    recipe: str | Recipe = "tool",
+    recipe: str | Recipe = "tool-fork",
     data: Data | None = None,
     output_dir: str | Path | None = None,
     *,
@@ -151,14 +154,13 @@ def train_stage(
         assert job is not None  # the first problem is raised
         job = replace(job, context=replace(job.context, callbacks=tuple(callbacks) if world.is_main else ()))
         prepared = _prepare_data(job)
+        job = replace(job, plan=prepared.recipe)
         advice = "Lower max_tokens_per_batch, seq_len or num_layers, or choose a smaller dtype."
         with explain_memory("The stage", advice):
             grown = _grow_model(job, prepared, cleanup)
-            _check_end(job, prepared, grown, preflight)
-            fitted = _fit(job, prepared, grown, resume)
+            questions = _check_end(job, prepared, grown, preflight, evaluate is not None)
+            fitted = _fit(job, prepared, grown, questions, resume)
         record = _save(job, prepared, grown, fitted, evaluate)
-    if problem := describe_failure(record):
-        job.context.progress.note(problem)
     return StageRun(cascade.stages[plan.name], job.folder, fitted.history, record)
 
 
@@ -171,45 +173,60 @@ def check_stage_run(
     *,
     resume: bool = False,
     progress: Progress | None = None,
+    has_questions: bool = True,
     **fields: Any,
 ) -> bool:
     """Do everything that `train_stage` does before its first step, and return whether all checks passed.
 
-    `report` gets every check. The rows are prepared (and stay in the cache), the estimate is shown, and nothing is
-    written to `output_dir`. The cascade has the stages that it had before.
+    `report` gets every check. The rows are prepared (and stay in the cache), the plan is shown, with the time for the
+    held-out questions if it `has_questions`, and nothing is written to `output_dir`. The cascade has the stages that it
+    had before.
     """
     plan = (load_recipe(recipe) if isinstance(recipe, str) else recipe).replace(**fields)
     is_new, active, preflight = plan.name not in cascade.stages, cascade.active, Preflight(report)
     folder = Path(output_dir)
     with ExitStack() as cleanup:
-        job = _check_inputs(
+        checked = _check_inputs(
             cascade, plan, data or plan.data, folder, resume, progress, SINGLE_PROCESS, preflight, cleanup
         )
-        if job is None:
+        if checked is None:
             return False
-        prepared = preflight.check("data", lambda: _prepare_data(job, keep_dropped=False))
+        prepared = preflight.check("data", lambda: _prepare_data(checked, keep_dropped=False))
+        job = replace(checked, plan=prepared.recipe if prepared else plan)
         grown = prepared and preflight.check("stage", lambda: _grow_model(job, prepared, cleanup))
         if is_new and plan.name in cascade.stages:
             cleanup.callback(cascade.activate, active)
             cleanup.callback(cascade.remove_stage, plan.name)
         if prepared and grown:
-            _check_end(job, prepared, grown, preflight)
+            questions = _check_end(job, prepared, grown, preflight, has_questions)
             # the states of a cache are computed by the run itself
-            uncached = replace(job, plan=plan.replace(cache_hidden=False))
-            preflight.check("memory and disk", lambda: _build_engine(uncached, prepared, grown).report_estimate())
+            uncached = replace(job, plan=job.plan.replace(cache_hidden=False))
+            preflight.check(
+                "memory and disk", lambda: _build_engine(uncached, prepared, grown, questions).report_estimate()
+            )
     return not preflight.failed
 
 
 def _prepare_data(job: _Job, keep_dropped: bool = True) -> TrainingData:
-    """Step 1: read, render and pack the rows. All processes must get the same."""
+    """Step 1: read, render and pack the rows, and choose the sizes of the run. All processes must get the same."""
     plan, world, started = job.plan, job.context.world, time.time()
     dropped_file = job.folder / "dropped.jsonl" if world.is_main and keep_dropped else None
     advice = "Prepare it with fewer processes (POE_WORKERS=1), or give fewer or shorter rows."
     with explain_memory("The data", advice), world.main_process_first(), DropReport(dropped_file) as report:
-        prepared = prepare(plan.replace(data=job.spec), job.renderer, report)
+        prepared = prepare(
+            plan.replace(data=job.spec),
+            job.renderer,
+            report,
+            max_positions=getattr(job.cascade.config, "max_position_embeddings", None),
+            num_processes=world.size,
+        )
+    prepared.recipe = prepared.recipe.replace(data=plan.data)
+    count_rows_per_step(prepared.recipe, world)
     rows = prepared.train
-    world.check_equal({**plan.as_dict(), "rows": rows.num_rows, "trained_tokens": rows.trained_tokens})
+    world.check_equal({**prepared.recipe.as_dict(), "rows": rows.num_rows, "trained_tokens": rows.trained_tokens})
     note_data(prepared.summary, time.time() - started, job.context.progress)
+    if sizes := describe_sizes(plan, prepared.recipe, prepared.size):
+        job.context.progress.note(sizes)
     return prepared
 
 
@@ -233,38 +250,46 @@ def _grow_model(job: _Job, prepared: TrainingData, cleanup: ExitStack) -> _Grown
     return _Grown(model, stage, quantization, is_sharded)
 
 
-def _check_end(job: _Job, prepared: TrainingData, grown: _Grown, preflight: Preflight) -> None:
-    """Check that the files of the stage can be written after the training."""
+def _check_end(
+    job: _Job, prepared: TrainingData, grown: _Grown, preflight: Preflight, has_questions: bool
+) -> dict[str, list[int]]:
+    """Check that what follows the training will work: the files of the stage can be written.
+
+    Returns the number of tokens of each question, by split.
+    """
+    questions = _count_prompt_tokens(job.renderer, prepared.held_out) if has_questions else {}
     if not job.context.world.is_main:
-        return
+        return questions
     record = _training_record(job, prepared, grown, History(evals=[{"step": 0, "val_bpb": 0.0}], best_bpb=0.0), 0)
     cascade = job.cascade
     prompt = prompt_format(cascade.tokenizer, job.renderer)
     preflight.check("files of the stage", lambda: cascade.rehearse_save(job.plan.name, training=record, prompt=prompt))
+    return questions
 
 
-def _fit(job: _Job, prepared: TrainingData, grown: _Grown, resume: bool) -> _Fitted:
+def _fit(job: _Job, prepared: TrainingData, grown: _Grown, questions: dict[str, list[int]], resume: bool) -> _Fitted:
     """Step 3: train the stage to the end of its plan."""
-    engine = _build_engine(job, prepared, grown)
+    engine = _build_engine(job, prepared, grown, questions)
     history = engine.run(resume)
     grown.stage.requires_grad_(False)
     grown.model.eval()
     return _Fitted(engine, history)
 
 
-def _build_engine(job: _Job, prepared: TrainingData, grown: _Grown) -> Engine:
+def _build_engine(job: _Job, prepared: TrainingData, grown: _Grown, questions: dict[str, list[int]]) -> Engine:
     """Return the engine that trains the stage by its plan."""
     plan, context, model, stage = job.plan, job.context, grown.model, grown.stage
     torch.manual_seed(plan.seed + context.world.rank)
     train, val = prepared.train, prepared.val
-    num_steps = plan.max_steps or train.num_steps(plan.tokens_per_step // plan.seq_len)
+    assert plan.max_steps is not None  # chosen with the other sizes
+    num_steps = plan.max_steps
     if grown.is_sharded:
         sources = whole_model_sources(model, choose_compile(plan.compile, model.device))
     else:
         sources = stage_sources(job.cascade, plan, train, val, num_steps, context.progress)
     sizes = token_bytes(job.cascade.tokenizer, model.config.vocab_size)
     trained = TrainedModel(model, list(stage.named_parameters()), sources, sizes)
-    settings = RunSettings(job.folder, num_steps, base_facts(job.cascade, stage), delta_bytes(stage))
+    settings = RunSettings(job.folder, num_steps, base_facts(job.cascade, stage), delta_bytes(stage), questions)
     return Engine(plan, trained, RunRows(train, val), settings, context)
 
 
@@ -280,13 +305,22 @@ def _save(
     record = _training_record(job, prepared, grown, fitted.history, engine.settings.num_steps)
     saved = f"the stage is saved in {job.folder}"
     without_evaluation = Interrupted(f"{saved}, and its evaluation is missing")
+    if problem := describe_failure(record):
+        job.context.progress.note(problem)
     _write_stage(job, record, engine)
+    if world.is_main:
+        record |= _outcome(job, fitted.history)
+        write_training_json(job.folder, record)
     if evaluate is not None and (world.is_main or grown.is_sharded):  # a sharded base runs in all processes at once
         if engine.stop:
             raise without_evaluation
+        started = time.perf_counter()
         try:
             record["evaluation"] = evaluate(cascade, name, prepared.held_out)
             record["example"] = answer_example(cascade, name)
+            fitted.history.evaluation_seconds = time.perf_counter() - started
+            if world.is_main:
+                record |= _outcome(job, fitted.history)
             _write_stage(job, record, engine)
         except KeyboardInterrupt:
             raise without_evaluation from None
@@ -302,6 +336,19 @@ def _save(
     if engine.stop:
         raise Interrupted(saved)
     return world.broadcast(record)
+
+
+def _outcome(job: _Job, history: History) -> dict[str, Any]:
+    """Return the estimate and the actual values of a stage that is written."""
+    return outcome_record(history, result_bytes=(job.folder / "delta.safetensors").stat().st_size)
+
+
+def _count_prompt_tokens(renderer: Renderer, held_out: dict[str, list[Conversation]]) -> dict[str, list[int]]:
+    """Return the number of tokens of each held-out question, by split."""
+    return {
+        split: [len(renderer.prompt_ids(row.question, row.tools, row.form)) for row in rows]
+        for split, rows in held_out.items()
+    }
 
 
 def _write_stage(job: _Job, record: dict[str, Any], engine: Engine) -> None:

@@ -1,6 +1,7 @@
 """Validation: the loss of held-out rows in nats per label and in bits per byte."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,17 +10,17 @@ from poe.data.packing import Batch, Rows
 from poe.modeling.families import logits_of
 from poe.training.loss import IGNORED, per_label_losses
 from poe.training.parallel.distributed import World
-from poe.training.reporting.progress import Progress
 from poe.training.run import TrainedModel
 
 
 @torch.no_grad()
 def validate(
-    trained: TrainedModel, rows: Rows, rows_per_batch: int, world: World, progress: Progress
+    trained: TrainedModel, rows: Rows, rows_per_batch: int, world: World, show_row: Callable[[int], None]
 ) -> dict[str, Any]:
     """Return `val_bpb` (bits per byte) and `val_loss` (nats per label) of `rows`, over all processes.
 
-    A model with several predictions also has `stage_bpb`, one number for each; the last is `val_bpb`.
+    A model with several predictions also has `stage_bpb`, one number for each; the last is `val_bpb`. `show_row` is
+    called with the number of rows that are done.
     """
     trained.model.eval()
     totals: Any = 0.0  # (K, 4), for every prediction: nats, labels, bits, bytes
@@ -27,7 +28,7 @@ def validate(
         # A process without rows runs one unlabeled row: with a sharded base all processes must run the layers.
         parts = [rows.batch(number, 1) for number in numbers] or [_remove_labels(rows.batch(0, 1))]
         totals = totals + torch.tensor(_sum_losses(trained, parts), dtype=torch.float64)
-        progress.show_validation(numbers.stop, rows.num_rows)
+        show_row(numbers.stop)
     sums = [world.all_reduce(*values) for values in totals.tolist()]
     nats, num_labels, bits, num_bytes = sums[-1]
     record: dict[str, Any] = {"val_bpb": bits / max(num_bytes, 1), "val_loss": nats / max(num_labels, 1)}

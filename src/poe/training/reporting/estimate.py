@@ -6,6 +6,9 @@ for the weight). The head computes only positions with a label. A step therefore
 the head for every kind of head delta. A validation costs `2 (N_below + N_stage + N_head x share)` per token. The time
 is this work at the measured speed of a forward pass.
 
+Held-out questions are answered twice, by the base and by the stage: a forward pass of the prompts, padded to the
+longest of a batch, and one measured pass of a single token for each of the `REPLY_TOKENS` that a reply may have.
+
 Memory, added to what the process already holds (libraries, model): per trained number its gradient, its copy in the
 best weights, and its optimizer state (Muon one fp32 number, AdamW two, one more for a half-precision weight); per
 number of the head its folded weight and two fp32 copies (the fold, the gradient); per token of a batch the inputs and
@@ -17,7 +20,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +31,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from poe.data.packing import Batch, Rows
+from poe.decoding.generation import REPLY_BATCH, REPLY_TOKENS
 from poe.errors import OutputError
 from poe.modeling.fork import ForkedLinear
+from poe.modeling.placement import device_of
 from poe.stages.recipe import Plan
 from poe.training.checkpoints.files import list_checkpoints
 from poe.training.checkpoints.identity import sample_rows
@@ -40,12 +45,16 @@ from poe.training.run import RunRows, RunSettings, TrainedModel
 
 CALIBRATION_TOKENS = 2048  # enough to measure the full speed of a network
 LABELS = {
-    "parameters": "parameters trained",
+    "rows": "packed rows",
     "tokens": "tokens",
-    "seconds": "time",
+    "steps": "steps",
+    "passes": "passes",
+    "parameters": "parameters trained",
+    "seconds": "training and validation",
+    "evaluation_seconds": "held-out questions, at most",
     "memory_bytes": "memory, peak",
     "result_bytes": "result",
-    "disk_bytes": "disk",
+    "disk_bytes": "disk, at most",
 }
 
 
@@ -54,16 +63,21 @@ class Estimate:
     """What a whole run will take. `flops_per_token` counts a training step without Muon."""
 
     parameters: int  # trained numbers
+    rows: int  # packed rows to train on
+    steps: int
+    passes: float  # through the packed rows
     tokens: int  # positions that go through the network in training, padding included
     flops_per_token: float
     seconds: float  # of all steps and validations
+    evaluation_seconds: float  # of the answers to the held-out questions
     memory_bytes: int  # peak of the process (CPU), or allocated on the GPU
     result_bytes: int  # exact size of delta.safetensors; for a base the size of its weights
     disk_bytes: int  # peak size of the run's folder
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON values: integers, and seconds with three digits."""
-        return {name: float(f"{v:.3g}") if name == "seconds" else round(v) for name, v in asdict(self).items()}
+        """Return the fields as JSON values: integers, and times and passes with three digits."""
+        fractions = ("passes", "seconds", "evaluation_seconds")
+        return {name: float(f"{v:.3g}") if name in fractions else round(v) for name, v in asdict(self).items()}
 
 
 @dataclass(frozen=True)
@@ -139,14 +153,20 @@ def estimate_run(
         num_validations = 1 + -(-settings.num_steps // plan.validation_every)
         val_tokens = num_validations * rows.val.num_rows * plan.seq_len
         flops += val_tokens * (forward_flops(weights, source, active) + 2 * weights.head * trained_share(rows.val))
+    speed = network_speed(source, timed_rows, forward_flops(weights, source, active))
+    all_weights = weights.below + weights.stage + weights.forked + weights.replaced
     state = _state_bytes(optimizer)
     weight_bytes = sum(p.numel() * p.element_size() for _, p in parameters)
     result_bytes = 2 * numbers if settings.result_bytes is None else settings.result_bytes
     return Estimate(
         parameters=numbers,
+        rows=rows.train.num_rows,
+        steps=settings.num_steps,
+        passes=settings.num_steps * plan.tokens_per_step / (rows.train.num_rows * plan.seq_len),
         tokens=tokens,
         flops_per_token=flops_per_token,
-        seconds=flops / num_processes / network_speed(source, timed_rows, forward_flops(weights, source, active)),
+        seconds=flops / num_processes / speed,
+        evaluation_seconds=_evaluation_seconds(model, settings.questions, 2 * all_weights / speed),
         memory_bytes=_memory_bytes(model, parameters, plan, weight_bytes, state // num_processes),
         result_bytes=result_bytes,
         # While a checkpoint is written there is one more than are kept. It holds the current and the best weights.
@@ -156,7 +176,7 @@ def estimate_run(
 
 def check_disk_space(run: Path, needed: int) -> None:
     """Raise `OutputError` unless `needed` bytes fit on the disk. The run's own checkpoints count as free space."""
-    checkpoint_bytes = sum(path.stat().st_size for folder in list_checkpoints(run) for path in folder.iterdir())
+    checkpoint_bytes = sum(map(folder_bytes, list_checkpoints(run)))
     existing = next(folder for folder in (run.absolute(), *run.absolute().parents) if folder.is_dir())
     free = shutil.disk_usage(existing).free + checkpoint_bytes
     if free < needed:
@@ -164,6 +184,11 @@ def check_disk_space(run: Path, needed: int) -> None:
             f"Not enough disk for {run}: this run writes up to {needed / 2**20:,.0f} MiB, {free / 2**20:,.0f} MiB are "
             "free. Free some space, or choose another folder with --out."
         )
+
+
+def folder_bytes(folder: Path) -> int:
+    """Return the bytes of all files below a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def forward_flops(weights: Weights, source: HiddenSource, active: float) -> float:
@@ -178,16 +203,36 @@ def network_speed(hidden: Callable[[Batch], torch.Tensor], rows: Batch, flops_pe
     norms and attention take as long as the matrices, or that of a recurrent one. A run that compiles is measured
     without: passes without a gradient would have to be compiled too, for this alone.
     """
-    device = rows.input_ids.device
+    return rows.input_ids.numel() * flops_per_token / fastest_seconds(lambda: hidden(rows), rows.input_ids.device)
+
+
+def fastest_seconds(action: Callable[[], object], device: torch.device) -> float:
+    """Return the time of the fastest of three calls, without gradients; the first one includes preparations."""
     fastest = float("inf")
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        for _ in range(3):  # the first pass includes preparations
+        for _ in range(3):
             _synchronize(device)
             started = time.perf_counter()
-            hidden(rows)
+            action()
             _synchronize(device)
             fastest = min(fastest, time.perf_counter() - started)
-    return rows.input_ids.numel() * flops_per_token / fastest
+    return fastest
+
+
+def _evaluation_seconds(model: PreTrainedModel, questions: Mapping[str, list[int]], token_seconds: float) -> float:
+    """Return how long the base and the stage take to answer, if every reply is as long as it may be."""
+    prompt_tokens = replies = 0
+    for lengths in questions.values():
+        ordered = sorted(lengths)
+        batches = [ordered[i : i + REPLY_BATCH] for i in range(0, len(ordered), REPLY_BATCH)]
+        prompt_tokens += sum(max(batch) * len(batch) for batch in batches)
+        replies += len(batches)
+    if not replies:
+        return 0.0
+    rows = min(REPLY_BATCH, max(map(len, questions.values())))
+    ids = torch.zeros((rows, 1), dtype=torch.int64, device=device_of(model.get_input_embeddings()))
+    step = fastest_seconds(lambda: model(input_ids=ids, use_cache=False), ids.device)
+    return 2 * (prompt_tokens * token_seconds + replies * REPLY_TOKENS * step)
 
 
 def memory_now(device: torch.device) -> int:
@@ -214,11 +259,13 @@ def compare_with_estimate(estimate: dict[str, Any], actual: dict[str, Any]) -> d
 
 def estimate_table(estimate: dict[str, Any], actual: dict[str, Any] | None = None) -> Table:
     """Return a table of an estimate, with columns for the actual values if they are given."""
-    table = Table(title="estimate" if actual is None else "estimate and outcome", title_justify="left")
+    table = Table(title="plan" if actual is None else "plan and outcome", title_justify="left")
     for column in ("", "estimate", *(() if actual is None else ("actual", "ratio"))):
         table.add_column(column, justify="right" if column else "left")
     ratios = {} if actual is None else compare_with_estimate(estimate, actual)
     for name, label in LABELS.items():
+        if not estimate.get(name):  # a run without questions
+            continue
         row = [label, format_quantity(name, estimate[name])]
         if actual is not None:
             row += [
@@ -231,8 +278,8 @@ def estimate_table(estimate: dict[str, Any], actual: dict[str, Any] | None = Non
 
 def estimate_line(estimate: dict[str, Any]) -> str:
     """Return an estimate as one line for a log."""
-    return "estimate: " + ", ".join(
-        f"{label} {format_quantity(name, estimate[name])}" for name, label in LABELS.items()
+    return "plan: " + ", ".join(
+        f"{label} {format_quantity(name, estimate[name])}" for name, label in LABELS.items() if estimate.get(name)
     )
 
 
@@ -240,9 +287,9 @@ def format_quantity(name: str, value: float) -> str:
     """Format a quantity of an estimate with its unit."""
     if name.endswith("_bytes"):
         return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.2f} MB"
-    if name == "seconds":
+    if name.endswith("seconds"):
         return f"{value:.0f} s" if value < 120 else f"{value / 60:.1f} min" if value < 7200 else f"{value / 3600:.1f} h"
-    return f"{value:,}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.1f}"
 
 
 def _muon_flops(optimizer: MuonAdamW) -> float:

@@ -19,7 +19,9 @@ class History:
     best_bpb: float = math.inf
     seconds: float = 0.0  # of the steps
     tokens: int = 0  # positions that went through the network, padding included
-    eval_seconds: float = 0.0
+    eval_seconds: float = 0.0  # of the validations
+    evaluation_seconds: float | None = None  # of the held-out questions, once they are answered
+    disk_bytes: int = 0  # largest size of the run's folder, after a checkpoint
     peak_bytes: int = 0  # peak memory over all processes that continued the run
     estimate: dict[str, Any] = field(default_factory=dict)  # made before the first step
     name: str = ""  # the name of the run in the trackers
@@ -27,7 +29,15 @@ class History:
     @property
     def actual(self) -> dict[str, Any]:
         """The actual values of the quantities that were estimated."""
-        return {"tokens": self.tokens, "seconds": self.seconds + self.eval_seconds, "memory_bytes": self.peak_bytes}
+        actual = {
+            "tokens": self.tokens,
+            "steps": len(self.steps),
+            "passes": self.steps[-1]["epoch"] if self.steps else 0,
+            "seconds": self.seconds + self.eval_seconds,
+            "memory_bytes": self.peak_bytes,
+            "disk_bytes": self.disk_bytes,
+        }
+        return actual if self.evaluation_seconds is None else {**actual, "evaluation_seconds": self.evaluation_seconds}
 
 
 def summarize_run(record: Mapping[str, Any], history: History) -> dict[str, float]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import IO, Any, cast
 
 from rich.console import Console, ConsoleOptions, RenderableType
-from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from rich.segment import Segment
 from rich.table import Table
@@ -88,6 +88,8 @@ class Progress:
         self._steps_per_epoch = 0.0
         self._started = time.monotonic()
         self._first = 0
+        self._work, self._work_started, self._share, self._last_beat = "", 0.0, 0.0, 0.0
+        self._step: int | None = None
 
     def start(self, step: int, num_steps: int, steps_per_epoch: float) -> None:
         """Show the bars of a run that starts, or continues, after `step` steps."""
@@ -99,6 +101,7 @@ class Progress:
             TextColumn("{task.description}"),
             BarColumn(),
             TextColumn("{task.fields[text]}"),
+            TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=self.console,
         )
@@ -106,6 +109,26 @@ class Progress:
         self._epoch_bar = self._live.add_task("", total=steps_per_epoch, visible=num_steps > steps_per_epoch, text="")
         self._eval_bar = self._live.add_task("validation", total=None, visible=False, text="")
         self._live.start()
+
+    def begin(self, work: str, step: int | None = None) -> None:
+        """Start to show the progress of a step, by the number of steps before it, or of a validation."""
+        self._work, self._step, self._work_started, self._share = work, step, time.monotonic(), 0.0
+
+    def show_share(self, share: float) -> None:
+        """Show the share of the current step or validation that is done, 0 to 1."""
+        self._share = share
+        if self._live is not None and self._step is not None:
+            self._live.update(self._step_bar, completed=self._step + share)
+        self.beat()
+
+    def beat(self) -> None:
+        """Print a line in a log about a step or a validation that takes long, every `LINE_INTERVAL_S` seconds."""
+        now = time.monotonic()
+        if self.quiet or self._live is not None or now - max(self._work_started, self._last_beat) < LINE_INTERVAL_S:
+            return
+        self._last_beat = now
+        share = f"{self._share:.0%} done after " if self._share else ""
+        self.note(f"{self._work}: {share}{now - self._work_started:.0f} s")
 
     def show_step(self, step: int, loss: float, tokens_per_s: float) -> None:
         """Show a finished step. A log gets a line at most every `LINE_INTERVAL_S` seconds, and for the last step."""

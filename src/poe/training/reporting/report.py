@@ -110,9 +110,9 @@ def write_training_json(folder: Path, record: Mapping[str, Any]) -> None:
     write_file(folder / "training.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
-def outcome_record(history: History) -> dict[str, Any]:
-    """Return the estimate, the actual values and their ratios, for training.json."""
-    actual = {name: round(value, 2) for name, value in history.actual.items()}
+def outcome_record(history: History, **more: float) -> dict[str, Any]:
+    """Return the estimate, the actual values and their ratios, for training.json; `more` are further actual values."""
+    actual = {name: round(value, 2) for name, value in {**history.actual, **more}.items()}
     return {"estimate": history.estimate, "actual": actual, "ratio": compare_with_estimate(history.estimate, actual)}
 
 
