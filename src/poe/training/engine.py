@@ -99,7 +99,7 @@ class Engine:
                         raise metrics.failure or Interrupted(f"saved at step {step}")
             except AbandonedPassError:
                 self._save_abandoned(step)
-                raise Interrupted(f"saved at step {step}" if self.best_weights else "nothing was saved") from None
+                raise Interrupted(f"saved at step {step}" if self.best_weights else "") from None
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
