@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from command_line import MODULES, run_program
+from conftest import mostly_slow
 from documented_commands import LANGUAGES, ROOT, Block, blocks, check_options, commands, pages
 
 # How many blocks of a page are not run. Each gives its reason in a comment above it.
@@ -48,6 +49,7 @@ SHORT = {"--max-steps": "2", "--tokens-per-step": "1024", "--eval-rows": "1"}
 UNTRAINED = re.compile("not accepted|cut off|no call that can be read|does not fit the tools")
 SET_UP = re.compile(r"^(python3 -m venv|(\.venv/bin/)?pip install|source \.venv)")
 PAGES = [page for page in pages() if any(block.language in LANGUAGES for block in blocks(page))]
+QUICK_PAGES = [page for page in PAGES if not page.startswith("docs/how-to/")]
 CHECKER, FLAGS = doctest.OutputChecker(), doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
@@ -59,7 +61,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", mostly_slow(PAGES, QUICK_PAGES))
 def test_the_blocks_of_a_page_run_and_print_what_it_shows(page: str, folder: Path) -> None:
     names: dict[str, Any] = {}
     for block in blocks(page):

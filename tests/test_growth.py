@@ -239,7 +239,7 @@ def test_a_grown_model_compiles_to_one_graph(name: str) -> None:
     ("fields", "message"),
     [
         ({"name": "a/b"}, "must start with a letter"),
-        ({"num_layers": 0}, "num_layers must be a whole number of at least 1, got 0"),
+        ({"num_layers": 0}, "num_layers must be a whole number of at least 1 and at most 1000, got 0"),
         ({"head": "big"}, "head must be one of dense, low_rank, none, got 'big'"),
         ({"head": "low_rank", "head_rank": 0}, "head_rank"),
         ({"head": "low_rank", "head_rank": 500}, "larger than the head itself"),

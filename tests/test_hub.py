@@ -117,6 +117,7 @@ def test_a_revision_is_pinned_to_a_commit(hub: FakeHub, saved_base) -> None:
         Cascade.from_pretrained("me/t", revision="never")
 
 
+@pytest.mark.slow
 def test_a_private_repository_opens_only_for_its_owner(hub: FakeHub, saved_base) -> None:
     publish_base(saved_base())
     cascade = Cascade.from_pretrained("me/base").add_stage(StageConfig("t", 1))
@@ -226,6 +227,7 @@ def program(*arguments: str, **environment: str) -> subprocess.Popen:
     )
 
 
+@pytest.mark.slow
 def test_a_push_that_is_killed_leaves_nothing_behind(hub: FakeHub, saved_base, tmp_path: Path) -> None:
     publish_base(saved_base())
     arguments = ["push", str(stage_folder(saved_base, tmp_path)), "me/killed", "--base", "me/base"]
@@ -423,6 +425,7 @@ def test_shards_of_other_folders_are_refused(saved_base, tmp_path: Path) -> None
         Cascade.from_pretrained(folder, base=base)
 
 
+@pytest.mark.slow
 def test_pickles_of_a_repository_are_never_fetched(chain, hub: FakeHub) -> None:
     base, _, child, expected = chain
     evil = {"pytorch_model.bin": b"\x80", "tokenizer.pkl": b"\x80", "sub/x.pt": b"\x80"}

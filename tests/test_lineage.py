@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import poe.loaders.base
-from conftest import scramble, tiny_base, tiny_tokenizer, token_ids
+from conftest import mostly_slow, scramble, tiny_base, tiny_tokenizer, token_ids
 from poe import Cascade, StageConfig
 from poe.errors import DeltaError, FamilyError, FingerprintError, LineageError, SourceError, StageError
 from poe.loaders import repository
@@ -243,7 +243,7 @@ print(time.monotonic() - start, file=sys.stderr)
 """
 
 
-@pytest.mark.parametrize("offline", [True, False])
+@pytest.mark.parametrize("offline", mostly_slow([True, False], [False]))
 def test_without_a_network_a_clear_error_comes_soon(family: Path, offline: bool) -> None:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"} if offline else dict(os.environ)
     environment["HF_ENDPOINT"] = "http://127.0.0.1:9"  # nothing listens there

@@ -109,6 +109,7 @@ def test_a_device_map_of_one_device_changes_nothing(place, saved_base, tmp_path:
     cascade.export_native("t", tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_the_trainer_trains_on_an_offloaded_base(tmp_path: Path) -> None:
     def trained(out: str, **placed: Any) -> dict[str, torch.Tensor]:
         cascade = Cascade.from_pretrained("demo", **placed)

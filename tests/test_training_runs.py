@@ -79,7 +79,8 @@ def wait_for_steps(out: Path, steps: int, process: subprocess.Popen[bytes]) -> N
     raise AssertionError(f"no {steps} steps in three minutes")
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [1, 3])
 def test_killed_run_resumes_to_the_same_bytes(base: Path, tmp_path: Path, kills: int) -> None:
     options = ("--max-steps", "60", "--checkpoint-every", "0.05")
     whole = run_in_process(command(base, tmp_path / "whole", *options))
@@ -121,6 +122,7 @@ def test_ctrl_c_saves_a_checkpoint_and_reports_how_to_resume(base: Path, tmp_pat
     assert deltas[0] == deltas[1]
 
 
+@pytest.mark.slow
 def test_ctrl_c_during_data_preparation_reports_that_nothing_was_written(base: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "POE_CACHE": str(tmp_path / "cache")}
     args = command(base, tmp_path / "out", data="demo=100000")
@@ -222,6 +224,7 @@ def test_output_folder_that_is_not_empty_is_not_touched(base: Path, tmp_path: Pa
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.slow
 def test_full_disk_is_reported_before_training_and_during_writes(base: Path, tmp_path: Path, monkeypatch) -> None:
     class Usage:
         free = 10_000

@@ -313,6 +313,7 @@ def test_fp16_is_refused() -> None:
 # --- torch.compile
 
 
+@pytest.mark.slow
 def test_compiled_training_equals_eager_training(tmp_path: Path, monkeypatch) -> None:
     """Losses and parameter names are the same, and the model still validates and generates."""
     # this backend captures the graph as inductor does, without the minutes of compilation

@@ -8,10 +8,10 @@ from torch import Tensor
 
 def describe_failure(record: Mapping[str, Any]) -> str | None:
     """Return why a run is no success, from its training.json: it learned nothing, or it diverged. None if it is one."""
-    trajectory = record.get("trajectory") or []
-    if len(trajectory) < 2:
+    trajectory, best = record.get("trajectory") or [], record.get("best_step")
+    if len(trajectory) < 2 or best is None:
         return None
-    before, after, best = trajectory[0]["val_bpb"], trajectory[-1]["val_bpb"], record["best_step"]
+    before, after = trajectory[0]["val_bpb"], trajectory[-1]["val_bpb"]
     numbers = f"validation began at {before:.4f} bits per byte and ended at {after:.4f}"
     advice = "Try lower learning rates (matrix_lr, head_lr), max_grad_norm, or other data."
     if best == 0:

@@ -49,8 +49,7 @@ class StageConfig:
             if not is_auto and not (is_number and 1 <= value <= (most or value)):
                 limit = f" and at most {most}" if most else " or 'auto'"
                 raise StageError(
-                    f"Stage {self.name!r}: {field} must be a whole number of at least 1{limit}, got "
-                    f"{str(value)[:80]!r}."
+                    f"Stage {self.name!r}: {field} must be a whole number of at least 1{limit}, got {repr(value)[:80]}."
                 )
         if self.head not in HEADS:
             raise StageError(f"Stage {self.name!r}: head must be one of {', '.join(HEADS)}, got {self.head!r}.")
