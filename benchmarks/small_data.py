@@ -92,13 +92,14 @@ def main() -> None:
         question = next(message["content"] for message in example["messages"] if message["role"] == "user")
         call = [programs / "poe", "call", run, question, "--tools", folder / "tools.json"]
         answered = subprocess.run(call, capture_output=True, text=True)
+    has_calls = answered.returncode == 0 and bool(json.loads(answered.stdout)["tool_calls"])
     before, best = record["trajectory"][0]["val_bpb"], record["val_bpb"]
     checks = {
         f"first line after {first_line:.1f} s": first_line < FIRST_LINE_S,
         f"stopped {stop_seconds:.1f} s after Ctrl-C": stopped and stop_seconds < STOP_S,
         f"resumed, exit code {code}": code == 0,
         f"validation {before:.4f} -> {best:.4f} bits per byte": best < before,
-        f"poe call: {answered.stdout.strip() or answered.stderr.strip()}": answered.returncode == 0,
+        f"poe call: {answered.stdout.strip() or answered.stderr.strip()}": has_calls,
     }
     print(json.dumps({key: record[key] for key in ("estimate", "actual", "ratio", "evaluation")}, indent=2))
     for text, passed in checks.items():

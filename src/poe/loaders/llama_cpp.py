@@ -24,6 +24,7 @@ _FULL_ATTENTION_EVERY = {
     "smollm3": 1,
     "starcoder2": 1,
 }
+_UNKNOWN = ("cwm", "helium", "nanochat", "persimmon", "poe")
 _NEVER_TIED = ("apertus", "gpt_neox", "nemotron", "olmo2", "olmo3", "phi", "stablelm")
 _LARGEST_GEMMA = {"gemma2": 46, "gemma3_text": 62}  # layers of the 27B models
 _POSITIONS_BY_WINDOW = ("cohere2", "exaone4", "gemma3_text")  # the kind of a layer decides its rotary positions, too
@@ -39,15 +40,17 @@ def find_differences(config: PreTrainedConfig, has_head: bool) -> list[str]:
 
 def _differences_of_head(config: PreTrainedConfig, has_head: bool) -> Iterator[str]:
     kind = config.model_type
+    if kind in _UNKNOWN:
+        yield f"it has no architecture for {kind}, so its converter refuses the export"
     if has_head and kind in ("gemma", "gemma2"):
         yield (
-            "it leaves the head out and uses the embedding instead (as vLLM does for gemma2): a stage with head='none' "
-            "keeps the embedding as its head"
+            f"it leaves the head out and uses the embedding instead{' (vLLM refuses it)' if kind == 'gemma2' else ''}: a "
+            "stage with head='none' keeps the embedding as its head"
         )
     if has_head and kind in ("cohere", "cohere2"):
         yield (
-            "its converter refuses a head beside the embedding (lm_head.weight): a stage with head='none' on a tied "
-            "base has none"
+            "its converter refuses a head beside the embedding (lm_head.weight), and vLLM leaves it out without a "
+            "message: a stage with head='none' on a tied base has none"
         )
     if not has_head and kind in _NEVER_TIED:
         yield f"it does not open {kind} with a tied head: a stage with a head delta unties it"
