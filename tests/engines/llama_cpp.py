@@ -6,8 +6,8 @@ Each export is converted by llama.cpp's own converter, under the transformers th
 and continues prompts greedily in fp32. The tokens must be those of transformers; where the two best logits are closer
 than 0.01, either is right, and the comparison of a prompt ends if the other one came. The exports in `DIFFERENT` must
 warn, and llama.cpp must refuse them or compute other tokens. Those in `UNKNOWN` must warn, and the converter must
-refuse them. The others must not warn. Packages come from PyPI and are kept in ~/.cache/poe-tests. Where no package index
-can be reached, one line says so.
+refuse them. The others must not warn. Packages come from PyPI and are kept in ~/.cache/poe-tests. Where no package
+index can be reached, one line says so.
 """
 
 import filecmp

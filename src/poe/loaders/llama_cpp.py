@@ -45,8 +45,8 @@ def _differences_of_head(config: PreTrainedConfig, has_head: bool) -> Iterator[s
     if has_head and kind in ("gemma", "gemma2"):
         in_vllm = " (vLLM refuses it)" if kind == "gemma2" else ""
         yield (
-            f"it leaves the head out and uses the embedding instead{in_vllm}: a stage with head='none' keeps the embedding "
-            "as its head"
+            f"it leaves the head out and uses the embedding instead{in_vllm}: a stage with head='none' keeps the "
+            "embedding as its head"
         )
     if has_head and kind in ("cohere", "cohere2"):
         yield (
