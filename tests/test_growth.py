@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from conftest import BASES, mostly_slow, scramble, tiny_base, token_ids
+from conftest import mostly_slow, scramble, tiny_base, token_ids
 from poe import Cascade, PoEError, StageConfig
 from poe.errors import StageError
 from poe.modeling.stage import build_stage
@@ -221,7 +221,7 @@ def test_a_deep_copy_is_independent() -> None:
     assert model.config._attn_implementation == cascade.base.config._attn_implementation == "sdpa"
 
 
-@pytest.mark.parametrize("name", mostly_slow(BASES, ["poe"]))
+@pytest.mark.parametrize("name", mostly_slow(EXEMPLARS, ["poe"]))
 def test_a_grown_model_compiles_to_one_graph(name: str) -> None:
     torch._dynamo.reset()  # what other families compiled counts against this one's limit
     cascade = grown(name)
