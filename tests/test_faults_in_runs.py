@@ -367,13 +367,8 @@ def test_a_run_without_standard_streams_is_a_run(demo_base: Path, tmp_path: Path
 def test_a_terminal_that_closes_saves_the_run(demo_base: Path, tmp_path: Path) -> None:
     words = stage_command(demo_base, tmp_path / "run", "--max-steps", "400", data="demo=60")
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, preexec_fn=restore_sighup)
-    with contextlib.suppress(FileNotFoundError):
-        while process.poll() is None:
-            time.sleep(0.05)
-            if (tmp_path / "run" / "metrics.jsonl").stat().st_size:
-                break
-    deadline = time.monotonic() + 120
-    while not list((tmp_path / "run").glob("metrics.jsonl")) and time.monotonic() < deadline:
+    metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120
+    while not (metrics.is_file() and metrics.read_text()) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert process.stderr is not None
     process.stderr.close()

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from conftest import mostly_slow, scramble, tiny_base, token_ids
+from conftest import EXEMPLARS, mostly_slow, scramble, tiny_base, token_ids
 from poe import Cascade, PoEError, StageConfig
 from poe.errors import StageError
 from poe.modeling.stage import build_stage
