@@ -6,6 +6,7 @@ import functools
 import itertools
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -34,6 +35,8 @@ from hypothesis import HealthCheck, settings  # noqa: E402
 from torch import nn  # noqa: E402
 from transformers import PreTrainedModel  # noqa: E402
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a background job of a shell; tests send it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 torch.set_num_threads(1)

@@ -269,6 +269,7 @@ for folder in folders:
 """
 
 
+@pytest.mark.slow
 def test_package_remote_code_and_export_give_the_same_logits(saved_base, tmp_path: Path) -> None:
     """Remote code and the native export run in a process that cannot import `poe`."""
     import hashlib

@@ -349,9 +349,8 @@ except OutputError as error:
 """
 
 
-@pytest.mark.parametrize(
-    "limit", [pytest.param(10, marks=pytest.mark.slow), 3000, pytest.param(20000, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", [10, 3000, 20000])
 def test_an_unwritable_folder_is_refused(saved_base, tmp_path: Path, limit: int) -> None:
     code = LIMITED.format(
         tests=str(Path(__file__).parent), base=str(saved_base()), limit=limit, target=str(tmp_path / "out" / "t")

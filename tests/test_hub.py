@@ -73,6 +73,7 @@ def edit_config(hub: FakeHub, repo: str, **changes) -> None:
     hub.put(repo, **{"config.json": json.dumps({**config, **changes}).encode()})
 
 
+@pytest.mark.slow
 def test_a_chain_over_three_repositories_loads_with_and_without_the_package(chain, hub, saved_base, tmp_path) -> None:
     base, parent, child, expected = chain
     config = json.loads(hub.files(child)["config.json"])

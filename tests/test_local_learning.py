@@ -128,6 +128,7 @@ def test_graph_of_one_stage_is_in_memory_at_a_time() -> None:
     assert peaks[True] < 0.3 * peaks[False]
 
 
+@pytest.mark.slow
 def test_locally_trained_base_predicts_after_every_stage(tmp_path: Path) -> None:
     fields = {
         "vocab_size": 500,

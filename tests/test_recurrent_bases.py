@@ -94,6 +94,7 @@ def test_the_stage_runs_once_between_the_last_cycle_and_its_norm(name: str, pref
     counts=st.lists(st.integers(1, 3), min_size=1, max_size=3),
     prefix=st.integers(0, 6),
 )
+@pytest.mark.slow
 def test_any_number_of_cycles_and_layers(cycles: tuple[int, int], layers: int, counts: list[int], prefix: int) -> None:
     fields = {**HRM, "H_cycles": cycles[0], "L_cycles": cycles[1], "num_hidden_layers": layers}
     cascade, ids = Cascade(tiny_model("hrm_text", fields)), token_ids()

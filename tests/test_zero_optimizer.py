@@ -219,6 +219,7 @@ def test_each_process_holds_half_of_the_state(two: Path, scenario: str, shapes: 
     assert all(r["state_bytes"] <= 0.55 * problem.state_bytes(optimizer) for r in records)
 
 
+@pytest.mark.slow
 def test_bucket_size_changes_no_bit(two: Path) -> None:
     usual, small = outcome_record(two, "plain"), outcome_record(two, "buckets")
     assert all(torch.equal(usual[0][name], small[0][name]) for name in usual[0])
