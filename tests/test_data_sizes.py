@@ -20,7 +20,7 @@ from poe.data.sizes import (
 from poe.data.split import find_held_out
 from poe.errors import DataError, RecipeError
 from poe.stages import Recipe, load_recipe
-from poe.stages.fields import AtMost
+from poe.stages.fields import UpTo
 
 
 def size_of(packed_rows: int, conversations: int = 1000, passes: float = 1.0, chosen: bool = False) -> DataSize:
@@ -37,10 +37,10 @@ def resolve(recipe: Recipe, rows: int, seq_len: int = 512, **size) -> Recipe:
 
 def test_a_limit_is_written_at_most_and_survives_files(tmp_path: Path) -> None:
     recipe = Recipe(name="mine", seq_len="at most 640", tokens_per_step=1280)
-    assert (type(recipe.seq_len), type(recipe.tokens_per_step)) == (AtMost, int)
+    assert (type(recipe.seq_len), type(recipe.tokens_per_step)) == (UpTo, int)
     (tmp_path / "mine.yaml").write_text(recipe.to_yaml())
     assert "seq_len: at most 640" in recipe.to_yaml()
-    assert type(load_recipe(tmp_path / "mine.yaml").seq_len) is AtMost
+    assert type(load_recipe(tmp_path / "mine.yaml").seq_len) is UpTo
     with pytest.raises(RecipeError, match="seq_len should be a whole number"):
         Recipe(name="mine", seq_len="at most many")
 
@@ -54,7 +54,7 @@ def test_large_data_has_the_published_sizes(name: str) -> None:
     assert resolved.max_steps == 100_000 * 2048 // recipe.tokens_per_step
     assert resolved.validation_every == recipe.validation_every
     assert choose_validation_ratio(recipe, split_numbers(100_000)) == 0.02
-    assert not any(isinstance(value, AtMost) for value in vars(resolved).values())
+    assert not any(isinstance(value, UpTo) for value in vars(resolved).values())
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from math import ceil
 import numpy as np
 
 from poe.errors import DataError
-from poe.stages.fields import AtMost
+from poe.stages.fields import UpTo
 from poe.stages.recipe import Recipe
 
 MIN_STEPS = 50  # a stage learns little in fewer
@@ -54,10 +54,10 @@ def choose_validation_ratio(recipe: Recipe, numbers: np.ndarray) -> float:
 
 def longest_row(recipe: Recipe, max_positions: int | None) -> int:
     """Return the largest number of tokens that a packed row may have; the base has `max_positions` positions."""
-    if not isinstance(recipe.seq_len, AtMost):
+    if not isinstance(recipe.seq_len, UpTo):
         return recipe.seq_len
     limits = [int(recipe.seq_len), max_positions or int(recipe.seq_len)]
-    return min(limits if isinstance(recipe.tokens_per_step, AtMost) else [*limits, recipe.tokens_per_step])
+    return min(limits if isinstance(recipe.tokens_per_step, UpTo) else [*limits, recipe.tokens_per_step])
 
 
 def choose_seq_len(recipe: Recipe, longest: int, max_positions: int | None) -> int:
@@ -66,10 +66,10 @@ def choose_seq_len(recipe: Recipe, longest: int, max_positions: int | None) -> i
     Of a step with an exact number of tokens, it is a part without a remainder, if there is one.
     """
     limit = longest_row(recipe, max_positions)
-    if not isinstance(recipe.seq_len, AtMost):
+    if not isinstance(recipe.seq_len, UpTo):
         return limit
     needed = min(limit, ceil(max(longest, 1) / _LENGTH_STEP) * _LENGTH_STEP)
-    if isinstance(recipe.tokens_per_step, AtMost):
+    if isinstance(recipe.tokens_per_step, UpTo):
         return needed
     parts = (n for n in range(needed, limit + 1) if recipe.tokens_per_step % n == 0)
     return next(parts, limit)
@@ -86,7 +86,7 @@ def resolve_sizes(recipe: Recipe, seq_len: int, ratio: float, size: DataSize, nu
             f"{MIN_ROWS} and better hundreds, or choose the number of steps with max_steps to train all the same."
         )
     tokens_per_step = recipe.tokens_per_step
-    if isinstance(tokens_per_step, AtMost):
+    if isinstance(tokens_per_step, UpTo):
         rows = max(1, min(int(tokens_per_step) // seq_len, size.pass_rows // MIN_STEPS))
         tokens_per_step = ceil(rows / num_processes) * num_processes * seq_len
     rows_per_step = tokens_per_step // seq_len
@@ -96,7 +96,7 @@ def resolve_sizes(recipe: Recipe, seq_len: int, ratio: float, size: DataSize, nu
         if not size.chosen_passes and max_steps < MIN_STEPS:
             max_steps = ceil(MIN_STEPS / max_steps) * max_steps
     every = recipe.validation_every
-    if isinstance(every, AtMost):
+    if isinstance(every, UpTo):
         every = max(1, min(int(every), max_steps // MIN_VALIDATIONS))
     return recipe.replace(
         seq_len=seq_len,
@@ -112,7 +112,7 @@ def describe_sizes(recipe: Recipe, resolved: Recipe, size: DataSize) -> str:
     parts = []
     for name, text in (("seq_len", "rows of {} tokens"), ("tokens_per_step", "{} tokens a step")):
         limit, value = getattr(recipe, name), getattr(resolved, name)
-        if isinstance(limit, AtMost):
+        if isinstance(limit, UpTo):
             parts.append(f"{text.format(f'{value:,}')} (at most {int(limit):,})")
     pass_tokens = size.pass_rows * resolved.seq_len
     if resolved.tokens_per_step > pass_tokens:

@@ -33,7 +33,7 @@ class Range:
     accepts: Callable[[float], bool]
 
 
-class AtMost(int):
+class UpTo(int):
     """A limit, written `at most 2048` in a recipe: a run uses less where its data needs less."""
 
     def __str__(self) -> str:
@@ -76,9 +76,9 @@ def check_fields(instance: Any, title: str) -> None:
 
 
 def parse_limit(value: Any) -> Any:
-    """Return the `AtMost` that a text such as `at most 2048` stands for, and any other value as it is."""
+    """Return the `UpTo` that a text such as `at most 2048` stands for, and any other value as it is."""
     match = re.fullmatch(r"at most (\d+)", value) if isinstance(value, str) else None
-    return AtMost(match[1]) if match else value
+    return UpTo(match[1]) if match else value
 
 
 def describe_fields(kind: type) -> dict[str, FieldInfo]:
@@ -101,7 +101,7 @@ def format_value(value: Any) -> str:
     """Return the value of a field as one line of YAML, the text for a recipe file or an option."""
     if dataclasses.is_dataclass(value):
         value = value.as_dict()  # type: ignore[union-attr]
-    value = str(value) if isinstance(value, AtMost) else value
+    value = str(value) if isinstance(value, UpTo) else value
     return yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("...\n").strip()
 
 

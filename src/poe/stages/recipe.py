@@ -18,7 +18,7 @@ from poe.modeling.stage_config import StageConfig
 from poe.stages.augmentation import Augmentation
 from poe.stages.familiar_fields import advise
 from poe.stages.fields import (
-    AtMost,
+    UpTo,
     FieldInfo,
     LayerCount,
     Limit,
@@ -108,7 +108,7 @@ class Plan:
             StageConfig(self.name)
         except StageError as error:
             raise RecipeError(str(error)) from None
-        is_open = isinstance(self.seq_len, AtMost) or isinstance(self.tokens_per_step, AtMost)
+        is_open = isinstance(self.seq_len, UpTo) or isinstance(self.tokens_per_step, UpTo)
         if not is_open and self.tokens_per_step % self.seq_len:
             raise RecipeError(
                 f"Recipe {self.name!r}: tokens_per_step ({self.tokens_per_step}) must be a multiple of seq_len "
@@ -141,16 +141,16 @@ class Plan:
 class Recipe(Plan):
     """The shape and the training of a stage. The defaults are those of the published 1.3B stages of Cognica PoE."""
 
-    seq_len: Limit = AtMost(2048)
+    seq_len: Limit = UpTo(2048)
     """Length of a packed row in tokens. At most N: as long as the longest row of the data, up to N and the base's own
     limit."""
-    tokens_per_step: Limit = AtMost(131072)
+    tokens_per_step: Limit = UpTo(131072)
     """Tokens in one optimizer step, over all rows and processes; a multiple of seq_len. At most N: few enough that a
     pass of the data has 50 steps, or one row."""
     max_steps: PositiveInt | None = None
     """Number of optimizer steps. Null: as many as the data and its epochs give; without epochs at least 50, in several
     passes of small data."""
-    validation_every: Limit = AtMost(200)
+    validation_every: Limit = UpTo(200)
     """Steps between two measurements of the validation bits per byte. At most N: a fifth of the steps, up to N."""
     train_on: Literal["assistant", "calls"] = "assistant"
     """Turns to learn: all turns of the assistant, or only those with calls."""
@@ -210,7 +210,7 @@ class Recipe(Plan):
 
     def as_dict(self) -> dict[str, Any]:
         fields = {**super().as_dict(), "augment": self.augment.as_dict()}
-        return {name: str(value) if isinstance(value, AtMost) else value for name, value in fields.items()}
+        return {name: str(value) if isinstance(value, UpTo) else value for name, value in fields.items()}
 
     def stage_config(self, **fields: Any) -> StageConfig:
         """Return the shape of the stage, with some fields changed."""
