@@ -18,7 +18,6 @@ from poe.modeling.stage_config import StageConfig
 from poe.stages.augmentation import Augmentation
 from poe.stages.familiar_fields import advise
 from poe.stages.fields import (
-    UpTo,
     FieldInfo,
     LayerCount,
     Limit,
@@ -28,6 +27,7 @@ from poe.stages.fields import (
     Positive,
     PositiveInt,
     Ratio,
+    UpTo,
     VocabularySize,
     check_fields,
     describe_fields,
