@@ -97,8 +97,8 @@ SENTENCEPIECE = (
     "phi3",
     *UNKNOWN,
 )
-# Bases that vLLM is tried with. It leaves the head of cohere out without a message, and refuses that of gemma2. It
-# computes other tokens for cohere2 without a head as well; the cause is not known.
+# Bases that vLLM is tried with. It leaves the head of cohere out without a message, and refuses that of gemma2. Its
+# windows of cohere2 are one token longer than those of transformers.
 IN_VLLM = [*(name for name in FAMILIES if "-" not in name), "nanochat", "cohere-head", "cohere2-head", "gemma2-head"]
 DIFFERENT_IN_VLLM = ("cohere-head", "cohere2-head", "cohere2")
 REFUSED_IN_VLLM = {"gemma2-head": "no module or parameter named 'lm_head'"}
