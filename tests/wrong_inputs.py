@@ -29,7 +29,7 @@ def _train(options: str, message: str, exit_code: int = 1) -> WrongInput:
 
 CASES = [
     # names
-    WrongInput("poe genrate demo x", "Did you mean 'generate'?", 2),  # codespell:ignore genrate
+    WrongInput("poe pusk demo x", "Did you mean 'push'?", 2),
     WrongInput("poe-train stag", "Did you mean 'stage'?", 2),
     WrongInput("poe-train stage tol", "Did you mean 'tool'?"),
     WrongInput("poe recipes tol", "Did you mean 'tool'?"),
