@@ -184,3 +184,14 @@ def test_words_of_peft_and_transformers_work_or_name_ours(
     with pytest.raises(AttributeError, match=r"no attribute 'blah'$"):
         cascade.blah  # noqa: B018
     assert not any(hasattr(Cascade, name) for name in familiar_names.NAMES)
+
+
+def test_blocks_of_calls_and_results_are_read_in_a_conversation() -> None:
+    messages = [
+        {"role": "user", "content": "Book 3"},
+        {"role": "assistant", "content": [{"type": "tool_use", "id": "t1", "name": "book", "input": {"n": 3}}]},
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t1", "content": "done"}]},
+    ]
+    call, result = read_messages(messages)[1:]
+    assert call["tool_calls"][0]["function"] == {"name": "book", "arguments": {"n": 3}}
+    assert (result["role"], result["content"], result["tool_call_id"]) == ("tool", "done", "t1")

@@ -10,10 +10,11 @@ import torch
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
+from poe.calls.content import content_text, split_messages
 from poe.calls.conversation import Call, Message
 from poe.calls.forms.call_forms import parse_reply
 from poe.calls.tools import check_calls, read_tools
-from poe.data.readers.messages import content_text, read_call
+from poe.data.readers.messages import read_call
 from poe.data.render import Renderer
 from poe.data.templates import complete_template, note_unread_calls, reply_form
 from poe.decoding.generation import REPLY_BATCH, REPLY_TOKENS, greedy_options
@@ -90,10 +91,11 @@ def read_messages(messages: Any) -> list[Message]:
     expected = "expected a list of messages such as {'role': 'user', 'content': '...'}"
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or not messages:
         raise DataError(f"Messages cannot be {type(messages).__name__} {str(messages)[:60]!r}: {expected}.")
-    read: list[Message] = []
     for message in messages:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise DataError(f"{str(message)[:80]!r} is no message: {expected}.")
+    read: list[Message] = []
+    for message in split_messages(map(dict, messages)):
         content = message.get("content")
         text = {"content": None if content is None else content_text(content)}
         calls = [read_call(call, [], False) for call in message.get("tool_calls") or ()]
