@@ -7,6 +7,7 @@ process start a real one.
 import contextlib
 import importlib
 import io
+import json
 import logging
 import os
 import subprocess
@@ -15,6 +16,7 @@ import traceback
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 from poe.commands import app
@@ -56,3 +58,17 @@ def run_program(
         finally:
             hub_logger.setLevel(level)
     return subprocess.CompletedProcess(words, int(code or 0), stdout.getvalue(), stderr.getvalue())
+
+
+def run_stranger(code: str, job: Mapping[str, Any], environment: Mapping[str, str] | None = None) -> Any:
+    """Run code in a process of its own, with `job` as JSON on its standard input; return the JSON that it prints."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        input=json.dumps(job),
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)

@@ -7,8 +7,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 import warnings
 from collections import namedtuple
 from collections.abc import Callable
@@ -20,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from command_line import run_stranger
 from conftest import BASES, EXEMPLARS, RECURRENT, scramble, tiny_base, tiny_tokenizer, token_ids
 from poe import Cascade, StageConfig
 from poe.errors import FamilyError, OutputError
@@ -105,16 +104,7 @@ def seen(exports) -> Callable[[Group], dict]:
     @functools.cache
     def see(group: Group) -> dict:
         job = {"ids": token_ids().tolist(), "folders": [str(folder) for folder, _, _ in exports(group).values()]}
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", STRANGER],
-            input=json.dumps(job),
-            capture_output=True,
-            text=True,
-            check=False,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        return json.loads(done.stdout)
+        return run_stranger(STRANGER, job)
 
     return see
 

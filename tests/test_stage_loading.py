@@ -2,8 +2,6 @@
 
 import functools
 import itertools
-import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import poe.modeling
+from command_line import run_stranger
 from conftest import EXEMPLARS, RECURRENT, mostly_slow, scramble, token_ids
 from poe import Cascade, StageConfig
 from poe.errors import SourceError
@@ -66,16 +65,7 @@ def stranger(folders: list[str], environment: dict[str, str] | None = None) -> d
     job = dict(
         zip(("ids", "padded", "mask"), (t.tolist() for t in prompts()), strict=True), folders=folders, greedy=GREEDY
     )
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", STRANGER],
-        input=json.dumps(job),
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+    return run_stranger(STRANGER, job, environment)
 
 
 def prompts() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
