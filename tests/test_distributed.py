@@ -287,3 +287,10 @@ def worker(launcher: subprocess.Popen[str], rank: int) -> int:
         if parent == launcher.pid and f"RANK={rank}".encode() in environment:
             return int(folder.name)
     raise AssertionError(f"the launcher has no process of rank {rank}")
+
+
+def test_a_device_is_not_chosen_for_the_processes_of_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(TrainingError, match="does not apply to the 2 processes"), join_world("cpu"):
+        pass

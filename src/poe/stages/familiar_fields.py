@@ -11,7 +11,7 @@ _ADVICE = {
     ),
     "gradient_accumulation_steps": "tokens_per_step: a step passes through as many batches as it needs",
     **dict.fromkeys(
-        ("num_train_epochs", "num_epochs", "n_epochs"), "epochs, or *N behind a source: --data rows.jsonl*3"
+        ("num_train_epochs", "num_epochs", "n_epochs"), "epochs, or *N after a source: --data rows.jsonl*3"
     ),
     **dict.fromkeys(("max_length", "max_seq_length", "max_seq_len", "block_size", "context_length"), "seq_len"),
     **dict.fromkeys(("lora_r", "lora_rank", "r"), "rank, for layers: fork"),

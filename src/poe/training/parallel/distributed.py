@@ -194,6 +194,11 @@ def join_world(device_name: str = "auto") -> Iterator[World]:
     if size == 1:
         yield World(device=choose_device(device_name))
         return
+    if device_name != "auto":
+        raise TrainingError(
+            f"device {device_name} does not apply to the {size} processes of a launcher: each takes the GPU of its "
+            "local rank, or the CPU. Leave it out, or hide GPUs with CUDA_VISIBLE_DEVICES."
+        )
     if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
         raise TrainingError(
             f"WORLD_SIZE is {size}, but {' and '.join(missing)} is not set: start the processes with torchrun or "
