@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from poe.calls import validation
 from poe.calls.arguments import check_call, fit_value
 from poe.calls.schema import lint_schema
 from poe.calls.tools import as_tool
@@ -155,7 +154,6 @@ def test_the_demo_reader_is_registered(monkeypatch: pytest.MonkeyPatch) -> None:
 OFFERED = [as_tool(BAKE["name"], "", BAKE["parameters"])]
 
 
-@pytest.mark.parametrize("full", [True, False])
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
@@ -169,15 +167,12 @@ OFFERED = [as_tool(BAKE["name"], "", BAKE["parameters"])]
         (None, "arguments are not an object"),
     ],
 )
-def test_check_call(monkeypatch: pytest.MonkeyPatch, full: bool, arguments: Any, why: str | None) -> None:
-    if not full:
-        monkeypatch.setattr(validation, "jsonschema", None)  # the extra is not installed
+def test_check_call(arguments: Any, why: str | None) -> None:
     assert check_call(OFFERED, "bake_bread", arguments) == why
     assert check_call(OFFERED, "bake_cake", arguments) == "call to a tool that is not offered"
 
 
 def test_schemas_that_cannot_be_applied() -> None:
-    pytest.importorskip("jsonschema")
     for parameters, why in (
         ({"type": "object", "properties": {"a": {"$ref": "#/$defs/none"}}}, "tool schema cannot be applied"),
         ({"type": "object", "properties": {"a": {"pattern": "("}}}, None),

@@ -480,7 +480,6 @@ def test_xlam_types_never_crash(text: str) -> None:
     ],
 )
 def test_xlam_arguments_that_do_not_fit(kind: str, value: Any, why: str) -> None:
-    pytest.importorskip("jsonschema")
     assert reason(xlam, xlam_row([{"name": "bake", "arguments": {"f": value}}], {"f": {"type": kind}})) == why
 
 

@@ -4,6 +4,7 @@ import time
 from contextlib import suppress
 from typing import Any
 
+import jsonschema
 import pytest
 
 from poe.calls.arguments import check_call, fit_call
@@ -208,7 +209,6 @@ def test_older_spellings_of_schemas_are_repaired() -> None:
     ids=str,
 )  # fmt: skip
 def test_our_lint_agrees_with_jsonschema(keyword: dict[str, Any]) -> None:
-    jsonschema = pytest.importorskip("jsonschema")
     try:
         jsonschema.Draft202012Validator.check_schema(keyword)
         is_valid = True

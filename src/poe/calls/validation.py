@@ -10,13 +10,9 @@ from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any
 
+import jsonschema
+import referencing
 import regex
-
-try:
-    import jsonschema
-    import referencing
-except ImportError:  # part of the extra `train`; without it, only the structural checks of `arguments` run
-    jsonschema = None  # type: ignore[assignment]
 
 MAX_STEPS = 100_000
 """The maximum number of comparisons of one check, about half a second."""
@@ -66,12 +62,10 @@ def _compile(pattern: str) -> Any:
 
 
 def fits_schema(root: dict[str, Any], value: Any) -> bool:
-    """Return whether a value fits a schema (Draft 2020-12). Without jsonschema, return True.
+    """Return whether a value fits a schema (Draft 2020-12).
 
     Raises `TooComplexError`, and any other exception for a reference that leads nowhere or back to itself.
     """
-    if jsonschema is None:
-        return True
     registry: Any = referencing.Registry()  # empty, so that no reference is fetched
     start_counting()
     try:
