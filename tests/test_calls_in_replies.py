@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from poe.calls.conversation import Call, Conversation
 from poe.calls.forms.call_forms import parse_reply
-from poe.calls.tools import as_tool, check_calls
+from poe.calls.tools import as_tool, check_calls, fit_calls
 from poe.evaluation.calls import score_replies
 
 TOOL = as_tool(
@@ -69,6 +69,85 @@ def test_problems_give_the_call_and_the_reason() -> None:
     ):
         (problem,) = check_calls([bad], [TOOL])
         assert problem.startswith(bad.name)
+
+
+ORDER = as_tool(
+    "order",
+    "Order",
+    {
+        "type": "object",
+        "properties": {
+            "items": {
+                "type": "array",
+                "items": {
+                    "type": "object",
+                    "properties": {
+                        "sku": {"type": "string", "pattern": "^[A-Z]+$"},
+                        "count": {"type": "integer", "minimum": 1},
+                    },
+                    "required": ["sku"],
+                },
+            },
+            "size": {"enum": ["S", "M"]},
+            "to": {"anyOf": [{"type": "integer"}, {"$ref": "#/$defs/address"}]},
+            "note": {"type": "string", "maxLength": 5},
+        },
+        "required": ["items", "size"],
+        "$defs": {
+            "address": {"type": "object", "properties": {"street": {"type": "string"}}, "required": ["street"]},
+        },
+    },
+)
+
+
+def test_every_error_of_a_call_is_named_with_its_place() -> None:
+    arguments = {
+        "items": [{"sku": "A", "count": 0}, {"count": "2"}, {"sku": "b", "two words": 1}],
+        "to": {"street": 5},
+        "note": "much too long",
+        "gift": True,
+    }
+    assert check_calls([Call("order", arguments)], [ORDER]) == [
+        "order: arguments.size: missing",
+        "order: arguments.gift: not declared",
+        "order: arguments.items[1].sku: missing",
+        'order: arguments.items[1].count: expected integer, found "2"',
+        'order: arguments.items[2]["two words"]: not declared',
+        "order: arguments.to.street: expected string, found 5",
+        "order: arguments.items[0].count: 0 is less than the minimum of 1",
+        "order: arguments.items[2].sku: the text does not match the pattern",
+        "order: arguments.note: 'much too long' is too long",
+    ]
+    fitting = {"items": [], "size": "M", "to": 3}
+    assert check_calls([Call("order", fitting)], [ORDER]) == []
+    assert check_calls([Call("order", {**fitting, "to": "x", "size": 1})], [ORDER]) == [
+        'order: arguments.size: expected one of "S", "M", found 1',
+        'order: arguments.to: expected integer or object, found "x"',
+    ]
+
+
+def test_conversions_are_exact_and_named() -> None:
+    calls = [
+        Call("order", {"to": "3", "items": [{"count": "2", "sku": "A"}], "size": "XL"}),
+        Call("book_flight", '{"seats": "2", "city": "Oslo"}'),
+        Call("book_flight", {"city": "Oslo", "seats": None}),
+        Call("fly", {"seats": "2"}),
+        Call("book_flight", "{"),
+    ]
+    fitted, notes = fit_calls(calls, [ORDER, TOOL])
+    assert fitted == [
+        Call("order", {"items": [{"sku": "A", "count": 2}], "size": "XL", "to": 3}),
+        Call("book_flight", {"city": "Oslo", "seats": 2}),
+        Call("book_flight", {"city": "Oslo"}),
+        *calls[3:],
+    ]
+    assert notes == [
+        'order: arguments.to: "3" became 3',
+        'order: arguments.items[0].count: "2" became 2',
+        'book_flight: arguments: "{\\"seats\\": \\"2\\", \\"city\\": \\"Oslo\\"}" became {"city": "Oslo", "seats": 2}',
+        "book_flight: arguments.seats: null left out",
+    ]
+    assert len(check_calls(fitted, [ORDER, TOOL])) == 3
 
 
 def test_scores_count_exact_calls_and_right_abstentions() -> None:

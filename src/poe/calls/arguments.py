@@ -5,19 +5,26 @@ union is treated as one whose schema is written in its place. Every conversion i
 report can count it.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import reduce
 from typing import Any
 
-from poe.calls.conversation import Message, Tool
+from poe.calls.conversation import Call, Message, Tool
+from poe.calls.faults import Fault, FaultKind
 from poe.calls.resolution import ANYTHING, Flat, Resolver, UnresolvableError, kinds_of
 from poe.calls.schema import Note, no_note
-from poe.calls.validation import TooComplexError, count_steps, fits_schema, matches, start_counting
+from poe.calls.validation import TooComplexError, count_steps, fits_schema, list_errors, matches, start_counting
 from poe.calls.values import check_value, convert_exactly, fits_type
 from poe.errors import RowError
 
 OTHER_TYPE = "argument of another type than declared"
 UNDECLARED = "argument that the tool does not declare"
 CANNOT_APPLY = "tool schema cannot be applied"
+MAX_FAULTS = 20
+"""The maximum number of faults of one call."""
 TOO_COMPLEX = "tool schema that takes too long to check"
 
 
@@ -57,6 +64,33 @@ def check_call(tools: Sequence[Tool], name: str, arguments: Any) -> str | None:
         return CANNOT_APPLY
 
 
+def find_faults(call: Call, tools: Sequence[Tool]) -> list[Fault]:
+    """Return everything that is wrong with a call, each with its place. Empty: `check_call` accepts it."""
+    reason = check_call(tools, call.name, call.arguments)
+    tool, name = find_tool(tools, call.name), call.name[:80]
+    if reason is None:
+        return []
+    if tool is None:
+        names = ", ".join(tool["function"]["name"][:80] for tool in tools[:20])
+        return [Fault(FaultKind.UNKNOWN_TOOL, f"{reason} (offered: {names})" if names else reason, name)]
+    if not isinstance(call.arguments, dict):
+        kind = FaultKind.QUOTED_ARGUMENTS if isinstance(call.arguments, str) else FaultKind.INVALID_ARGUMENTS
+        return [Fault(kind, _expected(["object"], call.arguments), f"{name}: arguments")]
+    schema = tool["parameters"]
+    found: dict[str, str] = {}
+    if reason not in (TOO_COMPLEX, CANNOT_APPLY):
+        start_counting()
+        with contextlib.suppress(TooComplexError):
+            found |= _Fitting(schema).list_mismatches(schema, call.arguments, "arguments", top=True)
+        with contextlib.suppress(Exception):  # as in `check_call`
+            for path, message in list_errors(schema, call.arguments):
+                place = reduce(join_place, path, "arguments")
+                if not any(other == place or other.startswith((f"{place}.", f"{place}[")) for other in found):
+                    found[place] = message[:MAX_REASON]
+    places = list(found.items()) or [("arguments", reason)]
+    return [Fault(FaultKind.INVALID_ARGUMENTS, text, f"{name}: {place}") for place, text in places[:MAX_FAULTS]]
+
+
 def fit_call(tools: Sequence[Tool], name: str, arguments: Any, note: Note = no_note) -> dict[str, Any]:
     """Return the arguments after `fit_value`. Raises `RowError` if the call does not fit its tool."""
     tool = find_tool(tools, name)
@@ -88,6 +122,22 @@ def fit_value(schema: Any, value: Any, note: Note = no_note, *, top: bool = Fals
         return _Fitting(schema).fit(schema, value, note, top)
     except TooComplexError:
         raise RowError(TOO_COMPLEX) from None
+
+
+def list_changes(before: Any, after: Any, place: str = "arguments") -> Iterator[str]:
+    """Yield a sentence for each place where two JSON values differ. The order of names is no difference."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        for name, member in before.items():
+            here = join_place(place, name)
+            if name in after:
+                yield from list_changes(member, after[name], here)
+            else:
+                yield f"{here}: {_show(member)} left out"
+    elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+        for i, (old, new) in enumerate(zip(before, after, strict=True)):
+            yield from list_changes(old, new, join_place(place, i))
+    elif type(before) is not type(after) or before != after:
+        yield f"{place}: {_show(before)} became {_show(after)}"
 
 
 def restore_nulls(schema: Any, value: Any) -> Any:
@@ -234,6 +284,40 @@ class _Fitting:
             return None
         return next(filter(None, (self.find_mismatch(sub, member) for sub, member in members)), None)
 
+    def list_mismatches(self, schema: Any, value: Any, place: str, top: bool = False) -> Iterator[tuple[str, str]]:
+        """Yield the place and the reason of each mismatch that `find_mismatch` looks for.
+
+        In a union that no member fits, the mismatches are those of the member with the fewest, of the right type.
+        """
+        alternatives = self._list_alternatives(schema)
+        if len(alternatives) == 1:
+            yield from self._list_mismatches(alternatives[0], value, place, top)
+        elif all(self._find_mismatch(one, value, top) for one in alternatives):
+            found = [list(self._list_mismatches(one, value, place, top)) for one in alternatives]
+            deeper = [mismatches for mismatches in found if mismatches[0][0] != place]
+            kinds = dict.fromkeys(kind for one in alternatives for kind in kinds_of(one.flat))
+            yield from min(deeper, key=len) if deeper else [(place, _expected(kinds, value))] if kinds else found[0]
+
+    def _list_mismatches(self, one: _Object, value: Any, place: str, top: bool) -> Iterator[tuple[str, str]]:
+        kinds, choices = kinds_of(one.flat), one.flat.get("enum")
+        count_steps(1 + (len(choices) if isinstance(choices, list) else 0))
+        if kinds and not any(fits_type(kind, value) for kind in kinds):
+            yield place, _expected(kinds, value)
+        elif isinstance(choices, list) and value not in choices:
+            yield place, f"expected one of {', '.join(map(_show, choices))}, found {_show(value)}"[:MAX_REASON]
+        elif value != one.flat.get("const", value):
+            yield place, f"expected {_show(one.flat['const'])}, found {_show(value)}"
+        elif isinstance(value, dict):
+            yield from ((join_place(place, name), "missing") for name in one.required if name not in value)
+            undeclared = one.undeclared(value, top)
+            yield from ((join_place(place, name), "not declared") for name in undeclared)
+            for name, member in value.items():
+                if name not in undeclared:
+                    yield from self.list_mismatches(one.member(name), member, join_place(place, name))
+        elif isinstance(value, list):
+            for i, member in enumerate(value):
+                yield from self.list_mismatches(one.item(i), member, join_place(place, i))
+
     def restore_nulls(self, schema: Any, value: Any) -> Any:
         for one in self._list_alternatives(schema) if isinstance(value, dict | list) else ():
             count_steps()
@@ -246,6 +330,26 @@ class _Fitting:
             if self._find_mismatch(one, restored, top=False) is None:
                 return restored
         return value
+
+
+MAX_REASON = 200
+_IDENTIFIER = re.compile(r"[^\W\d][\w-]*")
+
+
+def join_place(place: str, key: str | int) -> str:
+    """Return the place of a member: `arguments.days[0]`, `arguments["two words"]`."""
+    if isinstance(key, str) and _IDENTIFIER.fullmatch(key) and len(key) <= 80:
+        return f"{place}.{key}"
+    return f"{place}[{_show(key)}]"
+
+
+def _show(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def _expected(kinds: Iterable[str], value: Any) -> str:
+    return f"expected {' or '.join(kinds)}, found {_show(value)}"
 
 
 def _fit_scalar(flat: Flat, value: Any, note: Note) -> Any:

@@ -17,10 +17,11 @@ Keys are `snake_case` or `camelCase`. Every part may be JSON text. Each repair i
 cannot be converted without loss raises `RowError` with the reason and the place.
 """
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from poe.calls.arguments import check_call, fit_value
+from poe.calls.arguments import find_faults, find_tool, fit_value, list_changes
 from poe.calls.conversation import Call, Tool
 from poe.calls.json_text import parse_field
 from poe.calls.python_types import declared_type
@@ -304,10 +305,32 @@ def unique_tools(tools: list[Tool], note: Note = no_note) -> list[Tool]:
 
 
 def check_calls(calls: Sequence[Call], tools: Any) -> list[str]:
-    """Return what is wrong with the calls, one sentence each: an undeclared tool, or arguments that do not fit.
+    """Return what is wrong with the calls, one sentence each: an undeclared tool, or an argument that does not fit.
 
     `tools` are in any spelling of this module. Raises `RowError` for tools that cannot be read.
     """
     offered = read_tools(tools)
-    problems = ((call.name, check_call(offered, call.name, call.arguments)) for call in calls)
-    return [f"{name[:80]}: {reason}" for name, reason in problems if reason is not None]
+    return [str(fault) for call in calls for fault in find_faults(call, offered)]
+
+
+def fit_calls(calls: Sequence[Call], tools: Any) -> tuple[list[Call], list[str]]:
+    """Return the calls with the conversions of `fit_value`, and one sentence for each value that was converted.
+
+    Arguments that are JSON text become an object. A value without an exact conversion stays, and a call to an
+    undeclared tool stays as it is: `check_calls` names them. Raises `RowError` for tools that cannot be read.
+    """
+    offered = read_tools(tools)
+    fitted, notes = [], []
+    for call in calls:
+        tool, arguments = find_tool(offered, call.name), call.arguments
+        if tool is not None and isinstance(arguments, str):
+            with contextlib.suppress(RowError):
+                arguments = parse_field(arguments, "arguments")
+        if tool is not None and isinstance(arguments, dict):
+            with contextlib.suppress(RowError):  # a schema that takes too long
+                arguments = fit_value(tool["parameters"], arguments, top=True)
+            changes = list_changes(call.arguments, arguments)
+            notes += [f"{call.name[:80]}: {change}" for change in changes]
+            call = Call(call.name, arguments)
+        fitted.append(call)
+    return fitted, notes

@@ -66,12 +66,27 @@ def fits_schema(root: dict[str, Any], value: Any) -> bool:
 
     Raises `TooComplexError`, and any other exception for a reference that leads nowhere or back to itself.
     """
-    registry: Any = referencing.Registry()  # empty, so that no reference is fetched
     start_counting()
     try:
-        return bool(_validator_class()(root, registry=registry).is_valid(value))
+        return bool(_validator(root).is_valid(value))
     except re.error:  # `unevaluatedProperties` matches with `re`
         return True
+
+
+def list_errors(root: dict[str, Any], value: Any) -> Iterator[tuple[list[str | int], str]]:
+    """Yield the path and the message of each error of a value; of a union, those of the member that fits best.
+
+    Raises what `fits_schema` raises.
+    """
+    start_counting()
+    for error in _validator(root).iter_errors(value):
+        best = jsonschema.exceptions.best_match([error])
+        yield list(best.absolute_path), best.message
+
+
+def _validator(root: dict[str, Any]) -> Any:
+    registry: Any = referencing.Registry()  # empty, so that no reference is fetched
+    return _validator_class()(root, registry=registry)
 
 
 @lru_cache(maxsize=1)

@@ -6,6 +6,8 @@ from typing import Any
 MAX_DEPTH = 64
 """The maximum nesting depth of a row; real rows have less than ten levels."""
 
+NESTED_TOO_DEEPLY = "nested too deeply"
+
 TYPES = frozenset({"string", "integer", "number", "boolean", "array", "object", "null"})
 
 
@@ -22,7 +24,7 @@ def check_value(value: Any) -> str | None:
                 return "NaN or Infinity"
         elif isinstance(item, dict | list | tuple):
             if depth >= MAX_DEPTH:
-                return "nested too deeply"
+                return NESTED_TOO_DEEPLY
             if isinstance(item, dict):
                 stack.extend((key, depth + 1) for key in item)
                 stack.extend((member, depth + 1) for member in item.values())

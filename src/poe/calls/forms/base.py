@@ -1,26 +1,19 @@
 """What every call form shares: its reply, strict JSON parsing, and a check that written text reads back."""
 
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from poe.calls.conversation import Call
-from poe.calls.json_text import skip_space
-from poe.calls.values import check_value
+from poe.calls.faults import FaultKind, UnreadableError
+from poe.calls.json_text import DuplicateKeyError, parse_json
+from poe.calls.reading import Parts, Reply, Source, Wait, read_reply
+from poe.calls.values import NESTED_TOO_DEEPLY, check_value
 from poe.errors import RowError
 
 _OTHER_KEYS = frozenset({"name", "type", "id"})  # keys that a call may have besides its arguments
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """A parsed reply: its prose, its calls, and the parts that look like a call but cannot be parsed."""
-
-    content: str
-    calls: list[Call] = field(default_factory=list)
-    malformed: list[str] = field(default_factory=list)
 
 
 class CallForm(ABC):
@@ -61,9 +54,13 @@ class CallForm(ABC):
     @abstractmethod
     def _write(self, calls: Sequence[Call], text: str) -> str: ...
 
-    @abstractmethod
     def read(self, text: str) -> Reply:
         """Parse a reply. Never raises."""
+        return read_reply(self.scan, text)
+
+    @abstractmethod
+    def scan(self, source: Source) -> Parts:
+        """Yield the parts of a reply that arrives in pieces, and None where more text is needed. Never raises."""
 
     @abstractmethod
     def write_result(self, name: str, text: str) -> str:
@@ -80,20 +77,50 @@ def join_lines(text: str, calls: str) -> str:
     return f"{text}\n{calls}" if text.strip() else calls
 
 
-def expect(text: str, mark: str, start: int) -> int:
-    """Return the end of `mark`, which must follow `start` after optional white space, or raise `ValueError`."""
-    start = skip_space(text, start)
-    if not text.startswith(mark, start):
-        raise ValueError(f"no {mark}")
-    return start + len(mark)
+_SPACE = re.compile(r"\s*")
+_BEFORE_ARGUMENTS = re.compile(r'"(?:arguments|parameters)"\s*:\s*\Z')
+
+
+def expect(source: Source, mark: str) -> Wait:
+    """Go past `mark`, which must follow after optional white space. Raises `UnreadableError`."""
+    character = yield from source.run(_SPACE)
+    if not (yield from source.skip(mark)):
+        rest = source.window[source.position : source.position + len(mark)]
+        if mark.startswith(rest):
+            raise UnreadableError(FaultKind.UNCLOSED)
+        raise UnreadableError(FaultKind.BRACE_LOOP if character in "]}" else FaultKind.TEXT_IN_CALL)
+
+
+def name_fault(error: UnreadableError, source: Source) -> FaultKind:
+    """Return the kind of an error, where it was found in the source."""
+    if error.kind is FaultKind.NOT_JSON and source.window[source.position : source.position + 1] == "'":
+        return FaultKind.QUOTED_ARGUMENTS if _BEFORE_ARGUMENTS.search(source.held()[-40:]) else error.kind
+    return error.kind
+
+
+def parse_value(text: str) -> Any:
+    """Return the value of JSON text. Raises `UnreadableError`."""
+    try:
+        return parse_json(text.strip())
+    except DuplicateKeyError:
+        raise UnreadableError(FaultKind.DUPLICATE_KEY) from None
+    except json.JSONDecodeError:
+        raise UnreadableError(FaultKind.NOT_JSON) from None
+    except ValueError:  # NaN, or a number with too many digits
+        raise UnreadableError(FaultKind.INVALID_VALUE) from None
 
 
 def as_call(value: Any, key: str = "arguments") -> Call:
-    """Convert an object `{"name": ..., key: ...}` to a call. Raises `ValueError` for any other value."""
+    """Convert an object `{"name": ..., key: ...}` to a call. Raises `UnreadableError` for any other value."""
     if not isinstance(value, dict) or not isinstance(value.get("name"), str) or key not in value:
-        raise ValueError("not a call")
+        raise UnreadableError(FaultKind.NOT_A_CALL)
     if value.keys() - _OTHER_KEYS - {key}:
-        raise ValueError("a call with unknown keys")
-    if problem := check_value([value["name"], value[key]]):
-        raise ValueError(problem)
+        raise UnreadableError(FaultKind.NOT_A_CALL)
+    check_values([value["name"], value[key]])
     return Call(value["name"], value[key])
+
+
+def check_values(value: Any) -> None:
+    """Raise `UnreadableError` for values that cannot be used."""
+    if problem := check_value(value):
+        raise UnreadableError(FaultKind.TOO_DEEP if problem == NESTED_TOO_DEEPLY else FaultKind.INVALID_VALUE)

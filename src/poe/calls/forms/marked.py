@@ -7,45 +7,64 @@ to the end mark, the next mark or the end of the text.
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from functools import cached_property
+from typing import Any, ClassVar
+
+import regex
 
 from poe.calls.conversation import Call
-from poe.calls.forms.base import CallForm, Reply, as_call, as_json, expect, join_lines
-from poe.calls.json_text import parse_json_at
+from poe.calls.faults import Fault, FaultKind, UnreadableError
+from poe.calls.forms.base import CallForm, as_call, as_json, expect, join_lines, name_fault, parse_value
+from poe.calls.reading import (
+    CallPart,
+    FaultPart,
+    Parts,
+    Source,
+    Wait,
+    collect_text,
+    read_closing_brackets,
+    read_json,
+)
 
 
 class _Marked(CallForm):
     end: ClassVar[str] = ""
 
-    def read(self, text: str) -> Reply:
-        prose: list[str] = []
-        calls: list[Call] = []
-        malformed: list[str] = []
-        position = 0
-        while (start := text.find(self.mark, position)) >= 0:
-            prose.append(text[position:start])
-            body = start + len(self.mark)
-            try:
-                parsed, position = self._parse_calls_at(text, body)
-                calls += parsed
-            except (ValueError, RecursionError):
-                end = position = self._find_or(text, self.mark, body, len(text))
-                if self.end:
-                    end = self._find_or(text, self.end, body, position)
-                    position = end + len(self.end) if end < position else position
-                malformed.append(text[body:end].strip())
-        prose.append(text[position:])
-        return Reply("".join(prose).strip(), calls, malformed)
+    @cached_property
+    def _marks(self) -> tuple[Any, Any]:
+        """The patterns of what begins a call, and of what ends a malformed one."""
+        begin = regex.escape(self.mark)
+        return regex.compile(begin), regex.compile(f"{regex.escape(self.end)}|{begin}" if self.end else begin)
 
-    @staticmethod
-    def _find_or(text: str, mark: str, start: int, end: int) -> int:
-        """Return the position of `mark` between `start` and `end`, or `end`."""
-        position = text.find(mark, start, end)
-        return end if position < 0 else position
+    def scan(self, source: Source) -> Parts:
+        begin, border = self._marks
+        while (yield from source.text_before(begin)):
+            yield from source.skip(self.mark)
+            source.hold()
+            try:
+                calls = yield from self._read_calls(source)
+            except UnreadableError as error:
+                kind = name_fault(error, source)
+                source.rewind()
+                text, _ = yield from collect_text(source.text_before(border))
+                if self.end:
+                    yield from source.skip(self.end)
+                yield FaultPart(Fault(kind, text.strip()))
+                continue
+            yield from map(CallPart, calls)
+            if not self.end:
+                yield from read_closing_brackets(source)
 
     @abstractmethod
-    def _parse_calls_at(self, text: str, start: int) -> tuple[list[Call], int]:
-        """Return the calls after a mark and the position of their end. Raises `ValueError` or `RecursionError`."""
+    def _read_calls(self, source: Source) -> Wait:
+        """Return the calls after a mark, and go past them. Raises `UnreadableError`."""
+
+
+def _read_value(source: Source) -> Wait:
+    """Return the JSON value that is here, and go past it."""
+    start = source.count
+    yield from read_json(source)
+    return parse_value(source.held()[start:])
 
 
 class Hermes(_Marked):
@@ -67,9 +86,10 @@ class Hermes(_Marked):
         objects = ({"name": call.name, "arguments": call.arguments} for call in calls)
         return join_lines(text, "\n".join(f"{self.mark}\n{as_json(call)}\n{self.end}" for call in objects))
 
-    def _parse_calls_at(self, text: str, start: int) -> tuple[list[Call], int]:
-        value, end = parse_json_at(text, start)
-        return [as_call(value)], expect(text, self.end, end)
+    def _read_calls(self, source: Source) -> Wait:
+        call = as_call((yield from _read_value(source)))
+        yield from expect(source, self.end)
+        return [call]
 
     def write_result(self, name: str, text: str) -> str:
         """Return the result without the name, as Qwen writes it: results have the order of the calls."""
@@ -104,21 +124,20 @@ class Glaive(_Marked):
             ),
         )
 
-    def _parse_calls_at(self, text: str, start: int) -> tuple[list[Call], int]:
-        position = expect(text, "{", start)
+    def _read_calls(self, source: Source) -> Wait:
         try:
-            for mark in ('"name"', ":"):
-                position = expect(text, mark, position)
-            name, position = parse_json_at(text, position)
+            for mark in ("{", '"name"', ":"):
+                yield from expect(source, mark)
+            name = yield from _read_value(source)
             for mark in (",", '"arguments"', ":", "'"):
-                position = expect(text, mark, position)
-        except ValueError:
-            value, end = parse_json_at(text, start)
-            return [as_call(value)], end
-        arguments, position = parse_json_at(text, position)
+                yield from expect(source, mark)
+        except UnreadableError:
+            source.rewind()
+            return [as_call((yield from _read_value(source)))]
+        arguments = yield from _read_value(source)
         for mark in ("'", "}"):
-            position = expect(text, mark, position)
-        return [as_call({"name": name, "arguments": arguments})], position
+            yield from expect(source, mark)
+        return [as_call({"name": name, "arguments": arguments})]
 
     def write_result(self, name: str, text: str) -> str:
         return f"FUNCTION RESPONSE: {text}"
@@ -142,11 +161,11 @@ class Mistral(_Marked):
         objects = [{"name": call.name, "arguments": call.arguments} for call in calls]
         return join_lines(text, f"{self.mark} {as_json(objects)}")
 
-    def _parse_calls_at(self, text: str, start: int) -> tuple[list[Call], int]:
-        value, end = parse_json_at(text, start)
+    def _read_calls(self, source: Source) -> Wait:
+        value = yield from _read_value(source)
         if not isinstance(value, list) or not value:
-            raise ValueError("no calls after their mark")
-        return [as_call(member) for member in value], end
+            raise UnreadableError(FaultKind.NOT_A_CALL)
+        return [as_call(member) for member in value]
 
     def write_result(self, name: str, text: str) -> str:
         return f"[TOOL_RESULTS] {as_json({'name': name, 'content': text})}[/TOOL_RESULTS]"

@@ -5,73 +5,105 @@ the lines before the calls (`openai` has a key for it). Only its structure disti
 that looks like a call cannot be written.
 
 JSON in a reply is a call only if it has exactly the structure of the form. JSON that contains a call in another
-structure (a list instead of an object, other keys) is malformed, and so is text that begins like a call and is not
-JSON. Other JSON, and other text with braces, is prose. Reading stops at a call that is cut off, because the rest of the
-text may be part of it.
+structure (a list instead of an object, other keys) is malformed. Text that begins like JSON and is not JSON is
+malformed if it has the keys of a call before its brackets are closed; reading stops there, because the rest of the
+text may be part of it. Other JSON, and other text with braces, is prose.
 """
 
 import re
 from abc import abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from keyword import iskeyword
 from typing import Any, ClassVar
 
+import regex
+
 from poe.calls.conversation import Call
-from poe.calls.forms.base import CallForm, Reply, as_call, as_json, join_lines
-from poe.calls.json_text import parse_json, parse_json_at
+from poe.calls.faults import Fault, FaultKind, UnreadableError
+from poe.calls.forms.base import CallForm, as_call, as_json, check_values, join_lines, name_fault, parse_value
 from poe.calls.literals import PythonCall, Variable, parse_calls
-from poe.calls.values import check_value
+from poe.calls.reading import (
+    CallPart,
+    FaultPart,
+    Parts,
+    Reply,
+    Source,
+    TextPart,
+    Wait,
+    read_closing_brackets,
+    read_json,
+    read_rest,
+    read_to_close,
+)
 from poe.errors import RowError
+
+_JSON_START = r'(?:\[\s{0,999})?\{\s{0,999}"'  # bounded, because it is looked for again with every piece
 
 
 class _JsonForm(CallForm):
     keys: ClassVar[tuple[str, ...]]  # the keys of a call
     first: ClassVar[tuple[str, ...]]  # the possible first keys, to recognize a call that is cut off early
-    start = re.compile(r'(?:\[\s*)?\{\s*"')
-    between: ClassVar[re.Pattern[str] | None] = None
+    start: ClassVar[Any] = regex.compile(_JSON_START)
+    between: ClassVar[Any] = None
 
-    def read(self, text: str) -> Reply:
-        prose: list[str] = []
-        calls: list[Call] = []
-        malformed: list[str] = []
-        position = call_end = 0  # where the search continues, and the end of the last call
-        last_keys = min(text.rfind(f'"{key}"') for key in self.keys)
-        last_brace = text.rfind("}")
-        while match := self.start.search(text, position):
-            start = match.start()
-            marked = bool(self.mark) and text.startswith(self.mark, start)
+    def scan(self, source: Source) -> Parts:
+        while (yield from source.text_before(self.start)):
+            source.hold()
+            marked = bool(self.mark) and (yield from source.skip(self.mark))
+            start = source.count
             try:
-                value, end = parse_json_at(text, match.end() if marked else start)
-            except (ValueError, RecursionError) as error:
-                cut_off = last_brace < start and text.startswith(self.first, match.end())
-                if marked or cut_off or start < last_keys or isinstance(error, RecursionError):
-                    prose.append(text[call_end:start])
-                    malformed.append(text[start:].strip())
-                    call_end = len(text)
-                    break
-                position = max(getattr(error, "pos", 0), start + 1)
+                yield from read_json(source)
+            except UnreadableError as error:
+                yield from self._read_broken(source, error, marked)
                 continue
-            position = end
+            text = source.held()
+            is_call = marked or self._has_keys(text)
             try:
+                value = parse_value(text[start:])
+                is_call = is_call or _contains_call(value)
                 reply = self._parse(value)
                 if reply is None and (marked or _contains_call(value)):
-                    raise ValueError("no call in this form")
-            except (ValueError, RecursionError):
-                prose.append(text[call_end:start])
-                malformed.append(text[start:end].strip())
-                call_end = end
+                    raise UnreadableError(FaultKind.NOT_A_CALL)
+            except UnreadableError as error:
+                yield FaultPart(Fault(error.kind, text.strip())) if is_call else TextPart(text)
                 continue
-            if reply is not None:
-                prose += [text[call_end:start], reply.content]
-                calls += reply.calls
-                separator = self.between.match(text, end) if self.between else None
-                call_end = position = separator.end() if separator else end
-        prose.append(text[call_end:])
-        return Reply("".join(prose).strip(), calls, malformed)
+            if reply is None:
+                yield TextPart(text)
+                continue
+            yield TextPart(reply.content)
+            yield from map(CallPart, reply.calls)
+            if not (self.between and (yield from source.match(self.between))):
+                yield from read_closing_brackets(source)
+
+    def _read_broken(self, source: Source, error: UnreadableError, marked: bool) -> Parts:
+        """Yield text that begins like JSON: as text up to its closing bracket, or as a malformed call up to the end."""
+        kind = name_fault(error, source)
+        closed = kind is not FaultKind.UNCLOSED and (yield from read_to_close(source, error.depth))
+        text = source.held()
+        looks_like_call = self._has_keys(text) or (not closed and self._begins_call(text))
+        if marked or kind is FaultKind.TOO_DEEP or looks_like_call:
+            yield from read_rest(source)
+            yield FaultPart(Fault(kind, source.held().strip()))
+        else:
+            yield TextPart(text)
+
+    def _has_keys(self, text: str) -> bool:
+        """Return whether the keys of a call are in a text, those of this form or of another."""
+        found = [f'"{key}"' in text for key in ("name", "arguments", "parameters")]
+        return all(f'"{key}"' in text for key in self.keys) or (found[0] and any(found[1:]))
+
+    def _begins_call(self, text: str) -> bool:
+        """Return whether a text that is cut off ends in the beginning of a call."""
+        return bool(self._cut_off.search(text, text.rfind("}") + 1))
+
+    @cached_property
+    def _cut_off(self) -> re.Pattern[str]:
+        return re.compile(rf'\{{\s*"(?:{"|".join(self.first)})')
 
     @abstractmethod
     def _parse(self, value: Any) -> Reply | None:
-        """Return the reply in a JSON value, None if it is not in this form. Raises `ValueError` for an invalid call."""
+        """Return the reply in a JSON value, None if it is not in this form. Raises `UnreadableError`."""
 
 
 def _contains_call(value: Any) -> bool:
@@ -123,8 +155,8 @@ class Llama(_JsonForm):
     name = "llama"
     keys, first = ("name", "parameters"), ("name", "parameters", "type")
     mark = "<|python_tag|>"
-    start = re.compile(rf"{re.escape(mark)}|{_JsonForm.start.pattern}")
-    between = re.compile(r"\s*;\s*(?=\{|<\|python_tag\|>)")
+    start = regex.compile(rf"{regex.escape(mark)}|{_JSON_START}")
+    between = regex.compile(r"\s{0,999};\s{0,999}(?=\{|<\|python_tag\|>)")
     request = (
         'To call a function, respond with JSON of the form {"name": function name, "parameters": dictionary of '
         "argument name and its value}, and nothing else. Put `; ` between several calls.",
@@ -174,13 +206,14 @@ class OpenAI(_JsonForm):
         if not isinstance(value, dict) or not value.get("tool_calls"):
             return None
         members, content = value["tool_calls"], value.get("content")
-        if not isinstance(members, list) or not isinstance(content, str | None) or check_value(content):
-            raise ValueError("not a message with calls")
+        if not isinstance(members, list) or not isinstance(content, str | None):
+            raise UnreadableError(FaultKind.NOT_A_CALL)
+        check_values(content)
         calls = []
         for member in members:
             function = member.get("function") if isinstance(member, dict) else None
             if isinstance(function, dict) and isinstance(function.get("arguments"), str):
-                function = {**function, "arguments": parse_json(function["arguments"])}
+                function = {**function, "arguments": parse_value(function["arguments"])}
             calls.append(as_call(function))
         return Reply(content or "", calls)
 
@@ -205,8 +238,11 @@ class Python(CallForm):
         "Calls go into square brackets, in the notation of Python, with keyword arguments only: "
         "[function_name(argument=value)]. Make none unless the request needs it.",
     )
-    _START = re.compile(r"""\[\s*[^\W\d]\w*(?:\.[^\W\d]\w*)*\(\s*(?:[)'"\d\-]|\Z|[^\W\d]\w*\s*(?:=|\Z))""")
-    _TOKEN = re.compile(r"""'(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*"|['"\[\](){}]""", re.DOTALL)
+    # Bounded, because they are looked for again with every piece. A call that is cut off begins early at the end.
+    _NAME = r"[^\W\d]\w{0,255}"
+    _OPEN = rf"\[\s{{0,999}}{_NAME}(?:\.{_NAME}){{0,31}}\(\s{{0,999}}"
+    _START = regex.compile(rf"""{_OPEN}(?:[)'"\d\-]|{_NAME}\s{{0,999}}=)""")
+    _START_AT_END = regex.compile(rf"""{_OPEN}(?:[)'"\d\-]|\Z|{_NAME}\s{{0,999}}(?:=|\Z))""")
 
     def _write(self, calls: Sequence[Call], text: str) -> str:
         written = []
@@ -220,50 +256,63 @@ class Python(CallForm):
             written.append(f"{call.name}({arguments})")
         return join_lines(text, f"[{', '.join(written)}]")
 
-    def read(self, text: str) -> Reply:
-        prose: list[str] = []
-        calls: list[Call] = []
-        malformed: list[str] = []
-        position = 0
-        while match := self._START.search(text, position):
-            prose.append(text[position : match.start()])
-            position = self._find_end(text, match.start())
-            part = text[match.start() : position]
+    def scan(self, source: Source) -> Parts:
+        while (yield from source.text_before(self._START, self._START_AT_END)):
+            source.hold()
+            closed = yield from _read_brackets(source)
+            if not closed:
+                yield from read_rest(source)
+            text = source.held()
             try:
-                calls += [_as_call(call) for call in parse_calls(part)]
+                calls = [_as_call(call) for call in parse_calls(text)]
+            except UnreadableError as error:
+                yield FaultPart(Fault(error.kind, text.strip()))
             except ValueError:
-                malformed.append(part.strip())
-        prose.append(text[position:])
-        return Reply("".join(prose).strip(), calls, malformed)
-
-    def _find_end(self, text: str, start: int) -> int:
-        """Return the end of the bracket that opens at `start`, or the end of the text if it is not closed."""
-        depth = 0
-        for token in self._TOKEN.finditer(text, start):
-            if token[0] in ("'", '"'):
-                break
-            if token[0] in "[({":
-                depth += 1
-            elif token[0] in "])}":
-                depth -= 1
-                if depth == 0:
-                    return token.end()
-        return len(text)
+                kind = FaultKind.NOT_PYTHON if closed else FaultKind.UNCLOSED
+                yield FaultPart(Fault(kind, text.strip()))
+            else:
+                yield from map(CallPart, calls)
+                yield from read_closing_brackets(source)
 
     def write_result(self, name: str, text: str) -> str:
         return f"{name} returned: {text}"
 
 
+_OUTSIDE = re.compile(r"""[^'"\[\](){}]*""")
+_INSIDE = {
+    "'": re.compile(r"(?:[^'\\\n]|\\.)*", re.DOTALL),
+    '"': re.compile(r'(?:[^"\\\n]|\\.)*', re.DOTALL),
+}
+_PART_OF_ESCAPE = re.compile(r"\\\Z")
+
+
+def _read_brackets(source: Source) -> Wait:
+    """Go past the bracket that opens here. Return whether it closes before the text, or the line of a string, ends."""
+    depth = 0
+    while True:
+        character = yield from source.run(_OUTSIDE)
+        if character == "":
+            return False
+        source.position += 1
+        if character in "'\"":
+            if (yield from source.run(_INSIDE[character], _PART_OF_ESCAPE)) != character:
+                return False
+            source.position += 1
+        else:
+            depth += 1 if character in "[({" else -1
+            if depth == 0:
+                return True
+
+
 def _as_call(call: PythonCall) -> Call:
     if call.positional:
-        raise ValueError("an argument without a name")
+        raise UnreadableError(FaultKind.NOT_A_CALL)
     stack: list[Any] = [call.named]
     while stack:
         item = stack.pop()
         if isinstance(item, PythonCall | Variable):
-            raise ValueError("an argument that is not a value")
+            raise UnreadableError(FaultKind.NOT_A_CALL)
         if isinstance(item, dict | list):
             stack.extend(item.values() if isinstance(item, dict) else item)
-    if problem := check_value(call.named):
-        raise ValueError(problem)
+    check_values(call.named)
     return Call(call.name, call.named)
