@@ -31,10 +31,11 @@ ROOMS: dict[str, set[str]] = {
     "decoding": {"files", "modeling", "errors"},
     "chat": {"data", "calls", "decoding", "loaders", "modeling", "errors"},
     "cascade": {"chat", "loaders", "stages", "decoding", "modeling", "errors"},
+    "serving": {"cascade", "chat", "decoding", "data", "calls", "loaders", "modeling", "errors"},
     "training": {"files", "cascade", "data", "demo", "calls", "loaders", "stages", "decoding", "modeling", "errors"},
     "evaluation": {"training", "cascade", "chat", "data", "calls", "decoding", "modeling", "errors"},
     "commands": {
-        *("evaluation", "training", "cascade", "data", "calls", "demo"),
+        *("evaluation", "training", "serving", "cascade", "data", "calls", "demo"),
         *("loaders", "stages", "decoding", "files", "modeling", "errors"),
     },
 }

@@ -32,6 +32,7 @@ __all__ = [
     "PoEError",
     "RecipeError",
     "RowError",
+    "ServingError",
     "SourceError",
     "StageError",
     "TemplateError",
@@ -50,6 +51,10 @@ class RecipeError(PoEError, ValueError):
 
 class DataError(PoEError, ValueError):
     """Rows cannot be read, none are left, or a data SPEC is malformed."""
+
+
+class ServingError(PoEError):
+    """A server cannot start."""
 
 
 class RowError(DataError):

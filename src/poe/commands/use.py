@@ -57,7 +57,7 @@ def generate(
         chosen = None if strategy is None else parse_strategy(strategy)
     except DecodingError as error:
         raise DecodingError(f"--strategy: {error}") from None
-    cascade = _open_cascade(repo, base, device)
+    cascade = open_cascade(repo, base, device)
     text = sys.stdin.read() if prompt == "-" else prompt
     check_tokenizer(cascade.tokenizer, cascade.config.vocab_size)
     ids = torch.tensor([TextEncoder(cascade.tokenizer, cascade.config.vocab_size).encode_plain(text)])
@@ -105,7 +105,7 @@ def calibrate(
     from poe.training.text_rows import encode_texts
 
     check_output_file(output)
-    cascade = _open_cascade(repo, base, device)
+    cascade = open_cascade(repo, base, device)
     check_tokenizer(cascade.tokenizer, cascade.config.vocab_size)
     encoder = TextEncoder(cascade.tokenizer, cascade.config.vocab_size)
     ids = [list(map(int, document)) for document, _ in encode_texts(encoder, islice(documents(data), rows))]
@@ -143,7 +143,7 @@ def call(
     reply was cut off (`finish_reason: length`).
     """
     declared = _read_tools(tools)
-    cascade = _open_cascade(repo, base, device)
+    cascade = open_cascade(repo, base, device)
     stage = None if off else cascade.active
     answer = cascade.call(question, declared, system=system, stage=stage, max_new_tokens=max_new_tokens)
     for note in answer.notes:
@@ -162,7 +162,7 @@ def call(
         raise typer.Exit(FAILED)
 
 
-def _open_cascade(repo: str, base: str | None, device_name: str) -> Any:
+def open_cascade(repo: str, base: str | None, device_name: str) -> Any:
     """Open a base or a stage to run it, in the dtype that is fast on the device."""
     from poe.cascade import Cascade
     from poe.training.precision import choose_device, choose_dtype

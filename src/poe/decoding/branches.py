@@ -70,6 +70,14 @@ class BranchedModel(nn.Module):
             for layer in self._recorded.values():
                 layer.state = None
 
+    def rows_of_slots(self, branch: Tensor) -> dict[int, Tensor]:
+        """Return the rows in each slot of the cache that has not all of them; `branch` (B) has each row's expert."""
+        first = self.config.num_hidden_layers - len(self._branches)
+        return {
+            slot: torch.isin(branch, torch.tensor(layer.experts)).nonzero()[:, 0]
+            for slot, layer in enumerate(self._branches.values(), start=first)
+        }
+
     def expert_logits(self, expert: int, states: Tensor) -> Tensor:
         """Return the logits (..., V) of one expert's head for states (..., D), scaled and capped."""
         heads: Any = self._family.head_of(self)  # type: ignore[arg-type]
@@ -176,6 +184,9 @@ class _Branch(SkippedLayer):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         state = _select_rows((hidden_states, None) if self.source is None else self.source(), self.rows)
+        if self.rows is not None and not len(self.rows):
+            self.state = state
+            return hidden_states
         if self.rows is not None:
             batch = len(hidden_states)
             args, kwargs = _select_arguments(args, self.rows, batch), _select_arguments(kwargs, self.rows, batch)

@@ -47,7 +47,7 @@ class RoutedModel(BranchedModel):
         token_type_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Run like any causal model of transformers. `branch` (B) has each row's expert; every expert must occur."""
+        """Run like any causal model of transformers. `branch` (B) has each row's expert."""
         rows = [torch.nonzero(branch == expert)[:, 0].to(input_ids.device) for expert in range(len(self.experts))]
         if token_type_ids is not None:  # few families accept them
             kwargs["token_type_ids"] = token_type_ids

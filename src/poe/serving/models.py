@@ -1,0 +1,80 @@
+"""The models that a server offers: the base and its stages, each with its name, its chat template and its call form."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any
+
+from poe.cascade import Cascade
+from poe.data.render import Renderer
+from poe.data.templates import complete_template, reply_form
+from poe.errors import DataError, StageError
+from poe.loaders.repository import locate
+from poe.loaders.tokenizer import check_tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """One model of a server: `stage` (None: the base), and how its prompts are written and its replies read."""
+
+    name: str
+    stage: str | None
+    tokenizer: Any
+    renderer: Renderer
+    form: str
+
+
+def load_models(cascade: Cascade, repos: Sequence[str], names: Sequence[str] = ()) -> dict[str, ServedModel]:
+    """Load the stages `repos[1:]` beside `repos[0]`, which the cascade was opened from; return the models by name.
+
+    The base comes first. `names` are for `repos` in order; without one a stage is called as in its files, and the base
+    as its folder or repository. Raises `StageError` if two models have one name.
+    """
+    if len(names) > len(repos):
+        raise DataError(f"Expected at most one name for each of {len(repos)} models, got {len(names)}: {names}.")
+    given: dict[str | None, str] = {}
+    tokenizers: dict[str | None, Any] = {cascade.active: cascade.tokenizer}
+    if names:
+        given[cascade.active] = names[0]
+    for position, repo in enumerate(repos[1:], start=1):
+        name = names[position] if position < len(names) else None
+        cascade.load_stage(repo, name=name)
+        if cascade.active in tokenizers:
+            raise StageError(f"{repo} is given twice: give each stage once.")
+        tokenizers[cascade.active] = load_tokenizer(locate(repo))
+    if None not in tokenizers:
+        source = cascade.base_source
+        tokenizers[None] = None if source.repo is None else load_tokenizer(source.repo, source.revision, source.access)
+    fallback = next((tokenizer for tokenizer in tokenizers.values() if tokenizer is not None), None)
+    served: dict[str, ServedModel] = {}
+    for stage in sorted(tokenizers, key=lambda stage: stage is not None):
+        name = given.get(stage) or stage or _base_name(cascade)
+        if name in served:
+            raise StageError(
+                f"Two models are called {name!r}: give every model a name of its own, with --name for each in order."
+            )
+        served[name] = _describe(cascade, name, stage, tokenizers[stage] or fallback)
+    return served
+
+
+def _describe(cascade: Cascade, name: str, stage: str | None, tokenizer: Any) -> ServedModel:
+    vocab_size = cascade.config.vocab_size
+    check_tokenizer(tokenizer, vocab_size)
+    tokenizer = copy.deepcopy(tokenizer)  # the template of one model is completed, not that of another
+    complete_template(tokenizer)
+    return ServedModel(name, stage, tokenizer, Renderer(tokenizer, vocab_size=vocab_size), reply_form(tokenizer))
+
+
+def _base_name(cascade: Cascade) -> str:
+    """Return the name of the base: its Hub name, or the last part of its folder."""
+    repo = cascade.base_source.repo
+    if repo is None:
+        return "base"
+    return PurePath(repo).name if PurePath(repo).is_absolute() else repo
+
+
+def context_length(config: Any) -> int | None:
+    """Return the most tokens that a base was made for, None if its config has no such number."""
+    length = getattr(config, "max_position_embeddings", None)
+    return length if isinstance(length, int) and length > 0 else None

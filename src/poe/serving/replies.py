@@ -1,0 +1,143 @@
+"""From a request to what the engine decodes, and from its pieces to text and calls."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from poe.calls.conversation import Message, Tool
+from poe.calls.streaming import CallPart, FaultPart, Part, ReplyReader, TextPart
+from poe.chat import read_messages
+from poe.errors import PoEError, TokenizerError
+from poe.serving.engine import End, Piece
+from poe.serving.models import ServedModel
+from poe.serving.openai_api import (
+    ApiError,
+    ChatRequest,
+    read_offered,
+    write_call,
+    write_choice,
+    write_delta,
+    write_scores,
+)
+
+REPLY_TOKENS = 256  # of a request that has no max_tokens, as in `cascade.chat`
+
+
+@dataclass(frozen=True)
+class Question:
+    """A request as the engine takes it."""
+
+    model: ServedModel
+    request: ChatRequest
+    tools: Sequence[Tool]
+    prompt: list[int]
+    max_tokens: int
+
+
+def read_question(model: ServedModel, request: ChatRequest, max_context: int) -> Question:
+    """Write the prompt of a request. Raises `ApiError` for what cannot be used, or is longer than `max_context`."""
+    tools = read_offered(request)
+    messages = [_check_role(number, message) for number, message in enumerate(request.messages)]
+    try:
+        prompt = model.renderer.prompt_ids(read_messages(messages), tools)
+    except TokenizerError as error:
+        raise ApiError(500, str(error)) from None
+    except PoEError as error:
+        raise ApiError(400, f"The messages cannot be used: {error}", "messages", "invalid_value") from None
+    room = max_context - len(prompt)
+    if room < 1 or (request.most_tokens or 1) > room:
+        wanted = f" and max_tokens {request.most_tokens}" if request.most_tokens else ""
+        raise ApiError(
+            400,
+            f"The prompt has {len(prompt)} tokens{wanted}; prompt and reply may have {max_context} together. Shorten "
+            "the messages or the tools, or ask for fewer tokens.",
+            "messages" if room < 1 else "max_tokens",
+            "context_length_exceeded",
+        )
+    return Question(model, request, tools, prompt, request.most_tokens or min(REPLY_TOKENS, room))
+
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+def _check_role(number: int, message: Message) -> Message:
+    """Return a message with a role that templates have: `developer` is a newer name of `system`."""
+    role = message.get("role")
+    if role not in ROLES:
+        raise ApiError(400, f"The role of a message is one of {', '.join(ROLES)}.", f"messages.{number}.role")
+    return {**message, "role": "system"} if role == "developer" else message
+
+
+class Choice:
+    """One reply of a completion: takes the engine's events and gives what OpenAI's clients read.
+
+    `add` and `finish` return the parts of a stream. `write` returns the reply as a whole; it has the same content.
+    """
+
+    def __init__(self, index: int, question: Question) -> None:
+        self._index, self._question = index, question
+        self._reader = ReplyReader(question.model.form, question.tools) if question.tools else None
+        self._text = ""
+        self._calls: list[dict[str, Any]] = []
+        self._scores: list[dict[str, Any]] = []
+        self._begun = False
+        self.end: End | None = None
+
+    def add(self, piece: Piece) -> list[dict[str, Any]]:
+        """Take the next piece of text."""
+        scores = None
+        if self._question.request.scores is not None:
+            scores = write_scores(piece.scores, self._question.model.tokenizer)
+            self._scores += scores
+        parts: list[Part] = [TextPart(piece.text)] if piece.text else []
+        deltas = [self._read(part) for part in (self._reader.feed(piece.text) if self._reader else parts)]
+        return self._write_deltas(deltas or ([{}] if scores else []), scores)
+
+    def finish(self, end: End) -> list[dict[str, Any]]:
+        """Take the end. Raises `ApiError` if the reply was not finished."""
+        self.end = end
+        if end.reason in _FAILURES:
+            raise ApiError(*_FAILURES[end.reason])
+        deltas = [self._read(part) for part in (self._reader.close() if self._reader else [])]
+        if end.reason == "stop" and not self._calls and self._question.request.must_call:
+            raise ApiError(500, "The model gave no call that fits its tool.", None, "no_valid_call")
+        return [*self._write_deltas(deltas, None), write_delta(self._index, {}, self._reason)]
+
+    def write(self) -> dict[str, Any]:
+        """Return the whole reply."""
+        scores = None if self._question.request.scores is None else self._scores
+        return write_choice(self._index, self._text, self._calls, self._reason, scores)
+
+    @property
+    def _reason(self) -> str:
+        assert self.end is not None
+        return "tool_calls" if self._calls and self.end.reason == "stop" else self.end.reason
+
+    def _read(self, part: Part) -> dict[str, Any]:
+        """Take a part of the reply and return what a stream has of it. A call with a fault is text."""
+        if isinstance(part, CallPart) and not part.faults:
+            self._calls.append(call := write_call(part.call))
+            return {"tool_calls": [{"index": len(self._calls) - 1, **call}]}
+        if isinstance(part, TextPart):
+            text = part.text
+        elif isinstance(part, FaultPart):
+            text = part.fault.text
+        else:
+            text = json.dumps({"name": part.call.name, "arguments": part.call.arguments}, ensure_ascii=False)
+        self._text += text
+        return {"content": text}
+
+    def _write_deltas(self, deltas: list[dict[str, Any]], scores: Any) -> list[dict[str, Any]]:
+        """Return parts of a stream. The first one has the role, and log-probabilities."""
+        if deltas and not self._begun:
+            self._begun = True
+            deltas[0] = {"role": "assistant", "content": "", **deltas[0]}
+        return [write_delta(self._index, delta, scores=None if i else scores) for i, delta in enumerate(deltas)]
+
+
+_FAILURES = {
+    "timeout": (504, "The reply was not finished in the time that this server gives to a request.", None, "timeout"),
+    "canceled": (503, "The server is shutting down.", None, "shutting_down"),
+    "error": (500, "The server failed while it decoded the reply.", None, "decoding_failed"),
+}
