@@ -108,11 +108,11 @@ def test_every_error_of_a_call_is_named_with_its_place() -> None:
         "gift": True,
     }
     assert check_calls([Call("order", arguments)], [ORDER]) == [
-        "order: arguments.size: missing",
-        "order: arguments.gift: not declared",
-        "order: arguments.items[1].sku: missing",
+        "order: arguments.size: required argument missing",
+        "order: arguments.gift: argument that the tool does not declare",
+        "order: arguments.items[1].sku: required argument missing",
         'order: arguments.items[1].count: expected integer, found "2"',
-        'order: arguments.items[2]["two words"]: not declared',
+        'order: arguments.items[2]["two words"]: argument that the tool does not declare',
         "order: arguments.to.street: expected string, found 5",
         "order: arguments.items[0].count: 0 is less than the minimum of 1",
         "order: arguments.items[2].sku: the text does not match the pattern",

@@ -120,7 +120,8 @@ def test_python_functions_and_classes_are_tools() -> None:
         ([TOOL, 5], "tools[1]: tool is not an object"),
         ([{"type": "web_search"}], "tools[0]: tool that is not a function"),
         ([{"type": "custom", "name": "f", "format": {"type": "text"}}], "tools[0] 'f': tool that is not a function"),
-        ([{"name": "f", "parameters": MATRIX}], "tools[0] 'f': tool schema with an unknown type ('matrix')"),
+        ([{"name": "f", "parameters": MATRIX}],
+         "tools[0].parameters.properties.a.type of 'f': tool schema with an unknown type ('matrix')"),
         ([{"name": "f", "arguments": FLAT}], "tools[0] 'f': tool with parameters under an unknown key ('arguments')"),
         ([{"name": "f", "schema": SCHEMA}], "tools[0] 'f': tool with parameters under an unknown key ('schema')"),
         ([{"name": "f", "parameters": SCHEMA, "input_schema": BARE}], "tools[0] 'f': tool with two parameter schemas"),
@@ -166,7 +167,7 @@ def test_prompts_and_checks_take_every_spelling(demo_tokens: Renderer) -> None:
     for tools in ([MCP], {"tools": [MCP]}, [SPELLINGS["Anthropic"]], SPELLINGS["Gemini"]):
         assert demo_tokens.prompt(question, tools) == prompt
         assert check_calls([Call(NAME, {"city": "Oslo"})], tools) == []
-        assert check_calls([Call(NAME, {})], tools) == [f"{NAME}: required argument missing"]
+        assert check_calls([Call(NAME, {})], tools) == [f"{NAME}: arguments.city: required argument missing"]
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +178,7 @@ def demo_tokens() -> Renderer:
 
 
 def test_a_tools_file_that_cannot_be_used_is_one_message(tmp_path: Any) -> None:
-    from poe.commands.use import _read_tools
+    from poe.calls.tool_files import read_tools_file
     from poe.errors import DataError
 
     path = tmp_path / "tools.json"
@@ -189,13 +190,13 @@ def test_a_tools_file_that_cannot_be_used_is_one_message(tmp_path: Any) -> None:
     ):
         path.write_text(content)
         with pytest.raises(DataError, match=message) as error:
-            _read_tools(path)
+            read_tools_file(path)
         assert str(path) in str(error.value)
     path.write_bytes(b"\xff\xfe[")
     with pytest.raises(DataError, match="cannot be used"):
-        _read_tools(path)
+        read_tools_file(path)
     path.write_text("\ufeff" + json.dumps({"tools": [MCP]}), encoding="utf-8")
-    assert _read_tools(path) == [TOOL]
+    assert read_tools_file(path) == [TOOL]
 
 
 @pytest.mark.slow

@@ -66,6 +66,7 @@ class RowError(DataError):
     def __init__(self, reason: str, place: str = "") -> None:
         super().__init__(f"{place}: {reason}" if place else reason)
         self.reason = reason
+        self.place = place
 
 
 class TemplateError(PoEError, ValueError):

@@ -6,8 +6,6 @@ report can count it.
 """
 
 import contextlib
-import json
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import reduce
 from typing import Any
@@ -17,7 +15,7 @@ from poe.calls.faults import Fault, FaultKind
 from poe.calls.resolution import ANYTHING, Flat, Resolver, UnresolvableError, kinds_of
 from poe.calls.schema import Note, no_note
 from poe.calls.validation import TooComplexError, count_steps, fits_schema, list_errors, matches, start_counting
-from poe.calls.values import check_value, convert_exactly, fits_type
+from poe.calls.values import check_value, convert_exactly, fits_type, join_place, show_value
 from poe.errors import RowError
 
 OTHER_TYPE = "argument of another type than declared"
@@ -132,12 +130,12 @@ def list_changes(before: Any, after: Any, place: str = "arguments") -> Iterator[
             if name in after:
                 yield from list_changes(member, after[name], here)
             else:
-                yield f"{here}: {_show(member)} left out"
+                yield f"{here}: {show_value(member)} left out"
     elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
         for i, (old, new) in enumerate(zip(before, after, strict=True)):
             yield from list_changes(old, new, join_place(place, i))
     elif type(before) is not type(after) or before != after:
-        yield f"{place}: {_show(before)} became {_show(after)}"
+        yield f"{place}: {show_value(before)} became {show_value(after)}"
 
 
 def restore_nulls(schema: Any, value: Any) -> Any:
@@ -304,13 +302,18 @@ class _Fitting:
         if kinds and not any(fits_type(kind, value) for kind in kinds):
             yield place, _expected(kinds, value)
         elif isinstance(choices, list) and value not in choices:
-            yield place, f"expected one of {', '.join(map(_show, choices))}, found {_show(value)}"[:MAX_REASON]
+            yield (
+                place,
+                f"expected one of {', '.join(map(show_value, choices))}, found {show_value(value)}"[:MAX_REASON],
+            )
         elif value != one.flat.get("const", value):
-            yield place, f"expected {_show(one.flat['const'])}, found {_show(value)}"
+            yield place, f"expected {show_value(one.flat['const'])}, found {show_value(value)}"
         elif isinstance(value, dict):
-            yield from ((join_place(place, name), "missing") for name in one.required if name not in value)
+            yield from (
+                (join_place(place, name), "required argument missing") for name in one.required if name not in value
+            )
             undeclared = one.undeclared(value, top)
-            yield from ((join_place(place, name), "not declared") for name in undeclared)
+            yield from ((join_place(place, name), UNDECLARED) for name in undeclared)
             for name, member in value.items():
                 if name not in undeclared:
                     yield from self.list_mismatches(one.member(name), member, join_place(place, name))
@@ -333,23 +336,10 @@ class _Fitting:
 
 
 MAX_REASON = 200
-_IDENTIFIER = re.compile(r"[^\W\d][\w-]*")
-
-
-def join_place(place: str, key: str | int) -> str:
-    """Return the place of a member: `arguments.days[0]`, `arguments["two words"]`."""
-    if isinstance(key, str) and _IDENTIFIER.fullmatch(key) and len(key) <= 80:
-        return f"{place}.{key}"
-    return f"{place}[{_show(key)}]"
-
-
-def _show(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def _expected(kinds: Iterable[str], value: Any) -> str:
-    return f"expected {' or '.join(kinds)}, found {_show(value)}"
+    return f"expected {' or '.join(kinds)}, found {show_value(value)}"
 
 
 def _fit_scalar(flat: Flat, value: Any, note: Note) -> Any:

@@ -5,12 +5,12 @@ Every repair is passed to `note` by name, so that a report can count it.
 
 import json
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import lru_cache, reduce
 from typing import Any
 
 from poe.calls.python_types import python_type
 from poe.calls.resolution import COMBINING, Resolver, UnresolvableError
-from poe.calls.values import TYPES, count_values, fits_type
+from poe.calls.values import TYPES, count_values, fits_type, join_place
 from poe.errors import RowError
 
 Note = Callable[[str], None]
@@ -28,6 +28,13 @@ PYTHON_TYPES = {
     "list": "array",
     "tuple": "array",
     "dict": "object",
+    "arraylist": "array",
+    "hashmap": "object",
+    "char": "string",
+    "long": "integer",
+    "short": "integer",
+    "byte": "integer",
+    "bigint": "integer",
     "any": None,
     "type_unspecified": None,
 }
@@ -153,30 +160,35 @@ def _is_open(schema: dict[str, Any]) -> bool:
     return any(key in schema for key in ("patternProperties", *COMBINING))
 
 
-def lint_schema(schema: dict[str, Any]) -> str | None:
-    """Return why a schema cannot be used, or None: not JSON Schema, too large, or a reference that leads nowhere."""
+def lint_schema(schema: dict[str, Any], place: str = "parameters") -> tuple[str, str] | None:
+    """Return why a schema cannot be used and where, or None.
+
+    The reasons: it is not JSON Schema, too large, or has a reference that leads nowhere. `place` is that of the schema.
+    """
     if count_values(schema) > MAX_SCHEMA_VALUES:
-        return f"tool schema with more than {MAX_SCHEMA_VALUES:,} values"
-    return _lint(json.dumps(schema))
+        return f"tool schema with more than {MAX_SCHEMA_VALUES:,} values", place
+    problem = _lint(json.dumps(schema))
+    return problem and (problem[0], reduce(join_place, problem[1], place))
 
 
 @lru_cache(maxsize=1024)
-def _lint(text: str) -> str | None:
-    """Return why a schema, as JSON text, cannot be used. Cached, because tools recur."""
+def _lint(text: str) -> tuple[str, tuple[str | int, ...]] | None:
+    """Return why a schema, as JSON text, cannot be used, and the path to it. Cached, because tools recur."""
     schema = json.loads(text)
     resolver = Resolver(schema)
-    for sub in _subschemas(schema):
+    for path, sub in _subschemas(schema):
         kinds = sub.get("type", "object")
         for kind in kinds if isinstance(kinds, list) else [kinds]:
             if not isinstance(kind, str) or kind not in TYPES:
-                return f"tool schema with an unknown type ({str(kind)[:40]!r})"
-        if not all(_SHAPES[key](value) for key, value in sub.items() if key in _SHAPES):
-            return "tool schema is not valid JSON Schema"
-    for sub in _subschemas(schema):
+                return f"tool schema with an unknown type ({str(kind)[:40]!r})", (*path, "type")
+        for key, value in sub.items():
+            if key in _SHAPES and not _SHAPES[key](value):
+                return "tool schema is not valid JSON Schema", (*path, key)
+    for path, sub in _subschemas(schema):
         try:
             resolver.resolve(sub)
         except UnresolvableError as error:
-            return f"tool schema that {error}"
+            return f"tool schema that {error}", path
     return None
 
 
@@ -218,14 +230,16 @@ def is_keyword(key: str, value: Any) -> bool:
     return key == "const" or bool(key in _SHAPES and _SHAPES[key](value))
 
 
-def _subschemas(schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield a schema and all schemas inside it."""
-    stack: list[Any] = [schema]
+def _subschemas(schema: dict[str, Any]) -> Iterator[tuple[tuple[str | int, ...], dict[str, Any]]]:
+    """Yield a schema and all schemas inside it, each with its path."""
+    stack: list[tuple[tuple[str | int, ...], Any]] = [((), schema)]
     while stack:
-        sub = stack.pop()
+        path, sub = stack.pop()
         if not isinstance(sub, dict):
             continue
-        yield sub
-        stack.extend(sub.get(key) for key in _SCHEMAS)
-        stack.extend(m for key in _SCHEMA_MAPS if isinstance(sub.get(key), dict) for m in sub[key].values())
-        stack.extend(m for key in _SCHEMA_LISTS if isinstance(sub.get(key), list) for m in sub[key])
+        yield path, sub
+        stack.extend(((*path, key), sub.get(key)) for key in _SCHEMAS)
+        maps = ((key, sub[key]) for key in _SCHEMA_MAPS if isinstance(sub.get(key), dict))
+        stack.extend(((*path, key, name), member) for key, members in maps for name, member in members.items())
+        lists = ((key, sub[key]) for key in _SCHEMA_LISTS if isinstance(sub.get(key), list))
+        stack.extend(((*path, key, i), member) for key, members in lists for i, member in enumerate(members))

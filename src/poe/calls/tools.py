@@ -11,7 +11,9 @@
 | Cohere | `{"name", "description", "parameter_definitions": {<name>: {"description", "type", "required"}}}` |
 | xLAM, smolagents, Qwen-Agent | flat `parameters` or `inputs`: a map or a list of names with Python or JSON types |
 | Pydantic | a bare JSON Schema with a `title`, or the class |
-| Python | a function with type hints and a docstring, as `apply_chat_template` takes it |
+| Python | functions, methods and callable objects (`poe.calls.python_functions`) |
+| OpenAPI | a whole document: one tool for each operation (`poe.calls.openapi`) |
+| BFCL | types such as `dict`, `float`, `tuple`, `any`, `ArrayList`, `HashMap` |
 
 Keys are `snake_case` or `camelCase`. Every part may be JSON text. Each repair is passed to `note` by name. Input that
 cannot be converted without loss raises `RowError` with the reason and the place.
@@ -24,6 +26,7 @@ from typing import Any
 from poe.calls.arguments import find_faults, find_tool, fit_value, list_changes
 from poe.calls.conversation import Call, Tool
 from poe.calls.json_text import parse_field
+from poe.calls.openapi import describe_operations, is_openapi
 from poe.calls.python_types import declared_type
 from poe.calls.resolution import COMBINING, Resolver
 from poe.calls.schema import Note, is_keyword, lint_schema, no_note, repair_schema
@@ -39,7 +42,7 @@ _PARAMETERS = (
 )
 _OPTIONAL_UNLESS_MARKED = ("parameter_definitions", "parameterDefinitions")
 _DEFINITIONS = ("$defs", "definitions", "components")
-_HOLDS_TOOLS = {*_LISTS, *_RESULTS, *_ENVELOPES, *_PARAMETERS, "name", "title"}
+_HOLDS_TOOLS = {"openapi", "swagger", *_LISTS, *_RESULTS, *_ENVELOPES, *_PARAMETERS, "name", "title"}
 _NO_PARAMETERS = ("properties", "required", "output_schema", "outputSchema", "response", "returns", "annotations")
 
 
@@ -54,13 +57,16 @@ def read_tools(value: Any, note: Note = no_note, *, flat: bool = False) -> list[
 def _read_all(value: Any, place: str, note: Note, flat: bool) -> Iterator[Tool]:
     """Yield the tools in a value. An empty place is that of all tools."""
     try:
-        value = _as_json(value, "tool" if place else "tools")
+        value = _as_json(value, "tool" if place else "tools", note)
         if not isinstance(value, dict | list):
             raise RowError("tool is not an object" if place else "tools are not a list")
         if isinstance(value, dict) and not place and value and not _HOLDS_TOOLS & value.keys():
             raise RowError("tools are not a list")
     except RowError as error:
         raise RowError(error.reason, place) from None
+    if is_openapi(value):
+        yield from _read_operations(value, place, note)
+        return
     if isinstance(value, list):
         for i, member in enumerate(value):
             if isinstance(member, list):
@@ -76,12 +82,23 @@ def _read_all(value: Any, place: str, note: Note, flat: bool) -> Iterator[Tool]:
         except RowError as error:
             function = next((value[key] for key in _ENVELOPES if isinstance(value.get(key), dict)), value)
             name = f" {str(function['name'])[:40]!r}" if function.get("name") else ""
-            raise RowError(error.reason, f"{place or 'tool'}{name}") from None
+            inner = f".{error.place} of" if error.place and name else error.place and f".{error.place}"
+            raise RowError(error.reason, f"{place or 'tool'}{inner}{name}") from None
 
 
-def _as_json(value: Any, name: str) -> Any:
+def _read_operations(document: dict[str, Any], place: str, note: Note) -> Iterator[Tool]:
+    operation = ""
+    try:
+        for operation, function in describe_operations(document, note):
+            yield read_tool(function, note)
+            operation = ""
+    except RowError as error:
+        raise RowError(error.reason, ".".join(filter(None, [place, operation, error.place]))) from None
+
+
+def _as_json(value: Any, name: str, note: Note) -> Any:
     """Return JSON text, a Python function or an object of an SDK as a JSON value, checked for depth and content."""
-    value = describe_object(value)
+    value = describe_object(value, note)
     if isinstance(value, tuple):
         value = list(value)
     elif isinstance(value, str) and name == "tools" and not value.strip():
@@ -92,10 +109,10 @@ def _as_json(value: Any, name: str) -> Any:
     return [] if value is None and name == "tools" else value
 
 
-def describe_object(value: Any) -> Any:
+def describe_object(value: Any, note: Note = no_note) -> Any:
     """Return a Python function, a class of Pydantic or an object of an SDK as JSON values, other values unchanged.
 
-    Raises `RowError` for a function without type hints or a docstring.
+    Raises `RowError` for a function that does not describe a tool.
     """
     if isinstance(value, type) and hasattr(value, "model_json_schema"):
         return value.model_json_schema()
@@ -103,12 +120,9 @@ def describe_object(value: Any) -> Any:
         return value.model_dump(mode="json", exclude_none=True)
     if not callable(value):
         return value
-    from transformers.utils import get_json_schema
+    from poe.calls.python_functions import describe_function
 
-    try:
-        return get_json_schema(value)
-    except Exception as error:  # of several kinds: no docstring, no type hint, an unknown type
-        raise RowError(f"Python function that does not describe a tool: {str(error)[:200]}") from None
+    return describe_function(value, note)
 
 
 def read_tool(tool: Any, note: Note = no_note, *, flat: bool = False) -> Tool:
@@ -267,7 +281,7 @@ def as_tool(name: Any, description: Any, parameters: Any, note: Note = no_note) 
         note("missing properties filled in")
         parameters = {**parameters, "properties": {}}
     if problem := lint_schema(parameters):
-        raise RowError(problem)
+        raise RowError(*problem)
     return {
         "type": "function",
         "function": {"name": name.strip(), "description": description, "parameters": parameters},
@@ -279,7 +293,7 @@ def _write_out(parameters: dict[str, Any], note: Note) -> dict[str, Any]:
     if not any(key in parameters for key in COMBINING):
         return parameters
     if problem := lint_schema(parameters):
-        raise RowError(problem)
+        raise RowError(*problem)
     alternatives = Resolver(parameters).resolve(parameters)
     if len(alternatives) == 1:
         note("parameters behind a reference written out")

@@ -1,6 +1,8 @@
 """JSON values: whether they can be used, which types they have, and which conversions lose nothing."""
 
+import json
 import math
+import re
 from typing import Any
 
 MAX_DEPTH = 64
@@ -33,6 +35,22 @@ def check_value(value: Any) -> str | None:
         elif item is not None and not isinstance(item, bool | int):
             return "a value that is not JSON"
     return None
+
+
+_IDENTIFIER = re.compile(r"[^\W\d][\w-]*")
+
+
+def join_place(place: str, key: str | int) -> str:
+    """Return the place of a member of an object or an array: `arguments.days[0]`, `arguments["two words"]`."""
+    if isinstance(key, str) and _IDENTIFIER.fullmatch(key) and len(key) <= 80:
+        return f"{place}.{key}"
+    return f"{place}[{show_value(key)}]"
+
+
+def show_value(value: Any) -> str:
+    """Return a value as JSON text of at most 63 characters."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def count_values(value: Any) -> int:

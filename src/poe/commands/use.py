@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from poe.commands.app import FAILED, Base, Device, Program, Repo, err, out
-from poe.errors import DataError, DecodingError, RowError, escape_controls, printable
+from poe.errors import DecodingError, escape_controls, printable
 from poe.files.output import check_output_file
 
 app = Program()
@@ -130,7 +130,9 @@ def calibrate(
 def call(
     repo: Repo,
     question: Annotated[str, typer.Argument(help="The user's question.")],
-    tools: Annotated[Path, typer.Option(help="JSON file with tools: OpenAI, Anthropic, MCP, ... (any spelling).")],
+    tools: Annotated[
+        Path, typer.Option(help="JSON or YAML file with tools: OpenAI, Anthropic, MCP, OpenAPI, ... (any spelling).")
+    ],
     base: Base = None,
     device: Device = "auto",
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
@@ -142,11 +144,14 @@ def call(
     The exit code is 1, and the problems are printed, if a call cannot be read or does not fit its schema, or if the
     reply was cut off (`finish_reason: length`).
     """
-    declared = _read_tools(tools)
+    from poe.calls.tool_files import read_tools_file
+
+    notes: dict[str, None] = {}
+    declared = read_tools_file(tools, notes.setdefault)
     cascade = open_cascade(repo, base, device)
     stage = None if off else cascade.active
     answer = cascade.call(question, declared, system=system, stage=stage, max_new_tokens=max_new_tokens)
-    for note in answer.notes:
+    for note in [f"{tools}: {note}" for note in notes] + answer.notes:
         err.print(f"note: {note}", markup=False)
     content = {
         "content": answer.text or None,
@@ -189,18 +194,3 @@ def _load_siblings(cascade: Any, siblings: list[str]) -> dict[str | None, float]
             raise DecodingError(f"--with {spec!r}: expected REPO=WEIGHT with a weight from 0 to 1.")
         weights[cascade.load_stage(repo, name=f"sibling-{position}").active] = weight
     return {own: 1 - sum(weights.values()), **weights}
-
-
-def _read_tools(path: Path) -> list[dict[str, Any]]:
-    """Return the tools of a JSON file in their OpenAI form. Raises `DataError`."""
-    from poe.calls.tools import read_tools
-
-    try:
-        tools = read_tools(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise DataError(f"The tools file {path} cannot be read: {error.strerror or error}.") from None
-    except (RowError, UnicodeDecodeError) as error:
-        raise DataError(f"The tools file {path} cannot be used: {error}.") from None
-    if not tools:
-        raise DataError(f"The tools file {path} holds no tools; expected a JSON list of them.")
-    return tools
