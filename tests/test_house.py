@@ -32,10 +32,11 @@ ROOMS: dict[str, set[str]] = {
     "chat": {"data", "calls", "decoding", "loaders", "modeling", "errors"},
     "cascade": {"chat", "loaders", "stages", "decoding", "modeling", "errors"},
     "serving": {"cascade", "chat", "decoding", "data", "calls", "loaders", "modeling", "errors"},
+    "tools": {"cascade", "chat", "data", "calls", "loaders", "errors"},
     "training": {"files", "cascade", "data", "demo", "calls", "loaders", "stages", "decoding", "modeling", "errors"},
     "evaluation": {"training", "cascade", "chat", "data", "calls", "decoding", "modeling", "errors"},
     "commands": {
-        *("evaluation", "training", "serving", "cascade", "data", "calls", "demo"),
+        *("evaluation", "training", "serving", "tools", "cascade", "data", "calls", "demo"),
         *("loaders", "stages", "decoding", "files", "modeling", "errors"),
     },
 }

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from poe.cascade import Cascade
     from poe.errors import PoEError
     from poe.modeling.stage_config import StageConfig
+    from poe.tools.agent import Agent
     from poe.training.trainer import train_stage
 
 try:
@@ -15,9 +16,10 @@ try:
 except PackageNotFoundError:  # run from a source tree that was never installed
     __version__ = "0.0.0"
 
-__all__ = ["Cascade", "PoEError", "StageConfig", "__version__", "train_stage"]
+__all__ = ["Agent", "Cascade", "PoEError", "StageConfig", "__version__", "train_stage"]
 
 _HOMES = {
+    "Agent": "poe.tools.agent",
     "Cascade": "poe.cascade",
     "PoEError": "poe.errors",
     "StageConfig": "poe.modeling.stage_config",

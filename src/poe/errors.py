@@ -37,6 +37,7 @@ __all__ = [
     "StageError",
     "TemplateError",
     "TokenizerError",
+    "ToolError",
     "TrainingError",
     "escape_controls",
     "escape_markdown",
@@ -87,6 +88,10 @@ class TrainingError(PoEError, RuntimeError):
 
 class DecodingError(PoEError, ValueError):
     """A strategy or combination cannot be used: no such exit, an unsupported option, or no gain in speed."""
+
+
+class ToolError(PoEError, RuntimeError):
+    """A tool failed twice, a plan cannot be run, or an MCP server cannot be started or has ended."""
 
 
 class MemoryLimitError(PoEError, MemoryError):

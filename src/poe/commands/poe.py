@@ -1,11 +1,11 @@
 """Generate text, answer with calls, inspect, convert and publish. `poe-train` (or `python -m poe train`) trains."""
 
-from poe.commands import convert, data, look, publish, serve, use
+from poe.commands import chat, convert, data, look, publish, serve, use
 from poe.commands.app import Program, add_version, run
 
 app = Program(help=__doc__)
 app.callback(help=__doc__)(add_version)
-for topic in (use, serve, look, convert, publish):
+for topic in (use, chat, serve, look, convert, publish):
     app.add_typer(topic.app)
 app.add_typer(data.app, name="data")
 
