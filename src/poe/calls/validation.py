@@ -134,14 +134,14 @@ def _additional_properties(validator: Any, additional: Any, instance: Any, schem
 
 
 def _unique_items(validator: Any, unique: Any, instance: Any, schema: Any) -> Iterator[Any]:
-    if unique and isinstance(instance, list) and len({_canonical(member) for member in instance}) < len(instance):
+    if unique and isinstance(instance, list) and len({canonical_value(member) for member in instance}) < len(instance):
         yield _error("the items are not unique")
 
 
-def _canonical(value: Any) -> Any:
+def canonical_value(value: Any) -> Any:
     """Return a hashable value that is equal for equal JSON values: 1 and 1.0 are, 1 and true are not."""
     if isinstance(value, dict):
-        return frozenset((key, _canonical(member)) for key, member in value.items())
+        return frozenset((key, canonical_value(member)) for key, member in value.items())
     if isinstance(value, list):
-        return tuple(map(_canonical, value))
+        return tuple(map(canonical_value, value))
     return (isinstance(value, bool), value)

@@ -4,7 +4,6 @@ import random
 
 from poe.calls.conversation import Call
 from poe.calls.forms.base import CallForm
-from poe.calls.forms.call_forms import CALL_FORMS
 from poe.errors import RowError
 
 INSERTS = (
@@ -101,7 +100,3 @@ def cut(rng: random.Random, text: str) -> list[str]:
         pieces.append(text[start:end])
         start = end
     return pieces
-
-
-def forms() -> list[CallForm]:
-    return list(CALL_FORMS.values())
