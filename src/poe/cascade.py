@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -281,20 +282,25 @@ class Cascade:
         messages: Sequence[Mapping[str, Any]],
         tools: Any = (),
         *,
-        stream: bool = False,
         stage: Any = _ACTIVE,
+        strategy: Strategy | None = None,
         max_new_tokens: int = 256,
         **options: Any,
     ) -> Any:
         """Return the `poe.chat.Answer` to messages in OpenAI's form; `answer.message` is the next one.
 
         `tools` are Python functions with type hints and a docstring, or in any spelling of `poe.calls.tools`. With
-        `stream` the result is an `AnswerStream`, which yields the text piece by piece and has the `answer` at the end.
-        `options` are those of `generate`; without them decoding is greedy. Raises `DataError` for messages or tools
-        that cannot be used.
+        `stream=True` the result is an `AnswerStream`, which yields the text piece by piece and has the `answer` at the
+        end. `tool_choice` ("auto", "none", "required" or a function), `parallel_tool_calls` and `response_format` are
+        those of OpenAI's API. Decoding is constrained to what they and the tools allow; `constrain=False` only checks
+        afterwards. Other `options` are those of `generate`; without them decoding is greedy. Raises `DataError` for
+        arguments that cannot be used.
         """
-        options |= {"stream": stream, "max_new_tokens": max_new_tokens}
-        return answer_messages(self.model(self._choose(stage)), self.tokenizer, messages, tools, **options)
+        name = self._choose(stage)
+        options["generate"] = functools.partial(self.generate, stage=name, strategy=strategy)
+        return answer_messages(
+            self.model(name), self.tokenizer, messages, tools, max_new_tokens=max_new_tokens, **options
+        )
 
     def calibrate_depth(
         self,

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from typing import Any
 
@@ -11,17 +11,24 @@ from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from poe.calls.content import content_text, split_messages
-from poe.calls.conversation import Call, Message
+from poe.calls.conversation import Call, Message, Tool
 from poe.calls.forms.call_forms import parse_reply
+from poe.calls.grammar import MARKS, Grammar, ToolChoice, read_tool_choice, write_call_grammar
+from poe.calls.json_text import parse_json
+from poe.calls.reading import Reply
 from poe.calls.tools import check_calls, read_tools
+from poe.calls.validation import TooComplexError, fits_schema
 from poe.data.readers.messages import read_call
 from poe.data.render import Renderer
 from poe.data.templates import complete_template, note_unread_calls, reply_form
+from poe.decoding.constraints import Constraint, ConstraintProcessor, Vocabulary, read_vocabulary
 from poe.decoding.generation import REPLY_BATCH, REPLY_TOKENS, greedy_options
 from poe.errors import DataError, DecodingError
 from poe.loaders.tokenizer import check_tokenizer
 from poe.modeling.families import is_prefix_lm
 from poe.modeling.placement import device_of
+
+RETRIES = 3  # sampled replies, where the first one has a fault that the grammar does not exclude
 
 
 @dataclass(frozen=True)
@@ -30,10 +37,12 @@ class Answer:
 
     text           what it says beside its calls
     calls          its calls, each with `name` and `arguments`
-    problems       one sentence for each call that cannot be read, or that does not fit its tool
-    finish_reason  "tool_calls" if there are calls, "stop", or "length": it was cut off at `max_new_tokens`
+    problems       one sentence for each call that cannot be read or does not fit its tool, and for a broken promise of
+                   `tool_choice`, `parallel_tool_calls` or `response_format`
+    finish_reason  "tool_calls" if there are calls, "stop", or "length": it was cut off at `max_new_tokens`, or closed
+                   before them by the constraint
     raw            the text as generated, with the calls
-    notes          what else to know about the prompt, one sentence each
+    notes          what else to know about the prompt and the constraint, one sentence each
     """
 
     text: str
@@ -59,6 +68,108 @@ class RawReply:
     is_complete: bool
 
 
+@dataclass(frozen=True)
+class ReplyPlan:
+    """What replies to a conversation may be.
+
+    `grammar` and `vocabulary` are None if any text is allowed. `schema` is the one that text without calls must fit.
+    """
+
+    form: str
+    choice: ToolChoice
+    schema: Any = None
+    grammar: Grammar | None = None
+    vocabulary: Vocabulary | None = None
+    notes: tuple[str, ...] = ()
+
+    def make_constraint(self, max_new_tokens: int | None = None) -> Constraint | None:
+        """Return the constraint of one reply of at most so many tokens, None if any text is allowed."""
+        if self.grammar is None or self.vocabulary is None:
+            return None
+        grammar = self.grammar
+        limits = {"longest": grammar.longest, "shortest": grammar.shortest, "max_new_tokens": max_new_tokens}
+        return Constraint(grammar.lark, self.vocabulary, **limits)
+
+    def read(self, reply: RawReply) -> tuple[Reply, list[str]]:
+        """Return the parts of a reply, and what is wrong with it, one sentence each."""
+        offered = self.choice.tools if self.choice.mode != "none" else ()
+        if not offered and self.schema is not None:
+            parsed = Reply(reply.text.strip())
+        else:
+            parsed = parse_reply(reply.text, self.form)
+        problems = check_calls(parsed.calls, list(self.choice.tools))
+        problems += [f"this call cannot be read: {text}" for text in parsed.malformed]
+        if self.choice.mode == "none":
+            problems += [f"{call.name[:80]}: a call, and tool_choice is 'none'" for call in parsed.calls]
+        if self.choice.mode == "required" and not parsed.calls and not parsed.malformed:
+            problems.append("no call, and tool_choice asks for one")
+        if len(parsed.calls) > 1 and not self.choice.is_parallel:
+            problems.append("several calls, and parallel_tool_calls is false")
+        if self.schema is not None and not parsed.calls and (problem := check_json(parsed.content, self.schema)):
+            problems.append(f"the text does not fit response_format: {problem}")
+        return parsed, problems
+
+
+def plan_reply(
+    tokenizer: Any,
+    vocab_size: int,
+    stop_token_ids: Sequence[int],
+    tools: Sequence[Tool],
+    *,
+    tool_choice: Any = "auto",
+    parallel_tool_calls: bool = True,
+    response_format: Any = None,
+    constrain: bool = True,
+) -> ReplyPlan:
+    """Return what replies may be, from the arguments of `Cascade.chat`.
+
+    Without tools and `response_format` any text is allowed. Raises `DataError` for arguments that cannot be used, and
+    `DecodingError` if a call is required and replies cannot be constrained.
+    """
+    choice = read_tool_choice(tool_choice, tools, parallel_tool_calls)
+    schema, form = read_response_format(response_format), reply_form(tokenizer)
+    plan = ReplyPlan(form, choice, schema)
+    if not constrain or (not tools and schema is None):
+        return plan
+    try:
+        vocabulary = read_vocabulary(tokenizer, vocab_size, stop_token_ids, MARKS)
+    except DecodingError as error:
+        if choice.mode == "required" or schema is not None:
+            raise
+        return replace(plan, notes=(str(error),))
+    grammar = write_call_grammar(form, choice, vocabulary.special, schema)
+    notes = grammar.notes
+    if grammar.unconstrained:
+        notes += (f"checked afterwards, not while decoding: {', '.join(grammar.unconstrained)}",)
+    return ReplyPlan(form, choice, schema, grammar, vocabulary, notes)
+
+
+def read_response_format(value: Any) -> Any:
+    """Return the JSON Schema of a `response_format` in OpenAI's form, None for text. Raises `DataError`."""
+    if value is None or value == {"type": "text"}:
+        return None
+    if value == {"type": "json_object"}:
+        return {"type": "object"}
+    inner = value.get("json_schema") if isinstance(value, Mapping) and value.get("type") == "json_schema" else None
+    schema = inner.get("schema") if isinstance(inner, Mapping) else None
+    if not isinstance(schema, Mapping):
+        raise DataError(
+            "Expected response_format to be {'type': 'text'}, {'type': 'json_object'} or {'type': 'json_schema', "
+            f"'json_schema': {{'name': '...', 'schema': {{...}}}}}}, got {str(value)[:80]}."
+        )
+    return schema
+
+
+def check_json(text: str, schema: Any) -> str | None:
+    """Return why a text is no JSON value of a schema, or None."""
+    try:
+        return None if fits_schema(schema, parse_json(text)) else "the value does not fit the schema"
+    except TooComplexError:
+        return "the schema takes too long to check"
+    except Exception as error:  # not JSON, or a reference that leads nowhere
+        return str(error)[:200]
+
+
 def answer_messages(
     model: PreTrainedModel,
     tokenizer: Any,
@@ -66,6 +177,11 @@ def answer_messages(
     tools: Any,
     *,
     stream: bool = False,
+    max_new_tokens: int = REPLY_TOKENS,
+    tool_choice: Any = "auto",
+    parallel_tool_calls: bool = True,
+    response_format: Any = None,
+    constrain: bool = True,
     **options: Any,
 ) -> "Answer | AnswerStream":
     """Answer a conversation with a model; see `Cascade.chat`. `options` are those of `generate_replies`."""
@@ -74,16 +190,55 @@ def answer_messages(
     check_tokenizer(tokenizer, vocab_size)
     complete_template(tokenizer)  # of a base without a stage; a stage's is complete
     renderer = Renderer(tokenizer, vocab_size=vocab_size)
+    stops = renderer.stop_token_ids
     prompt = renderer.prompt_ids(prompt_messages, offered)
-    notes = [note_unread_calls(tokenizer)] if offered else []
+    plan = plan_reply(
+        tokenizer,
+        vocab_size,
+        stops,
+        offered,
+        tool_choice=tool_choice,
+        parallel_tool_calls=parallel_tool_calls,
+        response_format=response_format,
+        constrain=constrain,
+    )
+    notes = [*plan.notes, *filter(None, [note_unread_calls(tokenizer) if offered else ""])]
     if count := renderer.count_control_tokens(prompt_messages, offered):
         notes.append(f"{count} control tokens in the question or the tools are read as text")
+    first = plan.make_constraint(max_new_tokens)
 
     def generate(**streamer: Any) -> Answer:
-        (reply,) = generate_replies(model, tokenizer, [prompt], renderer.stop_token_ids, **options, **streamer)
-        return read_answer(reply, offered, reply_form(tokenizer), list(filter(None, notes)))
+        return _answer(plan, notes, first, 0 if stream else RETRIES, reply_with, **streamer)
 
-    return AnswerStream(generate, tokenizer, renderer.stop_token_ids) if stream else generate()
+    def reply_with(constraint: Constraint | None, **more: Any) -> RawReply:
+        settings = {**options, **more, "max_new_tokens": max_new_tokens, "constraints": [constraint]}
+        return generate_replies(model, tokenizer, [prompt], stops, **settings)[0]
+
+    return AnswerStream(generate, tokenizer, stops) if stream else generate()
+
+
+def _answer(
+    plan: ReplyPlan,
+    notes: list[str],
+    constraint: Constraint | None,
+    retries: int,
+    reply_with: Callable[..., RawReply],
+    **options: Any,
+) -> Answer:
+    """Return the first answer without a problem. Retries are sampled; after the last one the first answer counts."""
+    reply = reply_with(constraint and constraint.copy(), **options)
+    parsed, problems = plan.read(reply)
+    tried = 0
+    while problems and constraint is not None and reply.is_complete and tried < retries:
+        tried += 1
+        again = reply_with(constraint.copy(), **{**options, "do_sample": True})
+        parts, faults = plan.read(again)
+        if not faults:
+            reply, parsed, problems = again, parts, faults
+    if tried:
+        notes = [*notes, f"{tried} more {'reply was' if tried == 1 else 'replies were'} sampled: {problems or 'fits'}"]
+    reason = "length" if not reply.is_complete else "tool_calls" if parsed.calls else "stop"
+    return Answer(parsed.content, parsed.calls, problems, reason, reply.text, notes)
 
 
 def read_messages(messages: Any) -> list[Message]:
@@ -109,14 +264,6 @@ def read_messages(messages: Any) -> list[Message]:
     return read
 
 
-def read_answer(reply: RawReply, tools: Any, form: str, notes: list[str]) -> Answer:
-    """Return a reply with its calls, written in the call form `form`, checked against the tools."""
-    parsed = parse_reply(reply.text, form)
-    problems = check_calls(parsed.calls, tools) + [f"this call cannot be read: {text}" for text in parsed.malformed]
-    reason = "length" if not reply.is_complete else "tool_calls" if parsed.calls else "stop"
-    return Answer(parsed.content, parsed.calls, problems, reason, reply.text, notes)
-
-
 def generate_replies(
     model: PreTrainedModel,
     tokenizer: Any,
@@ -126,12 +273,15 @@ def generate_replies(
     max_new_tokens: int = REPLY_TOKENS,
     batch_size: int = REPLY_BATCH,
     progress: Callable[[int], None] | None = None,
+    generate: Callable[..., Any] | None = None,
+    constraints: Sequence[Constraint | None] | None = None,
     **options: Any,
 ) -> list[RawReply]:
     """Generate a reply to each prompt (a list of token ids), in batches of similar length.
 
     Decoding is greedy unless `options`, those of `generate`, say otherwise. The replies keep their special tokens.
-    `progress` is called after each batch with the number of its prompts.
+    `progress` is called after each batch with the number of its prompts. `generate` is used in place of the model's
+    own. `constraints` has what each reply may be, None for any text.
     """
     pad = tokenizer.pad_token_id
     if pad is None or pad >= model.config.vocab_size:
@@ -149,10 +299,15 @@ def generate_replies(
         inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
         if is_prefix_lm(model.config):
             inputs["token_type_ids"] = mask.to(device)
-        output: Any = model.generate(**inputs, **settings)  # type: ignore[operator]
+        if constraints is not None and any(constraints[i] for i in part):
+            processor = ConstraintProcessor([constraints[i] for i in part], width)
+            inputs["logits_processor"] = [*settings.pop("logits_processor", ()), processor]
+        output: Any = (generate or model.generate)(**inputs, **settings)  # type: ignore[operator]
         for row, i in zip(output[:, width:].tolist(), part, strict=True):
             end = next((k for k, token in enumerate(row) if token in stop_token_ids), None)
-            replies[i] = RawReply(tokenizer.decode(row[:end], skip_special_tokens=False), end is not None)
+            is_cut = constraints is not None and (own := constraints[i]) is not None and own.is_cut
+            text = tokenizer.decode(row[:end], skip_special_tokens=False)
+            replies[i] = RawReply(text, end is not None and not is_cut)
         if progress is not None:
             progress(len(part))
     return replies

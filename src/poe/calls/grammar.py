@@ -87,10 +87,13 @@ def read_tool_choice(value: Any, tools: Sequence[Tool], is_parallel: bool = True
 _EXPECTED_CHOICE = "tool_choice to be 'auto', 'none', 'required' or {'type': 'function', 'function': {'name': '...'}}"
 
 
-def write_call_grammar(form: str, choice: ToolChoice, special: Mapping[str, int] | None = None) -> Grammar:
+def write_call_grammar(
+    form: str, choice: ToolChoice, special: Mapping[str, int] | None = None, schema: Any = None
+) -> Grammar:
     """Return the grammar of replies in a call form. `special` has the id of each mark that is one special token.
 
-    Raises `DataError` if no tool can be called in the form, or a schema cannot be resolved.
+    With `schema` a reply without calls is a JSON value of it. Raises `DataError` if no tool can be called in the form,
+    or a schema cannot be resolved.
     """
     rules = Rules({"python": PYTHON, "openai": ESCAPED_JSON}.get(form, JSON))
     calls: list[_Call] = []
@@ -107,7 +110,14 @@ def write_call_grammar(form: str, choice: ToolChoice, special: Mapping[str, int]
     mark = call_form(form).mark
     forbidden = _LOOKS_LIKE_A_CALL.get(form) or _escape_pattern(mark)
     lines = [f"TEXT: /{_ANY.replace('*', '+')}/ & ~/{_ANY}{forbidden}{_ANY}/"]
-    if not calls:
+    text = "TEXT?"
+    answer = None if schema is None else write_json_grammar(schema)
+    if answer is not None:
+        if not calls:
+            return answer
+        lines = [answer.lark.replace("start:", "json:", 1)]
+        text = "json"
+    elif not calls:
         return Grammar("\n".join(["start: TEXT?", *lines]), "", "", tuple(rules.unconstrained), tuple(notes))
     parts = _FORMS[form]
     more = f"({_literal(parts.between, special)} call)*" if choice.is_parallel else ""
@@ -120,15 +130,19 @@ def write_call_grammar(form: str, choice: ToolChoice, special: Mapping[str, int]
         if choice.mode == "required":
             start = f"{_LEAD} {begin} calls"
         elif number is None:
-            lines.append(f"head[lazy]: /{_ANY}{_escape_pattern(mark)}/")
-            start = "TEXT? | head calls"
+            before = _ANY if answer is None else ""
+            lines.append(f"head[lazy]: /{before}{_escape_pattern(mark)}/")
+            start = f"{text} | head calls"
         else:
-            start = f"TEXT? | TEXT? {begin} calls"
+            start = f"{text} | {text if answer is None else ''} {begin} calls"
     else:  # one literal up to where the reply can no longer be text
         first = [f"{quote(lead + parts.before + call.before)} {call.rest}" for call in calls for lead in ("", " ")]
         lines += [f"first: {' | '.join(first)}", f"calls: first {rest}"]
-        start = "calls" if choice.mode == "required" else "TEXT? | calls"
+        start = "calls" if choice.mode == "required" else f"{text} | calls"
     longest = f"{parts.before}{max((call.longest for call in calls), key=len)}{parts.between}{parts.after}"
+    if answer is not None:
+        longest = max(longest, answer.longest, key=len)
+        rules.unconstrained |= dict.fromkeys(answer.unconstrained)
     shortest = f"{parts.before}{min((call.shortest for call in calls), key=len)}{parts.after}"
     lark = "\n".join([f"start: {start}", *lines, str(rules)])
     return Grammar(
@@ -138,7 +152,7 @@ def write_call_grammar(form: str, choice: ToolChoice, special: Mapping[str, int]
 
 def write_json_grammar(schema: Any) -> Grammar:
     """Return the grammar of replies that are one JSON value of a schema. Raises `DataError` if no value fits."""
-    rules = Rules(JSON)
+    rules = Rules(JSON, "j")
     try:
         rule = rules.add_document(schema, Resolver(schema))
     except RowError as error:

@@ -1,9 +1,9 @@
 """Write the values that a JSON Schema allows as rules of a grammar in the Lark notation of llguidance.
 
-The rules write values as the call forms do: names in the order of the schema, `, ` and `: ` between them, no other white
-space. They allow no more than the schema, except for the keywords in `Rules.unconstrained`, and sometimes less: an
-object that lists properties has no others, numbers without limits are at most 10^18, and values nest at most
-`MAX_DEPTH` levels deep. The checks of `poe.calls.validation` cover the rest.
+The rules write values as the call forms do: names in the order of the schema, `, ` and `: ` between them, and no other
+white space. They allow no more than the schema, except for the keywords in `Rules.unconstrained`. They allow less where
+more would serve nobody: an object that lists properties has no others, numbers without limits are at most 10^18, and
+values nest at most `MAX_DEPTH` levels deep. The checks of `poe.calls.validation` cover the rest.
 """
 
 import json
@@ -78,7 +78,8 @@ class Rule:
 class Rules:
     """The rules of one grammar. `unconstrained` holds the keywords that they do not enforce."""
 
-    def __init__(self, notation: Notation) -> None:
+    def __init__(self, notation: Notation, prefix: str = "r") -> None:
+        self._prefix = prefix
         self.unconstrained: dict[str, None] = {}
         self._notation = notation
         self._lines: dict[str, str] = {}  # the body of each rule -> its name
@@ -90,7 +91,7 @@ class Rules:
 
     def add(self, body: str, longest: str, shortest: str | None = None) -> Rule:
         """Add a rule, or return the one with the same body. There is one example if `shortest` is left out."""
-        name = self._lines.setdefault(body, f"r{len(self._lines)}")
+        name = self._lines.setdefault(body, f"{self._prefix}{len(self._lines)}")
         return Rule(name, longest, longest if shortest is None else shortest)
 
     def add_document(self, schema: Any, resolver: Resolver, keywords: bool = False) -> Rule | None:

@@ -137,20 +137,30 @@ def call(
     device: Device = "auto",
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     max_new_tokens: NewTokens = 256,
+    tool_choice: Annotated[
+        str, typer.Option(help="auto: calls or text; required: at least one call; none: text; or the name of a tool.")
+    ] = "auto",
+    free: Annotated[
+        bool, typer.Option("--free", help="Do not constrain the reply to calls that fit; only check them.")
+    ] = False,
     off: Off = False,
 ) -> None:
     """Answer a question with calls, printed as JSON: `content`, `tool_calls` and `finish_reason`.
 
-    The exit code is 1, and the problems are printed, if a call cannot be read or does not fit its schema, or if the
-    reply was cut off (`finish_reason: length`).
+    The reply is constrained to text, or calls that name a given tool and fit its schema. The exit code is 1, and the
+    problems are printed, if a call cannot be read or does not fit its schema, or if the reply was cut off
+    (`finish_reason: length`).
     """
+    from poe.calls.grammar import MODES
     from poe.calls.tool_files import read_tools_file
 
     notes: dict[str, None] = {}
     declared = read_tools_file(tools, notes.setdefault)
     cascade = open_cascade(repo, base, device)
     stage = None if off else cascade.active
-    answer = cascade.call(question, declared, system=system, stage=stage, max_new_tokens=max_new_tokens)
+    choice: Any = tool_choice if tool_choice in MODES else {"type": "function", "function": {"name": tool_choice}}
+    options = {"max_new_tokens": max_new_tokens, "tool_choice": choice, "constrain": not free}
+    answer = cascade.call(question, declared, system=system, stage=stage, **options)
     for note in [f"{tools}: {note}" for note in notes] + answer.notes:
         err.print(f"note: {note}", markup=False)
     content = {

@@ -1,14 +1,13 @@
 """Constrained decoding: at every step only tokens are allowed with which the reply stays inside a grammar.
 
 A `Constraint` follows one row. `ConstraintProcessor` is a logits processor for a batch in which each row has its own
-constraint, or none. It works with every loop that calls processors: `generate`, `SelfSpeculation`, products and routing.
+constraint, or none. It works with every loop that calls processors: `generate`, `SelfSpeculation`, products, routing.
 
 A reply must also end. Near the end of `max_new_tokens`, a token is allowed only if the reply can still be closed after
-it: the constraint writes the shortest ending that it finds on a copy of its state, and counts its tokens. So a model that
-would repeat itself for ever gives a valid reply as well, and `is_cut` tells that its ending was not the model's.
+it: the constraint writes a short ending on a copy of its state, and counts its tokens. So a model that would repeat
+itself for ever gives a valid reply as well, and `is_cut` tells that its ending was not the model's.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +22,8 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from poe.errors import DecodingError
+
+Mask = np.ndarray[Any, np.dtype[np.bool_]]  # (V): which tokens are allowed
 
 _MARGIN = 8  # tokens that the last steps are checked for beyond the length of the grammar's example
 _MAX_CLOSING = 400
@@ -50,7 +51,6 @@ class Vocabulary:
             text = self.engine.decode_bytes([token])
             order[token] = _closing_rank(text) << 32 | min(len(text), 255) << 24 | token
         return order
-
 
     @cached_property
     def first_bytes(self) -> np.ndarray[Any, Any]:
@@ -179,7 +179,7 @@ class Constraint:
             self.accept(token)
 
     def mask(self, logits: Tensor) -> None:
-        """Set the logits (V) of all tokens that are not allowed now to -inf, in place. Nothing if the reply has ended."""
+        """Set the logits (V) of all tokens that are not allowed now to -inf, in place; of none after the end."""
         if self.is_finished:
             return
         allowed = self._allowed(self._matcher) if self._consumed == len(self._tokens) else self._only(())
@@ -189,19 +189,19 @@ class Constraint:
         logits[: len(forbidden)].masked_fill_(forbidden, -torch.inf)
         logits[len(forbidden) :] = -torch.inf
 
-    def _allowed(self, matcher: LLMatcher) -> "np.ndarray[Any, np.dtype[np.bool_]]":
+    def _allowed(self, matcher: LLMatcher) -> Mask:
         if matcher.is_stopped():
             return self._only(())
         matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
         return np.unpackbits(self._bits, bitorder="little", count=self._vocabulary.engine.vocab_size).view(np.bool_)
 
-    def _only(self, tokens: Sequence[int]) -> "np.ndarray[Any, np.dtype[np.bool_]]":
+    def _only(self, tokens: Sequence[int]) -> Mask:
         """Return that these tokens are allowed, or the stop tokens if there are none."""
         allowed = np.zeros(self._vocabulary.engine.vocab_size, dtype=np.bool_)
         allowed[list(tokens or self._vocabulary.stops)] = True
         return allowed
 
-    def _check(self, allowed: "np.ndarray[Any, np.dtype[np.bool_]]", logits: Tensor) -> Any:
+    def _check(self, allowed: Mask, logits: Tensor) -> Mask:
         """Allow only the most likely token, if the reply can be closed after it, or the next token that closes it."""
         room = self._max - len(self._tokens)  # type: ignore[operator]
         size = min(len(allowed), logits.shape[-1])
@@ -250,8 +250,8 @@ class Constraint:
             tokens += step
         return None
 
-    def _choose(self, matcher: LLMatcher, allowed: "np.ndarray[Any, np.dtype[np.bool_]]", first: int) -> int:
-        """Return the token with the shortest ending after it: one for each letter, `first` if there are many letters."""
+    def _choose(self, matcher: LLMatcher, allowed: Mask, first: int) -> int:
+        """Return the token with the shortest ending, among one for each letter; `first` if there are many letters."""
         tokens = np.flatnonzero(allowed)
         letters, positions = np.unique(self._vocabulary.first_bytes[tokens], return_index=True)
         if len(letters) > _FEW:
