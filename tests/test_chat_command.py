@@ -68,7 +68,7 @@ def test_lines_are_questions_and_calls_are_shown(talk: Callable[..., Any], tmp_p
 
 
 def test_the_models_text_is_printed_as_it_comes(talk: Callable[..., Any]) -> None:
-    done = talk("Hello\n", options=("--max-new-tokens", "400"))  # the model itself, with random weights
+    done = talk("Hello\n", options=("--max-new-tokens", "60"))  # the model itself, with random weights
     assert done.stdout.strip() or done.returncode == 1
     assert "\x1b" not in done.stdout
     assert "Traceback" not in done.stderr
@@ -84,7 +84,8 @@ def test_without_a_terminal_side_effects_need_yes(talk: Callable[..., Any]) -> N
 def test_declared_tools_are_not_run(talk: Callable[..., Any], tmp_path: Path) -> None:
     declared = {"name": "book", "description": "Book", "input_schema": {"type": "object", "properties": {}}}
     (tmp_path / "tools.json").write_text(json.dumps([declared]))
-    done = talk("Book a boat.\n", [("book", {})], "Well.", options=("--tools", "tools.json"))
+    done = talk("/tools\nBook a boat.\n", [("book", {})], "Well.", options=("--tools", "tools.json"))
+    assert "book (not run): Book\n" in done.stdout
     assert "It was not run, because the tool is only declared." in done.stdout
 
 

@@ -124,3 +124,20 @@ def test_a_call_that_cannot_be_run_ends_the_plan(calls: Any, message: str) -> No
 def test_a_refused_call_ends_the_plan() -> None:
     with pytest.raises(ToolError, match="was not run: it was refused"):
         run_plan(parse_plan([step("add", a=1, b=2)]), [add], approve=lambda call: False)
+
+
+def test_a_call_that_takes_too_long_ends_the_plan() -> None:
+    release = threading.Event()
+
+    def hang() -> str:
+        """Hang."""
+        release.wait(20)
+        return "late"
+
+    with pytest.raises(ToolError, match=r"Call 1 of the plan \(hang\): Error: no result within 0.1 seconds"):
+        run_plan(parse_plan([step("hang"), step("add", a=1, b=2)]), [hang, add], call_seconds=0.1)
+    release.set()
+
+
+def test_an_empty_plan_has_no_outcomes() -> None:
+    assert run_plan(parse_plan("[]"), [add]) == []

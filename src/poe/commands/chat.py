@@ -5,6 +5,7 @@ import importlib.util
 import inspect
 import json
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -91,8 +92,11 @@ def _open_tools(path: Path | None, servers: list[str], stack: contextlib.ExitSta
         found += _load_functions(path)
     elif path is not None:
         found += [BoundTool(tool, _answer_dry, is_read_only=True) for tool in read_tools_file(path)]
-    for server in servers:
-        found.append(stack.enter_context(connect_mcp(server)))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        found += [stack.enter_context(connect_mcp(server)) for server in servers]
+    for warning in caught:
+        err.print(f"note: {warning.message}", markup=False)
     return bind_tools(found)
 
 
@@ -132,6 +136,7 @@ class _Session:
         self.agent = agent
         self._first = [{"role": "system", "content": system}] if system else []
         self.messages: list[dict[str, Any]] = list(self._first)
+        self._notes: set[str] = set()
 
     def take(self, line: str) -> bool:
         """Answer a question or follow a command; return whether the session goes on."""
@@ -161,14 +166,19 @@ class _Session:
     def _ask(self, question: str) -> None:
         """Answer a question. Calls that were run stay in the conversation, also after an interrupt or an error."""
         run = self.agent.start([*self.messages, {"role": "user", "content": question}])
+        printer = _Printer()
         try:
             for event in run:
-                _show(event)
+                printer.show(event)
         except BaseException as error:
             self._keep(run, STOPPED if isinstance(error, KeyboardInterrupt) else f"[stopped: {error}]")
             raise
         finally:
-            print(flush=True)
+            printer.end_line()
+        for note in run.answer.notes if run.answer else ():
+            if note not in self._notes:
+                self._notes.add(note)
+                err.print(f"note: {note}", markup=False)
         self._keep(run, f"[stopped: {run.reason}]")
         if run.reason != "answer":
             raise DataError(f"The question got no answer: {WHY[run.reason]}.")
@@ -246,18 +256,34 @@ class _Terminal(_Lines):
         self.has_failed = False  # the person has read it
 
 
-def _show(event: Any) -> None:
-    """Print a part of an answer, or what became of a call."""
-    from poe.calls.streaming import CallPart, FaultPart, TextPart
+class _Printer:
+    """Prints an answer while it arrives. Calls and what became of them have lines of their own."""
 
-    if isinstance(event, TextPart):
-        print(escape_controls(event.text), end="", flush=True)
-    elif isinstance(event, CallPart):
-        print(f"\n-> {_format(event.call)}", flush=True)
-    elif isinstance(event, FaultPart):
-        print(f"\n-> {printable(str(event.fault), SHOWN)}", flush=True)
-    else:
-        print(f"<- {event.call.name[:80]}, {event.status}: {printable(event.text, SHOWN)}", flush=True)
+    def __init__(self) -> None:
+        self._is_inside_line = False
+
+    def show(self, event: Any) -> None:
+        """Print a part of an answer, or what became of a call."""
+        from poe.calls.streaming import CallPart, FaultPart, TextPart
+
+        if isinstance(event, TextPart):
+            print(escape_controls(event.text), end="", flush=True)
+            self._is_inside_line = not event.text.endswith("\n")
+            return
+        self.end_line()
+        if isinstance(event, CallPart):
+            print(f"-> {_format(event.call)}", flush=True)
+        elif isinstance(event, FaultPart):
+            print(f"-> {printable(str(event.fault), SHOWN)}", flush=True)
+        else:
+            name = printable(event.call.name, 80)
+            print(f"<- {name}, {event.status}: {printable(event.text, SHOWN)}", flush=True)
+
+    def end_line(self) -> None:
+        """End the line of text that is not ended yet."""
+        if self._is_inside_line:
+            print(flush=True)
+        self._is_inside_line = False
 
 
 def _format(call: Any) -> str:
@@ -269,5 +295,5 @@ def _describe(bound: Any) -> str:
     """Return the line of a tool: its name, where it runs, and what it is for."""
     function = bound.tool["function"]
     place = f" [{bound.server}]" if bound.server else ""
-    asks = ", read-only" if bound.is_read_only else ""
-    return printable(f"{function['name']}{place}{asks}: {function['description']}", SHOWN)
+    kind = " (not run)" if bound.start is _answer_dry else " (read-only)" if bound.is_read_only else ""
+    return printable(f"{function['name']}{place}{kind}: {function['description']}", SHOWN)

@@ -151,21 +151,22 @@ def run_calls(calls: Sequence[tuple[BoundTool, Call]], seconds: float) -> Iterat
     A call that takes longer than `seconds` has failed, and is given up if it runs in a server. Arguments must have
     been checked. An error of this package, such as the end of a server, is raised.
     """
-    started = {_start(bound, call): position for position, (bound, call) in enumerate(calls)}
+    started = {start_call(bound, call): position for position, (bound, call) in enumerate(calls)}
     try:
         for future in as_completed(started, timeout=seconds):
             position = started[future]
-            yield position, _outcome(calls[position][1], future)
+            yield position, read_outcome(calls[position][1], future)
     except TimeoutError:
         for future, position in started.items():
             if not future.done():
-                yield position, Outcome(calls[position][1], "failed", f"Error: no result within {seconds:g} seconds.")
+                yield position, late_outcome(calls[position][1], seconds)
     finally:
         for future in started:
             future.cancel()
 
 
-def _start(bound: BoundTool, call: Call) -> Future[ToolResult]:
+def start_call(bound: BoundTool, call: Call) -> Future[ToolResult]:
+    """Start a call and return the future of its result. Raises `DataError` for a tool that nothing runs."""
     if bound.start is None:
         raise DataError(
             f"Tool {bound.name!r} is only declared, so nothing runs it: expected a Python function, an MCP server of "
@@ -174,7 +175,13 @@ def _start(bound: BoundTool, call: Call) -> Future[ToolResult]:
     return bound.start(call.arguments)
 
 
-def _outcome(call: Call, future: Future[ToolResult]) -> Outcome:
+def late_outcome(call: Call, seconds: float) -> Outcome:
+    """Return the outcome of a call without a result in time."""
+    return Outcome(call, "failed", f"Error: no result within {seconds:g} seconds.")
+
+
+def read_outcome(call: Call, future: Future[ToolResult]) -> Outcome:
+    """Return the outcome of a call that has ended. Raises the errors of this package."""
     error = future.exception()
     if error is None:
         return Outcome(call, "done", future.result().text, future.result().value)

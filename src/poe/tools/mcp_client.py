@@ -18,6 +18,7 @@ from poe.errors import MissingExtraError, RowError, ToolError, printable
 from poe.tools.execution import BoundTool, ToolFailure, ToolResult
 
 _PAGES = 100  # the most pages of a list of tools
+_CONNECT_SECONDS, _READ_SECONDS = 30.0, 300.0  # those of the SDK; a server may hold a response open
 _LAST_LINES = 3  # of a server's standard error, in a message
 
 
@@ -35,19 +36,26 @@ class McpServer:
 
 @contextlib.contextmanager
 def connect_mcp(
-    server: str, *, env: Mapping[str, str] | None = None, start_seconds: float = 30.0
+    server: str,
+    *,
+    env: Mapping[str, str] | None = None,
+    headers: Mapping[str, str] | None = None,
+    start_seconds: float = 30.0,
 ) -> Iterator[McpServer]:
     """Connect to an MCP server inside a `with` block.
 
     `server` is a command line (`python -m my_server --flag`), or a URL (`http://...`, streamable HTTP). A program gets
     a few harmless variables of the environment (PATH, HOME, ...) and those of `env`; it is ended with the block, also
-    by Ctrl-C. Tools that cannot be used are left out with a warning. Raises `ToolError` if the server does not start
-    within `start_seconds`, ends, or does not speak the protocol, and `MissingExtraError` without the `mcp` package.
+    by Ctrl-C. `headers` are sent with each request to a URL, such as `{"Authorization": "Bearer ..."}`. Tools that
+    cannot be used are left out with a warning. Raises `ToolError` if the server does not start within `start_seconds`,
+    ends, or does not speak the protocol, and `MissingExtraError` without the `mcp` package.
     """
     try:
+        import httpx2
         from anyio.from_thread import start_blocking_portal
         from mcp.client.client import Client
         from mcp.client.stdio import StdioServerParameters, stdio_client
+        from mcp.client.streamable_http import streamable_http_client
     except ImportError:
         raise MissingExtraError('MCP servers need the mcp package: pip install "poe-cascade[tools]"') from None
     logging.getLogger("mcp").addHandler(logging.NullHandler())  # else its tracebacks go to standard error
@@ -55,13 +63,18 @@ def connect_mcp(
     with contextlib.ExitStack() as stack:
         lines = stack.enter_context(_LastLines())
         problems = _Problems(lines)
-        target: Any = server
-        if not is_url:
+        http: Any = contextlib.nullcontext()
+        if is_url:
+            limits = httpx2.Timeout(_CONNECT_SECONDS, read=_READ_SECONDS)
+            hooks = {"response": [problems.take_response]}
+            http = httpx2.AsyncClient(headers=dict(headers or {}), timeout=limits, event_hooks=hooks)
+            target = streamable_http_client(server, http_client=http)
+        else:
             command, *arguments = _split_command(server)
             parameters = StdioServerParameters(command=command, args=arguments, env=dict(env or {}))
             target = stdio_client(parameters, errlog=lines.stream)
         portal = stack.enter_context(start_blocking_portal())
-        session = _Session(Client(target, message_handler=problems.take_message))
+        session = _Session(Client(target, message_handler=problems.take_message), http)
         ended = portal.start_task_soon(session.serve)
         stack.callback(_stop, portal, session, ended)
         try:
@@ -88,10 +101,10 @@ def connect_mcp(
 class _Session:
     """A client and the task that holds it, in the thread of the portal."""
 
-    def __init__(self, client: Any) -> None:
+    def __init__(self, client: Any, http: Any) -> None:
         import anyio
 
-        self.client = client
+        self.client, self._http = client, http
         self.started: Future[None] = Future()
         self.listed: list[Any] = []
         self._make_event = anyio.Event
@@ -100,7 +113,7 @@ class _Session:
     async def serve(self) -> None:
         self._finished = self._make_event()
         try:
-            async with self.client:
+            async with self._http, self.client:
                 cursor = None
                 for _ in range(_PAGES):
                     page = await self.client.list_tools(cursor=cursor)
@@ -207,11 +220,15 @@ class _Problems:
 
     def __init__(self, lines: "_LastLines") -> None:
         self.lines = lines
-        self._first = ""
+        self._found = ""
 
     async def take_message(self, message: Any) -> None:
-        if isinstance(message, Exception) and not self._first:
-            self._first = printable(str(message), 200)
+        if isinstance(message, Exception) and not self._found:
+            self._found = printable(str(message), 200)
+
+    async def take_response(self, response: Any) -> None:
+        if response.status_code >= 400:
+            self._found = f"the status {response.status_code}"
 
     def explain(self, error: BaseException) -> str:
         """Return the innermost reason of an error."""
@@ -220,7 +237,7 @@ class _Problems:
         return printable(f"{type(error).__name__}: {error}", 300)
 
     def __str__(self) -> str:
-        texts = [f"it wrote what is no message of the protocol: {self._first}"] if self._first else []
+        texts = [f"it answered what is no message of the protocol: {self._found}"] if self._found else []
         if last := self.lines.read():
             texts.append(f"its last lines: {last}")
         return f" ({'; '.join(texts)})" if texts else ""

@@ -7,16 +7,26 @@ written out. `$$` is a dollar sign.
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
+from time import monotonic
 from typing import Any
 
 from poe.calls.arguments import check_call, find_tool
 from poe.calls.conversation import Call
 from poe.calls.json_text import as_text, parse_json
 from poe.errors import DataError, ToolError
-from poe.tools.execution import BoundTool, Outcome, bind_tools, declarations, run_calls
+from poe.tools.execution import (
+    BoundTool,
+    Outcome,
+    ToolResult,
+    bind_tools,
+    declarations,
+    late_outcome,
+    read_outcome,
+    start_call,
+)
 
 _REFERENCE = re.compile(r"\$\$|\$(\d+)((?:\.\w+|\[\d+\])*)")
 _STEP = re.compile(r"\.(\w+)|\[(\d+)\]")
@@ -68,8 +78,8 @@ def run_plan(
     """Run the calls of a plan, each as soon as the results that it uses are there; return their outcomes in order.
 
     `tools` and `approve` are those of `Agent`. A call is checked against its tool before the plan starts, and again
-    with the results in its place. Raises `ToolError` if a call does not fit its tool, is refused, or fails; calls that
-    run then are waited for, and no other is started.
+    with the results in its place. Raises `ToolError` if a call does not fit its tool, is refused, fails, or takes
+    longer than `call_seconds`; calls that run then are given up, and no other is started.
     """
     bound = {member.name: member for member in bind_tools(tools)}
     for number, (call, needed) in enumerate(zip(plan.calls, plan.needs, strict=True), 1):
@@ -80,31 +90,35 @@ def run_plan(
     outcomes: dict[int, Outcome] = {}
     order = TopologicalSorter(dict(enumerate(plan.needs, 1)))
     order.prepare()
-    running: dict[Future[Outcome], int] = {}
-    with ThreadPoolExecutor(max(1, len(plan.calls))) as pool:
+    running: dict[Future[ToolResult], tuple[int, Call, float]] = {}  # with the time at which it is too late
+    try:
         while order.is_active():
             for number in order.get_ready():
                 call = Call(plan.calls[number - 1].name, _substitute(plan.calls[number - 1].arguments, outcomes))
-                member = bound[call.name]
-                problem = check_call([member.tool], call.name, call.arguments)
-                if not problem and approve is not None and not member.is_read_only and not approve(call):
-                    problem = "it was refused"
-                if problem:
-                    raise ToolError(f"Call {number} of the plan ({call.name[:80]}) was not run: {problem}.")
-                running[pool.submit(_run_one, member, call, call_seconds)] = number
-            done, _ = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
-                number = running.pop(future)
-                outcomes[number] = outcome = future.result()
-                if outcome.status != "done":
-                    raise ToolError(f"Call {number} of the plan ({outcome.call.name[:80]}): {outcome.text[:500]}")
-                order.done(number)
+                _check_step(number, call, bound[call.name], approve)
+                running[start_call(bound[call.name], call)] = (number, call, monotonic() + call_seconds)
+            wait(running, max(0.0, min(late for _, _, late in running.values()) - monotonic()), FIRST_COMPLETED)
+            for future, (number, call, late) in list(running.items()):
+                if future.done() or monotonic() >= late:
+                    del running[future]
+                    outcome = read_outcome(call, future) if future.done() else late_outcome(call, call_seconds)
+                    if outcome.status != "done":
+                        raise ToolError(f"Call {number} of the plan ({call.name[:80]}): {outcome.text[:500]}")
+                    outcomes[number] = outcome
+                    order.done(number)
+    finally:
+        for future in running:
+            future.cancel()
     return [outcomes[number] for number in sorted(outcomes)]
 
 
-def _run_one(member: BoundTool, call: Call, seconds: float) -> Outcome:
-    ((_, outcome),) = run_calls([(member, call)], seconds)
-    return outcome
+def _check_step(number: int, call: Call, bound: BoundTool, approve: Callable[[Call], bool] | None) -> None:
+    """Raise `ToolError` for a call that does not fit its tool or is refused."""
+    problem = check_call([bound.tool], call.name, call.arguments)
+    if not problem and approve is not None and not bound.is_read_only and not approve(call):
+        problem = "it was refused"
+    if problem:
+        raise ToolError(f"Call {number} of the plan ({call.name[:80]}) was not run: {problem}.")
 
 
 def _read_call(call: Any) -> Call:
