@@ -138,7 +138,8 @@ class _Document:
         return argument
 
     def _add_body(self, body: dict[str, Any], properties: dict[str, Any], required: list[str], name: str) -> None:
-        content = body.get("content") if isinstance(body.get("content"), dict) else {}
+        given = body.get("content")
+        content: dict[str, Any] = given if isinstance(given, dict) else {}
         kinds = sorted(content, key=_preference)
         chosen = kinds[0] if kinds and _preference(kinds[0]) < 3 else None
         for kind in kinds:

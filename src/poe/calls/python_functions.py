@@ -132,7 +132,7 @@ def _type_hints(function: Any) -> dict[str, Any]:
     while isinstance(function, functools.partial):
         function = function.func
     if isinstance(function, type):
-        function = function if dataclasses.is_dataclass(function) else function.__init__
+        function = function if dataclasses.is_dataclass(function) else vars(function).get("__init__", function)
     elif not inspect.isroutine(function):
         function = type(function).__call__
     try:
@@ -238,7 +238,8 @@ class _Schemas:
         return {**schema, "nullable": True} if type(None) in args else schema
 
     def _read_class(self, hint: Any) -> dict[str, Any]:
-        if not isinstance(hint, type):
+        is_class: bool = isinstance(hint, type)
+        if not is_class:
             raise RowError(f"{str(hint)[:80]} has no JSON value")
         if issubclass(hint, enum.Enum):
             return _enum([member.value for member in hint])

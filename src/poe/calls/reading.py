@@ -297,7 +297,7 @@ def read_closing_brackets(source: Source) -> Parts:
 
 def collect_text(parts: Parts) -> Wait:
     """Return the text of parts that are all text, and what their generator returns."""
-    texts = []
+    texts: list[str] = []
     while True:
         try:
             part = next(parts)

@@ -64,7 +64,7 @@ def _read_all(value: Any, place: str, note: Note, flat: bool) -> Iterator[Tool]:
             raise RowError("tools are not a list")
     except RowError as error:
         raise RowError(error.reason, place) from None
-    if is_openapi(value):
+    if isinstance(value, dict) and is_openapi(value):
         yield from _read_operations(value, place, note)
         return
     if isinstance(value, list):
@@ -280,8 +280,8 @@ def as_tool(name: Any, description: Any, parameters: Any, note: Note = no_note) 
     if "properties" not in parameters:
         note("missing properties filled in")
         parameters = {**parameters, "properties": {}}
-    if problem := lint_schema(parameters):
-        raise RowError(*problem)
+    if found := lint_schema(parameters):
+        raise RowError(*found)
     return {
         "type": "function",
         "function": {"name": name.strip(), "description": description, "parameters": parameters},

@@ -54,11 +54,13 @@ def _fits(call: Call, answer: AcceptableCall, tools: Sequence[Tool]) -> bool:
 
 def _is_acceptable(value: Any, options: Sequence[Any], schema: Any) -> bool:
     kind = schema.get("type") if isinstance(schema, dict) else None
-    declared = _TYPES.get(kind, str) if isinstance(kind, str) else str  # BFCL expects text where any type is declared
+    declared: Any = (
+        _TYPES.get(kind, str) if isinstance(kind, str) else str
+    )  # BFCL expects text where any type is declared
     if declared is float and type(value) is int:
         value = float(value)
     items = schema.get("items") if declared is list else None
-    item = _TYPES.get(items.get("type", ""), str) if isinstance(items, dict) else None
+    item: Any = _TYPES.get(items.get("type", ""), str) if isinstance(items, dict) else None
     named = _type_of(options)
     if type(value) is declared and item is not None:
         if not any(not isinstance(o, list) or all(_has_type(v, o, item) for v in value) for o in options):
@@ -79,11 +81,11 @@ def _is_acceptable(value: Any, options: Sequence[Any], schema: Any) -> bool:
     return value in options
 
 
-def _type_of(options: Sequence[Any]) -> type | None:
+def _type_of(options: Sequence[Any]) -> Any:
     return next((type(option) for option in options if option != ""), None)
 
 
-def _has_type(value: Any, options: Sequence[Any], declared: type) -> bool:
+def _has_type(value: Any, options: Sequence[Any], declared: Any) -> bool:
     return type(value) is declared or type(value) is _type_of(options)
 
 

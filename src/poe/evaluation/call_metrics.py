@@ -37,7 +37,7 @@ from poe.chat import RawReply
 from poe.evaluation.acceptable import AcceptableCall, match_acceptable
 from poe.evaluation.calls import split_question
 
-RESAMPLES = 2000
+RESAMPLES = 1000
 CONFIDENCE = 0.95
 MAX_MATCHED = 10
 """The maximum number of calls of one tool for which every assignment to the reference is tried."""
@@ -97,14 +97,13 @@ def count_row(
 
     names, right_names = _count_items([name for name, _ in known], broken), _count_items([n for n, _ in reference], 0)
     _add_f1(counts, "name", (names & right_names).total(), names.total(), right_names.total())
+    hits = float(not expected and not calls and not broken)
     if expected and calls:
         hits = sum(_match_arguments(known, reference, name) for name in {name for name, _ in reference})
-    else:
-        hits = float(not expected and not calls and not broken)
     sizes = [max(1, sum(1 + len(arguments) for _, arguments in side)) for side in (known, reference)]
     _add_f1(counts, "call", hits, sizes[0] + (broken if calls else max(0, broken - 1)), sizes[1])
-    for name, (hits, predicted, gold) in hammer_counts(expected, calls, broken).items():
-        counts[f"hammer_{name}_f1"] = 2.0 * hits, float(predicted + gold)
+    for name, (right, predicted, gold) in hammer_counts(expected, calls, broken).items():
+        counts[f"hammer_{name}_f1"] = 2.0 * right, float(predicted + gold)
 
     abstains = float(not calls and not broken and bool(reply.content))
     counts["abstention_precision"] = abstains * (not expected), abstains
@@ -133,7 +132,8 @@ def summarize(rows: Sequence[Counts], *, resamples: int = RESAMPLES, seed: int =
         totals = weights @ below
         shares = (weights @ above)[totals > 0] / totals[totals > 0]
         low, high = np.quantile(shares, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-        metrics[name] = Metric(*(round(float(x), 4) for x in (above.sum() / below.sum(), low, high)), count)
+        value, low, high = (round(float(x), 4) for x in (above.sum() / below.sum(), low, high))
+        metrics[name] = Metric(value, low, high, count)
     return metrics
 
 
@@ -183,7 +183,8 @@ def _add_f1(counts: Counts, name: str, hits: float, predicted: float, gold: floa
 
 def _count_items(names: list[str], broken: int) -> Counter[str | None]:
     """Return the names as counted items; no call and nothing broken is one item."""
-    return Counter([*names, *["\0broken"] * broken] or [None])
+    items: list[str | None] = [*names, *["\0broken"] * broken]
+    return Counter(items or [None])
 
 
 def _normalize(call: Call, tools: Sequence[Tool]) -> tuple[str, frozenset[tuple[str, Any]]]:
