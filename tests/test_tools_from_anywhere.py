@@ -1,16 +1,20 @@
 """Python functions, OpenAPI documents and other dialects become tools, and what has no place in them is noted."""
 
+import copy
 import dataclasses
 import datetime
 import enum
 import functools
 import json
+import random
 from typing import Annotated, Any, Literal, NewType, NotRequired, Optional, TypedDict
 
 import pytest
 from transformers.utils import get_json_schema
 
+from poe.calls import tool_files
 from poe.calls.conversation import Call
+from poe.calls.schema import lint_schema
 from poe.calls.tool_files import read_tools_file
 from poe.calls.tools import check_calls, read_tools
 from poe.errors import DataError, RowError
@@ -386,8 +390,10 @@ def test_a_document_that_cannot_be_read_is_one_error_with_its_place(document: An
     assert str(error.value) == message
 
 
-def test_tools_are_read_from_yaml(tmp_path: Any) -> None:
+def test_tools_are_read_from_yaml(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import yaml
+
+    monkeypatch.setattr(tool_files, "MAX_YAML_VALUES", 1000)
 
     path = tmp_path / "shop.yaml"
     path.write_text(yaml.safe_dump(SHOP))
@@ -397,9 +403,33 @@ def test_tools_are_read_from_yaml(tmp_path: Any) -> None:
     bomb = "a: &a [1]\n" + "".join(f"{y}: &{y} [{', '.join([f'*{x}'] * 9)}]\n" for x, y in zip("abcdefgh", "bcdefghi"))  # noqa: B905
     for text, message in (
         ("a: [", "not YAML .line 1, column 5"),
-        (bomb, "more than 1,000,000 values"),
+        (bomb, "more than 1,000 values"),
         ("[]", "holds no tools"),
     ):
         path.write_text(text)
         with pytest.raises(DataError, match=message):
             read_tools_file(path)
+
+
+def places_in(value: Any) -> list[tuple[Any, Any]]:
+    """Return every member of a JSON value as its container and key."""
+    members = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [place for key, member in list(members) for place in ((value, key), *places_in(member))]
+
+
+def test_a_damaged_document_is_read_or_refused() -> None:
+    rng, refused = random.Random(5), 0
+    for _ in range(600):
+        document = copy.deepcopy(SHOP)
+        for _ in range(rng.randrange(1, 4)):
+            container, key = rng.choice(places_in(document)[1:])
+            container[key] = rng.choice(
+                [None, 5, "x", "", True, [], {}, [{}], {"$ref": "#"}, {"$ref": "#/paths"}, -1.5]
+            )
+        try:
+            tools = read_tools(document)
+        except RowError:
+            refused += 1
+        else:
+            assert all(lint_schema(tool["function"]["parameters"]) is None for tool in tools)
+    assert 100 < refused < 500

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from poe.calls.resolution import Resolver, UnresolvableError
-from poe.calls.schema import Note
+from poe.calls.schema import Note, lint_schema, no_note, repair_schema
 from poe.errors import RowError
 
 METHODS = ("get", "put", "post", "delete", "options", "head", "patch", "trace")
@@ -56,8 +56,9 @@ def describe_operations(document: dict[str, Any], note: Note) -> Iterator[tuple[
                 tool["name"] = _free_name(tool["name"], names, note)
                 yield place, tool
         except (RowError, UnresolvableError) as error:
-            reason = error.reason if isinstance(error, RowError) else f"OpenAPI document that {error}"
-            raise RowError(reason, place) from None
+            if isinstance(error, RowError):
+                raise RowError(error.reason, f"{place}.{error.place}" if error.place else place) from None
+            raise RowError(f"OpenAPI document that {error}", place) from None
 
 
 def _free_name(name: str, taken: set[str], note: Note) -> str:
@@ -123,7 +124,9 @@ class _Document:
     def _parameter_schema(self, parameter: dict[str, Any]) -> Any:
         schema = parameter.get("schema")
         if schema is None and isinstance(parameter.get("content"), dict):
-            schema = next((media.get("schema") for media in parameter["content"].values()), None)
+            schema = next(
+                (media.get("schema") for media in parameter["content"].values() if isinstance(media, dict)), None
+            )
         if not isinstance(schema, dict):
             schema = {}
         text = parameter.get("description")
@@ -148,21 +151,24 @@ class _Document:
         schema = content[chosen].get("schema") if chosen is not None and isinstance(content[chosen], dict) else None
         if not isinstance(schema, dict):
             return
+        if problem := lint_schema(repair_schema(self._with_definitions(schema), no_note), "requestBody"):
+            raise RowError(*problem)
         flat = self._resolver.resolve(schema)
         is_required = body.get("required") is True
         members = flat[0].get("properties") if len(flat) == 1 and flat[0].get("type", "object") == "object" else None
-        if not members or flat[0].get("additionalProperties"):
+        if not isinstance(members, dict) or not members or flat[0].get("additionalProperties"):
             argument = self._argument("body", "request", properties, name)
             properties[argument] = schema
             required += [argument] if is_required else []
             return
+        names = flat[0].get("required")
         for member, sub in members.items():
             if isinstance(sub, dict) and sub.get("readOnly") is True:
                 self._note(f"{name}: read-only {member!r} left out")
                 continue
             argument = self._argument(member, "body", properties, name)
             properties[argument] = sub
-            required += [argument] if is_required and member in flat[0].get("required", ()) else []
+            required += [argument] if is_required and isinstance(names, list) and member in names else []
 
     def _with_definitions(self, schema: dict[str, Any]) -> dict[str, Any]:
         """Return a schema with the components that it refers to under `$defs`."""
