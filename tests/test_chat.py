@@ -14,6 +14,7 @@ from command_line import run_program
 from conftest import scramble
 from poe import Cascade, StageConfig
 from poe.calls.conversation import Call
+from poe.calls.streaming import CallPart, FaultPart, Reply, join_parts
 from poe.chat import Answer, read_messages
 from poe.errors import DataError, RowError, StageError, TokenizerError
 from poe.loaders import familiar_names
@@ -114,6 +115,23 @@ def test_a_stream_yields_the_text_that_chat_returns(cascade: Cascade) -> None:
     assert stream.answer == whole
     unread = cascade.chat(QUESTION, stream=True, max_new_tokens=12, stage=None)
     assert unread.answer == cascade.chat(QUESTION, max_new_tokens=12, stage=None) != whole
+
+
+def test_the_parts_of_a_stream_are_text_and_checked_calls(cascade: Cascade, say: Callable[..., None]) -> None:
+    say(f"I look. {CALL} {CALL.replace('city', 'town')} <tool_call>{{")
+    stream = cascade.chat(QUESTION, [get_weather], stream=True)
+    parts = list(stream.parts())
+    first, second = (part for part in parts if isinstance(part, CallPart))
+    assert first == CallPart(Call("get_weather", {"city": "Lisbon"}))
+    assert [fault.path for fault in second.faults] == ["get_weather: arguments.city", "get_weather: arguments.town"]
+    answer, (fault,) = stream.answer, (part.fault for part in parts if isinstance(part, FaultPart))
+    assert join_parts(parts) == Reply(answer.text, answer.calls, [fault])
+    assert answer.problems == [*map(str, second.faults), str(fault)]
+    assert str(fault) == "this call cannot be read (the text ends inside the call): {"
+    say('{"name": "x"}')
+    schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}}
+    stream = cascade.chat(QUESTION, stream=True, response_format=schema)
+    assert "".join(part.text for part in stream.parts()) == '{"name": "x"}'
 
 
 def test_a_stream_keeps_unfinished_characters_until_they_are_whole(cascade: Cascade, say: Callable[..., None]) -> None:

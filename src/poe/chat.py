@@ -15,7 +15,7 @@ from poe.calls.conversation import Call, Message, Tool
 from poe.calls.forms.call_forms import parse_reply
 from poe.calls.grammar import MARKS, Grammar, ToolChoice, read_tool_choice, write_call_grammar
 from poe.calls.json_text import parse_json
-from poe.calls.reading import Reply
+from poe.calls.streaming import Part, Reply, ReplyReader, TextPart
 from poe.calls.tools import check_calls, read_tools
 from poe.calls.validation import TooComplexError, fits_schema
 from poe.data.readers.messages import read_call
@@ -90,18 +90,18 @@ class ReplyPlan:
         limits = {"longest": grammar.longest, "shortest": grammar.shortest, "max_new_tokens": max_new_tokens}
         return Constraint(grammar.lark, self.vocabulary, **limits)
 
+    @property
+    def may_call(self) -> bool:
+        """Whether replies are read as calls: not if they are to be the JSON of `response_format` alone."""
+        return self.schema is None or (self.choice.mode != "none" and bool(self.choice.tools))
+
     def read(self, reply: RawReply) -> tuple[Reply, list[str]]:
         """Return the parts of a reply, and what is wrong with it, one sentence each."""
-        offered = self.choice.tools if self.choice.mode != "none" else ()
-        if not offered and self.schema is not None:
-            parsed = Reply(reply.text.strip())
-        else:
-            parsed = parse_reply(reply.text, self.form)
-        problems = check_calls(parsed.calls, list(self.choice.tools))
-        problems += [f"this call cannot be read: {text}" for text in parsed.malformed]
+        parsed = parse_reply(reply.text, self.form) if self.may_call else Reply(reply.text.strip())
+        problems = check_calls(parsed.calls, list(self.choice.tools)) + [str(fault) for fault in parsed.faults]
         if self.choice.mode == "none":
             problems += [f"{call.name[:80]}: a call, and tool_choice is 'none'" for call in parsed.calls]
-        if self.choice.mode == "required" and not parsed.calls and not parsed.malformed:
+        if self.choice.mode == "required" and not parsed.calls and not parsed.faults:
             problems.append("no call, and tool_choice asks for one")
         if len(parsed.calls) > 1 and not self.choice.is_parallel:
             problems.append("several calls, and parallel_tool_calls is false")
@@ -214,7 +214,7 @@ def answer_messages(
         settings = {**options, **more, "max_new_tokens": max_new_tokens, "constraints": [constraint]}
         return generate_replies(model, tokenizer, [prompt], stops, **settings)[0]
 
-    return AnswerStream(generate, tokenizer, stops) if stream else generate()
+    return AnswerStream(generate, tokenizer, stops, plan) if stream else generate()
 
 
 def _answer(
@@ -316,17 +316,30 @@ def generate_replies(
 class AnswerStream:
     """The text of an answer piece by piece, while a thread generates it. The pieces together are `answer.raw`.
 
-    `answer` is the whole answer; it reads the pieces that are left. `close` stops the thread at its next token, and so
-    does deleting the stream.
+    `parts` gives text and calls instead. `answer` is the whole answer; it reads the pieces that are left. `close` stops
+    the thread at its next token, and so does deleting the stream.
     """
 
-    def __init__(self, generate: Callable[..., Answer], tokenizer: Any, stop_token_ids: Sequence[int]) -> None:
+    def __init__(
+        self, generate: Callable[..., Answer], tokenizer: Any, stop_token_ids: Sequence[int], plan: ReplyPlan
+    ) -> None:
+        self._plan = plan
         self._tokens = _Tokens()
         self._pieces = _decode(self._tokens, tokenizer, stop_token_ids)
         threading.Thread(target=_run, args=(generate, self._tokens), daemon=True).start()
 
     def __iter__(self) -> Iterator[str]:
         return self._pieces
+
+    def parts(self) -> Iterator[Part]:
+        """Yield the text beside the calls, and each call the moment it closes with what is wrong with it."""
+        if not self._plan.may_call:
+            yield from map(TextPart, self._pieces)
+            return
+        reader = ReplyReader(self._plan.form, self._plan.choice.tools)
+        for piece in self._pieces:
+            yield from reader.feed(piece)
+        yield from reader.close()
 
     @property
     def answer(self) -> Answer:
