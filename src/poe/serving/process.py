@@ -49,7 +49,7 @@ def serve(
     The first signal refuses new requests and finishes those that were accepted. The second ends them.
     """
     config = uvicorn.Config(
-        app, log_level="error", access_log=False, server_header=False, ws="none", timeout_keep_alive=75
+        app, log_level="critical", access_log=False, server_header=False, ws="none", timeout_keep_alive=75
     )
     server = _Server(config, engine, on_ready, on_stopping)
     server.run(sockets=[opened])

@@ -14,6 +14,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from poe.serving import engine as engines
@@ -206,6 +207,8 @@ class _Service:
                         raise too_large
         except TimeoutError:
             raise ApiError(408, f"The request did not arrive within {BODY_SECONDS} seconds.") from None
+        except ClientDisconnect:
+            raise ApiError(499, "The client left before its request was whole.") from None
         return bytes(body)
 
 
