@@ -246,6 +246,14 @@ def demo_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def served(demo_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The cascade of `demo_base` with three random stages, and the models of a server for them."""
+    from served_models import open_models
+
+    return open_models(demo_base, tmp_path_factory.mktemp("stages"))
+
+
+@pytest.fixture(scope="session")
 def saved_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Return `saved_base(name, dtype, seed)`, which gives the folder of a tiny base. Do not write into it."""
     from poe.loaders.base import save_base_folder

@@ -12,14 +12,9 @@ import pytest
 from poe import Cascade
 from poe.serving.engine import Engine
 from poe.serving.server import LOOPBACK, Limits
-from served_models import Server, open_models
+from served_models import Server
 
 PLAIN: dict[str, Any] = {"max_tokens": 10}
-
-
-@pytest.fixture(scope="module")
-def served(demo_base: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Cascade, Any]:
-    return open_models(demo_base, tmp_path_factory.mktemp("stages"))
 
 
 @pytest.fixture(scope="module")

@@ -11,12 +11,7 @@ from poe import Cascade
 from poe.serving.engine import BusyError, ClosedError, Engine, Request
 from poe.serving.sampling import Sampling
 from poe.serving.text import TextBuilder
-from served_models import Listener, open_models, run_until_idle, submit
-
-
-@pytest.fixture(scope="module")
-def served(demo_base: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Cascade, Any]:
-    return open_models(demo_base, tmp_path_factory.mktemp("stages"))
+from served_models import Listener, run_until_idle, submit
 
 
 def make_engine(served: tuple[Cascade, Any], **options: Any) -> Engine:

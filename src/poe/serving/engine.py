@@ -33,12 +33,12 @@ class Constraint(Protocol):
     def mask(self, logits: Tensor) -> None:
         """Set the logits (V) of tokens that may not come next to minus infinity."""
 
-    def accept(self, token: int) -> None:
+    def accept(self, token: int) -> Any:
         """Take the next token."""
 
     @property
-    def is_finished(self) -> bool:
-        """Whether the reply is whole."""
+    def is_cut(self) -> bool:
+        """Whether the reply was closed because `max_tokens` came near."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,8 @@ class Row:
             token = request.sampling.choose(logits, self._generator)
         self.tokens.append(token)
         if token in request.stop_token_ids:
-            self.finish("stop")
+            is_cut = self._constraint is not None and self._constraint.is_cut
+            self.finish("length" if is_cut else "stop")
             return
         if self._constraint is not None:
             self._constraint.accept(token)
@@ -130,7 +131,7 @@ class Row:
         scores = () if request.top_logprobs is None else (score_token(logits, token, request.top_logprobs),)
         if text or scores:
             self._tell(Piece(text, scores))
-        if self._text.stopped or (self._constraint is not None and self._constraint.is_finished):
+        if self._text.stopped:
             self.finish("stop")
         elif len(self.tokens) >= request.max_tokens:
             self.finish("length")

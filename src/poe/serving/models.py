@@ -2,16 +2,20 @@
 
 import copy
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
 from poe.cascade import Cascade
+from poe.chat import plan_reply
 from poe.data.render import Renderer
-from poe.data.templates import complete_template, reply_form
-from poe.errors import DataError, StageError
+from poe.data.templates import complete_template
+from poe.errors import DataError, DecodingError, StageError
 from poe.loaders.repository import locate
 from poe.loaders.tokenizer import check_tokenizer, load_tokenizer
+
+REPLY_TOKENS = 256  # of a request that has no max_tokens, as in `cascade.chat`
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,7 @@ class ServedModel:
     stage: str | None
     tokenizer: Any
     renderer: Renderer
-    form: str
+    vocab_size: int
 
 
 def load_models(cascade: Cascade, repos: Sequence[str], names: Sequence[str] = ()) -> dict[str, ServedModel]:
@@ -63,7 +67,11 @@ def _describe(cascade: Cascade, name: str, stage: str | None, tokenizer: Any) ->
     check_tokenizer(tokenizer, vocab_size)
     tokenizer = copy.deepcopy(tokenizer)  # the template of one model is completed, not that of another
     complete_template(tokenizer)
-    return ServedModel(name, stage, tokenizer, Renderer(tokenizer, vocab_size=vocab_size), reply_form(tokenizer))
+    renderer = Renderer(tokenizer, vocab_size=vocab_size)
+    with suppress(DecodingError):  # replies cannot be constrained: a request that needs it is refused
+        plan = plan_reply(tokenizer, vocab_size, renderer.stop_token_ids, [], response_format={"type": "json_object"})
+        plan.make_constraint(REPLY_TOKENS)  # the tables that the first request would wait for
+    return ServedModel(name, stage, tokenizer, renderer, vocab_size)
 
 
 def _base_name(cascade: Cascade) -> str:

@@ -144,9 +144,20 @@ class ChatRequest(_Strict):
         return self.stop or []
 
     @property
-    def must_call(self) -> bool:
-        """Whether a reply without a call is a failure."""
-        return self.tool_choice not in (None, "auto", "none")
+    def reply_options(self) -> dict[str, Any]:
+        """The arguments of `poe.chat.plan_reply`."""
+        choice, form = self.tool_choice, self.response_format
+        return {
+            "tool_choice": choice.model_dump() if isinstance(choice, NamedTool) else choice or "auto",
+            "parallel_tool_calls": self.parallel_tool_calls is not False,
+            "response_format": None if form is None else form.model_dump(by_alias=True, exclude_none=True),
+        }
+
+    @property
+    def has_promise(self) -> bool:
+        """Whether a reply can break what the request asks for."""
+        asks_for_json = self.response_format is not None and self.response_format.type != "text"
+        return asks_for_json or self.parallel_tool_calls is False or self.tool_choice not in (None, "auto")
 
     @property
     def most_tokens(self) -> int | None:

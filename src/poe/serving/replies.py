@@ -7,10 +7,11 @@ from typing import Any
 
 from poe.calls.conversation import Message, Tool
 from poe.calls.streaming import CallPart, FaultPart, Part, ReplyReader, TextPart
-from poe.chat import read_messages
+from poe.chat import RawReply, ReplyPlan, plan_reply, read_messages
+from poe.decoding.constraints import Constraint
 from poe.errors import PoEError, TokenizerError
 from poe.serving.engine import End, Piece
-from poe.serving.models import ServedModel
+from poe.serving.models import REPLY_TOKENS, ServedModel
 from poe.serving.openai_api import (
     ApiError,
     ChatRequest,
@@ -21,18 +22,17 @@ from poe.serving.openai_api import (
     write_scores,
 )
 
-REPLY_TOKENS = 256  # of a request that has no max_tokens, as in `cascade.chat`
-
 
 @dataclass(frozen=True)
 class Question:
-    """A request as the engine takes it."""
+    """A request as the engine takes it. `constraint` is what each of its replies may be."""
 
     model: ServedModel
     request: ChatRequest
-    tools: Sequence[Tool]
     prompt: list[int]
     max_tokens: int
+    plan: ReplyPlan
+    constraint: Constraint | None
 
 
 def read_question(model: ServedModel, request: ChatRequest, max_context: int) -> Question:
@@ -55,7 +55,25 @@ def read_question(model: ServedModel, request: ChatRequest, max_context: int) ->
             "messages" if room < 1 else "max_tokens",
             "context_length_exceeded",
         )
-    return Question(model, request, tools, prompt, request.most_tokens or min(REPLY_TOKENS, room))
+    max_tokens = request.most_tokens or min(REPLY_TOKENS, room)
+    plan, constraint = _plan(model, request, tools, max_tokens)
+    return Question(model, request, prompt, max_tokens, plan, constraint)
+
+
+def _plan(
+    model: ServedModel, request: ChatRequest, tools: Sequence[Tool], max_tokens: int
+) -> tuple[ReplyPlan, Constraint | None]:
+    """Return what the replies may be. Raises `ApiError` for tools and schemas that no reply can follow."""
+    param = "tools" if tools else "response_format"
+    try:
+        plan = plan_reply(
+            model.tokenizer, model.vocab_size, model.renderer.stop_token_ids, tools, **request.reply_options
+        )
+        param = "max_tokens"
+        return plan, plan.make_constraint(max_tokens)
+    except PoEError as error:
+        text = str(error).replace("max_new_tokens", "max_tokens")
+        raise ApiError(400, f"No reply can be given: {text}", param, "invalid_value") from None
 
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -77,8 +95,10 @@ class Choice:
 
     def __init__(self, index: int, question: Question) -> None:
         self._index, self._question = index, question
-        self._reader = ReplyReader(question.model.form, question.tools) if question.tools else None
-        self._text = ""
+        choice = question.plan.choice
+        has_calls = bool(choice.tools) and choice.mode != "none"
+        self._reader = ReplyReader(question.plan.form, choice.tools) if has_calls else None
+        self._raw = self._text = ""
         self._calls: list[dict[str, Any]] = []
         self._scores: list[dict[str, Any]] = []
         self._begun = False
@@ -86,6 +106,7 @@ class Choice:
 
     def add(self, piece: Piece) -> list[dict[str, Any]]:
         """Take the next piece of text."""
+        self._raw += piece.text
         scores = None
         if self._question.request.scores is not None:
             scores = write_scores(piece.scores, self._question.model.tokenizer)
@@ -100,8 +121,12 @@ class Choice:
         if end.reason in _FAILURES:
             raise ApiError(*_FAILURES[end.reason])
         deltas = [self._read(part) for part in (self._reader.close() if self._reader else [])]
-        if end.reason == "stop" and not self._calls and self._question.request.must_call:
-            raise ApiError(500, "The model gave no call that fits its tool.", None, "no_valid_call")
+        if end.reason == "stop" and self._question.request.has_promise:
+            _, problems = self._question.plan.read(RawReply(self._raw, True))
+            if problems:
+                raise ApiError(
+                    500, f"The reply is not what was asked for: {'; '.join(problems)}", None, "invalid_reply"
+                )
         return [*self._write_deltas(deltas, None), write_delta(self._index, {}, self._reason)]
 
     def write(self) -> dict[str, Any]:

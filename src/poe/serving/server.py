@@ -259,6 +259,7 @@ class _Replies:
             sampling,
             request.stops,
             request.scores,
+            question.constraint and question.constraint.copy(),
         )
 
     def close(self) -> None:
