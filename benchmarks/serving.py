@@ -17,10 +17,10 @@ The arms, one after the other on the same cores:
     batch, plain     poe serve, plain questions for one stage
     transformers     `transformers serve` on the export of that stage, the same questions
 
-A plain reply that is another request's reply is counted as mixed up, any other one as different: in bf16, and seldom in
-fp32, the rounding of larger matrix products flips a token where two are almost equally likely. A ticket has no such
-excuse. `transformers serve` ignores tool_choice, so it gets no tickets; it finds the class of a model by its name in
-transformers, so it cannot serve the export of a PoE base (`--base demo`).
+A plain reply that is not the expected one is counted as different: in bf16 the rounding of larger matrix products flips
+a token now and then, where two are almost equally likely. The default is fp32, where that is rare. A ticket has no such
+excuse: a wrong one is counted as mixed up. `transformers serve` ignores tool_choice, so it gets no tickets; it finds
+the class of a model by its name in transformers, so it cannot serve the export of a PoE base (`--base demo`).
 """
 
 import argparse
@@ -50,7 +50,12 @@ STAGES: dict[str, dict[str, Any]] = {
     "fork": {"layers": "fork", "rank": 8, "active": "answer"},
 }
 EXPORTED = "layers"
-POOL = 12  # plain questions for each model
+LAUNCHERS = {
+    "auto": "from poe.commands.poe import main; main()",
+    "float32": "from poe.training import precision; precision.bf16_is_fast = lambda device: False; "
+    "from poe.commands.poe import main; main()",
+}
+POOL = 6  # plain questions for each model
 NAMES = ("Marla", "Oskar", "Ines", "Tariq", "Yuki", "Bela")
 
 
@@ -215,7 +220,7 @@ async def load(
             results.whole.append(whole)
             if text == expected:
                 results.right += 1
-            elif kind == "ticket" or text in references.values():
+            elif kind == "ticket":
                 results.mixed_up += 1
             else:
                 results.different += 1
@@ -232,6 +237,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=120, help="of each arm")
     parser.add_argument("--tokens", type=int, default=48, help="of a reply, at most")
+    parser.add_argument("--dtype", choices=list(LAUNCHERS), default="float32")
     parser.add_argument("--max-batch", type=int, default=32)
     parser.add_argument("--arms", help="some of batch,one,plain,transformers; all that the base allows if left out")
     parser.add_argument("--json", type=Path, help="where to write the numbers")
@@ -240,11 +246,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         stages = make_stages(args.base, folder)
-        poe = [sys.executable, "-m", "poe.commands.poe", "serve", args.base, *stages, "--name", "base", "--port", "0"]
+        poe = [sys.executable, "-c", LAUNCHERS[args.dtype], "serve", args.base, *stages]
+        poe += ["--name", "base", "--port", "0"]
         ours = r"http://([\d.]+):(\d+)/v1"
         theirs = [str(Path(sys.executable).with_name("transformers")), "serve", str(folder / "export")]
         port = str(random.randint(20000, 60000))
-        theirs += ["--trust-remote-code", "--dtype", "auto", "--host", "127.0.0.1", "--port", port]
+        theirs += ["--trust-remote-code", "--dtype", args.dtype, "--host", "127.0.0.1", "--port", port]
         every, both = ["base", *STAGES], ["plain", "ticket"]
         arms: dict[str, tuple[str, list[str], str, list[str], list[str]]] = {
             "batch": ("batch", [*poe, "--max-batch", str(args.max_batch)], ours, every, both),

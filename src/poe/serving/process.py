@@ -2,6 +2,7 @@
 
 import ipaddress
 import socket
+import sys
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -51,6 +52,7 @@ def serve(
     config = uvicorn.Config(
         app, log_level="critical", access_log=False, server_header=False, ws="none", timeout_keep_alive=75
     )
+    sys.setswitchinterval(0.0005)  # passes give up the interpreter at every operation, and get it back sooner
     server = _Server(config, engine, on_ready, on_stopping)
     server.run(sockets=[opened])
     engine.close(cancel=server.force_exit)
