@@ -313,6 +313,26 @@ def test_a_cascade_is_asked_with_what_is_left_of_the_budget(cascade: Cascade, sa
     assert Agent(cascade, [book], max_new_tokens=5).run("?").reason == "length"
 
 
+def test_a_call_is_required_of_the_first_reply_only(cascade: Cascade, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+    policy = scripted([("book", {"person": "Ben"})], "done")
+
+    def chat(messages: Any, tools: Any, **options: Any) -> Answer:
+        asked.append(options)
+        return policy(messages, tools)
+
+    monkeypatch.setattr(cascade, "chat", chat)
+    assert Agent(cascade, [book], tool_choice="required").run("?").reason == "answer"
+    assert [options.get("tool_choice") for options in asked] == ["required", None]
+
+
+def test_too_few_tokens_for_any_reply_end_the_run(cascade: Cascade, say: Callable[..., Any]) -> None:
+    run = Agent(cascade, [book], max_tokens=3, tool_choice="required").run("?")
+    assert (run.reason, run.turns) == ("tokens", 0)
+    with pytest.raises(DecodingError, match="max_new_tokens"):
+        Agent(cascade, [book], max_new_tokens=3, tool_choice="required").run("?")
+
+
 def test_a_conversation_that_does_not_fit_ends_the_run(cascade: Cascade, say: Callable[..., Any]) -> None:
     say("done")
     run = Agent(cascade, [book]).run("word " * 3_000)
@@ -398,3 +418,16 @@ def test_a_timed_out_function_keeps_no_process_alive() -> None:
     while threading.active_count() > before and time.monotonic() < end:
         time.sleep(0.01)
     assert threading.active_count() <= before
+
+
+def test_a_run_that_is_given_up_stops_its_stream(cascade: Cascade) -> None:
+    before = threading.active_count()
+    run = Agent(cascade, [book], stream=True, max_new_tokens=1_000, constrain=False).start("Hello")
+    next(iter(run))
+    assert threading.active_count() == before + 1
+    run._events.close()  # type: ignore[attr-defined]
+    end = time.monotonic() + 10
+    while threading.active_count() > before and time.monotonic() < end:
+        time.sleep(0.01)
+    assert threading.active_count() == before
+    assert [message["role"] for message in run.messages] == ["user"]

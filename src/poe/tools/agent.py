@@ -1,5 +1,6 @@
 """Ask a model, run its calls, and give the results back, until it answers or a budget is used up."""
 
+import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -38,7 +39,7 @@ class Agent:
     `approve`, every valid call is run. A run ends after `max_turns` replies, `max_seconds`, or `max_tokens` generated
     tokens. A call fails after `call_seconds`. Of a result, the model reads `result_chars` characters (default: as many
     as its context has tokens, about a quarter of it, but at most 8,000). `options` are those of `Cascade.chat`:
-    `stage`, `stream`, `max_new_tokens`, ...
+    `stage`, `stream`, `max_new_tokens`, ...; `tool_choice` holds for the first reply.
 
     A call that does not fit its tool is never run. The model reads why, once; a second such reply in a row ends the
     run. It reads the error of a tool, too; the same call that fails again raises `ToolError`. If the tools take more
@@ -185,6 +186,9 @@ class AgentRun:
 
     def _take_turn(self, tools: list[Tool]) -> Iterator[Part | Outcome]:
         reply = self._ask(tools)
+        if reply is None:
+            self.reason = "tokens"
+            return
         if not isinstance(reply, Answer):
             reply = yield from self._read(reply)
         else:
@@ -195,7 +199,7 @@ class AgentRun:
         if self._agent._counter is not None and self.tokens is not None:
             self.tokens += self._agent._counter.count_text(answer.raw)
         if answer.finish_reason == "length":  # its calls may not be all that it wanted to write
-            self.messages.append({"role": "assistant", "content": answer.text})
+            self.messages.append({"role": "assistant", "content": answer.text or answer.raw})
             most = self._agent.max_tokens
             is_spent = most is not None and self.tokens is not None and self.tokens >= most
             self.reason = "seconds" if self._seconds_left() <= 0 else "tokens" if is_spent else "length"
@@ -218,14 +222,20 @@ class AgentRun:
             return stream.answer
 
     def _ask(self, tools: list[Tool]) -> Any:
+        """Return the policy's reply, None if too few tokens are left for one."""
         agent, policy = self._agent, self._agent._policy
         if not isinstance(policy, Cascade):
             return policy(list(self.messages), tools)
-        new_tokens = int(agent._options.get("max_new_tokens", _REPLY_TOKENS))
-        if agent.max_tokens is not None:
-            new_tokens = min(new_tokens, agent.max_tokens - (self.tokens or 0))
-        options = {**agent._options, "max_new_tokens": new_tokens, "max_time": self._seconds_left()}
-        return policy.chat(self.messages, tools, **options)
+        options = {"max_new_tokens": _REPLY_TOKENS, **agent._options, "max_time": self._seconds_left()}
+        if self.turns:  # a call that must come has come: else no answer could follow
+            options.pop("tool_choice", None)
+        left = math.inf if agent.max_tokens is None else agent.max_tokens - (self.tokens or 0)
+        if left >= options["max_new_tokens"]:
+            return policy.chat(self.messages, tools, **options)
+        try:
+            return policy.chat(self.messages, tools, **{**options, "max_new_tokens": left})
+        except DecodingError:  # no reply that the constraint allows is so short
+            return None
 
     def _handle_calls(self, answer: Answer, unread: list[str], tools: list[Tool]) -> Iterator[Outcome]:
         """Run the calls that may be run, and add the reply and all outcomes to the transcript."""
