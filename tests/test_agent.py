@@ -103,18 +103,24 @@ def test_a_call_that_does_not_fit_is_never_run_and_explained_once() -> None:
     assert results(run)[0].startswith("Error: the call was not run: ")
     assert (run.reason, run.text) == ("answer", "sorry")
     run = Agent(scripted(wrong, wrong, "never asked"), [record]).run("?")
-    assert (run.reason, run.text, ran) == ("invalid calls", "", ["Marla"] * 2)
+    assert (run.reason, run.text, ran) == ("invalid reply", "", ["Marla"] * 2)
     assert [outcome.status for outcome in run.outcomes[3:]] == ["invalid", "stopped", "invalid"]
     assert len(results(run)) == 6  # each call has a result
 
 
-def test_a_call_that_cannot_be_read_is_explained_once() -> None:
+def test_a_reply_that_is_not_accepted_runs_nothing_and_is_explained_once() -> None:
     unread = Answer("", [], ["this call cannot be read: {"], "stop", "<tool_call>{", [])
     run = Agent(scripted(unread, "sorry"), [book]).run("?")
     assert run.messages[1]["content"] == "<tool_call>{"
     assert "this call cannot be read: {. Write it again." in run.messages[2]["content"]
     assert run.reason == "answer"
-    assert Agent(scripted(unread, unread), [book]).run("?").reason == "invalid calls"
+    beside = Answer("", [Call("book", {"person": "Ben"})], ["a call, and tool_choice is 'none'"], "tool_calls", "", [])
+    run = Agent(scripted(beside, "sorry"), [book]).run("?")
+    assert results(run) == ["The call was not run, because the reply was not accepted."]
+    assert (
+        run.messages[3]["content"] == "Your reply was not accepted: a call, and tool_choice is 'none'. Write it again."
+    )
+    assert Agent(scripted(unread, unread), [book]).run("?").reason == "invalid reply"
 
 
 def test_an_error_goes_to_the_model_once_and_then_up() -> None:
@@ -359,7 +365,7 @@ def test_many_tools_are_offered_by_question(cascade: Cascade, say: Callable[...,
     tools.append(declare("getWeatherForecast", "Forecast rain and wind"))
     say("<tool_call>\n" + json.dumps({"name": "getWeatherForecast", "arguments": {}}) + "\n</tool_call>", "ok")
     agent = Agent(cascade, tools, dry_run=True)
-    offered = agent._offer([{"role": "user", "content": "Will there be wind and rain?"}])
+    offered = agent._offer([{"role": "user", "content": [{"type": "text", "text": "Will there be wind and rain?"}]}])
     assert [tool["function"]["name"] for tool in offered] == ["getWeatherForecast"]
     assert agent.run("Will there be wind and rain?").outcomes[0].status == "dry run"
     called = {"role": "assistant", "content": None, "tool_calls": [Call("open_3", {}).as_openai()]}

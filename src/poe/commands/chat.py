@@ -31,7 +31,7 @@ WHY = {
     "tokens": "the tokens were used up",
     "length": "the reply was cut off, so give a larger --max-new-tokens",
     "context": "the conversation does not fit into the model's context, so /reset or ask something shorter",
-    "invalid calls": "the model wrote calls that do not fit the tools, also after it had read why",
+    "invalid reply": "the model wrote a reply that is not accepted, also after it had read why",
 }
 SHOWN = 600  # characters of a call or a result
 STOPPED = "[stopped by the user]"

@@ -2,26 +2,27 @@
 
 import math
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from typing import Any, Literal
 
 from poe.calls.arguments import find_faults
+from poe.calls.content import content_text
 from poe.calls.conversation import Call, Message, Tool
 from poe.calls.json_text import as_text
-from poe.calls.streaming import CallPart, Part, ReplyReader, TextPart
+from poe.calls.streaming import CallPart, Part, TextPart
 from poe.calls.tools import check_calls
 from poe.cascade import Cascade
 from poe.chat import Answer, AnswerStream, read_messages
 from poe.data.render import Renderer
-from poe.data.templates import complete_template, reply_form
+from poe.data.templates import complete_template
 from poe.errors import DataError, DecodingError, ToolError
 from poe.loaders.tokenizer import check_tokenizer
 from poe.tools.execution import Outcome, bind_tools, cut_text, declarations, run_calls
 from poe.tools.retrieval import TOOL_SHARE, TOOLS_OFFERED, ToolIndex
 
-Reason = Literal["answer", "turns", "seconds", "tokens", "length", "context", "invalid calls"]
+Reason = Literal["answer", "turns", "seconds", "tokens", "length", "context", "invalid reply"]
 Policy = Callable[[list[Message], list[Tool]], Answer]
 
 _MOST_SECONDS = 600.0
@@ -110,7 +111,8 @@ class Agent:
         """Return the tools for the next turn."""
         if self._index is None or self._counter is None or self._counter.context is None:
             return declarations(self.tools)
-        question = next((m["content"] for m in reversed(messages) if m["role"] == "user" and m["content"]), "")
+        asked = next((m["content"] for m in reversed(messages) if m["role"] == "user" and m["content"]), "")
+        question = content_text(asked)
         called = {call["function"]["name"] for m in messages for call in m.get("tool_calls") or ()}
         used = [bound.tool for bound in self.tools if bound.name in called]
         found = [tool for tool in self._index.search(question, TOOLS_OFFERED) if tool not in used]
@@ -128,7 +130,7 @@ class AgentRun:
     messages  the transcript in OpenAI's form, also after an interrupt or an error
     answer    the last `Answer`
     reason    why it ended: "answer"; "turns", "seconds" or "tokens": the budget; "length": a reply was cut off;
-              "context": the transcript does not fit into the model; "invalid calls": twice, one after the other
+              "context": the transcript does not fit into the model; "invalid reply": twice, one after the other
     turns     the number of replies
     tokens    the number of tokens of the replies, None if the policy is a function
     seconds   how long it took
@@ -189,8 +191,10 @@ class AgentRun:
         if reply is None:
             self.reason = "tokens"
             return
-        if not isinstance(reply, Answer):
-            reply = yield from self._read(reply)
+        if isinstance(reply, AnswerStream):
+            with closing(reply):  # an interrupt stops its thread
+                yield from reply.parts()
+                reply = reply.answer
         else:
             yield from [TextPart(reply.text)] if reply.text else []
             yield from map(CallPart, reply.calls)
@@ -212,15 +216,6 @@ class AgentRun:
             return
         yield from self._handle_calls(answer, unread, tools)
 
-    def _read(self, stream: AnswerStream) -> Generator[Part, None, Answer]:
-        """Yield the parts of a reply as they arrive; return the whole answer."""
-        with closing(stream):  # an interrupt stops its thread
-            reader = ReplyReader(reply_form(self._agent._policy.tokenizer))  # type: ignore[union-attr]
-            for piece in stream:
-                yield from reader.feed(piece)
-            yield from reader.close()
-            return stream.answer
-
     def _ask(self, tools: list[Tool]) -> Any:
         """Return the policy's reply, None if too few tokens are left for one."""
         agent, policy = self._agent, self._agent._policy
@@ -241,7 +236,7 @@ class AgentRun:
         """Run the calls that may be run, and add the reply and all outcomes to the transcript."""
         problems = ["; ".join(map(str, find_faults(call, tools))) for call in answer.calls]
         if is_repeated := self._had_problems and bool(unread or any(problems)):
-            self.reason = "invalid calls"
+            self.reason = "invalid reply"
         self._had_problems = bool(unread or any(problems))
         outcomes: list[Outcome | None] = [
             Outcome(call, "invalid", f"Error: the call was not run: {problem}.") if problem else None
@@ -250,7 +245,7 @@ class AgentRun:
         rest = "The call was not run: the agent was stopped before."
         try:
             for i, call in enumerate(answer.calls):
-                outcomes[i] = outcomes[i] or self._decide(call, is_repeated)
+                outcomes[i] = outcomes[i] or self._decide(call, is_repeated or bool(unread))
             yield from filter(None, outcomes)
             waiting = [i for i, outcome in enumerate(outcomes) if outcome is None]
             bound = [(self._agent._by_name[answer.calls[i].name], answer.calls[i]) for i in waiting]
@@ -266,11 +261,11 @@ class AgentRun:
             self._write_down(answer, unread, whole)
         self._check_failures(whole)
 
-    def _decide(self, call: Call, is_repeated: bool) -> Outcome | None:
+    def _decide(self, call: Call, is_refused: bool) -> Outcome | None:
         """Return the outcome of a valid call that is not run, None for one that is."""
         agent = self._agent
-        if is_repeated:
-            return Outcome(call, "stopped", "The call was not run, because others beside it do not fit their tools.")
+        if is_refused:
+            return Outcome(call, "stopped", "The call was not run, because the reply was not accepted.")
         if agent.dry_run:
             return Outcome(call, "dry run", "Dry run: the call fits its tool, and was not run.")
         asks = agent.approve is not None and not agent._by_name[call.name].is_read_only
@@ -292,7 +287,7 @@ class AgentRun:
             for call, outcome in zip(calls, outcomes, strict=True)
         ]
         if unread and self.reason is None:
-            text = f"Not every call of your reply could be read: {'; '.join(unread)}. Write it again."
+            text = f"Your reply was not accepted: {'; '.join(unread)}. Write it again."
             self.messages.append({"role": "user", "content": cut_text(text, self._agent.result_chars)})
 
     def _check_failures(self, outcomes: list[Outcome]) -> None:

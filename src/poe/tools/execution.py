@@ -54,8 +54,8 @@ class BoundTool:
 class Outcome:
     """What became of a call.
 
-    status  "done"; "failed", also by a time limit; "invalid": it does not fit its tool; "refused"; "dry run"; "stopped"
-            by an interrupt, when it may have run
+    status  "done"; "failed", also by a time limit; "invalid": it does not fit its tool; "refused"; "dry run";
+            "stopped": its reply was not accepted, or an interrupt came, and then it may have run
     text    the result or the reason, as the model reads it
     value   what the tool returned, None unless done
     """
