@@ -1,11 +1,14 @@
 """Parse the calls of replies and check them against the tools."""
 
 import json
+import random
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from poe.calls.arguments import check_call, find_faults
 from poe.calls.conversation import Call, Conversation
 from poe.calls.forms.call_forms import parse_reply
 from poe.calls.tools import as_tool, check_calls, fit_calls
@@ -124,6 +127,29 @@ def test_every_error_of_a_call_is_named_with_its_place() -> None:
         'order: arguments.size: expected one of "S", "M", found 1',
         'order: arguments.to: expected integer or object, found "x"',
     ]
+
+
+def test_a_call_has_faults_exactly_if_it_is_refused() -> None:
+    rng = random.Random(2)
+    parts: list[Any] = [
+        {"type": "string", "maxLength": 2}, {"type": ["integer", "null"]}, {"enum": [1, "a"]}, True, False,
+        {"type": "array", "items": {"$ref": "#/$defs/p"}}, {"$ref": "#/$defs/p"}, {"not": {"type": "string"}},
+        {"anyOf": [{"$ref": "#/$defs/p"}, {"type": "integer"}]}, {"const": 5},
+        {"oneOf": [{"minimum": 2}, {"type": "integer"}]},
+    ]  # fmt: skip
+    values: list[Any] = [None, True, 1, 2.5, 5, "a", "long", [], ["a", 1], {}, {"b": 1}, {"b": "x", "c": 1}]
+    refused = 0
+    for _ in range(300):
+        definition = {"type": "object", "properties": {"b": rng.choice(parts)}, "required": ["b"]}
+        tool = as_tool(
+            "f", "", {"properties": dict(zip("ab", rng.sample(parts, 2), strict=True)), "$defs": {"p": definition}}
+        )
+        call = Call("f", {name: rng.choice(values) for name in rng.sample("abc", rng.randrange(4))})
+        faults = find_faults(call, [tool])
+        assert bool(faults) == (check_call([tool], call.name, call.arguments) is not None)
+        assert len({fault.path for fault in faults}) == len(faults)
+        refused += bool(faults)
+    assert 50 < refused < 280
 
 
 def test_conversions_are_exact_and_named() -> None:

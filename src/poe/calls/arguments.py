@@ -294,7 +294,8 @@ class _Fitting:
             found = [list(self._list_mismatches(one, value, place, top)) for one in alternatives]
             deeper = [mismatches for mismatches in found if mismatches[0][0] != place]
             kinds = dict.fromkeys(kind for one in alternatives for kind in kinds_of(one.flat))
-            yield from min(deeper, key=len) if deeper else [(place, _expected(kinds, value))] if kinds else found[0]
+            here = [(place, _expected(kinds, value))] if kinds else found[0] if found else [(place, "no value fits")]
+            yield from min(deeper, key=len) if deeper else here
 
     def _list_mismatches(self, one: _Object, value: Any, place: str, top: bool) -> Iterator[tuple[str, str]]:
         kinds, choices = kinds_of(one.flat), one.flat.get("enum")
