@@ -61,8 +61,12 @@ def describe_operations(document: dict[str, Any], note: Note) -> Iterator[tuple[
             raise RowError(f"OpenAPI document that {error}", place) from None
 
 
+def _clean_name(name: str) -> str:
+    return _NOT_IN_A_NAME.sub("_", name).strip("_")[:_MAX_NAME] or "operation"
+
+
 def _free_name(name: str, taken: set[str], note: Note) -> str:
-    clean = _NOT_IN_A_NAME.sub("_", name).strip("_")[:_MAX_NAME] or "operation"
+    clean = _clean_name(name)
     free, number = clean, 2
     while free in taken:
         free, number = f"{clean[: _MAX_NAME - 4]}_{number}", number + 1
@@ -90,7 +94,7 @@ class _Document:
 
     def describe(self, operation: dict[str, Any], shared: Any, method: str, path: str) -> dict[str, Any]:
         """Return an operation as the `function` part of a tool."""
-        name = operation.get("operationId") or f"{method}_{path}"
+        name = operation.get("operationId") or _clean_name(f"{method}{path}")
         texts = (operation.get("summary"), operation.get("description"))
         about = "\n".join(dict.fromkeys(text.strip() for text in texts if isinstance(text, str) and text.strip()))
         if operation.get("callbacks"):
