@@ -131,6 +131,13 @@ def test_a_tools_file_that_cannot_be_used_is_one_error(
     assert done.stderr.count("\n") == 1
 
 
+def test_a_server_that_does_not_start_is_one_error_before_the_model_is_opened(talk: Callable[..., Any]) -> None:
+    done = talk("Hello\n", options=("--mcp", "no-such-program-here", "--base", "/nowhere"))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: The MCP server 'no-such-program-here' cannot be used: FileNotFoundError")
+    assert done.stderr.count("\n") == 1
+
+
 class Person:
     """A terminal at which a person types lines and presses keys."""
 
