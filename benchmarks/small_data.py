@@ -8,7 +8,7 @@ folder. Without --data the rows are from the generated world; they are no measur
 benchmarks/smollm2.py FOLDER` makes a base.
 
 Prints what happened when, and exits with 1 unless held-out loss fell, the first line of progress came within 20 seconds
-and the end within 5 seconds of Ctrl-C, and the stage answers `poe call` with calls that fit the tools.
+and the end within 5 seconds of Ctrl-C, and the stage answers a question of the rows with calls that fit the tools.
 """
 
 import argparse
@@ -22,6 +22,7 @@ import tempfile
 import time
 import venv
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 FIRST_LINE_S, STOP_S = 20, 5
@@ -66,12 +67,19 @@ def train(command: list[str], stop_at: str = "") -> tuple[int, float, float, lis
     return process.returncode, first, time.monotonic() - stopped if stopped else 0.0, lines
 
 
+def asks_for_calls(row: dict[str, Any]) -> bool:
+    """Return whether the first answer of a row is calls and nothing else."""
+    answer = next((message for message in row["messages"] if message["role"] == "assistant"), {})
+    return bool(row.get("tools") and answer.get("tool_calls") and not answer.get("content"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", required=True)
     parser.add_argument("--rows", type=int, default=30)
     parser.add_argument("--data", type=Path)
     options = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that it is ignored
     for name in ("PYTHONPATH", "POE_BASE"):
         os.environ.pop(name, None)
     with tempfile.TemporaryDirectory(prefix="poe-small-data-") as scratch:
@@ -86,7 +94,7 @@ def main() -> None:
         stopped = code == 130
         code, _, _, _ = train([*command, "--resume"])
         record = json.loads((run / "training.json").read_text(encoding="utf-8"))
-        example = next(row for row in map(json.loads, rows.open(encoding="utf-8")) if row.get("tools"))
+        example = next(filter(asks_for_calls, map(json.loads, rows.open(encoding="utf-8"))))
         tools = example["tools"] if isinstance(example["tools"], str) else json.dumps(example["tools"])
         (folder / "tools.json").write_text(tools, encoding="utf-8")
         question = next(message["content"] for message in example["messages"] if message["role"] == "user")
