@@ -1,6 +1,6 @@
 """A user's first run on a real base, from the built wheel: train, stop and resume, call.
 
-    python benchmarks/small_data.py --base FOLDER [--rows 30] [--data rows.jsonl]
+    python benchmarks/small_data.py --base FOLDER [--rows 30] [--data rows.jsonl] [--out FOLDER]
 
 The wheel of this checkout is built and installed into a new environment, which finds the dependencies of this one and
 nothing else of it. Everything after that is what a user would do: one command without options beyond base, data, and
@@ -78,6 +78,7 @@ def main() -> None:
     parser.add_argument("--base", required=True)
     parser.add_argument("--rows", type=int, default=30)
     parser.add_argument("--data", type=Path)
+    parser.add_argument("--out", type=Path, help="new folder that keeps the run")
     options = parser.parse_args()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that it is ignored
     for name in ("PYTHONPATH", "POE_BASE"):
@@ -87,7 +88,7 @@ def main() -> None:
         os.environ["POE_CACHE"] = str(folder / "cache")
         programs = install_wheel(folder)
         rows = options.data or make_rows(programs, options.rows, folder / "rows.jsonl")
-        run = folder / "run"
+        run = options.out or folder / "run"
         command = [str(programs / "poe-train"), "stage", "--base", options.base, "--data", str(rows)]
         command += ["--out", str(run)]
         code, first_line, stop_seconds, _ = train(command, stop_at="step 1/")
