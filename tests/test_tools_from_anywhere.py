@@ -7,7 +7,7 @@ import enum
 import functools
 import json
 import random
-from typing import Annotated, Any, Literal, NewType, NotRequired, Optional, TypedDict
+from typing import Annotated, Any, Literal, NewType, NotRequired, Optional, TypedDict, TypeVar
 
 import pytest
 from transformers.utils import get_json_schema
@@ -82,6 +82,7 @@ HINTS = [
     (datetime.date, {"type": "string", "format": "date"}),
     (Any, {}),
     (CityId, {"type": "integer"}),
+    (TypeVar("T", bound=str), {"type": "string"}),
     ("list[int]", {"type": "array", "items": {"type": "integer"}}),
     ("List[NotDefined]", None),
     (Place, PLACE),

@@ -188,6 +188,8 @@ class _Schemas:
         origin, args = typing.get_origin(hint), typing.get_args(hint)
         if origin is typing.Annotated:
             return self._read_annotated(args[0], args[1:])
+        if isinstance(hint, typing.TypeVar):
+            return self.read(hint.__bound__ or Any)
         if hasattr(hint, "__supertype__"):  # a NewType
             return self.read(hint.__supertype__)
         if origin in (typing.Required, typing.NotRequired, typing.Final):

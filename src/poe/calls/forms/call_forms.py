@@ -33,6 +33,7 @@ def call_form(name: str) -> CallForm:
 def parse_reply(text: str, form: str = "hermes") -> Reply:
     """Parse a model's reply that is written in the named call form.
 
-    The text is data: nothing in it is executed. A call that cannot be parsed is kept in `malformed`, never guessed at.
+    The text is data: nothing in it is executed. A call that cannot be parsed becomes a fault with a
+    name, and is never guessed at.
     """
     return call_form(form).read(text)
