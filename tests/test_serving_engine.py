@@ -125,6 +125,8 @@ def test_a_failed_pass_ends_its_rows_and_the_engine_goes_on(
 ) -> None:
     reports: list[str] = []
     engine, models = make_engine(served, report=reports.append), served[1]
+    kept, _ = submit(engine, models, "beta", [20, 21, 22], stop_token_ids=())
+    engine.step()
     _, failed = submit(engine, models, "alpha", [20, 21, 22])
     batch = engine._lanes[0].batch
     with monkeypatch.context() as patch:
@@ -136,6 +138,14 @@ def test_a_failed_pass_ends_its_rows_and_the_engine_goes_on(
     _, good = submit(engine, models, "alpha", [20, 21, 22])
     run_until_idle(engine)
     assert good.end.reason in ("stop", "length")
+    assert kept.tokens == alone(served, "beta", [20, 21, 22])
+    _, failed = submit(engine, models, "alpha", [20, 21, 22])
+    engine.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(batch, "step", lambda *args: (_ for _ in ()).throw(RuntimeError("a secret prompt")))
+        engine.step()
+    assert failed.end.reason == "error"
+    assert len(batch) == engine.num_running == 0
 
 
 def test_a_listener_that_fails_ends_only_its_row(served: tuple[Cascade, Any]) -> None:

@@ -105,16 +105,12 @@ class Batch:
         return logits[:, -1].float()
 
     def _append(self, cache: RowCache, branches: Sequence[int], lengths: Sequence[int]) -> None:
-        """Append the rows of another cache."""
-        width = max([*self.lengths, *lengths])
-        self._cache.layers += [DynamicLayer() for _ in cache.layers[len(self._cache.layers) :]]
-        for slot, pair in enumerate(zip_longest(self._cache.layers, cache.layers)):
+        """Append the rows of another cache. If memory is short, nothing has changed."""
+        width, layers = max([*self.lengths, *lengths]), []
+        for pair in zip_longest(self._cache.layers, cache.layers):
             filled = [layer for layer in pair if layer is not None and layer.keys is not None]
-            if not filled:
-                continue
-            keys, values = (torch.cat([_pad(getattr(layer, name), width) for layer in filled]) for name in _PARTS)
-            filled[0].keys, filled[0].values = keys, values
-            self._cache.layers[slot] = filled[0]
+            layers.append(_join_layers(filled, width) if filled else DynamicLayer())
+        self._cache.layers = layers
         self.branches, self.lengths = [*self.branches, *branches], [*self.lengths, *lengths]
 
     def _rows_of_slots(self) -> dict[int, Tensor]:
@@ -122,7 +118,13 @@ class Batch:
         return self._model.rows_of_slots(torch.tensor(self.branches)) if self._is_routed else {}
 
 
-_PARTS = ("keys", "values")
+def _join_layers(layers: Sequence[Any], width: int) -> DynamicLayer:
+    """Return a layer with the rows of all these, padded on the left to `width` columns."""
+    joined = DynamicLayer()
+    joined.lazy_initialization(layers[0].keys, layers[0].values)
+    joined.keys = torch.cat([_pad(layer.keys, width) for layer in layers])
+    joined.values = torch.cat([_pad(layer.values, width) for layer in layers])
+    return joined
 
 
 def _pad(states: Tensor, width: int) -> Tensor:

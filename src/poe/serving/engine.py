@@ -255,16 +255,17 @@ class Engine:
             self.step()
 
     def _decode(self, lane: _Lane, rows: list[Row], compute: Callable[[], Tensor]) -> None:
-        """Run one pass and give each row its next token. If the pass fails, the rows of the lane end."""
+        """Run one pass and give each row its next token. If the pass fails, these rows end and the others go on."""
         try:
             logits = compute()
             likeliest = logits.argmax(-1).tolist()
         except Exception as error:  # of any kind: out of memory, for example. The server goes on with other requests.
             self._report(describe_error(error))
-            for row in lane.rows:
+            for row in rows:
                 row.finish("error")
-            lane.rows.clear()
-            lane.batch.clear()
+            lane.rows = [row for row in lane.rows if row.end is None]
+            if not lane.rows:
+                lane.batch.clear()
             return
         self.passes, self.decoded_rows = self.passes + 1, self.decoded_rows + len(rows)
         for row, row_logits, token in zip(rows, logits, likeliest, strict=True):

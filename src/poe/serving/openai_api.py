@@ -149,9 +149,16 @@ class ChatRequest(_Strict):
         choice, form = self.tool_choice, self.response_format
         return {
             "tool_choice": choice.model_dump() if isinstance(choice, NamedTool) else choice or "auto",
-            "parallel_tool_calls": self.parallel_tool_calls is not False,
+            "parallel_tool_calls": self.is_parallel,
             "response_format": None if form is None else form.model_dump(by_alias=True, exclude_none=True),
         }
+
+    @property
+    def is_parallel(self) -> bool:
+        """Whether a reply may have several calls. Without a word about it, that to a named function has one."""
+        if self.parallel_tool_calls is None:
+            return not isinstance(self.tool_choice, NamedTool)
+        return self.parallel_tool_calls
 
     @property
     def has_promise(self) -> bool:

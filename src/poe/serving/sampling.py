@@ -26,7 +26,7 @@ class Sampling:
 
     def choose(self, logits: Tensor, generator: torch.Generator) -> int:
         """Return a token for logits (V)."""
-        if self.temperature == 0:
+        if self.temperature < 1e-5:  # nearly 0 would overflow
             return int(logits.argmax())
         probabilities = (logits.double().cpu() / self.temperature).softmax(-1)
         if self.top_p < 1:

@@ -21,7 +21,7 @@ from poe.serving import engine as engines
 from poe.serving.engine import BusyError, ClosedError, End, Engine, Piece, describe_error
 from poe.serving.metrics import Metrics, Watch
 from poe.serving.models import ServedModel
-from poe.serving.openai_api import ApiError, Completion, read_request, write_usage
+from poe.serving.openai_api import ApiError, ChatRequest, Completion, read_request, write_usage
 from poe.serving.replies import Choice, Question, read_question
 
 BODY_SECONDS = 30  # to send a request
@@ -152,6 +152,7 @@ class _Service:
         self._engine, self._models, self._limits = engine, models, limits
         self._started = int(time.time())
         self._reader = ThreadPoolExecutor(1, "poe-prompts")  # one thread: tokenizers keep state
+        self._reading = 0  # replies to requests of which the prompt is written now
         self.metrics = Metrics(engine)
 
     def close(self) -> None:
@@ -178,16 +179,23 @@ class _Service:
             request = read_request(await self._read_body(http))
             model = self.find_model(request.model)
             watch.model = model.name
-            with _busy_as_api_error(self._engine):
-                self._engine.check_places(request.choices)
-            loop = asyncio.get_running_loop()
-            question = await loop.run_in_executor(self._reader, read_question, model, request, self._limits.max_context)
+            question = await self._read_question(model, request)
             with _busy_as_api_error(self._engine):
                 replies = _Replies(self._engine, question, watch)
         except ApiError as error:
             watch.close(error.status)
             raise
         return _Stream(replies) if request.stream else await replies.whole(http)
+
+    async def _read_question(self, model: ServedModel, request: ChatRequest) -> Question:
+        """Write the prompt, unless the server is full; requests whose prompts are written count as well."""
+        with _busy_as_api_error(self._engine):
+            self._engine.check_places(request.choices + self._reading)
+        loop, self._reading = asyncio.get_running_loop(), self._reading + request.choices
+        try:
+            return await loop.run_in_executor(self._reader, read_question, model, request, self._limits.max_context)
+        finally:
+            self._reading -= request.choices
 
     async def _read_body(self, http: Request) -> bytes:
         """Return the body of a request. Raises `ApiError` if it is too large, too slow, or no JSON."""
@@ -274,18 +282,20 @@ class _Replies:
         try:
             await asyncio.wait({work, leaving}, return_when=asyncio.FIRST_COMPLETED)
             return work.result() if work.done() else Response(status_code=499)
+        except ApiError as error:
+            self._watch.close(error.status)
+            raise
+        except Exception:
+            self._watch.close(500)
+            raise
         finally:
             work.cancel()
             leaving.cancel()
             self.close()
 
     async def _collect(self) -> Response:
-        try:
-            async for _ in self._deltas():
-                pass
-        except ApiError as error:
-            self._watch.close(error.status)
-            raise
+        async for _ in self._deltas():
+            pass
         usage = self._usage
         self._watch.close(200, usage["completion_tokens"])
         return JSONResponse(self._completion.whole([choice.write() for choice in self._choices], usage))
