@@ -38,7 +38,7 @@ NOT_RUN = {
     "docs/how-to/poe-bases.md": 4,
     "docs/how-to/publish.md": 7,
     "docs/how-to/quantized-bases.md": 2,
-    "docs/how-to/serve.md": 2,
+    "docs/how-to/serve.md": 3,
     "docs/how-to/several-devices.md": 5,
     "docs/how-to/train.md": 4,
     "docs/how-to/trl.md": 1,

@@ -71,7 +71,8 @@ class Batch:
             self._cache = RowCache()
             return
         unused = width - max(self.lengths)  # columns that are padding in all rows now
-        for slot, layer in enumerate(self._cache.layers):
+        cached: Any = self._cache.layers
+        for slot, layer in enumerate(cached):
             if layer.keys is None:
                 continue
             present = slots.get(slot)
@@ -106,8 +107,10 @@ class Batch:
 
     def _append(self, cache: RowCache, branches: Sequence[int], lengths: Sequence[int]) -> None:
         """Append the rows of another cache. If memory is short, nothing has changed."""
-        width, layers = max([*self.lengths, *lengths]), []
-        for pair in zip_longest(self._cache.layers, cache.layers):
+        width = max([*self.lengths, *lengths])
+        layers: list[Any] = []
+        pairs: Any = zip_longest(self._cache.layers, cache.layers)
+        for pair in pairs:
             filled = [layer for layer in pair if layer is not None and layer.keys is not None]
             layers.append(_join_layers(filled, width) if filled else DynamicLayer())
         self._cache.layers = layers
