@@ -56,7 +56,7 @@ LAUNCHERS = {
     "from poe.commands.poe import main; main()",
 }
 POOL = 6  # plain questions for each model
-NAMES = ("Marla", "Oskar", "Ines", "Tariq", "Yuki", "Bela")
+NAMES = ("Marla", "Oskar", "Rosa", "Tariq", "Yuki", "Bela")
 
 
 def make_stages(base: str, folder: Path) -> list[str]:

@@ -161,7 +161,7 @@ def test_no_accepted_reply_is_lost_or_cut_when_a_server_restarts_under_load(serv
             except openai.APIConnectionError as error:
                 if chunks is not None:  # the reply had begun
                     wrong.append((model, i, error))
-                time.sleep(0.02)  # nobody listens for a moment
+                time.sleep(0.02)  # no server listens for a moment
 
     threads = [threading.Thread(target=ask_for_ever, args=(seed,)) for seed in range(8)]
     for thread in threads:
