@@ -81,7 +81,7 @@ def describe_function(function: Callable[..., Any], note: Note) -> dict[str, Any
     about, descriptions = _read_docstring(_docstring_of(function))
     if not about:
         note("function without a docstring")
-    hints = _type_hints(function)
+    hints = find_type_hints(function)
     schemas = _Schemas()
     properties: dict[str, Any] = {}
     required = []
@@ -128,7 +128,8 @@ def _docstring_of(function: Any) -> str:
     return (inspect.getdoc(function) or "").strip()
 
 
-def _type_hints(function: Any) -> dict[str, Any]:
+def find_type_hints(function: Any) -> dict[str, Any]:
+    """Return the annotations of a function, method, class or callable object by argument; none if one is not found."""
     while isinstance(function, functools.partial):
         function = function.func
     if isinstance(function, type):

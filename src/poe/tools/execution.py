@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from poe.calls.conversation import Call, Tool
 from poe.calls.tools import read_tools
+from poe.calls.typed_arguments import convert_arguments
 from poe.errors import DataError, PoEError
 
 Status = Literal["done", "failed", "invalid", "refused", "dry run", "stopped"]
@@ -120,7 +121,7 @@ def _starter(function: Callable[..., Any]) -> Callable[[dict[str, Any]], Future[
 
 def _run_function(function: Callable[..., Any], arguments: dict[str, Any], future: Future[ToolResult]) -> None:
     try:
-        value = function(**copy.deepcopy(arguments))
+        value = function(**convert_arguments(function, copy.deepcopy(arguments)))
         if inspect.isawaitable(value):
             value = asyncio.run(_wait_for(value))
         future.set_result(ToolResult(result_text(value), value))
