@@ -164,7 +164,7 @@ class ChatRequest(_Strict):
     def has_promise(self) -> bool:
         """Whether a reply can break what the request asks for."""
         asks_for_json = self.response_format is not None and self.response_format.type != "text"
-        return asks_for_json or self.parallel_tool_calls is False or self.tool_choice not in (None, "auto")
+        return asks_for_json or self.parallel_tool_calls is False or self.tool_choice not in (None, "auto", "none")
 
     @property
     def most_tokens(self) -> int | None:
@@ -220,7 +220,7 @@ def _check_fields(request: ChatRequest) -> None:
         if needs_schema != (request.response_format.json_schema is not None):
             text = "type json_schema and the field json_schema belong together"
             raise ApiError(400, f"response_format: {text}.", "response_format")
-    if not request.tools and (request.tool_choice is not None and request.tool_choice != "none"):
+    if not request.tools and request.tool_choice not in (None, "none", "auto"):
         raise ApiError(400, "tool_choice needs tools: give tools, or leave it out.", "tool_choice")
 
 

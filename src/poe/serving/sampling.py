@@ -28,7 +28,7 @@ class Sampling:
         """Return a token for logits (V)."""
         if self.temperature < 1e-5:  # nearly 0 would overflow
             return int(logits.argmax())
-        probabilities = (logits.double().cpu() / self.temperature).softmax(-1)
+        probabilities = (logits.cpu().double() / self.temperature).softmax(-1)
         if self.top_p < 1:
             ordered, tokens = probabilities.sort(descending=True, stable=True)
             kept = ordered.cumsum(-1) - ordered < self.top_p  # always the first one

@@ -204,7 +204,8 @@ class _Service:
             raise ApiError(415, f"Expected the content type application/json, got {kind[:80]!r}.")
         most = self._limits.max_body
         too_large = ApiError(413, f"The request is larger than {most} bytes: send fewer or shorter messages and tools.")
-        if int(http.headers.get("content-length") or 0) > most:
+        length = http.headers.get("content-length", "")
+        if length.isdecimal() and int(length[:20]) > most:
             raise too_large
         body = bytearray()
         try:
