@@ -246,11 +246,19 @@ def demo_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def served(demo_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The cascade of `demo_base` with three random stages, and the models of a server for them."""
+def stage_folders(demo_base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The folders of three random stages on `demo_base`. Do not write into them."""
+    from served_models import save_stages
+
+    return save_stages(demo_base, tmp_path_factory.mktemp("stages"))
+
+
+@pytest.fixture(scope="session")
+def served(demo_base: Path, stage_folders: list[str]) -> Any:
+    """The cascade of `demo_base` with the stages of `stage_folders`, and the models of a server for them."""
     from served_models import open_models
 
-    return open_models(demo_base, tmp_path_factory.mktemp("stages"))
+    return open_models([str(demo_base), *stage_folders])
 
 
 @pytest.fixture(scope="session")

@@ -31,9 +31,8 @@ def save_stages(base: Path, folder: Path) -> list[str]:
     return [str(folder / name) for name in STAGES]
 
 
-def open_models(base: Path, folder: Path) -> tuple[Cascade, Any]:
-    """Return a cascade of the base and saved stages, and the models of a server."""
-    repos = [str(base), *save_stages(base, folder)]
+def open_models(repos: list[str]) -> tuple[Cascade, Any]:
+    """Return a cascade of a base and saved stages, and the models of a server."""
     cascade = Cascade.from_pretrained(repos[0], dtype=torch.float32)
     return cascade, load_models(cascade, repos)
 

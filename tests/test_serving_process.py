@@ -19,7 +19,6 @@ import openai
 import pytest
 
 from command_line import run_program
-from served_models import save_stages
 
 
 class Process:
@@ -90,13 +89,8 @@ def chat(server: Process, model: str, number: int, **options: Any) -> str:
 
 
 @pytest.fixture(scope="module")
-def repos(demo_base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return save_stages(demo_base, tmp_path_factory.mktemp("stages"))
-
-
-@pytest.fixture(scope="module")
-def server(repos: list[str]) -> Iterator[Process]:
-    running = Process(*repos, "--max-batch", "4", "--max-queue", "8")
+def server(stage_folders: list[str]) -> Iterator[Process]:
+    running = Process(*stage_folders, "--max-batch", "4", "--max-queue", "8")
     yield running
     if running.process is not None and running.process.poll() is None:
         assert running.stop() == (0, "")
@@ -244,11 +238,11 @@ def test_a_missing_extra_is_answered_with_the_line_that_installs_it(monkeypatch:
     assert 'pip install "poe-cascade[serve]"' in result.stderr
 
 
-def test_names_are_checked_before_anything_is_served(repos: list[str], demo_base: Path) -> None:
+def test_names_are_checked_before_anything_is_served(stage_folders: list[str], demo_base: Path) -> None:
     for arguments, words in (
-        ([repos[0], "--name", "a", "--name", "b"], "at most one name for each of 1 models"),
-        ([repos[0], repos[0]], "is given twice"),
-        ([str(demo_base), repos[0], "--name", "same", "--name", "same"], "Two models are called 'same'"),
+        ([stage_folders[0], "--name", "a", "--name", "b"], "at most one name for each of 1 models"),
+        ([stage_folders[0], stage_folders[0]], "is given twice"),
+        ([str(demo_base), stage_folders[0], "--name", "same", "--name", "same"], "Two models are called 'same'"),
     ):
         result = run_program("poe", "serve", *arguments, "--port", "0")
         assert result.returncode == 1

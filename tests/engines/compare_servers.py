@@ -38,6 +38,7 @@ TOOL: dict[str, Any] = {
     "type": "function",
     "function": {
         "name": "get_weather",
+        "strict": True,  # vLLM constrains the arguments of strict tools only
         "description": "Get the weather of a city.",
         "parameters": {
             "type": "object",
@@ -75,8 +76,8 @@ def ask_all(url: str, model: str) -> list[dict[str, Any]]:
         options: dict[str, Any] = {"model": model, "messages": messages, "temperature": 0, "max_tokens": 32}
         text = client.chat.completions.create(**options).choices[0].message.content
         answers.append({"kind": "text", "answer": (text or "").strip()})
-    for city in ("Oslo", "Paris", "Rome"):
-        for days in (1, 3, 7):
+    for city in ("Oslo", "Paris"):
+        for days in (1, 7):
             asked = f"What will the weather in {city} be in the next {days} days?"
             options = {"messages": [{"role": "user", "content": asked}], "max_tokens": 64, "temperature": 0}
             for kind, choice in (("named", NAMED), ("required", "required")):
