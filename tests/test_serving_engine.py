@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import tiny_base, tiny_tokenizer
+from conftest import scramble, tiny_base, tiny_tokenizer
 from poe import Cascade
 from poe.serving.engine import BusyError, ClosedError, Engine, Request
+from poe.serving.models import load_models
 from poe.serving.sampling import Sampling
 from poe.serving.text import TextBuilder
 from served_models import Listener, run_until_idle, submit
@@ -191,5 +192,20 @@ def test_pieces_of_text_are_whole_characters_and_hide_stop_strings(stop: list[st
     assert len(pieces) > 5
 
 
+def test_stages_of_one_name_are_called_as_their_folders(demo_base: Any, tmp_path: Any) -> None:
+    for folder, seed in (("first", 1), ("second", 2)):
+        cascade = Cascade.from_pretrained(demo_base).add_stage(name="demo", num_layers=1, seed=seed)
+        scramble(cascade.stages["demo"], seed)
+        cascade.save_stage("demo", tmp_path / folder)
+    repos = [str(tmp_path / "first"), str(tmp_path / "second")]
+    assert list(load_models(Cascade.from_pretrained(repos[0]), repos)) == ["base", "demo", "second"]
+    assert list(load_models(Cascade.from_pretrained(repos[0]), repos, ["a", "b"])) == ["base", "a", "b"]
+
+
 def test_models_are_named_by_their_files_and_the_base_by_its_folder(served: tuple[Cascade, Any]) -> None:
     assert list(served[1]) == ["base", "alpha", "beta", "gamma"]
+    cascade = Cascade.from_pretrained("demo").add_stage(name="demo", num_layers=1)
+    assert {name: model.stage for name, model in load_models(cascade, ["runs/demo"]).items()} == {
+        "base": None,
+        "demo": "demo",
+    }

@@ -1,7 +1,7 @@
 """The models that a server offers: the base and its stages, each with its name, its chat template and its call form."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -14,6 +14,8 @@ from poe.data.templates import complete_template
 from poe.errors import DataError, DecodingError, StageError
 from poe.loaders.repository import locate
 from poe.loaders.tokenizer import check_tokenizer, load_tokenizer
+from poe.modeling.access import Access, read_config
+from poe.modeling.lineage import is_stage
 
 REPLY_TOKENS = 256  # of a request that has no max_tokens, as in `cascade.chat`
 
@@ -32,8 +34,9 @@ class ServedModel:
 def load_models(cascade: Cascade, repos: Sequence[str], names: Sequence[str] = ()) -> dict[str, ServedModel]:
     """Load the stages `repos[1:]` beside `repos[0]`, which the cascade was opened from; return the models by name.
 
-    The base comes first. `names` are for `repos` in order; without one a stage is called as in its files, and the base
-    as its folder or repository. Raises `StageError` if two models have one name.
+    The base comes first. `names` are for `repos` in order. Without one a stage is called as in its files, or as its
+    folder if another stage has that name; the base is called as its folder or repository, or "base". Raises
+    `StageError` if two models have one name.
     """
     if len(names) > len(repos):
         raise DataError(f"Expected at most one name for each of {len(repos)} models, got {len(names)}: {names}.")
@@ -42,7 +45,7 @@ def load_models(cascade: Cascade, repos: Sequence[str], names: Sequence[str] = (
     if names:
         given[cascade.active] = names[0]
     for position, repo in enumerate(repos[1:], start=1):
-        name = names[position] if position < len(names) else None
+        name = names[position] if position < len(names) else _free_name(cascade, repo)
         cascade.load_stage(repo, name=name)
         if cascade.active in tokenizers:
             raise StageError(f"{repo} is given twice: give each stage once.")
@@ -53,13 +56,20 @@ def load_models(cascade: Cascade, repos: Sequence[str], names: Sequence[str] = (
     fallback = next((tokenizer for tokenizer in tokenizers.values() if tokenizer is not None), None)
     served: dict[str, ServedModel] = {}
     for stage in sorted(tokenizers, key=lambda stage: stage is not None):
-        name = given.get(stage) or stage or _base_name(cascade)
+        name = given.get(stage) or stage or _base_name(cascade, {given.get(key) or key for key in tokenizers})
         if name in served:
             raise StageError(
                 f"Two models are called {name!r}: give every model a name of its own, with --name for each in order."
             )
         served[name] = _describe(cascade, name, stage, tokenizers[stage] or fallback)
     return served
+
+
+def _free_name(cascade: Cascade, repo: str) -> str | None:
+    """Return the name of a stage's folder if the stage has the name of another one, else None."""
+    config, _ = read_config(locate(repo), Access())
+    name = config["stage"]["name"] if is_stage(config) else None
+    return PurePath(repo).name if name in cascade.stages else None
 
 
 def _describe(cascade: Cascade, name: str, stage: str | None, tokenizer: Any) -> ServedModel:
@@ -74,12 +84,11 @@ def _describe(cascade: Cascade, name: str, stage: str | None, tokenizer: Any) ->
     return ServedModel(name, stage, tokenizer, renderer, vocab_size)
 
 
-def _base_name(cascade: Cascade) -> str:
-    """Return the name of the base: its Hub name, or the last part of its folder."""
-    repo = cascade.base_source.repo
-    if repo is None:
-        return "base"
-    return PurePath(repo).name if PurePath(repo).is_absolute() else repo
+def _base_name(cascade: Cascade, taken: Collection[str | None]) -> str:
+    """Return the name of the base: its Hub name, or the last part of its folder; "base" if a stage is called that."""
+    repo = cascade.base_source.repo or "base"
+    name = PurePath(repo).name if PurePath(repo).is_absolute() else repo
+    return "base" if name in taken else name
 
 
 def context_length(config: Any) -> int | None:
