@@ -34,7 +34,9 @@ ROOMS: dict[str, set[str]] = {
     "serving": {"cascade", "chat", "decoding", "data", "calls", "loaders", "modeling", "errors"},
     "tools": {"cascade", "chat", "data", "calls", "loaders", "errors"},
     "training": {"files", "cascade", "data", "demo", "calls", "loaders", "stages", "decoding", "modeling", "errors"},
-    "evaluation": {"training", "cascade", "chat", "data", "calls", "decoding", "modeling", "errors"},
+    "evaluation": {
+        *("training", "cascade", "chat", "data", "calls", "loaders", "decoding", "files", "modeling", "errors"),
+    },
     "commands": {
         *("evaluation", "training", "serving", "tools", "cascade", "data", "calls", "demo"),
         *("loaders", "stages", "decoding", "files", "modeling", "errors"),

@@ -66,6 +66,7 @@ class RawReply:
 
     text: str
     is_complete: bool
+    num_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -307,7 +308,7 @@ def generate_replies(
             end = next((k for k, token in enumerate(row) if token in stop_token_ids), None)
             is_cut = constraints is not None and (own := constraints[i]) is not None and own.is_cut
             text = tokenizer.decode(row[:end], skip_special_tokens=False)
-            replies[i] = RawReply(text, end is not None and not is_cut)
+            replies[i] = RawReply(text, end is not None and not is_cut, len(row[:end]))
         if progress is not None:
             progress(len(part))
     return replies

@@ -23,6 +23,7 @@ __all__ = [
     "DataError",
     "DecodingError",
     "DeltaError",
+    "EvaluationError",
     "FamilyError",
     "FingerprintError",
     "LineageError",
@@ -88,6 +89,10 @@ class TrainingError(PoEError, RuntimeError):
 
 class DecodingError(PoEError, ValueError):
     """A strategy or combination cannot be used: no such exit, an unsupported option, or no gain in speed."""
+
+
+class EvaluationError(PoEError, ValueError):
+    """An evaluation cannot go on or be compared: answers of another model or setting, or an edited file."""
 
 
 class ToolError(PoEError, RuntimeError):

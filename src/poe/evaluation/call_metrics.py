@@ -19,6 +19,7 @@ Values are compared as JSON values: 1 and 1.0 are equal, 1 and true are not; an 
 default. A row without anything below a metric does not count for it.
 """
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -66,8 +67,22 @@ def measure_calls(
 ) -> dict[str, Metric]:
     """Compare replies with the reference answers of `conversations`; return every metric.
 
-    A reply is parsed in the call form of its conversation, or in `form` if the conversation has none. `acceptable` has
-    the acceptable answers of each row, None for a row without.
+    `acceptable` has the acceptable answers of each row, None for a row without. The other arguments are those of
+    `count_replies`.
+    """
+    return summarize(count_replies(conversations, replies, form, acceptable=acceptable), seed=seed)
+
+
+def count_replies(
+    conversations: Sequence[Conversation],
+    replies: Sequence[RawReply],
+    form: str = "hermes",
+    *,
+    acceptable: Sequence[Sequence[AcceptableCall] | None] | None = None,
+) -> list[Counts]:
+    """Return what each reply adds to each metric.
+
+    A reply is parsed in the call form of its conversation, or in `form` if the conversation has none.
     """
     answers = acceptable or [None] * len(conversations)
     rows = []
@@ -77,7 +92,7 @@ def measure_calls(
         parts = [*reader.feed(raw.text), *reader.close()]
         counts = count_row(expected, join_parts(parts), conversation.tools, acceptable_calls)
         rows.append({**counts, "clean_stop": (float(raw.is_complete and _ends_cleanly(parts)), 1.0)})
-    return summarize(rows, seed=seed)
+    return rows
 
 
 def count_row(
@@ -120,21 +135,61 @@ def count_row(
 
 def summarize(rows: Sequence[Counts], *, resamples: int = RESAMPLES, seed: int = 0) -> dict[str, Metric]:
     """Return each metric over all rows, with the interval of the bootstrap over rows (the percentile method)."""
-    draws = np.random.default_rng(seed)
-    weights = draws.multinomial(len(rows), np.full(len(rows), 1 / max(1, len(rows))), resamples) if rows else None
+    weights = _draw_weights(len(rows), resamples, seed)
     metrics = {}
     for name in dict.fromkeys(name for row in rows for name in row):
-        above, below = np.array([row.get(name, (0.0, 0.0)) for row in rows]).T
-        count = int((below > 0).sum())
-        if not count:
-            metrics[name] = Metric(None, None, None, 0)
-            continue
-        totals = weights @ below
-        shares = (weights @ above)[totals > 0] / totals[totals > 0]
-        low, high = np.quantile(shares, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-        value, low, high = (round(float(x), 4) for x in (above.sum() / below.sum(), low, high))
-        metrics[name] = Metric(value, low, high, count)
+        above, below = _columns(rows, name)
+        shares = _resample(above, below, weights)
+        metrics[name] = _make_metric(_share(above, below), shares, int((below > 0).sum()))
     return metrics
+
+
+def summarize_differences(
+    first: Sequence[Counts], second: Sequence[Counts], *, resamples: int = RESAMPLES, seed: int = 0
+) -> dict[str, Metric]:
+    """Return each metric of `second` minus that of `first`, with the interval of the paired bootstrap over rows.
+
+    Row i of both is about the same question, and a resample has the same rows of both. `rows` are those that count for
+    the metric in either.
+    """
+    weights = _draw_weights(len(first), resamples, seed)
+    metrics = {}
+    for name in dict.fromkeys(name for row in (*first, *second) for name in row):
+        before, after = _columns(first, name), _columns(second, name)
+        shares = _resample(*after, weights) - _resample(*before, weights)
+        value = _share(*after) - _share(*before)
+        metrics[name] = _make_metric(value, shares, int(((before[1] > 0) | (after[1] > 0)).sum()))
+    return metrics
+
+
+def _draw_weights(rows: int, resamples: int, seed: int) -> np.ndarray:
+    """Return how often each row is in each resample (resamples, rows)."""
+    if not rows:
+        return np.zeros((resamples, 0))
+    return np.random.default_rng(seed).multinomial(rows, np.full(rows, 1 / rows), resamples)
+
+
+def _columns(rows: Sequence[Counts], name: str) -> tuple[np.ndarray, np.ndarray]:
+    above, below = np.array([row.get(name, (0.0, 0.0)) for row in rows], dtype=np.float64).T
+    return above, below
+
+
+def _share(above: np.ndarray, below: np.ndarray) -> float:
+    return float(above.sum() / below.sum()) if below.sum() > 0 else math.nan
+
+
+def _resample(above: np.ndarray, below: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Return the share in each resample, NaN in one without rows that count."""
+    totals = weights @ below
+    return np.divide(weights @ above, totals, out=np.full(len(totals), math.nan), where=totals > 0)
+
+
+def _make_metric(value: float, shares: np.ndarray, rows: int) -> Metric:
+    shares = shares[~np.isnan(shares)]
+    if math.isnan(value) or not len(shares):
+        return Metric(None, None, None, 0)
+    low, high = np.quantile(shares, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return Metric(*(round(float(x), 4) for x in (value, low, high)), rows)
 
 
 def hammer_counts(expected: Sequence[Call], calls: Sequence[Call], broken: int) -> dict[str, tuple[int, int, int]]:

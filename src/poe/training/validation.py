@@ -27,7 +27,7 @@ def validate(
     for numbers in world.split_rows(rows.num_rows, rows_per_batch):
         # A process without rows runs one unlabeled row: with a sharded base all processes must run the layers.
         parts = [rows.batch(number, 1) for number in numbers] or [_remove_labels(rows.batch(0, 1))]
-        totals = totals + torch.tensor(_sum_losses(trained, parts), dtype=torch.float64)
+        totals = totals + torch.tensor(sum_losses(trained, parts), dtype=torch.float64)
         show_row(numbers.stop)
     sums = [world.all_reduce(*values) for values in totals.tolist()]
     nats, num_labels, bits, num_bytes = sums[-1]
@@ -37,7 +37,8 @@ def validate(
     return record
 
 
-def _sum_losses(trained: TrainedModel, rows: list[Batch]) -> list[list[float]]:
+@torch.no_grad()
+def sum_losses(trained: TrainedModel, rows: list[Batch]) -> list[list[float]]:
     """Return the sums of nats, labels, bits and bytes for every prediction. Bits count tokens with bytes only."""
     batch = Batch(*(torch.cat(tensors).to(trained.device) for tensors in zip(*rows, strict=True)))
     logits = logits_of(trained.model.config)

@@ -1,0 +1,86 @@
+"""Measure a base and a stage on questions with reference calls and on texts; compare evaluations."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from poe.commands.app import INTERRUPTED, Base, Device, Program, Repo, err, out
+from poe.commands.use import NewTokens, Off, open_cascade
+
+
+class EvaluationGroup(TyperGroup):
+    """`poe eval DIR ...` runs an evaluation; the other words are commands."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put the name of the command first if it was left out."""
+        is_named = not args or args[0] in (*self.commands, "--help")
+        return super().parse_args(ctx, args if is_named else ["run", *args])
+
+
+app = Program(help=f"{__doc__} `poe eval DIR --suite SPEC` is `poe eval run DIR --suite SPEC`.", cls=EvaluationGroup)
+
+
+@app.command("run")
+def run_evaluation(
+    repo: Repo,
+    suite: Annotated[
+        str, typer.Option(help="Suites as a SPEC: name=path, comma-separated; also demo=NUMBER and text=FILES.")
+    ],
+    out_folder: Annotated[
+        Path | None, typer.Option("--out", help="Folder of the answers and results; default: runs/eval-NAME.")
+    ] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="Most rows of each suite: a random sample.")] = None,
+    free: Annotated[bool, typer.Option("--free", help="Do not constrain replies to calls that fit.")] = False,
+    max_new_tokens: NewTokens = 256,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sample of rows and of the bootstrap.")] = 0,
+    off: Off = False,
+    base: Base = None,
+    device: Device = "auto",
+) -> None:
+    """Answer the questions of suites with the base and with the stage, and print every metric with its interval.
+
+    The folder has answers.jsonl, results.json and results.md. The same command continues an evaluation that was
+    stopped.
+    """
+    from poe.errors import FingerprintError
+    from poe.evaluation.run import Evaluation, Settings
+    from poe.evaluation.suites import read_sources
+    from poe.evaluation.unchanged import hash_base_alone
+    from poe.files.output import check_output_folder
+    from poe.training.reporting.progress import Progress
+
+    folder = out_folder or Path("runs") / f"eval-{Path(repo).name}"
+    check_output_folder(folder)
+    sources = read_sources(suite)
+    alone = None if off else hash_base_alone(repo, lambda location: open_cascade(location, None, device), base)
+    cascade = open_cascade(repo, base, device)
+    settings = Settings(constrain=not free, max_new_tokens=max_new_tokens, rows=rows, seed=seed)
+    evaluation = Evaluation(cascade, sources, folder, stage=None if off else cascade.active, settings=settings)
+    for note in evaluation.notes:
+        err.print(f"note: {note}", markup=False)
+    err.print(f"{evaluation.num_answers} answers: {', '.join(evaluation.models)}; {', '.join(evaluation.suites)}")
+    try:
+        results = evaluation.run(alone, Progress("eval"))
+    except KeyboardInterrupt:
+        err.print(f"Stopped; the answers are in {folder}. To continue: the same command.", markup=False)
+        raise typer.Exit(INTERRUPTED) from None
+    out.print((folder / "results.md").read_text(encoding="utf-8"), end="")
+    if not results.get("base_unchanged", {"is_equal": True})["is_equal"]:
+        raise FingerprintError(f"The base with the stage off is not the base alone: see base_unchanged in {folder}.")
+
+
+@app.command()
+def compare(
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="DIR DIR...", help="Folders of evaluations; the first is the reference.")
+    ],
+) -> None:
+    """Compare evaluations question by question: each metric, and its difference from the first with its interval."""
+    from poe.errors import EvaluationError
+    from poe.evaluation.results import compare_runs, read_run
+
+    if len(folders) < 2:
+        raise EvaluationError("Expected at least two evaluations to compare, got one.")
+    out.print(compare_runs([read_run(folder) for folder in folders]), end="")

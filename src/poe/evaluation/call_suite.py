@@ -1,0 +1,106 @@
+"""Questions that are answered with calls of tools, or with text where no call is right."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from poe.calls.conversation import Conversation
+from poe.calls.forms.call_forms import parse_reply
+from poe.cascade import Cascade
+from poe.chat import RawReply, generate_replies, plan_reply
+from poe.data.render import Renderer
+from poe.data.render_worker import REFUSED
+from poe.data.templates import reply_form
+from poe.decoding.constraints import Constraint
+from poe.decoding.generation import REPLY_BATCH
+from poe.errors import DataError, DecodingError, RowError
+from poe.evaluation.call_metrics import Counts, count_replies
+from poe.evaluation.calls import split_question
+from poe.evaluation.suites import Item, Rows
+
+
+class CallSuite:
+    """Asks each question, and compares the calls of the reply with those of the reference.
+
+    The reference is the first turn of the assistant that is trained on. Decoding is greedy. With `constrain` a reply is
+    text, or calls that name a given tool and fit its schema.
+    """
+
+    batch_size = REPLY_BATCH
+
+    def __init__(
+        self,
+        rows: Rows,
+        cascade: Cascade,
+        renderer: Renderer,
+        *,
+        constrain: bool,
+        max_new_tokens: int,
+        max_rows: int | None,
+        seed: int,
+    ) -> None:
+        self.rows, self._cascade, self._renderer = rows, cascade, renderer
+        self._constrain, self._max_new_tokens = constrain, max_new_tokens
+        self._form = reply_form(cascade.tokenizer)
+        self._longest = getattr(cascade.config, "max_position_embeddings", None)
+        self.items = rows.choose(self._encode, max_rows, seed)
+
+    def answer(self, stage: str | None, items: Sequence[Item]) -> list[dict[str, Any]]:
+        """Return the replies of a stage, None for the base. `seconds` is each one's share of the time of the batch."""
+        started = time.perf_counter()
+        constraints = [self._make_constraint(item.content) for item in items]
+        replies = generate_replies(
+            self._cascade.model(stage),
+            self._cascade.tokenizer,
+            [item.tokens for item in items],
+            self._renderer.stop_token_ids,
+            max_new_tokens=self._max_new_tokens,
+            batch_size=len(items),
+            constraints=constraints,
+        )
+        seconds = round((time.perf_counter() - started) / len(items), 4)
+        answers = []
+        for item, reply, constraint in zip(items, replies, constraints, strict=True):
+            calls = parse_reply(reply.text, self._form_of(item.content)).calls
+            reason = "length" if not reply.is_complete else "tool_calls" if calls else "stop"
+            answers.append(
+                {
+                    "reply": reply.text,
+                    "calls": [{"name": call.name, "arguments": call.arguments} for call in calls],
+                    "finish_reason": reason,
+                    "is_constrained": constraint is not None,
+                    "tokens": reply.num_tokens,
+                    "seconds": seconds,
+                }
+            )
+        return answers
+
+    def count(self, items: Sequence[Item], answers: Sequence[dict[str, Any]]) -> list[Counts]:
+        """Return what each reply adds to each metric of calls."""
+        replies = [RawReply(answer["reply"], answer["finish_reason"] != "length") for answer in answers]
+        return count_replies([item.content for item in items], replies, self._form)
+
+    def _encode(self, conversation: Conversation) -> list[int] | str:
+        try:
+            ids = self._renderer.prompt_ids(split_question(conversation)[0], conversation.tools, conversation.form)
+        except RowError as error:
+            return error.reason
+        except DataError:
+            return REFUSED
+        if self._longest and len(ids) + self._max_new_tokens > self._longest:
+            return f"longer than {self._longest} tokens with its reply"
+        return ids
+
+    def _form_of(self, conversation: Conversation) -> str:
+        return conversation.form.calls if conversation.form else self._form
+
+    def _make_constraint(self, conversation: Conversation) -> Constraint | None:
+        """Return the constraint of a reply; None if it is free, or if its tools cannot be made into a grammar."""
+        if not self._constrain or self._form_of(conversation) != self._form:
+            return None
+        stops, vocab_size = self._renderer.stop_token_ids, self._cascade.config.vocab_size
+        try:
+            plan = plan_reply(self._cascade.tokenizer, vocab_size, stops, conversation.tools)
+            return plan.make_constraint(self._max_new_tokens)
+        except DecodingError:
+            return None

@@ -1,0 +1,225 @@
+"""`poe eval`: answers that survive kills, results with intervals, comparisons, and what is refused."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from command_line import run_program
+from conftest import scramble
+from poe import Cascade
+from poe.errors import DataError, EvaluationError
+from poe.evaluation.answers import AnswersFile
+from poe.evaluation.call_metrics import Counts, summarize, summarize_differences
+from poe.evaluation.call_suite import CallSuite
+from poe.evaluation.results import compare_runs, read_run
+from poe.evaluation.run import Evaluation, Settings
+from poe.evaluation.suites import read_sources
+from poe.evaluation.unchanged import hash_logits
+
+TEXT = "The lighthouse keeper counted forty boats. " * 3
+SHORT = Settings(max_new_tokens=3)
+
+
+def row(question: str, answer: dict[str, Any] | None) -> str:
+    tool = {"type": "function", "function": {"name": "ping", "parameters": {"type": "object", "properties": {}}}}
+    turns = [{"role": "user", "content": question}, *([{"role": "assistant", **answer}] if answer else [])]
+    return json.dumps({"messages": turns, "tools": [tool]})
+
+
+@pytest.fixture(scope="module")
+def files(demo_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Return the folders of a stage and of a finished evaluation of it, and its files of rows and of text."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    cascade = Cascade.from_pretrained(demo_base, dtype=torch.float32).add_stage(name="tool", num_layers=1)
+    scramble(cascade.stages["tool"], scale=0.3)
+    cascade.save_stage("tool", folder / "stage", dtype=torch.float32)
+    call = {"content": None, "tool_calls": [{"type": "function", "function": {"name": "ping", "arguments": "{}"}}]}
+    rows = [row("Ping!", call), row("Ping!", call), row("Hello", {"content": "Hi"}), row("Anyone?", None)]
+    (folder / "rows.jsonl").write_text("\n".join([*rows, row("word " * 3000, call)]))
+    (folder / "text.txt").write_text(TEXT)
+    return {name: folder / name for name in ("stage", "rows.jsonl", "text.txt", "run")}
+
+
+@pytest.fixture
+def cascade(files: dict[str, Path], demo_base: Path) -> Cascade:
+    return Cascade.from_pretrained(files["stage"], base=demo_base, dtype=torch.float32)
+
+
+def evaluate(cascade: Cascade, folder: Path, spec: str = "demo=2", settings: Settings = SHORT) -> dict[str, Any]:
+    return Evaluation(cascade, read_sources(spec), folder, stage=cascade.active, settings=settings).run()
+
+
+def test_an_evaluation_has_answers_results_and_a_table(files: dict[str, Path], tmp_path: Path) -> None:
+    suites = f"messages={files['rows.jsonl']},text={files['text.txt']}"
+    options = ("--suite", suites, "--max-new-tokens", "4", "--out", str(tmp_path / "run"))
+    done = run_program("poe", "eval", files["stage"], *options)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == (tmp_path / "run" / "results.md").read_text()
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["schema"] == 1
+    assert results["base_unchanged"]["is_equal"]
+    suite = results["suites"]["messages"]
+    assert (suite["read"], suite["asked"]) == (5, 2)
+    assert suite["asked"] + sum(suite["dropped"].values()) == suite["read"], suite
+    assert {"repeated row": 1, "longer than 2048 tokens with its reply": 1}.items() <= suite["dropped"].items()
+    assert results["scores"]["messages"]["stage"]["exact"]["rows"] == 2
+    assert set(results["scores"]["text"]) == {"base", "stage", "difference"}
+    header, *answers = map(json.loads, (tmp_path / "run" / "answers.jsonl").read_text().splitlines())
+    assert set(header["models"]) == {"base", "stage"}
+    assert len(answers) == 2 * (2 + 1)
+    replies = [answer for answer in answers if answer["suite"] == "messages"]
+    assert all(0 <= answer["tokens"] <= 4 and answer["seconds"] > 0 and answer["is_constrained"] for answer in replies)
+
+
+def test_bits_per_byte_are_those_of_the_logits(cascade: Cascade, files: dict[str, Path], tmp_path: Path) -> None:
+    measured = evaluate(cascade, tmp_path, f"text={files['text.txt']}")["scores"]["text"]
+    ids = cascade.tokenizer(TEXT.strip(), return_tensors="pt")["input_ids"]
+    num_bytes = len(TEXT.strip().encode())  # the first token, which nothing predicts, is <|bos|>
+    for label, stage in (("base", None), ("stage", "tool")):
+        with torch.no_grad():
+            log_p = cascade.model(stage)(ids).logits.log_softmax(-1)
+        bits = -log_p[0, :-1].gather(1, ids[0, 1:, None]).sum().item() / math.log(2)
+        assert measured[label]["bits_per_byte"]["value"] == pytest.approx(bits / num_bytes, abs=1e-3)
+
+
+def test_a_continued_evaluation_ends_with_the_same_scores(
+    cascade: Cascade, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CallSuite, "batch_size", 2)
+    whole = evaluate(cascade, tmp_path)
+    scores, answers = (tmp_path / "scores.jsonl").read_bytes(), tmp_path / "answers.jsonl"
+    lines = answers.read_bytes().splitlines(keepends=True)
+    answers.write_bytes(b"".join(lines[:4]) + lines[4][:30])  # killed inside a batch, inside a line
+    again = evaluate(cascade, tmp_path)
+    assert (tmp_path / "scores.jsonl").read_bytes() == scores
+    assert again["scores"] == whole["scores"]
+    assert len(answers.read_bytes().splitlines()) == len(lines)
+
+    def fail(*arguments: Any) -> None:
+        raise AssertionError("everything is answered")
+
+    monkeypatch.setattr(CallSuite, "answer", fail)
+    assert evaluate(cascade, tmp_path)["scores"] == whole["scores"]
+
+    for settings, spec, words in (
+        (Settings(max_new_tokens=4), "demo=2", "another setting (max_new_tokens): it has 3, and this evaluation has 4"),
+        (SHORT, "demo=3", "of another suite (demo: unseen values)"),
+    ):
+        with pytest.raises(EvaluationError, match=".") as refused:
+            evaluate(cascade, tmp_path, spec, settings)
+        assert words in str(refused.value)
+    with pytest.raises(EvaluationError, match=r"another model \(stage\): it has .*, and this evaluation has none"):
+        evaluate(cascade.activate(None), tmp_path)
+
+    header = json.loads(lines[0])
+    del header["hash"]
+    for edit in (
+        lambda text: text.replace('"finish_reason": "', '"finish_reason": "s', 1),
+        lambda text: "".join(text.splitlines(keepends=True)[:1] + text.splitlines(keepends=True)[2:]),
+        lambda text: text + text.splitlines(keepends=True)[-1],
+        lambda text: text + "{}\n",
+    ):
+        answers.write_text(edit(b"".join(lines).decode()))
+        with pytest.raises(EvaluationError, match=r"line \d+: expected a line that an evaluation wrote"):
+            AnswersFile(answers, header)
+
+
+def test_runs_are_compared_question_by_question(cascade: Cascade, files: dict[str, Path], tmp_path: Path) -> None:
+    evaluate(cascade, tmp_path / "all")
+    evaluate(cascade.activate(None), tmp_path / "free", settings=Settings(constrain=False, max_new_tokens=3, rows=1))
+    table = run_program("poe", "eval", "compare", tmp_path / "all", tmp_path / "free")
+    assert table.returncode == 0, table.stderr
+    assert "**demo: unseen values**: 1 questions (left out: up to 1 that not all have)" in table.stdout
+    assert "| metric | rows | all | free | free \N{MINUS SIGN} all |" in table.stdout
+
+    evaluate(cascade, tmp_path / "texts", f"text={files['text.txt']}")
+    with pytest.raises(EvaluationError, match="no question in common"):
+        compare_runs([read_run(tmp_path / "all"), read_run(tmp_path / "texts")])
+    with (tmp_path / "all" / "scores.jsonl").open("a") as file:
+        file.write("\n")
+    for folder, words in (("all", "is not the file that results.json describes"), ("none", "no finished evaluation")):
+        done = run_program("poe", "eval", "compare", tmp_path / "free", tmp_path / folder)
+        assert (done.returncode, words in " ".join(done.stderr.split())) == (1, True), done.stderr
+
+
+def test_differences_are_paired() -> None:
+    first: list[Counts] = [{"exact": (float(i % 2), 1.0)} for i in range(40)]
+    better: list[Counts] = [{"exact": (1.0 if i < 4 else float(i % 2), 1.0)} for i in range(40)]
+    difference = summarize_differences(first, better)["exact"]
+    assert (difference.value, difference.rows) == (0.05, 40)  # rows 0 and 2 of 40
+    alone = summarize(first)["exact"]
+    assert difference.high - difference.low < (alone.high - alone.low) / 2  # type: ignore[operator]
+    same = summarize_differences(first, first)["exact"]
+    assert (same.value, same.low, same.high) == (0, 0, 0)
+    assert summarize_differences([{"valid": (0.0, 0.0)}], [{"valid": (1.0, 1.0)}])["valid"].value is None
+
+
+def test_the_hash_of_a_base_is_that_of_its_logits(cascade: Cascade, demo_base: Path) -> None:
+    alone = Cascade.from_pretrained(demo_base, dtype=torch.float32)
+    assert hash_logits(cascade) == hash_logits(alone)
+    with torch.no_grad():
+        alone.base.get_output_embeddings().weight[5, 0] += 1e-3
+    assert hash_logits(cascade) != hash_logits(alone)
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("demo=2*3", "has epochs or a weight"),
+        ("demo=0", "expected demo or demo=NUMBER"),
+        ("demo=2,demo=2", "given twice"),
+        ("xlamm=rows.json", "Did you mean 'xlam'"),
+    ],
+)
+def test_a_suite_that_cannot_be_asked_is_refused(spec: str, words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        read_sources(spec)
+
+
+KILLED = """
+import sys
+from poe.commands.poe import main
+from poe.evaluation.call_suite import CallSuite
+CallSuite.batch_size = 4
+sys.argv = ["poe", *sys.argv[1:]]
+main()
+"""
+
+
+@pytest.mark.slow
+def test_an_evaluation_that_was_killed_three_times_ends_with_the_numbers_of_one_that_was_not(
+    files: dict[str, Path], tmp_path: Path
+) -> None:
+    def start(folder: Path) -> subprocess.Popen[bytes]:
+        words = ("eval", files["stage"], "--suite", "demo=16", "--max-new-tokens", "48", "--free", "--out", folder)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen([sys.executable, "-c", KILLED, *map(str, words)], env=environment, stdout=-3, stderr=-3)
+
+    assert start(tmp_path / "whole").wait() == 0
+    answers, lengths = tmp_path / "killed" / "answers.jsonl", []
+    for _ in range(3):
+        process, before = start(tmp_path / "killed"), count_lines(answers)
+        while process.poll() is None and count_lines(answers) < before + 5:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
+        lengths.append(count_lines(answers))
+    assert start(tmp_path / "killed").wait() == 0
+    assert lengths == sorted(set(lengths))
+    assert count_lines(answers) == count_lines(tmp_path / "whole" / "answers.jsonl") > lengths[-1]
+    whole, killed = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "killed"))
+    assert killed["scores"] == whole["scores"]
+    assert killed["scores_sha256"] == whole["scores_sha256"]
+
+
+def count_lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
