@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -114,9 +115,8 @@ def test_a_continued_evaluation_ends_with_the_same_scores(
         (Settings(max_new_tokens=4), "demo=2", "another setting (max_new_tokens): it has 3, and this evaluation has 4"),
         (SHORT, "demo=3", "of another suite (demo: unseen values)"),
     ):
-        with pytest.raises(EvaluationError, match=".") as refused:
+        with pytest.raises(EvaluationError, match=re.escape(words)):
             evaluate(cascade, tmp_path, spec, settings)
-        assert words in str(refused.value)
     with pytest.raises(EvaluationError, match=r"another model \(stage\): it has .*, and this evaluation has none"):
         evaluate(cascade.activate(None), tmp_path)
 
@@ -200,7 +200,7 @@ def test_an_evaluation_that_was_killed_three_times_ends_with_the_numbers_of_one_
     files: dict[str, Path], tmp_path: Path
 ) -> None:
     def start(folder: Path) -> subprocess.Popen[bytes]:
-        words = ("eval", files["stage"], "--suite", "demo=16", "--max-new-tokens", "48", "--free", "--out", folder)
+        words = ("eval", files["stage"], "--suite", "demo=16", "--max-new-tokens", "32", "--free", "--out", folder)
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         return subprocess.Popen([sys.executable, "-c", KILLED, *map(str, words)], env=environment, stdout=-3, stderr=-3)
 

@@ -1,1 +1,1 @@
-"""Measure specialists: call accuracy on held-out questions."""
+"""Measure specialists: calls on held-out questions, texts that are predicted, comparisons with intervals."""
