@@ -188,8 +188,9 @@ def _make_metric(value: float, shares: np.ndarray, rows: int) -> Metric:
     shares = shares[~np.isnan(shares)]
     if math.isnan(value) or not len(shares):
         return Metric(None, None, None, 0)
-    low, high = np.quantile(shares, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Metric(*(round(float(x), 4) for x in (value, low, high)), rows)
+    bounds = np.quantile(shares, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    value, low, high = (round(float(x), 4) for x in (value, *bounds))
+    return Metric(value, low, high, rows)
 
 
 def hammer_counts(expected: Sequence[Call], calls: Sequence[Call], broken: int) -> dict[str, tuple[int, int, int]]:

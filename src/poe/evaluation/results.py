@@ -68,10 +68,10 @@ def read_run(folder: Path) -> SavedRun:
         content = path.with_name(SCORES).read_bytes() if schema == SCHEMA else b""
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise EvaluationError(
-            f"{folder} is no finished evaluation ({printable(error, 100)}): run `poe eval`."
+            f"{folder} is no finished evaluation ({printable(str(error), 100)}): run `poe eval`."
         ) from None
     if schema != SCHEMA:
-        raise EvaluationError(f"{path} has schema {printable(schema, 20)}, expected {SCHEMA}: evaluate again.")
+        raise EvaluationError(f"{path} has schema {printable(str(schema), 20)}, expected {SCHEMA}: evaluate again.")
     if hashlib.sha256(content).hexdigest() != results.get("scores_sha256"):
         raise EvaluationError(f"{path.with_name(SCORES)} is not the file that {RESULTS} describes: evaluate again.")
     model = "base" if results["stage"] is None else "stage"

@@ -107,6 +107,7 @@ def read_sources(spec: str) -> list[Rows]:
 
 def _read_one(source: DataSource, name: str) -> Rows:
     report = DropReport()
+    found: Iterator[tuple[str, str, Any]]
     if source.name == TEXT:
         rows = Rows(name, str(source), "")
         found = ((text.source or "", _hash(text.text), text.text) for text in documents(str(source), report=report))
