@@ -16,17 +16,19 @@ from tool_sets import make_tools
 from chat_families import family
 from conftest import demo_tokenizer, mostly_slow, scramble, tiny_model, tiny_tokenizer
 from poe import Cascade, StageConfig
-from poe.calls.conversation import Call
+from poe.calls.conversation import Call, Conversation
 from poe.calls.forms.call_forms import CALL_FORMS, parse_reply
 from poe.calls.grammar import MARKS, ToolChoice, read_tool_choice, write_call_grammar, write_json_grammar
 from poe.calls.tools import check_calls, read_tools
-from poe.chat import Answer, generate_replies, plan_reply
+from poe.chat import Answer, generate_replies, plan_reply, read_call_threshold
 from poe.data.render import Renderer
 from poe.decoding import SelfSpeculation
 from poe.decoding.constraints import Constraint, ConstraintProcessor, Vocabulary, read_vocabulary
-from poe.errors import DataError, DecodingError
+from poe.errors import DataError, DecodingError, DeltaError
+from poe.evaluation.calls import choose_threshold, evaluate_calls, fit_call_threshold, score_openings
 
 QUESTION = [{"role": "user", "content": "What is the weather in Lisbon?"}]
+ANSWER = {"role": "assistant", "content": "I cannot."}
 KINDS = ("qwen3", "llama-2", "chatml, unigram", "demo")  # byte-level, space marks and bytes, Unigram, one digit a token
 
 
@@ -319,3 +321,42 @@ def test_a_tokenizer_that_the_engine_cannot_read_is_named() -> None:
     assert "constrain=False" in notes[0]
     with pytest.raises(DecodingError, match="constrain=False"):
         plan_reply(tokenizer, 61, [2], TOOLS, tool_choice="required")
+
+
+def test_the_threshold_decides_whether_to_call(cascade: Cascade) -> None:
+    threshold = score_openings(cascade, "s", [Conversation([*QUESTION, ANSWER], TOOLS)])[0]
+    stage = cascade.stages["s"]
+    for change, calls in ((-0.5, True), (0.5, False)):
+        stage.prompt = {"call_threshold": threshold + change}
+        answer = cascade.chat(QUESTION, TOOLS, max_new_tokens=40)
+        assert bool(answer.calls) == calls
+        assert not answer.problems
+    stage.prompt = {"call_threshold": "high"}
+    with pytest.raises(DeltaError, match="call_threshold"):
+        cascade.chat(QUESTION, TOOLS)
+    stage.prompt = None
+
+
+def test_a_threshold_separates_both_kinds_of_rows_and_stays_with_the_stage(cascade: Cascade, tmp_path: Path) -> None:
+    assert choose_threshold([1.0, 2.0, 9.0], [False, False, True]) == 5.5
+    assert choose_threshold([-3.0, 0.0, 1.0, 5.0], [False, True, False, True]) in (-1.5, 3.0)
+    assert choose_threshold([1.0], [True]) is None
+    call = {"id": "call_1", "type": "function", "function": {"name": "get_time", "arguments": {"zone": "UTC"}}}
+    rows = [
+        Conversation([*QUESTION, ANSWER], TOOLS),
+        Conversation([QUESTION[0], {"role": "assistant", "content": None, "tool_calls": [call]}], TOOLS[:1]),
+    ]
+    assert fit_call_threshold(cascade, "s", rows[:1]) is None
+    threshold = fit_call_threshold(cascade, "s", rows)
+    assert read_call_threshold(cascade.stages["s"].prompt) == threshold
+    loaded = Cascade(cascade.base, cascade.tokenizer).load_stage(cascade.save_stage("s", tmp_path / "s"))
+    assert read_call_threshold(loaded.stages["s"].prompt) == threshold
+    cascade.stages["s"].prompt = None
+
+
+def test_evaluation_is_free_unless_it_is_constrained(cascade: Cascade) -> None:
+    call = {"id": "call_1", "type": "function", "function": {"name": "get_time", "arguments": {"zone": "UTC"}}}
+    rows = [Conversation([QUESTION[0], {"role": "assistant", "content": None, "tool_calls": [call]}], TOOLS)]
+    assert evaluate_calls(cascade, "s", {"a": rows}, max_new_tokens=40)["a"].valid == 0
+    options = {"constrain": True, "tool_choice": "required", "max_new_tokens": 40}
+    assert evaluate_calls(cascade, "s", {"a": rows}, **options)["a"].valid == 1

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from poe.chat import Answer, answer_messages
+from poe.chat import Answer, answer_messages, read_call_threshold
 from poe.decoding.adaptive import Confidence
 from poe.decoding.depth import AdaptiveDepth, calibrate_depth
 from poe.decoding.drafts import calibrate_draft
@@ -293,11 +293,12 @@ class Cascade:
         `stream=True` the result is an `AnswerStream`, which yields the text piece by piece and has the `answer` at the
         end. `tool_choice` ("auto", "none", "required" or a function), `parallel_tool_calls` and `response_format` are
         those of OpenAI's API. Decoding is constrained to what they and the tools allow; `constrain=False` only checks
-        afterwards. Other `options` are those of `generate`; without them decoding is greedy. Raises `DataError` for
-        arguments that cannot be used.
+        afterwards. With "auto", a stage for which a threshold was fitted decides by it whether to call. Other `options`
+        are those of `generate`; without them decoding is greedy. Raises `DataError` for arguments that cannot be used.
         """
         name = self._choose(stage)
         options["generate"] = functools.partial(self.generate, stage=name, strategy=strategy)
+        options.setdefault("threshold", None if name is None else read_call_threshold(self._find_stage(name).prompt))
         return answer_messages(
             self.model(name), self.tokenizer, messages, tools, max_new_tokens=max_new_tokens, **options
         )

@@ -1,5 +1,6 @@
 """Answer conversations: write the prompt, generate, read the reply, check its calls."""
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,12 +19,13 @@ from poe.calls.json_text import parse_json
 from poe.calls.streaming import Part, Reply, ReplyReader, TextPart
 from poe.calls.tools import check_calls, read_tools
 from poe.calls.validation import TooComplexError, fits_schema
+from poe.calls.values import fits_type
 from poe.data.readers.messages import read_call
 from poe.data.render import Renderer
 from poe.data.templates import complete_template, note_unread_calls, reply_form
 from poe.decoding.constraints import Constraint, ConstraintProcessor, Vocabulary, read_vocabulary
 from poe.decoding.generation import REPLY_BATCH, REPLY_TOKENS, greedy_options
-from poe.errors import DataError, DecodingError
+from poe.errors import DataError, DecodingError, DeltaError
 from poe.loaders.tokenizer import check_tokenizer
 from poe.modeling.families import is_prefix_lm
 from poe.modeling.placement import device_of
@@ -74,6 +76,7 @@ class ReplyPlan:
     """What replies to a conversation may be.
 
     `grammar` and `vocabulary` are None if any text is allowed. `schema` is the one that text without calls must fit.
+    `threshold` decides between a call and text, see `Constraint`.
     """
 
     form: str
@@ -82,6 +85,7 @@ class ReplyPlan:
     grammar: Grammar | None = None
     vocabulary: Vocabulary | None = None
     notes: tuple[str, ...] = ()
+    threshold: float | None = None
 
     def make_constraint(self, max_new_tokens: int | None = None) -> Constraint | None:
         """Return the constraint of one reply of at most so many tokens, None if any text is allowed."""
@@ -89,7 +93,8 @@ class ReplyPlan:
             return None
         grammar = self.grammar
         limits = {"longest": grammar.longest, "shortest": grammar.shortest, "max_new_tokens": max_new_tokens}
-        return Constraint(grammar.lark, self.vocabulary, **limits)
+        threshold = self.threshold if self.choice.mode == "auto" else None
+        return Constraint(grammar.lark, self.vocabulary, opening=grammar.opening, threshold=threshold, **limits)
 
     @property
     def may_call(self) -> bool:
@@ -121,14 +126,16 @@ def plan_reply(
     parallel_tool_calls: bool = True,
     response_format: Any = None,
     constrain: bool = True,
+    form: str | None = None,
+    threshold: float | None = None,
 ) -> ReplyPlan:
-    """Return what replies may be, from the arguments of `Cascade.chat`.
+    """Return what replies may be, from the arguments of `Cascade.chat`. `form` is the call form (None: the template's).
 
     Without tools and `response_format` any text is allowed. Raises `DataError` for arguments that cannot be used, and
     `DecodingError` if a call is required and replies cannot be constrained.
     """
     choice = read_tool_choice(tool_choice, tools, parallel_tool_calls)
-    schema, form = read_response_format(response_format), reply_form(tokenizer)
+    schema, form = read_response_format(response_format), form or reply_form(tokenizer)
     plan = ReplyPlan(form, choice, schema)
     if not constrain or (not tools and schema is None):
         return plan
@@ -142,7 +149,7 @@ def plan_reply(
     notes = grammar.notes
     if grammar.unconstrained:
         notes += (f"checked afterwards, not while decoding: {', '.join(grammar.unconstrained)}",)
-    return ReplyPlan(form, choice, schema, grammar, vocabulary, notes)
+    return ReplyPlan(form, choice, schema, grammar, vocabulary, notes, threshold if grammar.opening else None)
 
 
 def read_response_format(value: Any) -> Any:
@@ -171,6 +178,14 @@ def check_json(text: str, schema: Any) -> str | None:
         return str(error)[:200]
 
 
+def read_call_threshold(prompt: Any) -> float | None:
+    """Return the threshold in the prompt format of a stage, None if it has none. Raises `DeltaError`."""
+    value = prompt.get("call_threshold") if isinstance(prompt, Mapping) else None
+    if value is not None and not (fits_type("number", value) and math.isfinite(value)):
+        raise DeltaError(f"call_threshold in the stage's prompt should be a finite number, got {str(value)[:40]!r}.")
+    return value
+
+
 def answer_messages(
     model: PreTrainedModel,
     tokenizer: Any,
@@ -183,9 +198,13 @@ def answer_messages(
     parallel_tool_calls: bool = True,
     response_format: Any = None,
     constrain: bool = True,
+    threshold: float | None = None,
     **options: Any,
 ) -> "Answer | AnswerStream":
-    """Answer a conversation with a model; see `Cascade.chat`. `options` are those of `generate_replies`."""
+    """Answer a conversation with a model; see `Cascade.chat`. `options` are those of `generate_replies`.
+
+    `threshold` decides between a call and text, see `Constraint`.
+    """
     prompt_messages, offered = read_messages(messages), read_tools(tools)
     vocab_size = model.config.vocab_size
     check_tokenizer(tokenizer, vocab_size)
@@ -202,6 +221,7 @@ def answer_messages(
         parallel_tool_calls=parallel_tool_calls,
         response_format=response_format,
         constrain=constrain,
+        threshold=threshold,
     )
     notes = [*plan.notes, *filter(None, [note_unread_calls(tokenizer) if offered else ""])]
     if count := renderer.count_control_tokens(prompt_messages, offered):

@@ -40,13 +40,14 @@ class Grammar:
     """A grammar in the Lark notation of llguidance.
 
     `longest` is about as long as what can remain to be written before a reply can end, `shortest` about the shortest
-    reply. `unconstrained` names the keywords of the schemas that the grammar does not enforce, and `notes` has other
-    remarks, one sentence each.
+    reply, and `opening` the text that begins every call. `unconstrained` names the keywords of the schemas that the
+    grammar does not enforce, and `notes` has other remarks, one sentence each.
     """
 
     lark: str
     longest: str
     shortest: str = ""
+    opening: str = ""
     unconstrained: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -118,7 +119,9 @@ def write_call_grammar(
         lines = [answer.lark.replace("start:", "json:", 1)]
         text = "json"
     elif not calls:
-        return Grammar("\n".join(["start: TEXT?", *lines]), "", "", tuple(rules.unconstrained), tuple(notes))
+        return Grammar(
+            "\n".join(["start: TEXT?", *lines]), "", unconstrained=tuple(rules.unconstrained), notes=tuple(notes)
+        )
     parts = _FORMS[form]
     more = f"({_literal(parts.between, special)} call)*" if choice.is_parallel else ""
     rest = f"{more} {_literal(parts.after, special)}"
@@ -145,9 +148,9 @@ def write_call_grammar(
         rules.unconstrained |= dict.fromkeys(answer.unconstrained)
     shortest = f"{parts.before}{min((call.shortest for call in calls), key=len)}{parts.after}"
     lark = "\n".join([f"start: {start}", *lines, str(rules)])
-    return Grammar(
-        lark, longest, shortest if choice.mode == "required" else "", tuple(rules.unconstrained), tuple(notes)
-    )
+    shortest = shortest if choice.mode == "required" else ""
+    opening = parts.before.rstrip() or '{"name"'
+    return Grammar(lark, longest, shortest, opening, tuple(rules.unconstrained), tuple(notes))
 
 
 def write_json_grammar(schema: Any) -> Grammar:
@@ -159,7 +162,9 @@ def write_json_grammar(schema: Any) -> Grammar:
         raise DataError(f"The schema of response_format cannot be used: {error}.") from None
     if rule is None:
         raise DataError("No value fits the schema of response_format.")
-    return Grammar(f"start: {_LEAD} {rule.name}\n{rules}", rule.longest, rule.shortest, tuple(rules.unconstrained))
+    return Grammar(
+        f"start: {_LEAD} {rule.name}\n{rules}", rule.longest, rule.shortest, unconstrained=tuple(rules.unconstrained)
+    )
 
 
 @dataclass(frozen=True)

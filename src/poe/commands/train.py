@@ -213,8 +213,11 @@ def _open_base(plan: Recipe, base: str, world: "World") -> "Cascade":
 
 
 def _evaluate(cascade: Any, name: str, held_out: dict[str, Any]) -> dict[str, Any]:
-    """Answer the held-out questions with the base and with the stage, and return the scores by split and model."""
-    from poe.evaluation.calls import compare_with_base, evaluate_calls
+    """Answer the held-out questions with the base and with the stage, and return the scores by split and model.
+
+    If some are answered with calls and some with text, the stage's threshold between the two is fitted on them.
+    """
+    from poe.evaluation.calls import compare_with_base, evaluate_calls, fit_call_threshold
 
     rows = sum(map(len, held_out.values()))
 
@@ -225,7 +228,9 @@ def _evaluate(cascade: Any, name: str, held_out: dict[str, Any]) -> dict[str, An
             task = bars.add_task(title, total=rows)
             return evaluate_calls(cascade, stage, splits, progress=partial(bars.advance, task))
 
-    return compare_with_base(cascade, name, held_out, evaluate)
+    scores = compare_with_base(cascade, name, held_out, evaluate)
+    fit_call_threshold(cascade, name, [row for rows in held_out.values() for row in rows])
+    return scores
 
 
 def _check_candidates(

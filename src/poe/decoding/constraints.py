@@ -9,7 +9,7 @@ itself for ever gives a valid reply as well, and `is_cut` tells that its ending 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -39,6 +39,7 @@ class Vocabulary:
     engine: LLTokenizer
     stops: tuple[int, ...]
     special: dict[str, int]
+    _openings: dict[str, Mask] = field(default_factory=dict)
 
     @cached_property
     def closing_order(self) -> np.ndarray[Any, Any]:
@@ -51,6 +52,17 @@ class Vocabulary:
             text = self.engine.decode_bytes([token])
             order[token] = _closing_rank(text) << 32 | min(len(text), 255) << 24 | token
         return order
+
+    def find_openings(self, text: str) -> Mask:
+        """Return which tokens (V) begin a text, or begin with it; only the special token if one begins it."""
+        if text not in self._openings:
+            whole = text.encode()
+            marks = [number for mark, number in self.special.items() if text.startswith(mark)]
+            tokens = (self.engine.decode_bytes([token]) for token in range(self.engine.vocab_size))
+            found = np.array([bool(t) and not marks and (whole.startswith(t) or t.startswith(whole)) for t in tokens])
+            found[marks] = True
+            self._openings[text] = found
+        return self._openings[text]
 
     @cached_property
     def first_bytes(self) -> np.ndarray[Any, Any]:
@@ -91,6 +103,9 @@ class Constraint:
     about as long as what can remain to be written before a reply ends, `shortest` is about the shortest reply. Raises
     `DecodingError` for a grammar that the engine refuses, and if the shortest reply has more tokens than
     `max_new_tokens`.
+
+    With `threshold` the first token decides whether the reply is a call, which begins with the text `opening`: it is
+    one if the log-odds of such a token, of all that are allowed, are at least the threshold.
     """
 
     def __init__(
@@ -101,6 +116,8 @@ class Constraint:
         longest: str = "",
         shortest: str = "",
         max_new_tokens: int | None = None,
+        opening: str = "",
+        threshold: float | None = None,
     ) -> None:
         self._vocabulary = vocabulary
         self._matcher = LLMatcher(vocabulary.engine, grammar, log_level=0)
@@ -111,6 +128,7 @@ class Constraint:
         self._consumed = 0  # tokens that the grammar has taken: all, except for the stop token and after a wrong token
         self._cut_at: int | None = None
         self._closing: list[int] = []  # the tokens that close the reply after `_tokens`, if they were found
+        self._opening, self._threshold, self._is_call = opening, threshold, False
         self._max = max_new_tokens
         self._checked = 0  # the last steps, in which every token is checked
         if max_new_tokens is not None:
@@ -183,11 +201,37 @@ class Constraint:
         if self.is_finished:
             return
         allowed = self._allowed(self._matcher) if self._consumed == len(self._tokens) else self._only(())
+        if self._threshold is not None:
+            allowed = self._decide(allowed, logits)
         if self._max is not None and 0 < self._max - len(self._tokens) <= self._checked:
             allowed = self._check(allowed, logits)
         forbidden = torch.from_numpy(~allowed[: logits.shape[-1]]).to(logits.device)
         logits[: len(forbidden)].masked_fill_(forbidden, -torch.inf)
         logits[len(forbidden) :] = -torch.inf
+
+    def score_opening(self, logits: Tensor) -> float:
+        """Return the log-odds, from the logits (V) of the first token, that the reply begins with a call."""
+        allowed = self._allowed(self._matcher)
+        return self._score(allowed & self._vocabulary.find_openings(self._opening), allowed, logits)
+
+    def _decide(self, allowed: Mask, logits: Tensor) -> Mask:
+        """Decide with the first token whether the reply is a call, and hold to a call until its opening is written."""
+        if not self._tokens:
+            opening = allowed & self._vocabulary.find_openings(self._opening)
+            self._is_call = self._score(opening, allowed, logits) >= (self._threshold or 0.0)
+            return opening if self._is_call else allowed & ~opening
+        if self._is_call and self._tokens[0] not in self._vocabulary.special.values():
+            written = self._vocabulary.engine.decode_bytes(self._tokens[: len(self._opening)])
+            whole = self._opening.encode()
+            if len(written) < len(whole) and whole.startswith(written):
+                return allowed & self._vocabulary.find_openings(whole[len(written) :].decode())
+        return allowed
+
+    def _score(self, opening: Mask, allowed: Mask, logits: Tensor) -> float:
+        size = min(len(allowed), logits.shape[-1])
+        scores = logits[:size].float().cpu()
+        call, other = (scores[torch.from_numpy(mask[:size])] for mask in (opening, allowed & ~opening))
+        return float(call.logsumexp(0) - other.logsumexp(0))
 
     def _allowed(self, matcher: LLMatcher) -> Mask:
         if matcher.is_stopped():

@@ -2,15 +2,23 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
+
+import torch
 
 from poe.calls.conversation import Conversation
 from poe.calls.forms.call_forms import parse_reply
 from poe.calls.tools import check_calls
 from poe.cascade import Cascade
-from poe.chat import generate_replies
+from poe.chat import generate_replies, plan_reply
 from poe.data.render import Renderer
 from poe.data.templates import reply_form
+from poe.decoding.constraints import Constraint
+from poe.decoding.generation import REPLY_TOKENS
+from poe.errors import DataError
+from poe.modeling.families import is_prefix_lm
+from poe.modeling.placement import device_of
 
 
 @dataclass(frozen=True)
@@ -75,18 +83,68 @@ def _share(hits: int, rows: int) -> float | None:
 
 
 def evaluate_calls(
-    cascade: Cascade, stage: str | None, splits: dict[str, list[Conversation]], **options: Any
+    cascade: Cascade,
+    stage: str | None,
+    splits: dict[str, list[Conversation]],
+    *,
+    constrain: bool = False,
+    tool_choice: str = "auto",
+    threshold: float | None = None,
+    **options: Any,
 ) -> dict[str, CallScores]:
-    """Answer and score every split with `stage` (None: the base alone). Pass `options` to `generate_replies`."""
-    renderer = Renderer(cascade.tokenizer, vocab_size=cascade.config.vocab_size)
-    form = reply_form(cascade.tokenizer)
+    """Answer and score every split with `stage` (None: the base alone). Pass `options` to `generate_replies`.
+
+    With `constrain` each reply is what its tools and `tool_choice` allow, and `threshold` decides between a call and
+    text (`fit_call_threshold`); by default replies are free.
+    """
     scores = {}
     for name, conversations in splits.items():
-        prompts = [renderer.prompt_ids(split_question(c)[0], c.tools, c.form) for c in conversations]
-        model, stops = cascade.model(stage), renderer.stop_token_ids
-        replies = generate_replies(model, cascade.tokenizer, prompts, stops, **options)
+        questions = _Questions(cascade, stage, conversations, tool_choice, threshold)
+        replies = generate_replies(
+            questions.model,
+            cascade.tokenizer,
+            questions.prompts,
+            questions.stops,
+            constraints=questions.make_constraints(options.get("max_new_tokens", REPLY_TOKENS)) if constrain else None,
+            **options,
+        )
+        form = reply_form(cascade.tokenizer)
         scores[name] = score_replies(conversations, [reply.text for reply in replies], form)
     return scores
+
+
+class _Questions:
+    """The questions of held-out conversations as a model gets them."""
+
+    def __init__(
+        self,
+        cascade: Cascade,
+        stage: str | None,
+        conversations: Sequence[Conversation],
+        tool_choice: str = "auto",
+        threshold: float | None = None,
+    ) -> None:
+        vocab_size = cascade.config.vocab_size
+        renderer = Renderer(cascade.tokenizer, vocab_size=vocab_size)
+        self.model: Any = cascade.model(stage)
+        self.stops = renderer.stop_token_ids
+        self.prompts = [renderer.prompt_ids(split_question(c)[0], c.tools, c.form) for c in conversations]
+        self._plans = [
+            plan_reply(
+                cascade.tokenizer,
+                vocab_size,
+                self.stops,
+                c.tools,
+                tool_choice=tool_choice if c.tools else "auto",
+                form=None if c.form is None else c.form.calls,
+                threshold=threshold,
+            )
+            for c in conversations
+        ]
+
+    def make_constraints(self, max_new_tokens: int | None = None) -> list[Constraint | None]:
+        """Return the constraint of each reply."""
+        return [plan.make_constraint(max_new_tokens) for plan in self._plans]
 
 
 def compare_with_base(
@@ -104,3 +162,55 @@ def compare_with_base(
         for split, score in evaluate(cascade, name, splits).items():
             results.setdefault(split, {})[label] = score.as_dict()
     return results
+
+
+@torch.no_grad()
+def score_openings(cascade: Cascade, stage: str | None, conversations: Sequence[Conversation]) -> list[float]:
+    """Return for each question the log-odds that the reply begins with a call, from the logits of its first token."""
+    questions = _Questions(cascade, stage, conversations)
+    model = questions.model.eval()
+    device = device_of(model.get_input_embeddings())
+    scores = []
+    for prompt, constraint in zip(questions.prompts, questions.make_constraints(), strict=True):
+        if constraint is None:
+            raise DataError("Expected questions with tools: without them there is nothing to decide.")
+        ids = torch.tensor([prompt], device=device)
+        inputs = {"token_type_ids": torch.ones_like(ids)} if is_prefix_lm(model.config) else {}
+        logits = model(input_ids=ids, logits_to_keep=1, use_cache=False, **inputs).logits[0, -1]
+        scores.append(constraint.score_opening(logits))
+    return scores
+
+
+def choose_threshold(scores: Sequence[float], has_calls: Sequence[bool]) -> float | None:
+    """Return the threshold that decides best whether to call, None if the rows are all of one kind.
+
+    Rows with calls and rows without count equally as kinds. Among equally good thresholds, the one with the most room
+    to the scores on both sides wins.
+    """
+    with_calls = sorted(s for s, called in zip(scores, has_calls, strict=True) if called)
+    without = sorted(s for s, called in zip(scores, has_calls, strict=True) if not called)
+    if not with_calls or not without:
+        return None
+    ordered = sorted({*with_calls, *without})
+    edges = [ordered[0] - 2.0, *ordered, ordered[-1] + 2.0]
+    best = (-1.0, 0.0, 0.0)
+    for low, high in pairwise(edges):
+        middle = (low + high) / 2
+        called = sum(s >= middle for s in with_calls) / len(with_calls)
+        abstained = sum(s < middle for s in without) / len(without)
+        best = max(best, (called + abstained, high - low, middle))
+    return round(best[2], 4)
+
+
+def fit_call_threshold(cascade: Cascade, stage: str, conversations: Sequence[Conversation]) -> float | None:
+    """Fit the threshold with which `cascade.chat(tool_choice="auto")` decides between a call and text.
+
+    It is kept in the stage's prompt format, which `save_stage` writes. Returns None, and changes nothing, unless there
+    are questions with tools that are answered with calls, and others that are answered with text.
+    """
+    rows = [c for c in conversations if c.tools]
+    threshold = choose_threshold(score_openings(cascade, stage, rows), [bool(split_question(c)[1]) for c in rows])
+    if threshold is not None:
+        target = cascade.stages[stage]
+        target.prompt = {**(target.prompt or {}), "call_threshold": threshold}
+    return threshold

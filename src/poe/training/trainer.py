@@ -359,6 +359,8 @@ def _write_stage(job: _Job, record: dict[str, Any], engine: Engine) -> None:
         title = f"Stage {job.plan.name} on {short_name(job.cascade.base_source.repo)}, data {job.spec}"
         try_to_draw_report(job.folder, job.context.progress.note, title)  # first: the model card shows the picture
         prompt = prompt_format(job.cascade.tokenizer, job.renderer)
+        kept = job.cascade.stages[job.plan.name].prompt or {}  # the evaluation may have fitted it
+        prompt |= {key: kept[key] for key in ("call_threshold",) if key in kept}
         job.cascade.save_stage(job.plan.name, job.folder, training=record, prompt=prompt)
 
 

@@ -1,0 +1,209 @@
+"""Calls under a grammar on random tool sets: are they readable, valid and finished, and what does it cost?
+
+    python benchmarks/constrained_calls.py random --sets 2000
+    python benchmarks/constrained_calls.py runs/demo --sets 2000
+    python benchmarks/constrained_calls.py /path/to/SmolLM2-135M-Instruct --sets 300 --cost 20
+
+`random` is a model of random weights, once with each of four kinds of tokenizer; any other name is a base or a stage
+for `Cascade.from_pretrained`. Every tool set of `tool_sets.py` is asked for one question with `tool_choice="required"`.
+A set whose shortest call has no room in `--max-new-tokens` is counted as refused. The shares are of the others:
+
+    readable   the call form reads at least one call, and nothing in the reply is malformed
+    valid      every call names a given tool and fits its schema
+    finished   the reply ends with a stop token
+    closed     the ending came from the constraint, because `--max-new-tokens` came near
+
+`--cost N` then answers N sets alone, free and constrained in turns, both with the same number of tokens. It prints the
+medians of the time per token, and the share of the constrained time that is spent in the constraint, which is more
+reliable than the difference if other programs use the same cores.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from tool_sets import make_tools
+
+from chat_families import family
+from poe import Cascade
+from poe.calls.forms.call_forms import parse_reply
+from poe.calls.tools import check_calls
+from poe.chat import RawReply, ReplyPlan, generate_replies, plan_reply
+from poe.data.render import Renderer
+from poe.data.templates import complete_template
+from poe.decoding.constraints import Constraint
+from poe.errors import DecodingError
+
+KINDS = {"byte-level": "qwen3", "space marks": "llama-2", "unigram": "chatml, unigram", "demo": "demo"}
+QUESTION = [{"role": "user", "content": "Please do what I asked for yesterday, for Marla, 37 people, in Größenau."}]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="random, or a base or stage")
+    parser.add_argument("--sets", type=int, default=200)
+    parser.add_argument("--first", type=int, default=0, help="seed of the first set")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--max-new-tokens", type=int, default=192)
+    parser.add_argument("--cost", type=int, default=0)
+    parser.add_argument("--sample", action="store_true", help="sample instead of taking the most likely token")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    print("| model | tokenizer | sets | refused | readable | valid | finished | closed | compile ms, median (95 %) |")
+    print("|---|---|---:|---:|---:|---:|---:|---:|---:|")
+    for name, model, tokenizer in list_models(args.model):
+        complete_template(tokenizer)
+        print(f"| {args.model} | {name} | {measure_shares(args, model, tokenizer)} |", flush=True)
+        if args.cost:
+            print(measure_cost(args, model, tokenizer), flush=True)
+
+
+def list_models(name: str) -> Iterator[tuple[str, PreTrainedModel, Any]]:
+    """Yield a kind of tokenizer, a model and the tokenizer."""
+    if name != "random":
+        cascade = Cascade.from_pretrained(name)
+        yield "its own", cascade.model(cascade.active), cascade.tokenizer
+        return
+    for kind, key in KINDS.items():
+        tokenizer = Cascade.from_pretrained("demo").tokenizer if key == "demo" else family(key)
+        config = LlamaConfig(
+            vocab_size=len(tokenizer) + 5,  # a head is often larger than the vocabulary
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=8192,
+        )
+        model = AutoModelForCausalLM.from_config(config).eval()
+        with torch.no_grad():  # so that its choices are not nearly equal
+            model.lm_head.weight.mul_(30)
+        yield kind, model, tokenizer
+
+
+def make_questions(args: argparse.Namespace, model: PreTrainedModel, tokenizer: Any) -> Iterator[tuple[Any, ...]]:
+    """Yield the seed, tools, plan, constraint (None if the set is refused), seconds and prompt of each tool set."""
+    renderer = Renderer(tokenizer, vocab_size=model.config.vocab_size)
+    for seed in range(args.first, args.first + args.sets):
+        tools = make_tools(seed)
+        started = time.perf_counter()
+        options = {"tool_choice": "required"}
+        plan = plan_reply(tokenizer, model.config.vocab_size, renderer.stop_token_ids, tools, **options)
+        try:
+            constraint = plan.make_constraint(args.max_new_tokens)
+        except DecodingError:
+            constraint = None
+        seconds = time.perf_counter() - started
+        yield seed, tools, plan, constraint, seconds, renderer.prompt_ids(QUESTION, tools)
+
+
+def measure_shares(args: argparse.Namespace, model: PreTrainedModel, tokenizer: Any) -> str:
+    stops = Renderer(tokenizer, vocab_size=model.config.vocab_size).stop_token_ids
+    counts: Counter[str] = Counter()
+    times: list[float] = []
+    batch: list[tuple[Any, ...]] = []
+    for question in make_questions(args, model, tokenizer):
+        times.append(question[4])
+        if question[3] is None:
+            counts["refused"] += 1
+            continue
+        batch.append(question)
+        if len(batch) == args.batch:
+            answer_batch(args, model, tokenizer, stops, batch, counts)
+            batch = []
+    if batch:
+        answer_batch(args, model, tokenizer, stops, batch, counts)
+    asked = args.sets - counts["refused"]
+    shares = [f"{counts[key] / max(1, asked):.2%}" for key in ("readable", "valid", "finished", "closed")]
+    times = sorted(times[1:] or times)  # the first one reads the vocabulary
+    speed = f"{1e3 * statistics.median(times):.1f} ({1e3 * times[int(0.95 * len(times))]:.1f})"
+    return " | ".join([str(args.sets), str(counts["refused"]), *shares, speed])
+
+
+def answer_batch(
+    args: argparse.Namespace,
+    model: PreTrainedModel,
+    tokenizer: Any,
+    stops: tuple[int, ...],
+    batch: list[tuple[Any, ...]],
+    counts: Counter[str],
+) -> None:
+    constraints = [question[3] for question in batch]
+    options = {"max_new_tokens": args.max_new_tokens, "batch_size": args.batch, "do_sample": args.sample}
+    replies = generate_replies(model, tokenizer, [q[5] for q in batch], stops, constraints=constraints, **options)
+    for (seed, tools, plan, constraint, *_), reply in zip(batch, replies, strict=True):
+        found = judge_reply(plan, tools, constraint, reply)
+        counts.update(key for key, holds in found.items() if holds)
+        if not (found["readable"] and found["valid"] and found["finished"]):
+            print(f"seed {seed}: {found}: {reply.text[-200:]!r}", file=sys.stderr)
+
+
+def judge_reply(plan: ReplyPlan, tools: Any, constraint: Constraint, reply: RawReply) -> dict[str, bool]:
+    parsed = parse_reply(reply.text, plan.form)
+    return {
+        "readable": bool(parsed.calls) and not parsed.malformed,
+        "valid": bool(parsed.calls) and not check_calls(parsed.calls, tools),
+        "finished": reply.is_complete or constraint.is_cut,
+        "closed": constraint.is_cut,
+    }
+
+
+class Timed:
+    """A constraint that counts the seconds that it takes."""
+
+    def __init__(self, constraint: Constraint) -> None:
+        self.constraint, self.seconds = constraint, 0.0
+
+    def follow(self, tokens: list[int]) -> None:
+        started = time.perf_counter()
+        self.constraint.follow(tokens)
+        self.seconds += time.perf_counter() - started
+
+    def mask(self, logits: torch.Tensor) -> None:
+        started = time.perf_counter()
+        self.constraint.mask(logits)
+        self.seconds += time.perf_counter() - started
+
+    @property
+    def is_cut(self) -> bool:
+        return self.constraint.is_cut
+
+
+def measure_cost(args: argparse.Namespace, model: Any, tokenizer: Any) -> str:
+    free_times, constrained_times, own_times, tokens = [], [], [], 0
+    for _, _, plan, constraint, _, prompt in list(make_questions(args, model, tokenizer))[: args.cost]:
+        if constraint is None:
+            continue
+        stops = plan.vocabulary.stops
+        timed: Any = Timed(constraint)
+        started = time.perf_counter()
+        (reply,) = generate_replies(
+            model, tokenizer, [prompt], stops, constraints=[timed], max_new_tokens=args.max_new_tokens
+        )
+        seconds = time.perf_counter() - started
+        count = len(tokenizer.encode(reply.text, add_special_tokens=False)) + 1
+        started = time.perf_counter()
+        generate_replies(model, tokenizer, [prompt], stops, max_new_tokens=count, min_new_tokens=count)
+        free_times.append((time.perf_counter() - started) / count)
+        constrained_times.append(seconds / count)
+        own_times.append(timed.seconds / count)
+        tokens += count
+    medians = [1e3 * statistics.median(times) for times in (free_times, constrained_times, own_times)]
+    share = sum(own_times) / sum(constrained_times)
+    return (
+        f"ms per token over {tokens} tokens, medians: free {medians[0]:.2f}, constrained {medians[1]:.2f} "
+        f"({medians[1] / medians[0] - 1:+.1%}), in the constraint {medians[2]:.3f} ({share:.1%} of the time)"
+    )
+
+
+if __name__ == "__main__":
+    main()
