@@ -1,8 +1,8 @@
 """Calls under a grammar on random tool sets: are they readable, valid and finished, and what does it cost?
 
     python benchmarks/constrained_calls.py random --sets 2000
-    python benchmarks/constrained_calls.py runs/demo --sets 2000
-    python benchmarks/constrained_calls.py /path/to/SmolLM2-135M-Instruct --sets 300 --cost 20
+    python benchmarks/constrained_calls.py runs/demo --sets 2000 --cost 20
+    python benchmarks/constrained_calls.py /path/to/SmolLM2-135M-Instruct --sets 2000 --cost 20
 
 `random` is a model of random weights, once with each of four kinds of tokenizer; any other name is a base or a stage
 for `Cascade.from_pretrained`. Every tool set of `tool_sets.py` is asked for one question with `tool_choice="required"`.
@@ -13,9 +13,11 @@ A set whose shortest call has no room in `--max-new-tokens` is counted as refuse
     finished   the reply ends with a stop token
     closed     the ending came from the constraint, because `--max-new-tokens` came near
 
-`--cost N` then answers N sets alone, free and constrained in turns, both with the same number of tokens. It prints the
-medians of the time per token, and the share of the constrained time that is spent in the constraint, which is more
-reliable than the difference if other programs use the same cores.
+`--cost N` then answers N sets alone, free and constrained, both with the same number of tokens. It prints the medians
+of the CPU time per token, and the share of the constrained time that is spent in the constraint.
+
+The prompt is the question alone: what a reply may be does not depend on it, and prompts with tools take most of the
+time. `--tools-in-prompt` shows the tools as well.
 """
 
 import argparse
@@ -56,6 +58,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--max-new-tokens", type=int, default=192)
     parser.add_argument("--cost", type=int, default=0)
+    parser.add_argument("--tools-in-prompt", action="store_true")
     parser.add_argument("--sample", action="store_true", help="sample instead of taking the most likely token")
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -95,15 +98,16 @@ def make_questions(args: argparse.Namespace, model: PreTrainedModel, tokenizer: 
     renderer = Renderer(tokenizer, vocab_size=model.config.vocab_size)
     for seed in range(args.first, args.first + args.sets):
         tools = make_tools(seed)
-        started = time.perf_counter()
+        started = time.process_time()
         options = {"tool_choice": "required"}
         plan = plan_reply(tokenizer, model.config.vocab_size, renderer.stop_token_ids, tools, **options)
         try:
             constraint = plan.make_constraint(args.max_new_tokens)
         except DecodingError:
             constraint = None
-        seconds = time.perf_counter() - started
-        yield seed, tools, plan, constraint, seconds, renderer.prompt_ids(QUESTION, tools)
+        seconds = time.process_time() - started
+        shown = tools if args.tools_in_prompt else ()
+        yield seed, tools, plan, constraint, seconds, renderer.prompt_ids(QUESTION, shown)
 
 
 def measure_shares(args: argparse.Namespace, model: PreTrainedModel, tokenizer: Any) -> str:
@@ -164,14 +168,14 @@ class Timed:
         self.constraint, self.seconds = constraint, 0.0
 
     def follow(self, tokens: list[int]) -> None:
-        started = time.perf_counter()
+        started = time.process_time()
         self.constraint.follow(tokens)
-        self.seconds += time.perf_counter() - started
+        self.seconds += time.process_time() - started
 
     def mask(self, logits: torch.Tensor) -> None:
-        started = time.perf_counter()
+        started = time.process_time()
         self.constraint.mask(logits)
-        self.seconds += time.perf_counter() - started
+        self.seconds += time.process_time() - started
 
     @property
     def is_cut(self) -> bool:
@@ -185,15 +189,15 @@ def measure_cost(args: argparse.Namespace, model: Any, tokenizer: Any) -> str:
             continue
         stops = plan.vocabulary.stops
         timed: Any = Timed(constraint)
-        started = time.perf_counter()
+        started = time.process_time()
         (reply,) = generate_replies(
             model, tokenizer, [prompt], stops, constraints=[timed], max_new_tokens=args.max_new_tokens
         )
-        seconds = time.perf_counter() - started
+        seconds = time.process_time() - started
         count = len(tokenizer.encode(reply.text, add_special_tokens=False)) + 1
-        started = time.perf_counter()
+        started = time.process_time()
         generate_replies(model, tokenizer, [prompt], stops, max_new_tokens=count, min_new_tokens=count)
-        free_times.append((time.perf_counter() - started) / count)
+        free_times.append((time.process_time() - started) / count)
         constrained_times.append(seconds / count)
         own_times.append(timed.seconds / count)
         tokens += count
