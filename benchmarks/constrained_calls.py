@@ -156,7 +156,7 @@ def judge_reply(plan: ReplyPlan, tools: Any, constraint: Constraint, reply: RawR
     return {
         "readable": bool(parsed.calls) and not parsed.malformed,
         "valid": bool(parsed.calls) and not check_calls(parsed.calls, tools),
-        "finished": reply.is_complete or constraint.is_cut,
+        "finished": constraint.is_finished,
         "closed": constraint.is_cut,
     }
 

@@ -130,6 +130,17 @@ def test_a_grammar_has_what_the_call_form_writes(form: str) -> None:
     assert not accepts(Constraint(single.lark, vocabulary), tokenizer, written)
 
 
+def test_thinking_may_stand_before_text_and_calls() -> None:
+    tokenizer, vocabulary = vocabulary_of("qwen3")
+    call = CALL_FORMS["hermes"].write([Call("get_time", {"zone": "UTC"})])
+    grammar = plan_reply(tokenizer, len(tokenizer), [tokenizer.eos_token_id], TOOLS).grammar
+    assert grammar is not None
+    constraint = Constraint(grammar.lark, vocabulary)
+    for text in (f"<think>\nHm.\n</think>\n\n{call}", "<think>Hm.</think>No.", "No."):
+        assert accepts(constraint.copy(), tokenizer, text)
+    assert not accepts(constraint.copy(), tokenizer, "<think>Hm.</think><tool_call>No.")
+
+
 def test_undeclared_arguments_other_types_and_other_orders_are_impossible() -> None:
     tokenizer, vocabulary = vocabulary_of("demo")
     for arguments in (
@@ -213,7 +224,7 @@ def test_a_reply_that_would_not_end_is_closed_and_counts_as_cut(cascade: Cascade
     answer = cascade.chat(QUESTION, TOOLS, tool_choice="required", max_new_tokens=32)
     assert is_valid(answer)
     assert answer.finish_reason == "length"
-    with pytest.raises(DecodingError, match=r"takes about \d+ tokens.*got 8"):
+    with pytest.raises(DecodingError, match=r"takes about \d+ tokens.*got 8\."):
         cascade.chat(QUESTION, TOOLS, tool_choice="required", max_new_tokens=8)
 
 
@@ -316,7 +327,7 @@ def test_wrong_choices_and_formats_are_one_sentence(cascade: Cascade) -> None:
 
 def test_a_tokenizer_that_the_engine_cannot_read_is_named() -> None:
     tokenizer = tiny_tokenizer()
-    notes = plan_reply(tokenizer, 61, [2], TOOLS).notes
+    notes = plan_reply(tokenizer, 61, [2], TOOLS, form="hermes").notes
     assert len(notes) == 1
     assert "constrain=False" in notes[0]
     with pytest.raises(DecodingError, match="constrain=False"):

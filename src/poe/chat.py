@@ -22,7 +22,7 @@ from poe.calls.validation import TooComplexError, fits_schema
 from poe.calls.values import fits_type
 from poe.data.readers.messages import read_call
 from poe.data.render import Renderer
-from poe.data.templates import complete_template, note_unread_calls, reply_form
+from poe.data.templates import complete_template, note_unread_calls, reply_form, template_call_form
 from poe.decoding.constraints import Constraint, ConstraintProcessor, Vocabulary, read_vocabulary
 from poe.decoding.generation import REPLY_BATCH, REPLY_TOKENS, greedy_options
 from poe.errors import DataError, DecodingError, DeltaError
@@ -135,21 +135,24 @@ def plan_reply(
     `DecodingError` if a call is required and replies cannot be constrained.
     """
     choice = read_tool_choice(tool_choice, tools, parallel_tool_calls)
-    schema, form = read_response_format(response_format), form or reply_form(tokenizer)
-    plan = ReplyPlan(form, choice, schema)
+    schema = read_response_format(response_format)
+    plan = ReplyPlan(form or reply_form(tokenizer), choice, schema)
     if not constrain or (not tools and schema is None):
         return plan
+    if choice.mode == "auto" and schema is None and form is None and template_call_form(tokenizer) is None:
+        return plan  # its calls count as text (`note_unread_calls`), and no grammar has them
     try:
         vocabulary = read_vocabulary(tokenizer, vocab_size, stop_token_ids, MARKS)
     except DecodingError as error:
         if choice.mode == "required" or schema is not None:
             raise
         return replace(plan, notes=(str(error),))
-    grammar = write_call_grammar(form, choice, vocabulary.special, schema)
+    grammar = write_call_grammar(plan.form, choice, vocabulary.special, schema, vocabulary.text_tokens)
     notes = grammar.notes
     if grammar.unconstrained:
         notes += (f"checked afterwards, not while decoding: {', '.join(grammar.unconstrained)}",)
-    return ReplyPlan(form, choice, schema, grammar, vocabulary, notes, threshold if grammar.opening else None)
+    threshold = threshold if grammar.opening else None
+    return replace(plan, grammar=grammar, vocabulary=vocabulary, notes=notes, threshold=threshold)
 
 
 def read_response_format(value: Any) -> Any:
@@ -326,7 +329,10 @@ def generate_replies(
         output: Any = (generate or model.generate)(**inputs, **settings)  # type: ignore[operator]
         for row, i in zip(output[:, width:].tolist(), part, strict=True):
             end = next((k for k, token in enumerate(row) if token in stop_token_ids), None)
-            is_cut = constraints is not None and (own := constraints[i]) is not None and own.is_cut
+            is_cut = False
+            if constraints is not None and (own := constraints[i]) is not None:
+                own.follow(row)
+                is_cut = own.is_cut
             text = tokenizer.decode(row[:end], skip_special_tokens=False)
             replies[i] = RawReply(text, end is not None and not is_cut, len(row[:end]))
         if progress is not None:

@@ -89,9 +89,15 @@ _EXPECTED_CHOICE = "tool_choice to be 'auto', 'none', 'required' or {'type': 'fu
 
 
 def write_call_grammar(
-    form: str, choice: ToolChoice, special: Mapping[str, int] | None = None, schema: Any = None
+    form: str,
+    choice: ToolChoice,
+    special: Mapping[str, int] | None = None,
+    schema: Any = None,
+    text_tokens: Sequence[int] = (),
 ) -> Grammar:
     """Return the grammar of replies in a call form. `special` has the id of each mark that is one special token.
+
+    `text_tokens` are ids of special tokens that may stand in text, such as those of thinking.
 
     With `schema` a reply without calls is a JSON value of it. Raises `DataError` if no tool can be called in the form,
     or a schema cannot be resolved.
@@ -111,7 +117,8 @@ def write_call_grammar(
     mark = call_form(form).mark
     forbidden = _LOOKS_LIKE_A_CALL.get(form) or _escape_pattern(mark)
     lines = [f"TEXT: /{_ANY.replace('*', '+')}/ & ~/{_ANY}{forbidden}{_ANY}/"]
-    text = "TEXT?"
+    between = " | ".join(f"<[{number}]>" for number in text_tokens)
+    text = f"TEXT? (({between}) TEXT?)*" if between else "TEXT?"  # never two TEXT side by side: they could make a mark
     answer = None if schema is None else write_json_grammar(schema)
     if answer is not None:
         if not calls:
@@ -135,7 +142,7 @@ def write_call_grammar(
         elif number is None:
             before = _ANY if answer is None else ""
             lines.append(f"head[lazy]: /{before}{_escape_pattern(mark)}/")
-            start = f"{text} | head calls"
+            start = f"{text} | {f'(TEXT? ({between}))*' if between and answer is None else ''} head calls"
         else:
             start = f"{text} | {text if answer is None else ''} {begin} calls"
     else:  # one literal up to where the reply can no longer be text

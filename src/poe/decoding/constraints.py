@@ -34,11 +34,16 @@ _FEW = 12
 
 @dataclass(frozen=True, eq=False)
 class Vocabulary:
-    """The tokens of a model, as the grammars see them. `stops` end a reply."""
+    """The tokens of a model, as the grammars see them.
+
+    `stops` end a reply. `special` has the marks that are one special token. `text_tokens` are tokens that only the
+    engine takes for special ones, because of their form (`<think>`).
+    """
 
     engine: LLTokenizer
     stops: tuple[int, ...]
     special: dict[str, int]
+    text_tokens: tuple[int, ...] = ()
     _openings: dict[str, Mask] = field(default_factory=dict)
 
     @cached_property
@@ -89,7 +94,10 @@ def read_vocabulary(tokenizer: Any, vocab_size: int, stops: Sequence[int], marks
             ) from None
         numbers = {mark: tokenizer.get_vocab().get(mark) for mark in marks}
         special = {mark: n for mark, n in numbers.items() if n is not None and engine.is_special_token(n)}
-        known[key] = Vocabulary(engine, tuple(stops), special)
+        added = tokenizer.added_tokens_decoder.items()
+        ours = {*special.values(), *stops}
+        text = tuple(n for n, token in added if not token.special and n not in ours and engine.is_special_token(n))
+        known[key] = Vocabulary(engine, tuple(stops), special, text)
     return known[key]
 
 
@@ -134,10 +142,13 @@ class Constraint:
         if max_new_tokens is not None:
             self._checked = _MARGIN + len(vocabulary.engine.tokenize_str(longest))
             least = len(vocabulary.engine.tokenize_str(shortest)) + 1
+            if least <= max_new_tokens <= self._checked:  # little room: find an ending before the first token
+                self._closing = self._close(self._matcher.deep_copy(), tries_all=True) or []
+                least = len(self._closing)
             if least > max_new_tokens:
                 raise DecodingError(
-                    f"The shortest reply that fits takes about {least} tokens: expected max_new_tokens of at least "
-                    f"{self._checked}, got {max_new_tokens}."
+                    f"The shortest reply that was found takes about {least} tokens: expected max_new_tokens of at "
+                    f"least that, better {self._checked}, got {max_new_tokens}."
                 )
 
     def copy(self) -> "Constraint":
