@@ -130,6 +130,23 @@ def test_a_grammar_has_what_the_call_form_writes(form: str) -> None:
     assert not accepts(Constraint(single.lark, vocabulary), tokenizer, written)
 
 
+@pytest.mark.parametrize("kind", ["demo", "chatml, unigram"])
+def test_white_space_beside_the_marks_is_that_of_the_template(kind: str) -> None:
+    tokenizer, vocabulary = vocabulary_of(kind)
+    calls = [Call("get_weather", {"city": "Lisbon"}), Call("get_time", {"zone": "UTC"})]
+    text = CALL_FORMS["hermes"].write(calls)
+    for written in (text, text.replace("\n", "")):
+        assert accepts(make_constraint(vocabulary, TOOLS, "hermes", "auto", 400), tokenizer, written)
+    message = {"role": "assistant", "tool_calls": [call.as_openai() for call in calls]}
+    rendered = tokenizer.apply_chat_template([*QUESTION, message], tools=TOOLS, tokenize=False)
+    start, end = rendered.rindex("<tool_call>", 0, rendered.rindex("<tool_call>")), rendered.rindex("</tool_call>")
+    assert accepts(
+        make_constraint(vocabulary, TOOLS, "hermes", "auto", 400),
+        tokenizer,
+        rendered[start : end + len("</tool_call>")],
+    )
+
+
 def test_thinking_may_stand_before_text_and_calls() -> None:
     tokenizer, vocabulary = vocabulary_of("qwen3")
     call = CALL_FORMS["hermes"].write([Call("get_time", {"zone": "UTC"})])

@@ -1,7 +1,8 @@
 """Write the replies that a model may give as a grammar of llguidance: calls of the tools at hand, text, or JSON.
 
 Every reply of the grammar is one that the call form reads, with calls that name a tool and fit its schema, written as
-the form writes them. A reply is text, or calls; a form with a mark has text before its calls as well.
+the form writes them; white space beside a mark is optional. A reply is text, or calls; a form with a mark has text
+before its calls as well.
 
 | form | what it cannot constrain |
 |---|---|
@@ -136,7 +137,7 @@ def write_call_grammar(
     if parts.before.startswith(mark) and mark:
         number = (special or {}).get(mark)
         begin = quote(mark) if number is None else f"<[{number}]>"
-        lines.append(f"calls: {_literal(parts.before.removeprefix(mark), special)} call {rest}")
+        lines.append(f"calls: {_literal(parts.before.removeprefix(mark), special, follows_mark=True)} call {rest}")
         if choice.mode == "required":
             start = f"{_LEAD} {begin} calls"
         elif number is None:
@@ -232,14 +233,26 @@ def _add_call(rules: Rules, form: str, name: str, parameters: Any) -> _Call | No
     return _Call(before, f"{between}{arguments.name} {quote(after)}", longest, shortest)
 
 
-def _literal(text: str, special: Mapping[str, int] | None) -> str:
-    """Return a text as a sequence of literals and special tokens."""
-    for mark, number in (special or {}).items():
-        if mark in text:
-            before, after = text.split(mark, 1)
-            parts = (_literal(before, special), f"<[{number}]>", _literal(after, special))
-            return " ".join(filter(None, parts))
-    return quote(text) if text else ""
+def _literal(text: str, special: Mapping[str, int] | None, *, follows_mark: bool = False) -> str:
+    """Return a text as a sequence of literals and special tokens. White space beside a mark is optional.
+
+    Chat templates differ in it. `follows_mark`: there is a mark before the text.
+    """
+    parts = re.split(f"({'|'.join(map(re.escape, MARKS))})", text)
+    if len(parts) == 1 and not follows_mark:
+        return quote(text) if text else ""
+    written = []
+    for part in parts:
+        if part in MARKS:
+            number = (special or {}).get(part)
+            written.append(quote(part) if number is None else f"<[{number}]>")
+            continue
+        middle = part.strip()
+        before, after = (part, "") if not middle else part.split(middle)
+        written += [f"{quote(space)}?" for space in before]
+        written += [quote(middle)] if middle else []
+        written += [f"{quote(space)}?" for space in after]
+    return " ".join(written)
 
 
 def _escape_pattern(text: str) -> str:
