@@ -92,9 +92,15 @@ class ReplyPlan:
         if self.grammar is None or self.vocabulary is None:
             return None
         grammar = self.grammar
-        limits = {"longest": grammar.longest, "shortest": grammar.shortest, "max_new_tokens": max_new_tokens}
-        threshold = self.threshold if self.choice.mode == "auto" else None
-        return Constraint(grammar.lark, self.vocabulary, opening=grammar.opening, threshold=threshold, **limits)
+        return Constraint(
+            grammar.lark,
+            self.vocabulary,
+            longest=grammar.longest,
+            shortest=grammar.shortest,
+            max_new_tokens=max_new_tokens,
+            opening=grammar.opening,
+            threshold=self.threshold if self.choice.mode == "auto" else None,
+        )
 
     @property
     def may_call(self) -> bool:
@@ -250,10 +256,11 @@ def _answer(
     **options: Any,
 ) -> Answer:
     """Return the first answer without a problem. Retries are sampled; after the last one the first answer counts."""
-    reply = reply_with(constraint and constraint.copy(), **options)
+    own = constraint and constraint.copy()
+    reply = reply_with(own, **options)
     parsed, problems = plan.read(reply)
     tried = 0
-    while problems and constraint is not None and reply.is_complete and tried < retries:
+    while problems and constraint is not None and own is not None and own.is_finished and tried < retries:
         tried += 1
         again = reply_with(constraint.copy(), **{**options, "do_sample": True})
         parts, faults = plan.read(again)
@@ -320,7 +327,7 @@ def generate_replies(
         width = max(len(prompts[i]) for i in part)
         ids = torch.tensor([[pad] * (width - len(prompts[i])) + list(prompts[i]) for i in part])
         mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in part])
-        inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+        inputs: dict[str, Any] = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
         if is_prefix_lm(model.config):
             inputs["token_type_ids"] = mask.to(device)
         if constraints is not None and any(constraints[i] for i in part):

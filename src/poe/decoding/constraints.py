@@ -286,14 +286,15 @@ class Constraint:
         ending. The state of `matcher` changes.
         """
         tokens: list[int] = []
-        order, last, before = self._vocabulary.closing_order, None, None
+        order, last = self._vocabulary.closing_order, 0
+        before: Mask | None = None
         while len(tokens) < _MAX_CLOSING:
             if matcher.is_accepting():
                 return [*tokens, self._vocabulary.stops[0]]
             step = matcher.compute_ff_tokens()
             if not step:
                 allowed = self._allowed(matcher)
-                if last is not None and (order[last] >= _TEXT or np.array_equal(allowed, before)):
+                if before is not None and (order[last] >= _TEXT or np.array_equal(allowed, before)):
                     order = order.copy()  # it was, or may have been, a letter inside a string: prefer others
                     order[last] += _LATER
                 last, before = int(np.where(allowed, order, _NEVER).argmin()), allowed
