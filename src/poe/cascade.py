@@ -292,9 +292,10 @@ class Cascade:
         `tools` are Python functions with type hints and a docstring, or in any spelling of `poe.calls.tools`. With
         `stream=True` the result is an `AnswerStream`, which yields the text piece by piece and has the `answer` at the
         end. `tool_choice` ("auto", "none", "required" or a function), `parallel_tool_calls` and `response_format` are
-        those of OpenAI's API. Decoding is constrained to what they and the tools allow; `constrain=False` only checks
-        afterwards. With "auto", a stage for which a threshold was fitted decides by it whether to call. Other `options`
-        are those of `generate`; without them decoding is greedy. Raises `DataError` for arguments that cannot be used.
+        those of OpenAI's API. Decoding is constrained to what they and the tools allow; with `constrain=False` calls
+        are only checked. With "auto", a stage for which a threshold was fitted decides by it whether to call. Other
+        `options` are those of `generate`; without them decoding is greedy. Raises `DataError` for arguments that cannot
+        be used.
         """
         name = self._choose(stage)
         options["generate"] = functools.partial(self.generate, stage=name, strategy=strategy)

@@ -156,7 +156,7 @@ def plan_reply(
     grammar = write_call_grammar(plan.form, choice, vocabulary.special, schema, vocabulary.text_tokens)
     notes = grammar.notes
     if grammar.unconstrained:
-        notes += (f"checked afterwards, not while decoding: {', '.join(grammar.unconstrained)}",)
+        notes += (f"checked after decoding, not while it: {', '.join(grammar.unconstrained)}",)
     threshold = threshold if grammar.opening else None
     return replace(plan, grammar=grammar, vocabulary=vocabulary, notes=notes, threshold=threshold)
 

@@ -2,7 +2,7 @@
 
 The rules write values as the call forms do: names in the order of the schema, `, ` and `: ` between them, and no other
 white space. They allow no more than the schema, except for the keywords in `Rules.unconstrained`. They allow less where
-more would serve nobody: an object that lists properties has no others, numbers without limits are at most 10^18, and
+more would serve no one: an object that lists properties has no others, numbers without limits are at most 10^18, and
 values nest at most `MAX_DEPTH` levels deep. The checks of `poe.calls.validation` cover the rest.
 """
 

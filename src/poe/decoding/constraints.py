@@ -90,7 +90,7 @@ def read_vocabulary(tokenizer: Any, vocab_size: int, stops: Sequence[int], marks
         except Exception as error:  # of several kinds
             raise DecodingError(
                 f"Replies cannot be constrained with this tokenizer ({str(error)[:100]}): pass constrain=False, which "
-                "checks the calls afterwards."
+                "only checks the calls."
             ) from None
         numbers = {mark: tokenizer.get_vocab().get(mark) for mark in marks}
         special = {mark: n for mark, n in numbers.items() if n is not None and engine.is_special_token(n)}
