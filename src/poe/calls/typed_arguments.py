@@ -17,7 +17,7 @@ from typing import Any
 
 from poe.calls.python_functions import find_type_hints
 
-_PLAIN = {str: str, int: int, float: (int, float), bool: bool, type(None): type(None)}
+_PLAIN: dict[Any, Any] = {str: str, int: int, float: (int, float), bool: bool, type(None): type(None)}
 _FROM_TEXT: dict[Any, Callable[[str], Any]] = {
     **{kind: kind.fromisoformat for kind in (datetime.datetime, datetime.date, datetime.time)},
     **{kind: kind for kind in (uuid.UUID, pathlib.Path, decimal.Decimal)},
