@@ -375,8 +375,10 @@ def test_a_threshold_separates_both_kinds_of_rows_and_stays_with_the_stage(casca
         Conversation([*QUESTION, ANSWER], TOOLS),
         Conversation([QUESTION[0], {"role": "assistant", "content": None, "tool_calls": [call]}], TOOLS[:1]),
     ]
-    assert fit_call_threshold(cascade, "s", rows[:1]) is None
-    threshold = fit_call_threshold(cascade, "s", rows)
+    assert fit_call_threshold(cascade, "s", rows) is None  # two rows would decide by chance
+    assert fit_call_threshold(cascade, "s", rows[:1] * 20) is None
+    threshold = fit_call_threshold(cascade, "s", rows * 10)
+    assert threshold is not None
     assert read_call_threshold(cascade.stages["s"].prompt) == threshold
     loaded = Cascade(cascade.base, cascade.tokenizer).load_stage(cascade.save_stage("s", tmp_path / "s"))
     assert read_call_threshold(loaded.stages["s"].prompt) == threshold

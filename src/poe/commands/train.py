@@ -215,7 +215,7 @@ def _open_base(plan: Recipe, base: str, world: "World") -> "Cascade":
 def _evaluate(cascade: Any, name: str, held_out: dict[str, Any]) -> dict[str, Any]:
     """Answer the held-out questions with the base and with the stage, and return the scores by split and model.
 
-    If some are answered with calls and some with text, the stage's threshold between the two is fitted on them.
+    If enough are answered with calls and with text, the stage's threshold between the two is fitted on them.
     """
     from poe.evaluation.calls import compare_with_base, evaluate_calls, fit_call_threshold
 
@@ -229,7 +229,9 @@ def _evaluate(cascade: Any, name: str, held_out: dict[str, Any]) -> dict[str, An
             return evaluate_calls(cascade, stage, splits, progress=partial(bars.advance, task))
 
     scores = compare_with_base(cascade, name, held_out, evaluate)
-    fit_call_threshold(cascade, name, [row for rows in held_out.values() for row in rows])
+    threshold = fit_call_threshold(cascade, name, [row for rows in held_out.values() for row in rows])
+    if threshold is not None:
+        err.print(f"a reply begins with a call where its log-odds are {threshold:+.2f} or more: fitted on these rows")
     return scores
 
 

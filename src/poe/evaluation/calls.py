@@ -21,6 +21,10 @@ from poe.modeling.families import is_prefix_lm
 from poe.modeling.placement import device_of
 
 
+THRESHOLD_ROWS = 10
+"""The fewest questions with calls, and without, on which a threshold is fitted: fewer would move it by chance."""
+
+
 @dataclass(frozen=True)
 class CallScores:
     """Scores of one split, as shares from 0 to 1.
@@ -205,11 +209,14 @@ def choose_threshold(scores: Sequence[float], has_calls: Sequence[bool]) -> floa
 def fit_call_threshold(cascade: Cascade, stage: str, conversations: Sequence[Conversation]) -> float | None:
     """Fit the threshold with which `cascade.chat(tool_choice="auto")` decides between a call and text.
 
-    It is kept in the stage's prompt format, which `save_stage` writes. Returns None, and changes nothing, unless there
-    are questions with tools that are answered with calls, and others that are answered with text.
+    It is kept in the stage's prompt format, which `save_stage` writes. Returns None, and changes nothing, unless at
+    least `THRESHOLD_ROWS` questions with tools are answered with calls, and as many with text.
     """
     rows = [c for c in conversations if c.tools]
-    threshold = choose_threshold(score_openings(cascade, stage, rows), [bool(split_question(c)[1]) for c in rows])
+    has_calls = [bool(split_question(c)[1]) for c in rows]
+    if min(sum(has_calls), len(rows) - sum(has_calls)) < THRESHOLD_ROWS:
+        return None
+    threshold = choose_threshold(score_openings(cascade, stage, rows), has_calls)
     if threshold is not None:
         target = cascade.stages[stage]
         target.prompt = {**(target.prompt or {}), "call_threshold": threshold}
