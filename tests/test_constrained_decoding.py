@@ -100,8 +100,8 @@ def test_a_random_model_writes_calls_that_fit_and_end(kind: str) -> None:
 def test_every_call_form_can_be_constrained(form: str, kind: str) -> None:
     tokenizer, vocabulary = vocabulary_of(kind)
     for seed in range(2):
-        constraint = make_constraint(vocabulary, TOOLS, form, "required", 140)
-        reply = parse_reply(tokenizer.decode(write_reply(constraint, len(tokenizer) + 8, seed, 140)), form)
+        constraint = make_constraint(vocabulary, TOOLS, form, "required", 220)
+        reply = parse_reply(tokenizer.decode(write_reply(constraint, len(tokenizer) + 8, seed, 220)), form)
         assert reply.calls
         assert not reply.malformed
         assert not check_calls(reply.calls, TOOLS)
