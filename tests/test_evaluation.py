@@ -133,6 +133,16 @@ def test_a_continued_evaluation_ends_with_the_same_scores(
             AnswersFile(answers, header)
 
 
+def test_a_threshold_decides_between_a_call_and_text_as_in_chat(cascade: Cascade, tmp_path: Path) -> None:
+    settings = Settings(max_new_tokens=40, rows=1)
+    evaluation = Evaluation(cascade, read_sources("demo=1")[:1], tmp_path, stage="tool", settings=settings)
+    (suite,) = evaluation.suites.values()
+    for threshold, is_call in ((-1e6, True), (1e6, False)):
+        cascade.stages["tool"].prompt = {"call_threshold": threshold}
+        (answer,) = suite.answer("tool", suite.items)
+        assert bool(answer["calls"]) is is_call
+
+
 def test_runs_are_compared_question_by_question(cascade: Cascade, files: dict[str, Path], tmp_path: Path) -> None:
     evaluate(cascade, tmp_path / "all")
     evaluate(cascade.activate(None), tmp_path / "free", settings=Settings(constrain=False, max_new_tokens=3, rows=1))

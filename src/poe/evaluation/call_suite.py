@@ -7,7 +7,7 @@ from typing import Any
 from poe.calls.conversation import Conversation
 from poe.calls.forms.call_forms import parse_reply
 from poe.cascade import Cascade
-from poe.chat import RawReply, generate_replies, plan_reply
+from poe.chat import RawReply, generate_replies, plan_reply, read_call_threshold
 from poe.data.render import Renderer
 from poe.data.render_worker import REFUSED
 from poe.data.templates import reply_form
@@ -23,7 +23,8 @@ class CallSuite:
     """Asks each question, and compares the calls of the reply with those of the reference.
 
     The reference is the first turn of the assistant that is trained on. Decoding is greedy. With `constrain` a reply is
-    text, or calls that name a given tool and fit its schema.
+    text, or calls that name a given tool and fit its schema, and the stage's threshold decides between the two, as in
+    `Cascade.chat`.
     """
 
     batch_size = REPLY_BATCH
@@ -48,7 +49,8 @@ class CallSuite:
     def answer(self, stage: str | None, items: Sequence[Item]) -> list[dict[str, Any]]:
         """Return the replies of a stage, None for the base. `seconds` is each one's share of the time of the batch."""
         started = time.perf_counter()
-        constraints = [self._make_constraint(item.content) for item in items]
+        threshold = find_call_threshold(self._cascade, stage)
+        constraints = [self._make_constraint(item.content, threshold) for item in items]
         replies = generate_replies(
             self._cascade.model(stage),
             self._cascade.tokenizer,
@@ -94,13 +96,18 @@ class CallSuite:
     def _form_of(self, conversation: Conversation) -> str:
         return conversation.form.calls if conversation.form else self._form
 
-    def _make_constraint(self, conversation: Conversation) -> Constraint | None:
+    def _make_constraint(self, conversation: Conversation, threshold: float | None) -> Constraint | None:
         """Return the constraint of a reply; None if it is free, or if its tools cannot be made into a grammar."""
-        if not self._constrain or self._form_of(conversation) != self._form:
-            return None
+        form = None if conversation.form is None else conversation.form.calls
+        options: dict[str, Any] = {"constrain": self._constrain, "form": form, "threshold": threshold}
         stops, vocab_size = self._renderer.stop_token_ids, self._cascade.config.vocab_size
         try:
-            plan = plan_reply(self._cascade.tokenizer, vocab_size, stops, conversation.tools)
+            plan = plan_reply(self._cascade.tokenizer, vocab_size, stops, conversation.tools, **options)
             return plan.make_constraint(self._max_new_tokens)
         except DecodingError:
             return None
+
+
+def find_call_threshold(cascade: Cascade, stage: str | None) -> float | None:
+    """Return the threshold with which a stage decides between a call and text, None for the base or without one."""
+    return None if stage is None else read_call_threshold(cascade.stages[stage].prompt)

@@ -19,7 +19,7 @@ from poe.data.templates import complete_template, note_unread_calls
 from poe.data.text import NAME as TEXT
 from poe.evaluation.answers import AnswersFile, Key
 from poe.evaluation.call_metrics import Counts, summarize, summarize_differences
-from poe.evaluation.call_suite import CallSuite
+from poe.evaluation.call_suite import CallSuite, find_call_threshold
 from poe.evaluation.results import RESULTS, SCHEMA, SCORES, as_values, write_scores, write_table
 from poe.evaluation.suites import Rows, Suite, fingerprint_items
 from poe.evaluation.text_suite import TextSuite
@@ -173,6 +173,7 @@ class Evaluation:
             **asdict(self.settings),
             "dtype": str(base.dtype).removeprefix("torch."),
             "device": device_of(base.get_input_embeddings()).type,
+            "call_threshold": find_call_threshold(self.cascade, self.models.get(STAGE)),
         }
         return {
             "models": self._fingerprints(),
