@@ -44,7 +44,8 @@ def files(demo_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     scramble(cascade.stages["tool"], scale=0.3)
     cascade.save_stage("tool", folder / "stage", dtype=torch.float32)
     call = {"content": None, "tool_calls": [{"type": "function", "function": {"name": "ping", "arguments": "{}"}}]}
-    rows = [row("Ping!", call), row("Ping!", call), row("Hello", {"content": "Hi"}), row("Anyone?", None)]
+    hello = json.dumps({**json.loads(row("Hello", {"content": "Hi"})), "tools": []})
+    rows = [row("Ping!", call), row("Ping!", call), hello, row("Anyone?", None)]
     (folder / "rows.jsonl").write_text("\n".join([*rows, row("word " * 3000, call)]))
     (folder / "text.txt").write_text(TEXT)
     return {name: folder / name for name in ("stage", "rows.jsonl", "text.txt", "run")}
@@ -78,7 +79,9 @@ def test_an_evaluation_has_answers_results_and_a_table(files: dict[str, Path], t
     assert set(header["models"]) == {"base", "stage"}
     assert len(answers) == 2 * (2 + 1)
     replies = [answer for answer in answers if answer["suite"] == "messages"]
-    assert all(0 <= answer["tokens"] <= 4 and answer["seconds"] > 0 and answer["is_constrained"] for answer in replies)
+    assert all(0 <= answer["tokens"] <= 4 and answer["seconds"] > 0 for answer in replies)
+    assert [suite["replies"][label]["free_replies"] for label in ("base", "stage")] == [1, 1]
+    assert "2 replies were free, because their row has no tools" in done.stdout
 
 
 def test_bits_per_byte_are_those_of_the_logits(cascade: Cascade, files: dict[str, Path], tmp_path: Path) -> None:

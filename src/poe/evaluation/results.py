@@ -51,6 +51,9 @@ def write_table(results: Mapping[str, Any]) -> str:
         suite = results["suites"][name]
         dropped = ", ".join(f"{escape_markdown(reason)} {n}" for reason, n in suite["dropped"].items())
         asked = f"{suite['asked']} of {suite['read']} rows{f' (dropped: {dropped})' if dropped else ''}"
+        free = sum(replies.get("free_replies", 0) for replies in suite["replies"].values())
+        if free and settings["constrain"]:
+            asked += f"; {free} replies were free, because their row has no tools or no grammar can be made of them"
         parts.append(f"**{escape_markdown(name)}**: {asked}\n\n{_write_rows(scores)}")
     parts.append("Brackets are 95 % bootstrap intervals over rows, for a difference over the same rows of both.\n")
     if unchanged := results.get("base_unchanged"):
