@@ -44,7 +44,7 @@ class CallSuite:
         self._constrain, self._max_new_tokens = constrain, max_new_tokens
         self._form = reply_form(cascade.tokenizer)
         self._longest = getattr(cascade.config, "max_position_embeddings", None)
-        self.items = rows.choose(self._encode, max_rows, seed)
+        self.items, self.dropped = rows.choose(self._encode, max_rows, seed)
 
     def answer(self, stage: str | None, items: Sequence[Item]) -> list[dict[str, Any]]:
         """Return the replies of a stage, None for the base. `seconds` is each one's share of the time of the batch."""

@@ -20,7 +20,6 @@ from poe.errors import DataError
 from poe.modeling.families import is_prefix_lm
 from poe.modeling.placement import device_of
 
-
 THRESHOLD_ROWS = 10
 """The fewest questions with calls, and without, on which a threshold is fitted: fewer would move it by chance."""
 

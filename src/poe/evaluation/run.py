@@ -144,7 +144,7 @@ class Evaluation:
                 "fingerprint": fingerprint_items(suite.items),
                 "read": rows.read,
                 "asked": len(suite.items),
-                "dropped": dict(rows.dropped.most_common()),
+                "dropped": dict(suite.dropped.most_common()),
                 "replies": replies,
             }
         stage = self.models.get(STAGE)

@@ -44,8 +44,14 @@ class Rows:
     read: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
 
-    def choose(self, encode: Callable[[Any], list[int] | str], rows: int | None, seed: int) -> list[Item]:
-        """Return all items, or a random sample of `rows` items. `encode` returns tokens, or a reason to drop a row."""
+    def choose(
+        self, encode: Callable[[Any], list[int] | str], rows: int | None, seed: int
+    ) -> tuple[list[Item], Counter[str]]:
+        """Return all items, or a random sample of `rows` items, and how many rows were dropped by reason.
+
+        `encode` returns the tokens of a row, or a reason to drop it.
+        """
+        dropped = self.dropped.copy()
         order = list(range(len(self.rows)))
         if rows is not None:
             random.Random(seed).shuffle(order)
@@ -56,13 +62,13 @@ class Rows:
             row_id, fingerprint, content = self.rows[position]
             tokens = encode(content)
             if isinstance(tokens, str):
-                self.dropped[tokens] += 1
+                dropped[tokens] += 1
             else:
                 chosen[position] = Item(row_id, fingerprint, content, tokens)
         if not chosen:
-            reasons = ", ".join(f"{reason} ({n})" for reason, n in self.dropped.most_common(3))
+            reasons = ", ".join(f"{reason} ({n})" for reason, n in dropped.most_common(3))
             raise DataError(f"No row of the suite {self.name!r} can be asked; dropped: {reasons or 'nothing'}.")
-        return [chosen[position] for position in sorted(chosen)]
+        return [chosen[position] for position in sorted(chosen)], dropped
 
 
 class Suite(Protocol):
@@ -71,6 +77,7 @@ class Suite(Protocol):
     batch_size: int
     rows: Rows
     items: list[Item]
+    dropped: Counter[str]
 
     def answer(self, stage: str | None, items: Sequence[Item]) -> list[dict[str, Any]]:
         """Return the answer of a stage (None: the base) to each item as JSON values."""

@@ -30,7 +30,7 @@ class TextSuite:
         self._encoder = TextEncoder(cascade.tokenizer, cascade.config.vocab_size)
         self._window = min(WINDOW, getattr(cascade.config, "max_position_embeddings", None) or WINDOW)
         self._token_bytes = token_bytes(cascade.tokenizer, cascade.config.vocab_size)
-        self.items = rows.choose(self._encode, max_rows, seed)
+        self.items, self.dropped = rows.choose(self._encode, max_rows, seed)
 
     def answer(self, stage: str | None, items: Sequence[Item]) -> list[dict[str, Any]]:
         """Return the summed bits and bytes of the predicted tokens of each text."""
