@@ -298,7 +298,8 @@ class Cascade:
         be used.
         """
         name = self._choose(stage)
-        options["generate"] = functools.partial(self.generate, stage=name, strategy=strategy)
+        if strategy is not None:
+            options["generate"] = functools.partial(self.generate, stage=name, strategy=strategy)
         options.setdefault("threshold", None if name is None else read_call_threshold(self._find_stage(name).prompt))
         return answer_messages(
             self.model(name), self.tokenizer, messages, tools, max_new_tokens=max_new_tokens, **options

@@ -4,6 +4,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
@@ -24,6 +25,7 @@ from poe.data.readers.messages import read_call
 from poe.data.render import Renderer
 from poe.data.templates import complete_template, note_unread_calls, reply_form, template_call_form
 from poe.decoding.constraints import Constraint, ConstraintProcessor, Vocabulary, read_vocabulary
+from poe.decoding.forced import can_skip_forced, generate_skipping_forced
 from poe.decoding.generation import REPLY_BATCH, REPLY_TOKENS, greedy_options
 from poe.errors import DataError, DecodingError, DeltaError
 from poe.loaders.tokenizer import check_tokenizer
@@ -312,7 +314,8 @@ def generate_replies(
 
     Decoding is greedy unless `options`, those of `generate`, say otherwise. The replies keep their special tokens.
     `progress` is called after each batch with the number of its prompts. `generate` is used in place of the model's
-    own. `constraints` has what each reply may be, None for any text.
+    own. `constraints` has what each reply may be, None for any text; a single constrained row skips the model for
+    tokens that are forced (`poe.decoding.forced`).
     """
     pad = tokenizer.pad_token_id
     if pad is None or pad >= model.config.vocab_size:
@@ -330,10 +333,14 @@ def generate_replies(
         inputs: dict[str, Any] = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
         if is_prefix_lm(model.config):
             inputs["token_type_ids"] = mask.to(device)
+        decode: Callable[..., Any] = generate or model.generate
         if constraints is not None and any(constraints[i] for i in part):
             processor = ConstraintProcessor([constraints[i] for i in part], width)
-            inputs["logits_processor"] = [*settings.pop("logits_processor", ()), processor]
-        output: Any = (generate or model.generate)(**inputs, **settings)  # type: ignore[operator]
+            inputs["logits_processor"] = [*settings.get("logits_processor", ()), processor]
+            only = constraints[part[0]]
+            if generate is None and len(part) == 1 and only is not None and can_skip_forced(options):
+                decode = partial(generate_skipping_forced, model, only)
+        output: Any = decode(**{**settings, **inputs})
         for row, i in zip(output[:, width:].tolist(), part, strict=True):
             end = next((k for k, token in enumerate(row) if token in stop_token_ids), None)
             is_cut = False

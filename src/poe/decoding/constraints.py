@@ -8,6 +8,7 @@ it: the constraint writes a short ending on a copy of its state, and counts its 
 itself for ever gives a valid reply as well, and `is_cut` tells that its ending was not the model's.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -173,7 +174,21 @@ class Constraint:
         """Return the tokens that the grammar forces now."""
         if self.is_finished or self._consumed < len(self._tokens):
             return []
-        return self._matcher.compute_ff_tokens()
+        return list(self._matcher.compute_ff_tokens())
+
+    def forced_token(self) -> int | None:
+        """Return the only token that may come now, None if the logits decide.
+
+        Where the grammar forces a text, it is the first of the tokens with which the tokenizer writes that text. Near
+        the end of `max_new_tokens` it can be the next token that closes the reply.
+        """
+        if self._threshold is not None and not self._tokens:  # the logits decide whether the reply is a call
+            return None
+        tokens = self.forced()
+        if not tokens:
+            return None
+        closable = self._find_closable(tokens[0]) if self._is_near_end else None
+        return tokens[0] if closable is None else closable
 
     def accept(self, token: int) -> bool:
         """Add a token to the reply. Return whether the grammar allows it; after another one the reply only ends."""
@@ -211,11 +226,15 @@ class Constraint:
         """Set the logits (V) of all tokens that are not allowed now to -inf, in place; of none after the end."""
         if self.is_finished:
             return
-        allowed = self._allowed(self._matcher) if self._consumed == len(self._tokens) else self._only(())
-        if self._threshold is not None:
-            allowed = self._decide(allowed, logits)
-        if self._max is not None and 0 < self._max - len(self._tokens) <= self._checked:
-            allowed = self._check(allowed, logits)
+        forced = self.forced_token()
+        if forced is not None:
+            allowed = self._only((forced,))
+        else:
+            allowed = self._allowed(self._matcher) if self._consumed == len(self._tokens) else self._only(())
+            if self._threshold is not None:
+                allowed = self._decide(allowed, logits)
+            if self._is_near_end:
+                allowed = self._check(allowed, logits)
         forbidden = torch.from_numpy(~allowed[: logits.shape[-1]]).to(logits.device)
         logits[: len(forbidden)].masked_fill_(forbidden, -torch.inf)
         logits[len(forbidden) :] = -torch.inf
@@ -224,6 +243,14 @@ class Constraint:
         """Return the log-odds, from the logits (V) of the first token, that the reply begins with a call."""
         allowed = self._allowed(self._matcher)
         return self._score(allowed & self._vocabulary.find_openings(self._opening), allowed, logits)
+
+    @property
+    def _room(self) -> float:
+        return math.inf if self._max is None else self._max - len(self._tokens)
+
+    @property
+    def _is_near_end(self) -> bool:
+        return 0 < self._room <= self._checked
 
     def _decide(self, allowed: Mask, logits: Tensor) -> Mask:
         """Decide with the first token whether the reply is a call, and hold to a call until its opening is written."""
@@ -258,26 +285,30 @@ class Constraint:
 
     def _check(self, allowed: Mask, logits: Tensor) -> Mask:
         """Allow only the most likely token, if the reply can be closed after it, or the next token that closes it."""
-        room = self._max - len(self._tokens)  # type: ignore[operator]
         size = min(len(allowed), logits.shape[-1])
         scores = torch.where(torch.from_numpy(allowed[:size]), logits[:size].cpu(), -torch.inf)
-        best = int(scores.argmax())
-        if best in self._vocabulary.stops:
-            return self._only((best,))
-        if self._closing[:1] == [best]:
-            return self._only((best,))
+        token = self._find_closable(int(scores.argmax()))
+        return allowed if token is None else self._only((token,))  # without an ending the reply may be cut off
+
+    def _find_closable(self, token: int) -> int | None:
+        """Return the token if the reply can be closed after it, or else the next token that closes the reply.
+
+        None: no ending was found.
+        """
+        if token in self._vocabulary.stops or self._closing[:1] == [token]:
+            return token
         trial = self._matcher.deep_copy()
-        if trial.try_consume_tokens([best]) == 1:
+        if trial.try_consume_tokens([token]) == 1:
             after = self._close(trial)
-            if after is not None and len(after) < room:
-                self._closing = [best, *after]
-                return self._only((best,))
+            if after is not None and len(after) < self._room:
+                self._closing = [token, *after]
+                return token
         self._closing = self._closing or self._close(self._matcher.deep_copy(), tries_all=True) or []
         if not self._closing:
-            return allowed  # no ending was found: the reply may be cut off
+            return None
         if self._cut_at is None:
             self._cut_at = len(self._tokens)
-        return self._only(self._closing[:1])
+        return self._closing[0]
 
     def _close(self, matcher: LLMatcher, *, tries_all: bool = False) -> list[int] | None:
         """Return tokens that end the reply, with a stop token. None if none were found.

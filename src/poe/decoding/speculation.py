@@ -271,7 +271,7 @@ def build_loop(expert: Expert, plan: SelfSpeculation) -> DraftLoop:
 
 
 def generate_with(
-    loop: DraftLoop,
+    loop: Callable[..., Any],
     model: Any,
     *args: Any,
     streamer: Any = None,

@@ -1,0 +1,79 @@
+"""Skip the model for forced tokens: where a constraint leaves one token only, it is appended without a pass.
+
+The next pass takes the chosen token and all forced tokens after it together. `Constraint.mask` allows only these tokens
+as well, so the reply is that of the ordinary loop, up to the rounding of a pass over several tokens. It is for one row,
+greedy or sampling.
+"""
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from poe.decoding.constraints import Constraint
+from poe.decoding.speculation import generate_with
+
+_OPTIONS = {
+    *("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "logits_processor"),
+    *("streamer", "stopping_criteria", "max_time"),
+}
+
+
+def can_skip_forced(options: Iterable[str]) -> bool:
+    """Return whether the loop supports these options of `generate`. With others, such as beams, it is not used."""
+    return _OPTIONS.issuperset(options)
+
+
+def generate_skipping_forced(model: Any, constraint: Constraint, **options: Any) -> Tensor:
+    """Call `model.generate` for one row, with the constraint that also stands in its `logits_processor`."""
+    output: Tensor = generate_with(partial(_decode, constraint), model, **options)
+    return output
+
+
+def _decode(
+    constraint: Constraint,
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    streamer: Any = None,
+    **kwargs: Any,
+) -> Tensor:
+    """Run the loop with the arguments that `generate` of transformers passes to its decoding loops."""
+    ids, count = input_ids, input_ids.shape[1]  # the last `count` tokens go through the model next
+    kwargs.pop("synced_gpus", None)
+    ended = False
+    while not ended:
+        is_first = ids is input_ids
+        length = count if kwargs.get("use_cache") and not is_first else None
+        inputs = model.prepare_inputs_for_generation(
+            ids, next_sequence_length=length, is_first_iteration=is_first, **kwargs
+        )
+        outputs = model(**inputs, return_dict=True)
+        logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=ids.device)
+        scores = logits_processor(ids, logits)  # the constraint follows `ids` in it
+        chosen = scores.softmax(-1).multinomial(1) if generation_config.do_sample else scores.argmax(-1)
+        token: int | None = int(chosen)
+        skips, count = _takes_several(outputs.get("past_key_values")), 0
+        while token is not None and not ended:
+            ids, count = torch.cat([ids, ids.new_tensor([[token]])], dim=1), count + 1
+            constraint.accept(token)
+            if streamer is not None:
+                streamer.put(ids[0, -1:].cpu())
+            ended = bool(stopping_criteria(ids, None).all())
+            token = constraint.forced_token() if skips else None
+        kwargs = model._update_model_kwargs_for_generation(outputs, kwargs, num_new_tokens=count)
+    if streamer is not None:
+        streamer.end()
+    return ids
+
+
+def _takes_several(cache: Any) -> bool:
+    """Return whether a filled cache takes several tokens in one pass. Recurrent states take one token at a time."""
+    kinds = (DynamicLayer, DynamicSlidingWindowLayer)
+    return isinstance(cache, DynamicCache) and all(type(layer) in kinds for layer in cache.layers)
