@@ -14,7 +14,11 @@ A set whose shortest call has no room in `--max-new-tokens` is counted as refuse
     closed     the ending came from the constraint, because `--max-new-tokens` came near
 
 `--cost N` then answers N sets alone, free and constrained, both with the same number of tokens. It prints the medians
-of the CPU time per token, and the share of the constrained time that is spent in the constraint.
+of the CPU time per token, and the share of the constrained time that is spent in the constraint. Both take one pass of
+the model for each token.
+
+`--skip N` answers N sets alone with one pass for each token, and with forced tokens that skip the model. It prints the
+passes, and the CPU time per token without the prompt's pass.
 
 The prompt is the question alone: what a reply may be does not depend on it, and prompts with tools take most of the
 time. `--tools-in-prompt` shows the tools as well.
@@ -58,6 +62,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--max-new-tokens", type=int, default=192)
     parser.add_argument("--cost", type=int, default=0)
+    parser.add_argument("--skip", type=int, default=0)
     parser.add_argument("--tools-in-prompt", action="store_true")
     parser.add_argument("--sample", action="store_true", help="sample instead of taking the most likely token")
     args = parser.parse_args()
@@ -69,6 +74,8 @@ def main() -> None:
         print(f"| {args.model} | {name} | {measure_shares(args, model, tokenizer)} |", flush=True)
         if args.cost:
             print(measure_cost(args, model, tokenizer), flush=True)
+        if args.skip:
+            print(measure_skipping(args, model, tokenizer), flush=True)
 
 
 def list_models(name: str) -> Iterator[tuple[str, PreTrainedModel, Any]]:
@@ -190,9 +197,8 @@ def measure_cost(args: argparse.Namespace, model: Any, tokenizer: Any) -> str:
         stops = plan.vocabulary.stops
         timed: Any = Timed(constraint)
         started = time.process_time()
-        (reply,) = generate_replies(
-            model, tokenizer, [prompt], stops, constraints=[timed], max_new_tokens=args.max_new_tokens
-        )
+        options = {"constraints": [timed], "max_new_tokens": args.max_new_tokens, "generate": model.generate}
+        (reply,) = generate_replies(model, tokenizer, [prompt], stops, **options)
         seconds = time.process_time() - started
         count = len(tokenizer.encode(reply.text, add_special_tokens=False)) + 1
         started = time.process_time()
@@ -206,6 +212,45 @@ def measure_cost(args: argparse.Namespace, model: Any, tokenizer: Any) -> str:
     return (
         f"ms per token over {tokens} tokens, medians: free {medians[0]:.2f}, constrained {medians[1]:.2f} "
         f"({medians[1] / medians[0] - 1:+.1%}), in the constraint {medians[2]:.3f} ({share:.1%} of the time)"
+    )
+
+
+class PassTimer:
+    """Hooks that count the passes of a model, and note when the first one ends."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.passes, self.after_prompt = 0, 0.0
+        self._hook = model.register_forward_hook(self._count)
+
+    def _count(self, *_: Any) -> None:
+        self.passes += 1
+        if self.passes == 1:
+            self.after_prompt = time.process_time()
+
+    def finish(self) -> float:
+        """Remove the hook; return the seconds since the prompt's pass."""
+        self._hook.remove()
+        return time.process_time() - self.after_prompt
+
+
+def measure_skipping(args: argparse.Namespace, model: Any, tokenizer: Any) -> str:
+    passes, seconds, tokens, equal, sets = [0, 0], [0.0, 0.0], 0, 0, 0
+    for _, _, plan, constraint, _, prompt in list(make_questions(args, model, tokenizer))[: args.skip]:
+        if constraint is None:
+            continue
+        replies = []
+        for way, generate in enumerate((model.generate, None)):
+            timer = PassTimer(model)
+            options = {"constraints": [constraint.copy()], "max_new_tokens": args.max_new_tokens, "generate": generate}
+            replies += generate_replies(model, tokenizer, [prompt], plan.vocabulary.stops, **options)
+            seconds[way] += timer.finish()
+            passes[way] += timer.passes
+        tokens += replies[0].num_tokens + 1
+        equal, sets = equal + (replies[0] == replies[1]), sets + 1
+    ordinary, skipping = (1e3 * time / tokens for time in seconds)
+    return (
+        f"{tokens} tokens of {sets} replies, {equal} equal: passes {passes[0]} and {passes[1]}, CPU ms per token "
+        f"{ordinary:.2f} and {skipping:.2f} ({ordinary / skipping:.2f}x)"
     )
 
 
