@@ -209,7 +209,12 @@ def test_forced_tokens_are_those_of_the_tokenizer() -> None:
     constraint = make_constraint(vocabulary, TOOLS[:1], "hermes", "required", 400)
     assert constraint.accept(tokenizer.convert_tokens_to_ids("<tool_call>"))
     assert constraint.accept(tokenizer('{"', add_special_tokens=False).input_ids[0])
-    assert tokenizer.decode(constraint.forced()).startswith('name": "get_weather", "arguments": {"city')
+    forced = constraint.forced()
+    assert tokenizer.decode(forced).startswith('name": "get_weather", "arguments": {"city')
+    for token in forced:  # no other way to write that text is allowed
+        constraint.mask(logits := torch.zeros(len(tokenizer)))
+        assert np.flatnonzero(logits.isfinite().numpy()).tolist() == [token] == [constraint.forced_token()]
+        assert constraint.accept(token)
 
 
 @pytest.fixture(scope="module")

@@ -333,7 +333,7 @@ def generate_replies(
         inputs: dict[str, Any] = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
         if is_prefix_lm(model.config):
             inputs["token_type_ids"] = mask.to(device)
-        decode: Callable[..., Any] = generate or model.generate
+        decode: Any = generate or model.generate
         if constraints is not None and any(constraints[i] for i in part):
             processor = ConstraintProcessor([constraints[i] for i in part], width)
             inputs["logits_processor"] = [*settings.get("logits_processor", ()), processor]

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from poe.decoding.constraints import Constraint
@@ -36,7 +36,7 @@ def generate_skipping_forced(model: Any, constraint: Constraint, **options: Any)
 
 def _decode(
     constraint: Constraint,
-    model: PreTrainedModel,
+    model: Any,
     input_ids: Tensor,
     logits_processor: Any,
     stopping_criteria: Any,
