@@ -408,7 +408,7 @@ def test_a_result_that_looks_like_an_instruction_is_read_as_text(cascade: Cascad
 
 
 def test_a_timed_out_function_keeps_no_process_alive() -> None:
-    before = threading.active_count()
+    before = set(threading.enumerate())
     release = threading.Event()
 
     def hang() -> str:
@@ -418,10 +418,10 @@ def test_a_timed_out_function_keeps_no_process_alive() -> None:
 
     run = Agent(scripted([("hang", {})], "ok"), [hang], call_seconds=0.05).run("?")
     assert run.outcomes[0].status == "failed"
-    assert all(thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread())
+    assert all(thread.daemon for thread in set(threading.enumerate()) - before)
     release.set()
     end = time.monotonic() + 5
-    while threading.active_count() > before and time.monotonic() < end:
+    while set(threading.enumerate()) - before and time.monotonic() < end:
         time.sleep(0.01)
     assert threading.active_count() <= before
 
@@ -433,7 +433,7 @@ def test_a_run_that_is_given_up_stops_its_stream(cascade: Cascade) -> None:
     assert threading.active_count() == before + 1
     run._events.close()  # type: ignore[attr-defined]
     end = time.monotonic() + 10
-    while threading.active_count() > before and time.monotonic() < end:
+    while set(threading.enumerate()) - before and time.monotonic() < end:
         time.sleep(0.01)
     assert threading.active_count() == before
     assert [message["role"] for message in run.messages] == ["user"]

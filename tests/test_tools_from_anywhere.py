@@ -95,7 +95,7 @@ HINTS = [
     }),
     (Annotated[int, "how many"], {"type": "integer", "description": "how many"}),
     (Annotated[int, Limits], {"type": "integer", "description": "how many", "minimum": 1, "maximum": 9}),
-    (object(), None),
+    (Ellipsis, None),  # no type at all
     (complex, None),
     (Endless, None),
 ]  # fmt: skip
