@@ -41,13 +41,14 @@ class DataSize:
 def choose_validation_ratio(recipe: Recipe, numbers: np.ndarray) -> float:
     """Return the share of the queries to keep for validation. `numbers` are the split numbers of the rows (split.py).
 
-    Of small data it is the share that holds out an exact number of queries: those below it vary too much.
+    "auto" is the share that holds out an exact number of queries. A fixed share of a file that `poe data export` wrote
+    would hold out none: the export leaves out the rows with the lowest numbers.
     """
     if recipe.validation_ratio != "auto":
         return float(recipe.validation_ratio)
     queries = np.unique(numbers)
-    count = max(1, min(VALIDATION_QUERIES, len(queries) // 10))
-    if count <= VALIDATION_RATIO * len(queries) or len(queries) < 2:
+    count = max(1, min(VALIDATION_QUERIES, len(queries) // 10), round(VALIDATION_RATIO * len(queries)))
+    if len(queries) < 2:
         return VALIDATION_RATIO
     return (float(queries[count - 1]) + float(queries[count])) / 2 / 2**64
 
