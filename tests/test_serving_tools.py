@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import jsonschema
@@ -47,6 +48,21 @@ def check_calls(calls: Any) -> list[str]:
     for call in calls:
         jsonschema.validate(json.loads(call.function.arguments), SCHEMAS[call.function.name])
     return [call.function.name for call in calls]
+
+
+@pytest.mark.parametrize(("threshold", "calls"), [(-1e6, True), (1e6, False)])
+def test_the_threshold_of_a_stage_decides_whether_to_call(
+    server: Server, served: tuple[Cascade, Any], threshold: float, calls: bool
+) -> None:
+    models = {name: replace(model, threshold=threshold) for name, model in served[1].items()}
+
+    async def ask(name: str) -> Any:
+        async with Server(server.engine, models).openai() as client:
+            messages: Any = [{"role": "user", "content": "Hello"}]
+            return await client.chat.completions.create(model=name, messages=messages, tools=TOOLS, max_tokens=64)
+
+    (choice,) = asyncio.run(ask("gamma")).choices
+    assert bool(choice.message.tool_calls) == calls
 
 
 def test_required_calls_of_all_models_at_once_are_valid_and_those_of_chat(

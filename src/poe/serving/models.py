@@ -8,7 +8,7 @@ from pathlib import PurePath
 from typing import Any
 
 from poe.cascade import Cascade
-from poe.chat import plan_reply
+from poe.chat import plan_reply, read_call_threshold
 from poe.data.render import Renderer
 from poe.data.templates import complete_template
 from poe.errors import DataError, DecodingError, StageError
@@ -22,13 +22,17 @@ REPLY_TOKENS = 256  # of a request that has no max_tokens, as in `cascade.chat`
 
 @dataclass(frozen=True)
 class ServedModel:
-    """One model of a server: `stage` (None: the base), and how its prompts are written and its replies read."""
+    """One model of a server: `stage` (None: the base), and how its prompts are written and its replies read.
+
+    `threshold` decides between a call and text, as in `Cascade.chat`; None if the stage has none.
+    """
 
     name: str
     stage: str | None
     tokenizer: Any
     renderer: Renderer
     vocab_size: int
+    threshold: float | None
 
 
 def load_models(cascade: Cascade, repos: Sequence[str], names: Sequence[str] = ()) -> dict[str, ServedModel]:
@@ -81,7 +85,8 @@ def _describe(cascade: Cascade, name: str, stage: str | None, tokenizer: Any) ->
     with suppress(DecodingError):  # replies cannot be constrained: a request that needs it is refused
         plan = plan_reply(tokenizer, vocab_size, renderer.stop_token_ids, [], response_format={"type": "json_object"})
         plan.make_constraint(REPLY_TOKENS)  # the tables that the first request would wait for
-    return ServedModel(name, stage, tokenizer, renderer, vocab_size)
+    threshold = None if stage is None else read_call_threshold(cascade.stages[stage].prompt)
+    return ServedModel(name, stage, tokenizer, renderer, vocab_size, threshold)
 
 
 def _base_name(cascade: Cascade, taken: Collection[str | None]) -> str:

@@ -67,7 +67,12 @@ def _plan(
     param = "tools" if tools else "response_format"
     try:
         plan = plan_reply(
-            model.tokenizer, model.vocab_size, model.renderer.stop_token_ids, tools, **request.reply_options
+            model.tokenizer,
+            model.vocab_size,
+            model.renderer.stop_token_ids,
+            tools,
+            threshold=model.threshold,
+            **request.reply_options,
         )
         param = "max_tokens"
         return plan, plan.make_constraint(max_tokens)
