@@ -21,9 +21,10 @@ from poe.errors import DataError, EvaluationError
 from poe.evaluation.answers import AnswersFile
 from poe.evaluation.call_metrics import Counts, summarize, summarize_differences
 from poe.evaluation.call_suite import CallSuite
+from poe.evaluation.kinds import read_sources
 from poe.evaluation.results import compare_runs, read_run
-from poe.evaluation.run import Evaluation, Settings
-from poe.evaluation.suites import read_sources
+from poe.evaluation.run import Evaluation
+from poe.evaluation.suites import Settings
 from poe.evaluation.unchanged import hash_logits
 
 TEXT = "The lighthouse keeper counted forty boats. " * 3

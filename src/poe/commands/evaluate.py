@@ -45,8 +45,9 @@ def run_evaluation(
     stopped.
     """
     from poe.errors import FingerprintError
-    from poe.evaluation.run import Evaluation, Settings
-    from poe.evaluation.suites import read_sources
+    from poe.evaluation.kinds import read_sources
+    from poe.evaluation.run import Evaluation
+    from poe.evaluation.suites import Settings
     from poe.evaluation.unchanged import hash_base_alone
     from poe.files.output import check_output_folder
     from poe.training.reporting.progress import Progress

@@ -36,7 +36,6 @@ from poe.calls.validation import canonical_value
 from poe.calls.values import join_place
 from poe.chat import RawReply
 from poe.evaluation.acceptable import AcceptableCall, match_acceptable
-from poe.evaluation.calls import split_question
 
 RESAMPLES = 1000
 CONFIDENCE = 0.95
@@ -55,6 +54,13 @@ class Metric:
     low: float | None
     high: float | None
     rows: int
+
+
+def split_question(conversation: Conversation) -> tuple[list[dict[str, Any]], list[tuple[str, Any]]]:
+    """Return the messages before the first assistant turn that is trained on, and its calls as (name, arguments)."""
+    question = conversation.question
+    calls = conversation.messages[len(question)].get("tool_calls") or []
+    return question, [(c["function"]["name"], c["function"]["arguments"]) for c in calls]
 
 
 def measure_calls(

@@ -14,9 +14,8 @@ from poe.data.templates import reply_form
 from poe.decoding.constraints import Constraint
 from poe.decoding.generation import REPLY_BATCH
 from poe.errors import DataError, DecodingError, RowError
-from poe.evaluation.call_metrics import Counts, count_replies
-from poe.evaluation.calls import split_question
-from poe.evaluation.suites import Item, Rows
+from poe.evaluation.call_metrics import Counts, count_replies, split_question
+from poe.evaluation.suites import Item, Rows, Settings
 
 
 class CallSuite:
@@ -29,22 +28,11 @@ class CallSuite:
 
     batch_size = REPLY_BATCH
 
-    def __init__(
-        self,
-        rows: Rows,
-        cascade: Cascade,
-        renderer: Renderer,
-        *,
-        constrain: bool,
-        max_new_tokens: int,
-        max_rows: int | None,
-        seed: int,
-    ) -> None:
-        self.rows, self._cascade, self._renderer = rows, cascade, renderer
-        self._constrain, self._max_new_tokens = constrain, max_new_tokens
+    def __init__(self, rows: Rows, cascade: Cascade, renderer: Renderer, settings: Settings) -> None:
+        self.rows, self._cascade, self._renderer, self._settings = rows, cascade, renderer, settings
         self._form = reply_form(cascade.tokenizer)
         self._longest = getattr(cascade.config, "max_position_embeddings", None)
-        self.items, self.dropped = rows.choose(self._encode, max_rows, seed)
+        self.items, self.dropped = rows.choose(self._encode, settings.rows, settings.seed)
 
     def answer(self, stage: str | None, items: Sequence[Item]) -> list[dict[str, Any]]:
         """Return the replies of a stage, None for the base. `seconds` is each one's share of the time of the batch."""
@@ -56,7 +44,7 @@ class CallSuite:
             self._cascade.tokenizer,
             [item.tokens for item in items],
             self._renderer.stop_token_ids,
-            max_new_tokens=self._max_new_tokens,
+            max_new_tokens=self._settings.max_new_tokens,
             batch_size=len(items),
             constraints=constraints,
         )
@@ -89,7 +77,7 @@ class CallSuite:
             return error.reason
         except DataError:
             return REFUSED
-        if self._longest and len(ids) + self._max_new_tokens > self._longest:
+        if self._longest and len(ids) + self._settings.max_new_tokens > self._longest:
             return f"longer than {self._longest} tokens with its reply"
         return ids
 
@@ -99,11 +87,11 @@ class CallSuite:
     def _make_constraint(self, conversation: Conversation, threshold: float | None) -> Constraint | None:
         """Return the constraint of a reply; None if it is free, or if its tools cannot be made into a grammar."""
         form = None if conversation.form is None else conversation.form.calls
-        options: dict[str, Any] = {"constrain": self._constrain, "form": form, "threshold": threshold}
+        options: dict[str, Any] = {"constrain": self._settings.constrain, "form": form, "threshold": threshold}
         stops, vocab_size = self._renderer.stop_token_ids, self._cascade.config.vocab_size
         try:
             plan = plan_reply(self._cascade.tokenizer, vocab_size, stops, conversation.tools, **options)
-            return plan.make_constraint(self._max_new_tokens)
+            return plan.make_constraint(self._settings.max_new_tokens)
         except DecodingError:
             return None
 

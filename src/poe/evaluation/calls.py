@@ -17,6 +17,7 @@ from poe.data.templates import reply_form
 from poe.decoding.constraints import Constraint
 from poe.decoding.generation import REPLY_TOKENS
 from poe.errors import DataError
+from poe.evaluation.call_metrics import split_question
 from poe.modeling.families import is_prefix_lm
 from poe.modeling.placement import device_of
 
@@ -45,13 +46,6 @@ class CallScores:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-
-def split_question(conversation: Conversation) -> tuple[list[dict[str, Any]], list[tuple[str, Any]]]:
-    """Return the messages before the first assistant turn that is trained on, and its calls as (name, arguments)."""
-    question = conversation.question
-    calls = conversation.messages[len(question)].get("tool_calls") or []
-    return question, [(c["function"]["name"], c["function"]["arguments"]) for c in calls]
 
 
 def score_replies(conversations: Sequence[Conversation], replies: Sequence[str], form: str = "hermes") -> CallScores:

@@ -7,7 +7,7 @@ suite by their length, so an evaluation that was killed forms the same ones: rep
 import importlib.metadata
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,12 @@ from poe.cascade import Cascade
 from poe.data.cache import code_version
 from poe.data.render import Renderer
 from poe.data.templates import complete_template, note_unread_calls
-from poe.data.text import NAME as TEXT
 from poe.evaluation.answers import AnswersFile, Key
 from poe.evaluation.call_metrics import Counts, summarize, summarize_differences
-from poe.evaluation.call_suite import CallSuite, find_call_threshold
+from poe.evaluation.call_suite import find_call_threshold
+from poe.evaluation.kinds import make_suite
 from poe.evaluation.results import RESULTS, SCHEMA, SCORES, as_values, write_scores, write_table
-from poe.evaluation.suites import Rows, Suite, fingerprint_items
-from poe.evaluation.text_suite import TextSuite
+from poe.evaluation.suites import Rows, Settings, Suite, fingerprint_items
 from poe.evaluation.unchanged import hash_logits
 from poe.files.output import locked_folder, write_file
 from poe.loaders.tokenizer import check_tokenizer
@@ -33,22 +32,6 @@ from poe.training.reporting.progress import Progress
 
 ANSWERS, TABLE = "answers.jsonl", "results.md"
 BASE, STAGE = "base", "stage"
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What decides the answers, beside the model and the suites.
-
-    constrain       replies are text, or calls that name a given tool and fit its schema
-    max_new_tokens  the most tokens of a reply
-    rows            the most rows of each suite, a random sample; None: all
-    seed            of the sample and of the bootstrap
-    """
-
-    constrain: bool = True
-    max_new_tokens: int = 256
-    rows: int | None = None
-    seed: int = 0
 
 
 class Evaluation:
@@ -74,13 +57,8 @@ class Evaluation:
         complete_template(cascade.tokenizer)
         self.notes = list(filter(None, [note_unread_calls(cascade.tokenizer)]))
         self._renderer = Renderer(cascade.tokenizer, vocab_size=cascade.config.vocab_size)
-        sample: dict[str, Any] = {"max_rows": self.settings.rows, "seed": self.settings.seed}
-        calling = {"constrain": self.settings.constrain, "max_new_tokens": self.settings.max_new_tokens, **sample}
         self.suites: dict[str, Suite] = {
-            rows.name: TextSuite(rows, cascade, **sample)
-            if rows.source.startswith(f"{TEXT}=")
-            else CallSuite(rows, cascade, self._renderer, **calling)
-            for rows in sources
+            rows.name: make_suite(rows, cascade, self._renderer, self.settings) for rows in sources
         }
 
     @property

@@ -1,4 +1,4 @@
-"""Suites: named lists of items that a model answers, with a reference for each. They are read from a SPEC."""
+"""Suites: named lists of items that a model answers, with a reference for each."""
 
 import hashlib
 import json
@@ -11,16 +11,30 @@ from typing import Any, Protocol
 from poe.calls.conversation import Conversation
 from poe.data.drops import DropReport
 from poe.data.readers import READERS, demo, read_source
-from poe.data.readers.guess import find_reader
-from poe.data.spec import DataSource, parse_spec
+from poe.data.spec import DataSource
 from poe.data.split import text_hash
-from poe.data.text import NAME as TEXT
 from poe.data.text import documents
 from poe.errors import DataError
-from poe.evaluation.call_metrics import Counts
-from poe.evaluation.calls import split_question
+from poe.evaluation.call_metrics import Counts, split_question
 
 DEMO_ROWS = 100  # of each split of the demo world
+CALLS, TEXT = "calls", "text"  # kinds of rows
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the answers, beside the model and the suites.
+
+    constrain       replies are text, or calls that name a given tool and fit its schema
+    max_new_tokens  the most tokens of a reply
+    rows            the most rows of each suite, a random sample; None: all
+    seed            of the sample of rows and of the bootstrap
+    """
+
+    constrain: bool = True
+    max_new_tokens: int = 256
+    rows: int | None = None
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -35,8 +49,12 @@ class Item:
 
 @dataclass
 class Rows:
-    """The rows of one source, in order, as (id, fingerprint, content), and the counts of those that were dropped."""
+    """The rows of one source, in order, as (id, fingerprint, content), and the counts of those that were dropped.
 
+    `kind` decides which suite asks them (`poe.evaluation.kinds`).
+    """
+
+    kind: str
     name: str
     source: str
     license: str
@@ -91,50 +109,29 @@ def fingerprint_items(items: Sequence[Item]) -> str:
     return hashlib.sha256("\n".join(item.fingerprint for item in items).encode()).hexdigest()
 
 
-def read_sources(spec: str) -> list[Rows]:
-    """Read the rows of a SPEC: readers of `--data`, and `text=FILES`.
-
-    `demo=N` are N held-out questions of each split of the demo world. Raises `DataError` for a SPEC or a source that
-    cannot be used.
-    """
-    sources = parse_spec(spec, [*READERS, TEXT], find_reader)
-    names = Counter(source.name for source in sources)
-    read: list[Rows] = []
-    for source in sources:
-        if source.epochs is not None or source.weight != 1:
-            raise DataError(
-                f"The suite {str(source)!r} has epochs or a weight: expected name=path. Each row counts once."
-            )
-        name = source.name if names[source.name] == 1 else str(source)
-        read += _read_demo(source) if source.name == demo.NAME else [_read_one(source, name)]
-    if twice := [name for name, count in Counter(rows.name for rows in read).items() if count > 1]:
-        raise DataError(f"The suite {twice[0]!r} is given twice.")
-    return read
-
-
-def _read_one(source: DataSource, name: str) -> Rows:
+def read_questions(source: DataSource, name: str) -> list[Rows]:
+    """Read the conversations of a reader of `--data`, whose first trained answers are the references."""
     report = DropReport()
-    found: Iterator[tuple[str, str, Any]]
-    if source.name == TEXT:
-        rows = Rows(name, str(source), "")
-        found = ((text.source or "", _hash(text.text), text.text) for text in documents(str(source), report=report))
-    else:
-        rows = Rows(name, str(source), READERS[source.name].license)
-        found = _questions(read_source(source, report), rows)
-    _add_unrepeated(rows, found)
-    rows.read = sum(report.read.values())
-    for reasons in report.dropped.values():
-        rows.dropped.update(reasons)
-    return rows
+    rows = Rows(CALLS, name, str(source), READERS[source.name].license)
+    _add_unrepeated(rows, _questions(read_source(source, report), rows))
+    return [_add_dropped(rows, report)]
 
 
-def _read_demo(source: DataSource) -> list[Rows]:
+def read_texts(source: DataSource, name: str) -> list[Rows]:
+    """Read texts."""
+    report, rows = DropReport(), Rows(TEXT, name, str(source), "")
+    _add_unrepeated(rows, ((t.source or "", hash_text(t.text), t.text) for t in documents(str(source), report=report)))
+    return [_add_dropped(rows, report)]
+
+
+def read_demo(source: DataSource, name: str) -> list[Rows]:
+    """Generate held-out questions of each split of the demo world: `demo=N` are N of each."""
     if source.path is not None and not (source.path.isdigit() and int(source.path)):
         raise DataError(f"The suite 'demo' generates its questions: expected demo or demo=NUMBER, got {source}.")
     count = int(source.path or DEMO_ROWS)
     splits = []
     for split, conversations in demo.evaluation_splits(count).items():
-        rows = Rows(f"{demo.NAME}: {split}", str(source), demo.LICENSE, read=len(conversations))
+        rows = Rows(CALLS, f"{name}: {split}", str(source), demo.LICENSE, read=len(conversations))
         _add_unrepeated(rows, _questions(iter(conversations), rows))
         splits.append(rows)
     return splits
@@ -151,7 +148,14 @@ def _questions(conversations: Iterator[Conversation], rows: Rows) -> Iterator[tu
             continue
         form = conversation.form
         content = [question, conversation.tools, calls, form and [form.tools, form.calls, form.place, form.phrasing]]
-        yield conversation.id or str(number), _hash(json.dumps(content, sort_keys=True)), conversation
+        yield conversation.id or str(number), hash_text(json.dumps(content, sort_keys=True)), conversation
+
+
+def _add_dropped(rows: Rows, report: DropReport) -> Rows:
+    rows.read = sum(report.read.values())
+    for reasons in report.dropped.values():
+        rows.dropped.update(reasons)
+    return rows
 
 
 def _add_unrepeated(rows: Rows, found: Iterator[tuple[str, str, Any]]) -> None:
@@ -164,5 +168,6 @@ def _add_unrepeated(rows: Rows, found: Iterator[tuple[str, str, Any]]) -> None:
         rows.rows.append(row)
 
 
-def _hash(text: str) -> str:
+def hash_text(text: str) -> str:
+    """Return the fingerprint of a row from its content as text."""
     return text_hash(text, 16).hex()

@@ -9,10 +9,10 @@ import numpy as np
 from poe.cascade import Cascade
 from poe.data.encoding import TextEncoder
 from poe.data.packing import pack
-from poe.data.render import token_bytes
+from poe.data.render import Renderer, token_bytes
 from poe.errors import DataError
 from poe.evaluation.call_metrics import Counts
-from poe.evaluation.suites import Item, Rows
+from poe.evaluation.suites import Item, Rows, Settings
 from poe.training.hidden_states.sources import whole_model_sources
 from poe.training.run import TrainedModel
 from poe.training.validation import sum_losses
@@ -25,12 +25,12 @@ class TextSuite:
 
     batch_size = 8
 
-    def __init__(self, rows: Rows, cascade: Cascade, *, max_rows: int | None, seed: int) -> None:
+    def __init__(self, rows: Rows, cascade: Cascade, renderer: Renderer, settings: Settings) -> None:
         self.rows, self._cascade = rows, cascade
         self._encoder = TextEncoder(cascade.tokenizer, cascade.config.vocab_size)
         self._window = min(WINDOW, getattr(cascade.config, "max_position_embeddings", None) or WINDOW)
         self._token_bytes = token_bytes(cascade.tokenizer, cascade.config.vocab_size)
-        self.items, self.dropped = rows.choose(self._encode, max_rows, seed)
+        self.items, self.dropped = rows.choose(self._encode, settings.rows, settings.seed)
 
     def answer(self, stage: str | None, items: Sequence[Item]) -> list[dict[str, Any]]:
         """Return the summed bits and bytes of the predicted tokens of each text."""

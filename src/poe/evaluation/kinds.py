@@ -1,0 +1,48 @@
+"""The kinds of rows that `poe eval` asks: how a source of them is read, and which suite asks them."""
+
+from collections import Counter
+from collections.abc import Callable
+
+from poe.cascade import Cascade
+from poe.data.readers import READERS, demo
+from poe.data.readers.guess import find_reader
+from poe.data.render import Renderer
+from poe.data.spec import DataSource, parse_spec
+from poe.errors import DataError
+from poe.evaluation.call_suite import CallSuite
+from poe.evaluation.suites import CALLS, TEXT, Rows, Settings, Suite, read_demo, read_questions, read_texts
+from poe.evaluation.text_suite import TextSuite
+
+SUITES: dict[str, Callable[[Rows, Cascade, Renderer, Settings], Suite]] = {CALLS: CallSuite, TEXT: TextSuite}
+"""The suite of each kind of rows."""
+
+SOURCES: dict[str, Callable[[DataSource, str], list[Rows]]] = {demo.NAME: read_demo, TEXT: read_texts}
+"""Names of a SPEC that are read otherwise than as the questions of a reader: each with a function of source and name.
+
+The rows that the function returns have the kind of their suite.
+"""
+
+
+def make_suite(rows: Rows, cascade: Cascade, renderer: Renderer, settings: Settings) -> Suite:
+    """Return the suite that asks these rows. Raises `DataError` if none of them can be asked."""
+    return SUITES[rows.kind](rows, cascade, renderer, settings)
+
+
+def read_sources(spec: str) -> list[Rows]:
+    """Read the rows of a SPEC: readers of `--data`, and `SOURCES`.
+
+    Raises `DataError` for a SPEC or a source that cannot be used.
+    """
+    sources = parse_spec(spec, dict.fromkeys([*READERS, *SOURCES]), find_reader)
+    names = Counter(source.name for source in sources)
+    read: list[Rows] = []
+    for source in sources:
+        if source.epochs is not None or source.weight != 1:
+            raise DataError(
+                f"The suite {str(source)!r} has epochs or a weight: expected name=path. Each row counts once."
+            )
+        name = source.name if names[source.name] == 1 or source.name == demo.NAME else str(source)
+        read += SOURCES.get(source.name, read_questions)(source, name)
+    if twice := [name for name, count in Counter(rows.name for rows in read).items() if count > 1]:
+        raise DataError(f"The suite {twice[0]!r} is given twice.")
+    return read
