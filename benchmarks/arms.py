@@ -47,6 +47,8 @@ class Settings:
     compile: str | None = None  # a backend of torch.compile, such as "inductor"
     checkpointing: bool = False  # recompute activations
     rows_per_pass: int | None = None  # of a step, which accumulates gradients over its passes
+    cut_padding: bool = False  # drop what follows the last label of a pass
+    seed: int = 0  # of a stage's first weights
 
 
 @dataclass
@@ -61,6 +63,7 @@ class Arm:
     step: Callable[[Batch], Tensor]
     hidden: Callable[[Batch], Tensor]  # (B, T) tokens -> input of the head (B, T, D)
     base_rates: list[float] = field(default_factory=list)  # learning rates of the optimizer's groups
+    adapter: Any = None  # PEFT's model
 
     def __post_init__(self) -> None:
         self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
@@ -106,22 +109,33 @@ def full(make_base: MakeBase, length: int, s: Settings) -> Arm:
     return _native(base, base, list(base.parameters()), Cost(base, length).full(), _size(base), s)
 
 
-def lora(make_base: MakeBase, length: int, s: Settings) -> Arm:
-    """Return an arm that trains PEFT's LoRA of rank 16 on all linear layers except the head."""
+def lora(make_base: MakeBase, length: int, s: Settings, first: int = 0) -> Arm:
+    """Return an arm that trains PEFT's LoRA of rank 16 on all linear layers except the head, from layer `first` up.
+
+    The FLOPs are those of an adapter on all layers.
+    """
     from peft import get_peft_model
 
     base = _frozen(make_base, s)
     cost = Cost(base, length)
-    wrapped = get_peft_model(base, lora_config())
+    wrapped = get_peft_model(base, lora_config(linear_layers(base, first) if first else "all-linear"))
     trained = [p for p in wrapped.parameters() if p.requires_grad]
     numbers = sum(p.numel() for p in trained)
-    return _native(wrapped, base, trained, cost.lora(numbers), numbers, s)
+    arm = _native(wrapped, base, trained, cost.lora(numbers), numbers, s)
+    arm.adapter = wrapped
+    return arm
 
 
-def lora_config() -> Any:
+def lora_config(targets: str | list[str] = "all-linear") -> Any:
     from peft import LoraConfig
 
-    return LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+    return LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules=targets, task_type="CAUSAL_LM")
+
+
+def linear_layers(base: PreTrainedModel, first: int) -> list[str]:
+    """Return the names of all linear modules in the layers of a base from `first` up."""
+    inside = {m for layer in family_of(base).layers_of(base)[first:] for m in layer.modules()}
+    return [name for name, module in base.named_modules() if isinstance(module, nn.Linear) and module in inside]
 
 
 def last_layers(make_base: MakeBase, length: int, s: Settings) -> Arm:
@@ -142,12 +156,28 @@ def last_layers(make_base: MakeBase, length: int, s: Settings) -> Arm:
     return _native(base, base, trained, Cost(base, length).last(s.last_layers), _size(base), s)
 
 
-def stage(make_base: MakeBase, length: int, s: Settings, head: str = "dense", cached: bool = False) -> Arm:
-    """Return an arm that trains a stage. With `cached`, later steps reuse the base's hidden states, kept in bf16."""
-    cascade = Cascade(_frozen(make_base, s))
+def stage(
+    make_base: MakeBase,
+    length: int,
+    s: Settings,
+    head: str = "dense",
+    cached: bool = False,
+    *,
+    copied: bool = False,
+    cascade: Cascade | None = None,
+    name: str = "s",
+) -> Arm:
+    """Return an arm that trains a stage. With `cached`, later steps reuse the base's hidden states, kept in bf16.
+
+    With `copied` its layers are copies of the base's last ones, with outputs of zero, instead of random ones. `cascade`
+    gets the stage; by default it is a new one on the base of `make_base`.
+    """
+    cascade = cascade or Cascade(_frozen(make_base, s))
     cost = Cost(cascade.base, length)
-    cascade.add_stage(StageConfig("s", s.stage_layers, head=head, head_rank=s.head_rank))
-    own, model = cascade.stages["s"].requires_grad_(True), cascade.model("s").train()
+    cascade.add_stage(StageConfig(name, s.stage_layers, head=head, head_rank=s.head_rank), seed=s.seed)
+    own, model = cascade.stages[name].requires_grad_(True), cascade.model(name).train()
+    if copied:
+        copy_last_layers(cascade.base, own.layers)
     if s.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     trained = list(own.parameters())
@@ -167,6 +197,16 @@ def stage(make_base: MakeBase, length: int, s: Settings, head: str = "dense", ca
     return Arm(model, trained, numbers, flops, optimizer, step, forward)
 
 
+@torch.no_grad()
+def copy_last_layers(base: PreTrainedModel, layers: nn.ModuleList) -> None:
+    """Give new layers the weights of the base's last ones, except the outputs, so that they still change nothing."""
+    family = family_of(base)
+    outputs = tuple(f"{path}." for path in family.outputs)
+    for layer, original in zip(layers, family.layers_of(base)[-len(layers) :], strict=True):
+        weights = {name: weight for name, weight in original.state_dict().items() if not name.startswith(outputs)}
+        layer.load_state_dict(weights, strict=False)
+
+
 def fork(
     make_base: MakeBase,
     length: int,
@@ -174,14 +214,20 @@ def fork(
     rank: int | None = LORA_RANK,
     active: str = "answer",
     cached: bool = False,
+    *,
+    cascade: Cascade | None = None,
+    name: str = "s",
+    parent: str | None = None,
 ) -> Arm:
     """Return an arm that trains a fork of the layers from `s.attach_at` up with AdamW at `s.lr`.
 
-    With `cached`, later steps reuse the states that the base computed, kept in bf16.
+    With `cached`, later steps reuse the states that the base computed, kept in bf16. `cascade` gets the fork, on its
+    stage `parent` if that is given; by default it is a new one on the base of `make_base`.
     """
-    cascade = Cascade(_frozen(make_base, s))
-    cascade.add_stage(name="s", layers="fork", attach_at=s.attach_at, rank=rank, active=active, head="none")
-    own, model = cascade.stages["s"].requires_grad_(True), cascade.model("s").train()
+    cascade = cascade or Cascade(_frozen(make_base, s))
+    shape = {"layers": "fork", "attach_at": s.attach_at, "rank": rank, "active": active, "head": "none"}
+    cascade.add_stage(name=name, parent=parent, seed=s.seed, **shape)
+    own, model = cascade.stages[name].requires_grad_(True), cascade.model(name).train()
     trained = list(own.parameters())
     rates = {"matrix_lr": s.lr, "head_lr": s.lr, "matrix_optimizer": "adamw", "weight_decay": 0.0}
     # width 768: build_optimizer does not scale the rates
@@ -244,6 +290,7 @@ def chunked_step(
         labels = (batch.labels != -100).sum().clamp(min=1)
         mean = torch.zeros((), device=batch.labels.device)
         for part in zip(*(t.split(s.rows_per_pass or len(t)) for t in batch), strict=True):
+            part = cut_padding(Batch(*part)) if s.cut_padding else part
             head: Any = model.get_output_embeddings()
             with precision():
                 states = hidden(Batch(*part))
@@ -255,6 +302,13 @@ def chunked_step(
         return mean
 
     return step
+
+
+def cut_padding(batch: Batch, block: int = 64) -> Batch:
+    """Return rows without what follows their last label, in whole blocks of tokens. The loss does not depend on it."""
+    labeled = (batch.labels != -100).any(0).nonzero()
+    last = 1 + int(labeled.max()) if len(labeled) else 1
+    return Batch(*(t[:, : last + -last % block].contiguous() for t in batch))
 
 
 def _native(

@@ -8,10 +8,11 @@ own. Its result is written to `OUT/NAME.json` as soon as it ends, also if it fai
 was cut short because the time of the plan was over runs again at the next call; to repeat another one, remove its file.
 Nothing is downloaded: FOLDER is a base on this disk, FILE holds its rows.
 
-First comes the comparison on the base: the same packed rows in the same order, AdamW for LoRA and forks, Muon for new
-layers, rates that rise over a twentieth of the steps and fall to zero. LoRA runs with TRL's own loop and loss; of its
-rows, documents do not see each other either. Then comes the speed of training for two random shapes, not compiled and
-compiled (training_gpu.py), at a fixed number of rows.
+First comes the comparison on the base: methods of the baseline kit (baselines.py, which repeats them with several
+seeds and measures replies) on the same packed rows in the same order, with rates that rise over a twentieth of the
+steps and fall to zero. LoRA runs with TRL's own loop and loss; of its rows, documents do not see each other either.
+Then comes the speed of training for two random shapes, not compiled and compiled (training_gpu.py), at a fixed number
+of rows.
 """
 
 import argparse
@@ -31,16 +32,25 @@ from typing import Any
 
 HERE = Path(__file__).parent
 LEAST_SECONDS = 20  # an arm does not start with less time left: opening torch and a base takes as long
-# name -> (kind, AdamW rate; for "stage" the rates of Muon and of the head are in COMPARE_STAGE)
-COMPARED: dict[str, tuple[str, float]] = {
-    "LoRA r16, TRL": ("trl", 3e-3),
-    "fork r16, answer": ("fork", 3e-3),
-    "stage, 4 new layers, low-rank head": ("stage", 0.0),
-    "fork full, answer": ("fork full", 2e-4),
-    "fork r16, answer, compiled": ("fork compiled", 3e-3),
-    "fork r16, answer, cached": ("fork cached", 3e-3),
+# name -> (method of the baseline kit, its rate, how it is trained)
+COMPARED: dict[str, tuple[str, float, str]] = {
+    "LoRA r16, TRL": ("lora", 3e-3, "trl"),
+    "fork r16, answer": ("fork", 6e-3, ""),
+    "stage, 4 new layers, low-rank head": ("stage", 0.01, ""),
+    "fork full, answer": ("fork-full", 2e-4, ""),
+    "fork r16, answer, compiled": ("fork", 6e-3, "compiled"),
+    "fork r16, answer, cached": ("fork", 6e-3, "cached"),
+    "full fine-tuning": ("full", 1e-4, ""),
+    "LoRA r16 on the layers of the fork": ("lora-top", 3e-3, ""),
+    "last 4 layers and head": ("last", 3e-4, ""),
+    "chain, a fork on a fork": ("chain", 6e-3, ""),
+    "product of two forks": ("product", 6e-3, ""),
+    "fork r16, all tokens": ("fork-all", 6e-3, ""),
+    "stage, dense head": ("stage-dense", 0.01, ""),
+    "stage, no head": ("stage-no-head", 0.01, ""),
+    "stage, copied layers": ("stage-copied", 0.005, ""),
+    "stage, AdamW": ("stage-adamw", 1e-3, ""),
 }
-COMPARE_STAGE = {"matrix_lr": 0.01, "head_lr": 1e-3, "stage_layers": 4}
 UNITS = {"s": 1, "min": 60, "h": 3600}
 
 
@@ -162,95 +172,88 @@ def run_arm(arm: Arm, seconds: float) -> dict[str, Any]:
 
 
 def compare_child(name: str, options: dict[str, Any]) -> None:
-    """Train one arm of the comparison; print its speed, seconds, peak memory and held-out loss as a line of JSON."""
+    """Train one arm of the comparison; print its speed, seconds, peak memory and held-out loss as a line of JSON.
+
+    The loss is that of the saved weights, opened again.
+    """
+    import dataclasses
+    import tempfile
+
     import arms
     import torch
+    from baseline_measures import validate
+    from baseline_methods import METHODS, STAGE_LAYERS, TrainedMethod, open_base, save, train
     from training_gpu import Clock
 
-    from poe import Cascade
     from poe.data.packing import Batch
     from poe.data.pipeline import prepare
     from poe.data.render import Renderer
     from poe.data.templates import complete_template
-    from poe.modeling.families import family_of, logits_of
     from poe.stages import Recipe
-    from poe.training.loss import per_label_losses
-    from poe.training.schedule import lr_factor
 
     device, steps, rows_per_step = options["device"], options["steps"], options["rows_per_step"]
-    length = options["seq_len"]
-    cascade = Cascade.from_pretrained(options["base"], dtype="bfloat16" if options["bf16"] else "float32")
+    length, dtype = options["seq_len"], "bfloat16" if options["bf16"] else "float32"
+    known, rate, how = COMPARED[name]
+    method = METHODS[known]
+    if how == "cached":
+        method = dataclasses.replace(method, options={**method.options, "cached": True})
+    cascade = open_base(method, options["base"], dtype, device)
     complete_template(cascade.tokenizer)
     recipe = Recipe(
         name="plan", data=options["data"], seq_len=length, tokens_per_step=length, validation_ratio=0.05, eval_rows=0
     )
     data = prepare(recipe, Renderer(cascade.tokenizer))
     torch.manual_seed(0)
-    kind, lr = COMPARED[name]
-    fork_at = {} if kind in ("trl", "stage") else {"attach_at": options["attach_at"]}
     settings = arms.Settings(
         device=device,
         bf16=options["bf16"],
-        lr=lr,
+        chunked=True,
+        lr=rate,
+        matrix_lr=rate,
+        head_lr=rate / 10,
+        stage_layers=STAGE_LAYERS,
+        last_layers=STAGE_LAYERS,
+        attach_at=options["attach_at"],
         max_grad_norm=1.0,
-        compile=options["speed"]["backend"] if "compiled" in kind else None,
-        **fork_at,
-        **COMPARE_STAGE,
+        compile=options["speed"]["backend"] if how == "compiled" else None,
     )
+
+    def batch(step: int) -> Batch:
+        return Batch(*(part.to(device) for part in data.train.batch(step, rows_per_step)))
+
     clock = Clock(device)
     clock.reset()
+    with tempfile.TemporaryDirectory() as scratch:
+        weights = Path(scratch) / "weights"
+        if how == "trl":
+            import trl_arm
 
-    def make_base() -> Any:
-        return cascade.base
-
-    if kind == "trl":
-        import trl_arm
-
-        rows = Batch(*data.train.batch(0, rows_per_step * steps))
-        watch = trl_arm.Watch(clock.begin, clock.end)
-        sizes, model = trl_arm.trl_lora_on_rows(make_base, rows, rows_per_step, settings, steps, watch)
-        base = cascade.base
-        hidden, head, config = arms.hidden_states(family_of(base).backbone_of(base), settings), base, base.config
-    else:
-        if kind == "stage":
-            arm = arms.stage(make_base, length, settings, head="low_rank")
+            rows = Batch(*data.train.batch(0, rows_per_step * steps))
+            watch = trl_arm.Watch(clock.begin, clock.end)
+            sizes, adapter = trl_arm.trl_lora_on_rows(lambda: cascade.base, rows, rows_per_step, settings, steps, watch)
+            seconds, trained, peak = clock.seconds, sizes["trained"], clock.peak()
+            adapter.to(torch.bfloat16).save_pretrained(weights, save_embedding_layers=False)
         else:
-            arm = arms.fork(
-                make_base, length, settings, None if "full" in kind else arms.LORA_RANK, "answer", "cached" in kind
-            )
-        for step in range(steps):
-            batch = Batch(*(part.to(device) for part in data.train.batch(step, rows_per_step)))
-            arm.scale_rates(lr_factor(step, steps, initial_lr_factor=0.0, warmup_ratio=0.05, warmdown_ratio=0.95))
-            clock.begin()
-            arm.step(batch)
-            clock.end()
-        sizes, model, hidden, head, config = arm.sizes(), arm.model, arm.hidden, arm.model, arm.model.config
-    peak, total, labels = clock.peak(), 0.0, 0
-    model.eval()
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        for row in range(min(options["val_rows"], data.val.num_rows)):
-            part = Batch(*(tensor.to(device) for tensor in data.val.batch(row, 1)))
-            output = head.get_output_embeddings()
-            with torch.autocast(device, torch.bfloat16, enabled=options["bf16"]):
-                states = hidden(part)
-            losses = per_label_losses(
-                states.to(output.weight.dtype), output.weight, part.labels, logits_of(config), output.bias
-            )
-            total, labels = total + float(losses.double().sum()), labels + len(losses)
-    seconds = sum(clock.seconds)
-    speed = rows_per_step * length / statistics.median(clock.seconds[min(3, steps - 1) :])
-    record = {"tokens_per_s": speed, "seconds": seconds, "peak_bytes": peak, "held_out_loss": total / max(labels, 1)}
-    print(json.dumps({**sizes, **record, "steps": steps, "labels": labels}), flush=True)
+            arm, _, seconds = train(method, cascade, settings, length, steps, batch)
+            peak = clock.peak()
+            trained = sum(stage.num_parameters() for stage in cascade.stages.values()) or arm.trained
+            save(method, cascade, arm, weights)
+        found = validate(TrainedMethod(method, weights, options["base"], dtype, device), data.val, options["val_rows"])
+    speed = rows_per_step * length / statistics.median(seconds[min(3, steps - 1) :])
+    quality = {"held_out_loss": found["forced_nats"], "calls_right": found["forced_calls"]}
+    record = {"tokens_per_s": speed, "seconds": sum(seconds), "peak_bytes": peak, "trained": trained, **quality}
+    print(json.dumps({**record, "steps": steps}), flush=True)
 
 
 def tables(results: Mapping[str, dict[str, Any]], peak: float | None) -> str:
     """Return the results as two Markdown tables: the comparison, and the speed."""
-    lines = ["| comparison | trained, M | tokens/s | training, s | peak GiB | held-out loss |", "|---|" + "---:|" * 5]
+    titles = ["comparison", "trained, M", "tokens/s", "training, s", "peak GiB", "held-out loss", "calls right"]
+    lines = [f"| {' | '.join(titles)} |", "|---|" + "---:|" * 6]
     for name in COMPARED:
         for p in results.get(name, {}).get("points", ()):
             lines.append(
                 f"| {name} | {p['trained'] / 1e6:.1f} | {p['tokens_per_s']:,.0f} | {p['seconds']:.1f} "
-                f"| {p['peak_bytes'] / 2**30:.1f} | {p['held_out_loss']:.4f} |"
+                f"| {p['peak_bytes'] / 2**30:.1f} | {p['held_out_loss']:.4f} | {p['calls_right'] or 0:.3f} |"
             )
     lines += ["", "| speed | rows | tokens/s | MFU | peak GiB |", "|---|" + "---:|" * 4]
     for name, result in results.items():

@@ -14,7 +14,15 @@ import gpu_plan
 import training_gpu
 
 OPTIONS = {"small": False, "speed": {}, "base": "b"}
-POINT = {"tokens_per_s": 10.0, "seconds": 1.0, "peak_bytes": 0, "held_out_loss": 1.0, "trained": 5, "rows": 1}
+POINT = {
+    "tokens_per_s": 10.0,
+    "seconds": 1.0,
+    "peak_bytes": 0,
+    "held_out_loss": 1.0,
+    "trained": 5,
+    "rows": 1,
+    "calls_right": 0.5,
+}
 
 
 def arms(*seconds: int) -> list[gpu_plan.Arm]:
@@ -74,7 +82,7 @@ def test_an_arm_that_hangs_or_fails_is_ended_and_kept(tmp_path: Path, monkeypatc
     failed = gpu_plan.run_arm(gpu_plan.Arm("a", "arm.py", ["fail"], 9), 30)
     assert (failed["error"], failed["timed_out"]) == ("it broke", False)
     text = gpu_plan.tables({"LoRA r16, TRL": {"points": [POINT]}, "x": {"points": [], "error": "it broke"}}, None)
-    assert "| LoRA r16, TRL | 0.0 | 10 | 1.0 | 0.0 | 1.0000 |" in text
+    assert "| LoRA r16, TRL | 0.0 | 10 | 1.0 | 0.0 | 1.0000 | 0.500 |" in text
     assert "- x: it broke" in text
 
 
