@@ -20,8 +20,9 @@ from poe.data.packing import IGNORED, Batch, PackedRows, pack
 from poe.data.render import RenderedRow, Renderer
 from poe.errors import DataError
 from poe.evaluation.call_metrics import Counts, summarize
-from poe.evaluation.run import Evaluation, Settings
-from poe.evaluation.suites import Item, Rows, read_sources
+from poe.evaluation.kinds import read_sources
+from poe.evaluation.run import Evaluation
+from poe.evaluation.suites import TEXT, Item, Rows, Settings
 from poe.modeling.placement import device_of
 from poe.training.reporting.progress import Progress
 
@@ -33,6 +34,7 @@ class ForcedSuite:
     """Predicts every token of the reference answers, and counts what is right. A suite of `poe.evaluation`."""
 
     batch_size = 1
+    success = None  # it asks for no replies
 
     def __init__(
         self, rows: Rows, method: TrainedMethod, renderer: Renderer, longest: int, most: int, seed: int
@@ -105,7 +107,7 @@ def read_test(spec: str, data: str) -> list[Rows]:
     known = {_question(row[2]) for rows in read_sources(data) for row in rows.rows}
     sources = read_sources(spec)
     for rows in sources:
-        if rows.source.startswith("text="):
+        if rows.kind == TEXT:
             continue
         unknown = [row for row in rows.rows if _question(row[2]) not in known]
         rows.dropped["question of the training data"] += len(rows.rows) - len(unknown)
@@ -122,8 +124,8 @@ def measure(method: TrainedMethod, sources: Sequence[Rows], folder: Path, option
 
     Replies are not constrained: a method has to have learned the form of a call. A product predicts no texts here.
     """
-    texts = [rows for rows in sources if rows.source.startswith("text=")]
-    questions = [rows for rows in sources if rows not in texts]
+    texts = [rows for rows in sources if rows.kind == TEXT]
+    questions = [rows for rows in sources if rows.kind != TEXT]
     settings = Settings(constrain=False, max_new_tokens=options["max_new_tokens"], rows=options["rows"])
     asked = [*questions, *([] if method.is_product else texts)]
     evaluation = Evaluation(method, asked, folder, settings=settings)  # type: ignore[arg-type]

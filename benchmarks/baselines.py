@@ -157,14 +157,15 @@ def read_rows(tokenizer: Any, vocab_size: int, options: dict[str, Any]) -> Any:
     from poe.data.pipeline import prepare
     from poe.data.render import Renderer
     from poe.data.templates import complete_template
+    from poe.evaluation.suites import TEXT
     from poe.stages import Recipe
 
     complete_template(tokenizer)
-    suites = dict.fromkeys(rows.source for rows in read_test(options["suites"], options["data"]))
+    suites = read_test(options["suites"], options["data"])
     recipe = Recipe(
         name="baselines",
         data=options["data"],
-        eval_data=",".join(source for source in suites if not source.startswith("text=")),
+        eval_data=",".join(dict.fromkeys(rows.source for rows in suites if rows.kind != TEXT)),
         eval_rows=0,
         seq_len=options["seq_len"],
         tokens_per_step=options["seq_len"],
