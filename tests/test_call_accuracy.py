@@ -1,18 +1,20 @@
 """Call accuracy: every held-out question is answered once, in its own place, and progress counts the answers."""
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from poe import Cascade
+from conftest import scramble
+from poe import Cascade, StageConfig
+from poe.calls.conversation import Conversation
 from poe.chat import generate_replies
 from poe.data.readers.demo import evaluation_splits
 from poe.data.render import Renderer
 from poe.evaluation.calls import evaluate_calls, split_question
-from poe.evaluation.teacher_forcing import measure_teacher_forced
+from poe.evaluation.teacher_forcing import AnswerForcing, count_forced, measure_teacher_forced
+from poe.training.loss import CHUNK_LOGITS
 
 
 def test_progress_counts_every_question_once(demo_base: Path) -> None:
@@ -38,40 +40,43 @@ def test_a_reply_does_not_depend_on_its_batch(demo_base: Path) -> None:
     assert together == alone
 
 
-class Oracle(torch.nn.Module):
-    """Gives the largest score to the next token of its input, except after the token `wrong_after`."""
-
-    def __init__(self, base: Any, wrong_after: int = -1) -> None:
-        super().__init__()
-        self.get_input_embeddings = base.get_input_embeddings
-        self.wrong_after = wrong_after
-
-    def forward(self, input_ids: torch.Tensor, **_: Any) -> Any:
-        following = input_ids.roll(-1, 1)
-        following[input_ids == self.wrong_after] = 0
-        return SimpleNamespace(logits=torch.nn.functional.one_hot(following, 2000).float())
+def first_choices(cascade: Cascade, stage: str | None, row: Conversation) -> list[bool]:
+    """Return whether each token of the answer of a row has the largest of all its logits, from a plain forward pass."""
+    (rendered,) = Renderer(cascade.tokenizer).render(row)
+    ids, is_answer = torch.tensor([rendered.input_ids]), torch.tensor([rendered.loss_mask])
+    labels = torch.where(is_answer, ids, -100)  # they tell a stage that is active on the answer where it begins
+    with torch.no_grad():
+        choices = cascade.model(stage)(input_ids=ids, labels=labels).logits.argmax(-1)
+    return (choices[0, :-1] == ids[0, 1:])[is_answer[0, 1:]].tolist()
 
 
-def test_teacher_forcing_counts_the_tokens_of_the_first_answer(
-    demo_base: Path, monkeypatch: pytest.MonkeyPatch
+FORK = {"layers": "fork", "num_layers": 1, "attach_at": 1, "head": "none", "rank": 4, "active": "answer"}
+
+
+@pytest.mark.parametrize("fields", [None, {"num_layers": 1, "head": "dense"}, FORK])
+def test_teacher_forcing_counts_the_tokens_that_have_the_largest_logit(
+    fields: dict[str, Any] | None, demo_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cascade = Cascade.from_pretrained(demo_base)
+    cascade = Cascade.from_pretrained(demo_base, dtype=torch.float32)
+    scramble(cascade.base, scale=0.1)
+    if fields is not None:
+        cascade.add_stage(StageConfig(name="s", **fields))
+        scramble(cascade.stages["s"], seed=1)
+    stage = None if fields is None else "s"
     rows = evaluation_splits(4)["unseen values"]
-    monkeypatch.setattr(cascade, "model", lambda stage: Oracle(cascade.base))
-    scores = measure_teacher_forced(cascade, None, rows, batch_size=3)
-    assert {name: (metric.value, metric.rows) for name, metric in scores.items()} == {
-        "teacher_forced_exact": (1.0, 4), "teacher_forced_tokens": (1.0, 4),
-    }  # fmt: skip
-    rendered = Renderer(cascade.tokenizer).render(rows[0])[0]
-    last = rendered.input_ids[rendered.loss_mask.index(True)]  # the first token of the answer
-    monkeypatch.setattr(cascade, "model", lambda stage: Oracle(cascade.base, last))
-    wrong = measure_teacher_forced(cascade, None, rows)
-    assert wrong["teacher_forced_exact"].value == 0.0
-    assert 0.5 < wrong["teacher_forced_tokens"].value < 1.0
+    monkeypatch.setitem(CHUNK_LOGITS, "cpu", 1500)  # a few positions at a time
+    expected = [first_choices(cascade, stage, row) for row in rows]
+    renderer = Renderer(cascade.tokenizer, vocab_size=cascade.config.vocab_size)
+    for size in (1, 3):
+        counted = AnswerForcing(cascade, renderer, size).count_right_tokens(stage, rows)
+        assert counted == [(sum(right), len(right)) for right in expected]
+    metrics = measure_teacher_forced(cascade, stage, rows)
+    assert metrics["teacher_forced_tokens"].value == pytest.approx(
+        sum(map(sum, expected)) / sum(map(len, expected)), abs=1e-4
+    )
 
 
-def test_teacher_forcing_does_not_depend_on_the_batch(demo_base: Path) -> None:
-    cascade = Cascade.from_pretrained(demo_base)
-    rows = evaluation_splits(3)["unseen values"]
-    together, alone = (measure_teacher_forced(cascade, None, rows, batch_size=size) for size in (3, 1))
-    assert together == alone
+def test_an_answer_is_exact_if_all_its_tokens_are_right() -> None:
+    assert count_forced((3, 3))["teacher_forced_exact"] == (1, 1)
+    assert count_forced((2, 3)) == {"teacher_forced_exact": (0, 1), "teacher_forced_tokens": (2, 3)}
+    assert count_forced((0, 0))["teacher_forced_exact"] == (0, 0)  # it could not be written: it does not count

@@ -394,5 +394,5 @@ def test_evaluation_is_free_unless_it_is_constrained(cascade: Cascade) -> None:
     call = {"id": "call_1", "type": "function", "function": {"name": "get_time", "arguments": {"zone": "UTC"}}}
     rows = [Conversation([QUESTION[0], {"role": "assistant", "content": None, "tool_calls": [call]}], TOOLS)]
     assert evaluate_calls(cascade, "s", {"a": rows}, max_new_tokens=40)["a"].valid == 0
-    options = {"constrain": True, "tool_choice": "required", "max_new_tokens": 40}
+    options = {"constrain": True, "threshold": -1e6, "max_new_tokens": 40}  # every reply is a call
     assert evaluate_calls(cascade, "s", {"a": rows}, **options)["a"].valid == 1

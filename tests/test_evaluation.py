@@ -7,25 +7,33 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 
 from command_line import run_program
 from conftest import scramble
 from poe import Cascade
-from poe.errors import DataError, EvaluationError
+from poe.errors import DataError, EvaluationError, FingerprintError, LineageError
 from poe.evaluation.answers import AnswersFile
 from poe.evaluation.call_metrics import Counts, summarize, summarize_differences
 from poe.evaluation.call_suite import CallSuite
 from poe.evaluation.kinds import read_sources
-from poe.evaluation.results import compare_runs, read_run
+from poe.evaluation.results import compare_runs, describe_for_card, read_run
 from poe.evaluation.run import Evaluation
+from poe.evaluation.samples import add_samples
+from poe.evaluation.significance import adjust_p_values, compute_p_values
 from poe.evaluation.suites import Settings
 from poe.evaluation.unchanged import hash_logits
+from poe.loaders.card import stage_card
+from poe.loaders.hub import plan_upload
+from poe.training.parallel.distributed import World
 
 TEXT = "The lighthouse keeper counted forty boats. " * 3
 SHORT = Settings(max_new_tokens=3)
@@ -96,15 +104,19 @@ def test_bits_per_byte_are_those_of_the_logits(cascade: Cascade, files: dict[str
         assert measured[label]["bits_per_byte"]["value"] == pytest.approx(bits / num_bytes, abs=1e-3)
 
 
+SAMPLED = Settings(max_new_tokens=3, temperature=0.8, samples=2)
+
+
+@pytest.mark.parametrize("settings", [SHORT, SAMPLED])
 def test_a_continued_evaluation_ends_with_the_same_scores(
-    cascade: Cascade, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, cascade: Cascade, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(CallSuite, "batch_size", 2)
-    whole = evaluate(cascade, tmp_path)
+    whole = evaluate(cascade, tmp_path, settings=settings)
     scores, answers = (tmp_path / "scores.jsonl").read_bytes(), tmp_path / "answers.jsonl"
     lines = answers.read_bytes().splitlines(keepends=True)
     answers.write_bytes(b"".join(lines[:4]) + lines[4][:30])  # killed inside a batch, inside a line
-    again = evaluate(cascade, tmp_path)
+    again = evaluate(cascade, tmp_path, settings=settings)
     assert (tmp_path / "scores.jsonl").read_bytes() == scores
     assert again["scores"] == whole["scores"]
     assert len(answers.read_bytes().splitlines()) == len(lines)
@@ -113,9 +125,15 @@ def test_a_continued_evaluation_ends_with_the_same_scores(
         raise AssertionError("everything is answered")
 
     monkeypatch.setattr(CallSuite, "answer", fail)
-    assert evaluate(cascade, tmp_path)["scores"] == whole["scores"]
+    assert evaluate(cascade, tmp_path, settings=settings)["scores"] == whole["scores"]
 
+
+def test_an_answers_file_of_another_evaluation_and_an_edited_one_are_refused(cascade: Cascade, tmp_path: Path) -> None:
+    evaluate(cascade, tmp_path)
+    answers = tmp_path / "answers.jsonl"
+    lines = answers.read_bytes().splitlines(keepends=True)
     for settings, spec, words in (
+        (SAMPLED, "demo=2", "another setting (temperature): it has 0.0, and this evaluation has 0.8"),
         (Settings(max_new_tokens=4), "demo=2", "another setting (max_new_tokens): it has 3, and this evaluation has 4"),
         (SHORT, "demo=3", "of another suite (demo: unseen values)"),
     ):
@@ -135,6 +153,62 @@ def test_a_continued_evaluation_ends_with_the_same_scores(
         answers.write_text(edit(b"".join(lines).decode()))
         with pytest.raises(EvaluationError, match=r"line \d+: expected a line that an evaluation wrote"):
             AnswersFile(answers, header)
+
+
+def test_several_processes_share_the_questions(
+    cascade: Cascade, files: dict[str, Path], demo_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CallSuite, "batch_size", 1)
+    alone = evaluate(cascade, tmp_path / "alone", "demo=3")
+    store, results = torch.distributed.HashStore(), {}
+
+    def run(rank: int) -> None:
+        own = cascade if rank == 0 else Cascade.from_pretrained(files["stage"], base=demo_base, dtype=torch.float32)
+        evaluation = Evaluation(own, read_sources("demo=3"), tmp_path / "two", stage="tool", settings=SHORT)
+        results[rank] = evaluation.run(world=World(rank, 2, rank, store=store))
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results[0]["scores"] == alone["scores"]
+    assert results[0] == results[1]
+    assert results[0]["scores_sha256"] == alone["scores_sha256"]
+    both = [(tmp_path / name / "answers.jsonl").read_text().count("\n") for name in ("alone", "two")]
+    assert both[0] == both[1]
+
+
+def test_sampled_and_free_replies_are_measured_beside_one_another(cascade: Cascade, tmp_path: Path) -> None:
+    sources = read_sources("demo=2")[:1]
+    evaluation = Evaluation(cascade, sources, tmp_path, stage="tool", settings=SAMPLED, both=True)
+    assert evaluation.num_answers == 2 * 2 * 2 * 2  # models, decodings, questions, samples
+    results = evaluation.run()
+    (scores,) = results["scores"].values()
+    labels = ["base", "base, free", "stage", "difference", "stage, free", "difference, free"]
+    assert list(scores) == labels
+    assert all({"pass@2", "pass^2"} <= scores[label].keys() for label in labels)
+    assert scores["stage"]["exact"]["rows"] == 2
+    table = (tmp_path / "results.md").read_text()
+    assert "Sampled at temperature 0.8, 2 replies to each question, constrained and free" in table
+    assert "| metric | rows | base | base, free | stage | stage \N{MINUS SIGN} base | stage, free |" in table
+    chart = (tmp_path / "results.svg").read_text()
+    assert ElementTree.fromstring(chart).tag.endswith("svg")
+    assert chart.count(">stage, free<") == 1
+    with pytest.raises(EvaluationError, match="3 samples of each reply would be equal at temperature 0"):
+        Settings(samples=3)
+
+
+def test_pass_at_k_is_that_at_least_one_reply_is_right_and_pass_to_the_k_that_all_are() -> None:
+    right: Counts = {"exact": (1.0, 1.0)}
+    wrong: Counts = {"exact": (0.0, 1.0)}
+    added = add_samples([right, wrong, right, wrong], "exact")
+    assert added["exact"] == (2, 4)
+    assert added["pass@2"] == (pytest.approx(5 / 6), 1)  # of 6 pairs one has no right reply
+    assert added["pass^2"] == (pytest.approx(1 / 6), 1)  # and one has two
+    assert (added["pass@3"][0], added["pass^3"][0]) == (1, 0)
+    assert add_samples([right], "exact") == right
+    assert "pass@2" not in add_samples([right, wrong], None)
 
 
 def test_a_threshold_decides_between_a_call_and_text_as_in_chat(cascade: Cascade, tmp_path: Path) -> None:
@@ -163,6 +237,55 @@ def test_runs_are_compared_question_by_question(cascade: Cascade, files: dict[st
     for folder, words in (("all", "is not the file that results.json describes"), ("none", "no finished evaluation")):
         done = run_program("poe", "eval", "compare", tmp_path / "free", tmp_path / folder)
         assert (done.returncode, words in " ".join(done.stderr.split())) == (1, True), done.stderr
+
+
+def test_a_card_shows_the_evaluation_of_its_own_stage_and_no_other(
+    cascade: Cascade, files: dict[str, Path], tmp_path: Path
+) -> None:
+    sources = read_sources(f"demo=2,text={files['text.txt']}")
+    evaluation = Evaluation(cascade, sources, tmp_path / "run", stage="tool", settings=SHORT)
+    off = hash_logits(cascade)
+    evaluation.run(off)
+    measured = describe_for_card(read_run(tmp_path / "run").results)
+    config = json.loads((files["stage"] / "config.json").read_text())
+    card = ModelCard(stage_card(config, {"measured": measured}, parameters=1))
+    assert "greedy, constrained, at most 3 tokens per reply, float32" in card.text
+    assert "| bits per byte |" in card.text
+    assert f"have the SHA-256 `{off}`" in card.text
+    assert "on the rows above and on nothing else" in card.text
+    bits = measured["suites"]["text"]["metrics"]["bits_per_byte"]["stage"][0]
+    assert ("text", "bits_per_byte", bits) in [
+        (result.dataset_name, result.metric_type, result.metric_value) for result in card.data.eval_results
+    ]
+    with pytest.raises(LineageError):  # it is the right stage, on a base that only this machine has
+        plan_upload(files["stage"], "me/t", measured=measured)
+    for model in ("stage", "base"):
+        with pytest.raises(FingerprintError, match=f"The results are of another {model}"):
+            plan_upload(files["stage"], "me/t", measured={**measured, model: "0" * 64})
+    evaluate(cascade.activate(None), tmp_path / "base")
+    with pytest.raises(EvaluationError, match="measured a base alone"):
+        describe_for_card(read_run(tmp_path / "base").results)
+
+
+def test_three_runs_are_compared_with_adjusted_p_values(cascade: Cascade, tmp_path: Path) -> None:
+    for name, limit in (("a", 3), ("b", 4), ("c", 3)):
+        evaluate(cascade, tmp_path / name, settings=Settings(max_new_tokens=limit, rows=1))
+    table = compare_runs([read_run(tmp_path / name) for name in "abc"])
+    assert "| metric | rows | a | b | b \N{MINUS SIGN} a | c | c \N{MINUS SIGN} a |" in table
+    assert "adjusted for the 2 runs that are compared with the first (Holm)" in table
+    assert re.search(r"\| clean_stop \|.* \[\+0\.0, \+0\.0\], p 1\.000 \|$", table, re.MULTILINE)
+
+
+def test_a_p_value_is_the_share_of_exchanges_with_at_least_the_difference() -> None:
+    rows = 6
+    worse: list[Counts] = [{"exact": (0.0, 1.0)} for _ in range(rows)]
+    better: list[Counts] = [{"exact": (1.0, 1.0)} for _ in range(rows)]
+    p = compute_p_values(worse, better, exchanges=20_000)["exact"]
+    assert p == pytest.approx(2 / 2**rows, abs=0.004)  # none or all of them exchanged
+    assert p == compute_p_values(better, worse, exchanges=20_000)["exact"]
+    assert compute_p_values(better, better)["exact"] == 1
+    assert compute_p_values([{"valid": (0.0, 0.0)}], [{"valid": (1.0, 1.0)}]) == {}
+    assert adjust_p_values({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "c": 0.06, "b": 0.06})
 
 
 def test_differences_are_paired() -> None:
@@ -214,7 +337,8 @@ def test_an_evaluation_that_was_killed_three_times_ends_with_the_numbers_of_one_
     files: dict[str, Path], tmp_path: Path
 ) -> None:
     def start(folder: Path) -> subprocess.Popen[bytes]:
-        words = ("eval", files["stage"], "--suite", "demo=16", "--max-new-tokens", "32", "--free", "--out", folder)
+        sampled = ("--free", "--temperature", "0.7", "--samples", "2")
+        words = ("eval", files["stage"], "--suite", "demo=8", "--max-new-tokens", "32", *sampled, "--out", folder)
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         return subprocess.Popen([sys.executable, "-c", KILLED, *map(str, words)], env=environment, stdout=-3, stderr=-3)
 

@@ -18,7 +18,7 @@ from poe.calls.forms.call_forms import CALL_FORMS
 from poe.calls.tools import read_tools
 from poe.chat import RawReply, generate_replies, plan_reply
 from poe.data.render import Renderer
-from poe.decoding.forced import _takes_several, can_skip_forced
+from poe.decoding.forced import has_plain_layers, supports_options
 
 FAMILIES = [*MODELS, "hrm", "hrm-tied", "mistral", "smollm3-tied", "phi3-sliding", "cohere-tied", "granite"]
 QUESTION = [{"role": "user", "content": "What is the weather in Lisbon?"}]
@@ -141,10 +141,10 @@ def test_a_fork_that_is_active_on_the_answer_reads_forced_tokens_as_answer(attac
 def test_states_that_are_no_keys_take_one_token_at_a_time() -> None:
     model = make_base("llama")
     cache = model(torch.ones(1, 3, dtype=torch.long), use_cache=True).past_key_values
-    assert _takes_several(cache)
+    assert has_plain_layers(cache)
     cache.layers[1] = LinearAttentionLayer()
-    assert not _takes_several(cache)
-    assert not _takes_several(None)
+    assert not has_plain_layers(cache)
+    assert not has_plain_layers(None)
 
 
 @pytest.mark.slow
@@ -219,6 +219,6 @@ def test_sampled_replies_are_valid_and_skip_the_model(cascade: Cascade) -> None:
 
 
 def test_other_options_keep_the_ordinary_loop() -> None:
-    assert can_skip_forced(["do_sample", "streamer"])
+    assert supports_options(["do_sample", "streamer"])
     for option in ("num_beams", "stop_strings", "assistant_model", "return_dict_in_generate", "past_key_values"):
-        assert not can_skip_forced(["do_sample", option])
+        assert not supports_options(["do_sample", option])

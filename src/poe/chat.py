@@ -25,8 +25,9 @@ from poe.data.readers.messages import read_call
 from poe.data.render import Renderer
 from poe.data.templates import complete_template, note_unread_calls, reply_form, template_call_form
 from poe.decoding.constraints import Constraint, ConstraintProcessor, Vocabulary, read_vocabulary
-from poe.decoding.forced import can_skip_forced, generate_skipping_forced
+from poe.decoding.forced import generate_skipping_forced, supports_options
 from poe.decoding.generation import REPLY_BATCH, REPLY_TOKENS, greedy_options
+from poe.decoding.leaving import generate_leaving
 from poe.errors import DataError, DecodingError, DeltaError
 from poe.loaders.tokenizer import check_tokenizer
 from poe.modeling.families import is_prefix_lm
@@ -308,14 +309,16 @@ def generate_replies(
     progress: Callable[[int], None] | None = None,
     generate: Callable[..., Any] | None = None,
     constraints: Sequence[Constraint | None] | None = None,
+    seeds: Sequence[int] | None = None,
     **options: Any,
 ) -> list[RawReply]:
     """Generate a reply to each prompt (a list of token ids), in batches of similar length.
 
-    Decoding is greedy unless `options`, those of `generate`, say otherwise. The replies keep their special tokens.
-    `progress` is called after each batch with the number of its prompts. `generate` is used in place of the model's
-    own. `constraints` has what each reply may be, None for any text; a single constrained row skips the model for
-    tokens that are forced (`poe.decoding.forced`).
+    Decoding is greedy unless `options`, those of `generate`, say otherwise; `seeds` has the seed of each reply then.
+    The replies keep their special tokens. `progress` is called after each batch with the number of its prompts.
+    `generate` is used in place of the model's own. `constraints` has what each reply may be, None for any text. A row
+    that has ended leaves its batch (`poe.decoding.leaving`), and a single constrained row skips the model for tokens
+    that are forced (`poe.decoding.forced`).
     """
     pad = tokenizer.pad_token_id
     if pad is None or pad >= model.config.vocab_size:
@@ -333,20 +336,23 @@ def generate_replies(
         inputs: dict[str, Any] = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
         if is_prefix_lm(model.config):
             inputs["token_type_ids"] = mask.to(device)
-        decode: Any = generate or model.generate
-        if constraints is not None and any(constraints[i] for i in part):
-            processor = ConstraintProcessor([constraints[i] for i in part], width)
+        own = [None if constraints is None else constraints[i] for i in part]
+        if any(own):
+            processor = ConstraintProcessor(own, width)
             inputs["logits_processor"] = [*settings.get("logits_processor", ()), processor]
-            only = constraints[part[0]]
-            if generate is None and len(part) == 1 and only is not None and can_skip_forced(options):
-                decode = partial(generate_skipping_forced, model, only)
+        decode: Any = generate or model.generate
+        if generate is None and supports_options(options) and (len(part) > 1 or seeds is not None):
+            draws = None if seeds is None else [torch.Generator().manual_seed(seeds[i]) for i in part]
+            decode = partial(generate_leaving, model, draws)
+        elif generate is None and supports_options(options) and own[0] is not None:
+            decode = partial(generate_skipping_forced, model, own[0])
         output: Any = decode(**{**settings, **inputs})
-        for row, i in zip(output[:, width:].tolist(), part, strict=True):
+        for row, i, constraint in zip(output[:, width:].tolist(), part, own, strict=True):
             end = next((k for k, token in enumerate(row) if token in stop_token_ids), None)
             is_cut = False
-            if constraints is not None and (own := constraints[i]) is not None:
-                own.follow(row)
-                is_cut = own.is_cut
+            if constraint is not None:
+                constraint.follow(row)
+                is_cut = constraint.is_cut
             text = tokenizer.decode(row[:end], skip_special_tokens=False)
             replies[i] = RawReply(text, end is not None and not is_cut, len(row[:end]))
         if progress is not None:

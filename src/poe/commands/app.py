@@ -128,6 +128,28 @@ def _flush_streams() -> int:
 
 
 @contextlib.contextmanager
+def join_processes(device: str = "auto") -> "Iterator[World]":
+    """Join the processes of a launcher. The main one prints; an error is printed once, by a process that raised it."""
+    from poe.training.parallel.distributed import SINGLE_PROCESS, join_world
+
+    world = SINGLE_PROCESS
+    try:
+        with join_world(device) as world:
+            out.quiet = err.quiet = not world.is_main
+            yield world
+    except PoEError as error:
+        if world.size == 1:
+            raise
+        with world.report_once(str(error)) as is_reporter:
+            err.quiet = not is_reporter
+            rank = "" if world.is_main else f" (rank {world.rank} of {world.size})"
+            err.print(f"error{rank}: {error}", markup=False, style="red")
+        raise typer.Exit(FAILED) from None
+    finally:
+        out.quiet = err.quiet = False
+
+
+@contextlib.contextmanager
 def interruptible(command: str, folder: Path, world: "World") -> Iterator[None]:
     """Turn Ctrl-C or another stop signal into exit code 130 and one line: what was saved, and how to continue.
 

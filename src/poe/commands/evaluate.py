@@ -6,8 +6,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from poe.commands.app import INTERRUPTED, Base, Device, Program, Repo, err, out
+from poe.commands.app import INTERRUPTED, Base, Device, Program, Repo, err, join_processes, out
 from poe.commands.use import NewTokens, Off, open_cascade
+from poe.errors import FingerprintError
 
 
 class EvaluationGroup(TyperGroup):
@@ -33,8 +34,13 @@ def run_evaluation(
     ] = None,
     rows: Annotated[int | None, typer.Option(min=1, help="Most rows of each suite: a random sample.")] = None,
     free: Annotated[bool, typer.Option("--free", help="Do not constrain replies to calls that fit.")] = False,
+    both: Annotated[bool, typer.Option("--both", help="Measure constrained replies, and also free ones.")] = False,
     max_new_tokens: NewTokens = 256,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the sample of rows and of the bootstrap.")] = 0,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="Sample replies at this temperature; 0 takes the most likely tokens.")
+    ] = 0.0,
+    samples: Annotated[int, typer.Option(min=1, help="Sampled replies to each question.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sample of rows, of replies, and of the bootstrap.")] = 0,
     off: Off = False,
     base: Base = None,
     device: Device = "auto",
@@ -42,34 +48,53 @@ def run_evaluation(
     """Answer the questions of suites with the base and with the stage, and print every metric with its interval.
 
     The folder has answers.jsonl, results.json and results.md. The same command continues an evaluation that was
-    stopped.
+    stopped. Processes that a launcher starts (torchrun) share the questions.
     """
-    from poe.errors import FingerprintError
-    from poe.evaluation.kinds import read_sources
-    from poe.evaluation.run import Evaluation
-    from poe.evaluation.suites import Settings
-    from poe.evaluation.unchanged import hash_base_alone
-    from poe.files.output import check_output_folder
-    from poe.training.reporting.progress import Progress
+    if free and both:
+        raise typer.BadParameter("--both measures free replies as well: leave out --free.")
+    with join_processes(device) as world:
+        from poe.evaluation.kinds import read_sources
+        from poe.evaluation.run import TABLE, Evaluation
+        from poe.evaluation.suites import Settings
+        from poe.evaluation.unchanged import hash_base_alone
+        from poe.files.output import check_output_folder
+        from poe.training.reporting.progress import Progress
 
-    folder = out_folder or Path("runs") / f"eval-{Path(repo).name}"
-    check_output_folder(folder)
-    sources = read_sources(suite)
-    alone = None if off else hash_base_alone(repo, lambda location: open_cascade(location, None, device), base)
-    cascade = open_cascade(repo, base, device)
-    settings = Settings(constrain=not free, max_new_tokens=max_new_tokens, rows=rows, seed=seed)
-    evaluation = Evaluation(cascade, sources, folder, stage=None if off else cascade.active, settings=settings)
-    for note in evaluation.notes:
-        err.print(f"note: {note}", markup=False)
-    err.print(f"{evaluation.num_answers} answers: {', '.join(evaluation.models)}; {', '.join(evaluation.suites)}")
-    try:
-        results = evaluation.run(alone, Progress("eval"))
-    except KeyboardInterrupt:
-        err.print(f"Stopped; the answers are in {folder}. To continue: the same command.", markup=False)
-        raise typer.Exit(INTERRUPTED) from None
-    out.print((folder / "results.md").read_text(encoding="utf-8"), end="")
-    if not results.get("base_unchanged", {"is_equal": True})["is_equal"]:
-        raise FingerprintError(f"The base with the stage off is not the base alone: see base_unchanged in {folder}.")
+        settings = Settings(
+            constrain=not free,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            samples=samples,
+            rows=rows,
+            seed=seed,
+        )
+        folder = out_folder or Path("runs") / f"eval-{Path(repo).name}"
+        if world.is_main:
+            check_output_folder(folder)
+        sources = read_sources(suite)
+        alone = None
+        if world.is_main and not off:
+            alone = hash_base_alone(repo, lambda place: open_cascade(place, None, str(world.device)), base)
+        cascade = open_cascade(repo, base, str(world.device))
+        stage = None if off else cascade.active
+        evaluation = Evaluation(cascade, sources, folder, stage=stage, settings=settings, both=both)
+        for note in evaluation.notes:
+            err.print(f"note: {note}", markup=False)
+        number, names = evaluation.num_answers, f"{', '.join(evaluation.models)}; {', '.join(evaluation.suites)}"
+        err.print(f"{number} answers: {names}", markup=False)
+        try:
+            results = evaluation.run(alone, Progress("eval", quiet=not world.is_main), world)
+        except KeyboardInterrupt:
+            with world.report_once("interrupted") as is_reporter:
+                err.quiet = not is_reporter
+                err.print(f"Stopped; the answers are in {folder}. To continue: the same command.", markup=False)
+            raise typer.Exit(INTERRUPTED) from None
+        if world.is_main:
+            out.print((folder / TABLE).read_text(encoding="utf-8"), end="")
+        if not results.get("base_unchanged", {"is_equal": True})["is_equal"]:
+            raise FingerprintError(
+                f"The base with the stage off is not the base alone: see base_unchanged in {folder}."
+            )
 
 
 @app.command()

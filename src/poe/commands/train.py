@@ -2,8 +2,6 @@
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
@@ -12,7 +10,7 @@ import typer
 from rich.progress import Progress
 from rich.table import Table
 
-from poe.commands.app import FAILED, Device, Program, add_version, err, interruptible, out, run
+from poe.commands.app import FAILED, Device, Program, add_version, err, interruptible, join_processes, out, run
 from poe.commands.recipe_options import (
     BaseRecipeCommand,
     StageRecipeCommand,
@@ -20,7 +18,7 @@ from poe.commands.recipe_options import (
     complete_stage,
     parse_field,
 )
-from poe.errors import PoEError, RecipeError, TrainingError, suggest
+from poe.errors import RecipeError, TrainingError, suggest
 from poe.stages import Recipe, load_base_recipe, load_recipe
 
 if TYPE_CHECKING:
@@ -59,7 +57,7 @@ def stage(
     plan = load_recipe(recipe, **context.obj)
     folder = out_folder or Path("runs") / plan.name
     _announce(f"stage {plan.name}: opening {base}")
-    with _join_processes(device) as world, interruptible(f"poe-train stage {recipe}", folder, world):
+    with join_processes(device) as world, interruptible(f"poe-train stage {recipe}", folder, world):
         from poe.training.trainer import check_stage_run, train_stage
 
         cascade = _open_base(plan, base, world)
@@ -99,7 +97,7 @@ def sweep(
     plan = load_recipe(recipe, **context.obj)
     values = _parse_tries(tries or [])
     folder = out_folder or Path("runs") / f"{plan.name}-sweep"
-    with _join_processes(device) as world, interruptible(f"poe-train sweep {recipe}", folder, world):
+    with join_processes(device) as world, interruptible(f"poe-train sweep {recipe}", folder, world):
         from poe.training import sweep as sweeping
 
         _check_single_process(world, "sweep")
@@ -150,7 +148,7 @@ def base(
     """Train a PoE base and its tokenizer from scratch, and write a folder that transformers loads."""
     plan = load_base_recipe(recipe, **context.obj, **({"data": data} if data else {}))
     folder = out_folder or Path("runs") / f"base-{plan.name}"
-    with _join_processes() as world, interruptible(f"poe-train base {recipe}", folder, world):
+    with join_processes() as world, interruptible(f"poe-train base {recipe}", folder, world):
         _check_single_process(world, "base")
         from poe.training.pretrain import check_base_run, train_base
 
@@ -167,28 +165,6 @@ def _announce(text: str) -> None:
     """Print the first line of a run, before the libraries are imported, which takes longest on a busy machine."""
     if os.environ.get("RANK", "0") == "0":
         err.print(text, markup=False)
-
-
-@contextmanager
-def _join_processes(device: str = "auto") -> "Iterator[World]":
-    """Join the processes of a launcher. The main one prints; an error is printed once, by a process that raised it."""
-    from poe.training.parallel.distributed import SINGLE_PROCESS, join_world
-
-    world = SINGLE_PROCESS
-    try:
-        with join_world(device) as world:
-            out.quiet = err.quiet = not world.is_main
-            yield world
-    except PoEError as error:
-        if world.size == 1:
-            raise
-        with world.report_once(str(error)) as is_reporter:
-            err.quiet = not is_reporter
-            rank = "" if world.is_main else f" (rank {world.rank} of {world.size})"
-            err.print(f"error{rank}: {error}", markup=False, style="red")
-        raise typer.Exit(FAILED) from None
-    finally:
-        out.quiet = err.quiet = False
 
 
 def _check_single_process(world: "World", command: str) -> None:

@@ -23,8 +23,8 @@ _OPTIONS = {
 }
 
 
-def can_skip_forced(options: Iterable[str]) -> bool:
-    """Return whether the loop supports these options of `generate`. With others, such as beams, it is not used."""
+def supports_options(options: Iterable[str]) -> bool:
+    """Return whether our loops support these options of `generate`. With others, such as beams, they are not used."""
     return _OPTIONS.issuperset(options)
 
 
@@ -59,7 +59,7 @@ def _decode(
         scores = logits_processor(ids, logits)  # the constraint follows `ids` in it
         chosen = scores.softmax(-1).multinomial(1) if generation_config.do_sample else scores.argmax(-1)
         token: int | None = int(chosen)
-        skips, count = _takes_several(outputs.get("past_key_values")), 0
+        skips, count = has_plain_layers(outputs.get("past_key_values")), 0
         while token is not None and not ended:
             ids, count = torch.cat([ids, ids.new_tensor([[token]])], dim=1), count + 1
             constraint.accept(token)
@@ -73,7 +73,10 @@ def _decode(
     return ids
 
 
-def _takes_several(cache: Any) -> bool:
-    """Return whether a filled cache takes several tokens in one pass. Recurrent states take one token at a time."""
+def has_plain_layers(cache: Any) -> bool:
+    """Return whether a cache has keys and values alone: a pass may append several tokens, and rows may be selected.
+
+    Recurrent states take one token at a time.
+    """
     kinds = (DynamicLayer, DynamicSlidingWindowLayer)
     return isinstance(cache, DynamicCache) and all(type(layer) in kinds for layer in cache.layers)

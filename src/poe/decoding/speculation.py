@@ -276,17 +276,17 @@ def generate_with(
     *args: Any,
     streamer: Any = None,
     tokenizer: Any = None,
-    stop_strings: str | list[str] | None = None,
     **kwargs: Any,
 ) -> Any:
     """Call `model.generate` with a decoding loop of ours.
 
     transformers does not pass the streamer and the tokenizer of the stop strings to such a loop, so this does.
     """
-    if stop_strings is not None:
+    if kwargs.get("stop_strings") is not None:  # None, if it is given, replaces those of the generation config
         if tokenizer is None:
             raise DecodingError("stop_strings need a tokenizer: pass tokenizer=... as well.")
-        criteria = [*(kwargs.get("stopping_criteria") or []), StopStringCriteria(tokenizer, stop_strings)]
+        strings = kwargs.pop("stop_strings")
+        criteria = [*(kwargs.get("stopping_criteria") or []), StopStringCriteria(tokenizer, strings)]
         kwargs["stopping_criteria"] = StoppingCriteriaList(criteria)
 
     def decode(model: PreTrainedModel, input_ids: Tensor, **prepared: Any) -> Any:

@@ -15,8 +15,8 @@ from typing import Any
 from poe.errors import EvaluationError, printable
 from poe.files.output import convert_os_errors
 
-Key = tuple[str, str, str]
-"""Which answer: the label of the model, the name of the suite, and the fingerprint of the question."""
+Key = tuple[str, str, str, int]
+"""Which answer: the label of the model, the name of the suite, the fingerprint of the question, and the sample."""
 
 _ADVICE = "Choose another --out, or delete the file to answer again"
 _WORDS = {"models": "model", "suites": "suite", "prompt": "prompt format", "settings": "setting", "versions": "version"}
@@ -81,7 +81,7 @@ def _hash(before: str, record: Mapping[str, Any]) -> str:
 
 def _key(record: Mapping[str, Any], place: str) -> Key:
     try:
-        return record["model"], record["suite"], record["question"]
+        return record["model"], record["suite"], record["question"], record["sample"]
     except KeyError as error:
         raise EvaluationError(f"{place}: the answer has no {error}. {_ADVICE}.") from None
 

@@ -144,7 +144,7 @@ def summarize(rows: Sequence[Counts], *, resamples: int = RESAMPLES, seed: int =
     weights = _draw_weights(len(rows), resamples, seed)
     metrics = {}
     for name in dict.fromkeys(name for row in rows for name in row):
-        above, below = _columns(rows, name)
+        above, below = take_columns(rows, name)
         shares = _resample(above, below, weights)
         metrics[name] = _make_metric(_share(above, below), shares, int((below > 0).sum()))
     return metrics
@@ -161,7 +161,7 @@ def summarize_differences(
     weights = _draw_weights(len(first), resamples, seed)
     metrics = {}
     for name in dict.fromkeys(name for row in (*first, *second) for name in row):
-        before, after = _columns(first, name), _columns(second, name)
+        before, after = take_columns(first, name), take_columns(second, name)
         shares = _resample(*after, weights) - _resample(*before, weights)
         value = _share(*after) - _share(*before)
         metrics[name] = _make_metric(value, shares, int(((before[1] > 0) | (after[1] > 0)).sum()))
@@ -175,7 +175,8 @@ def _draw_weights(rows: int, resamples: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).multinomial(rows, np.full(rows, 1 / rows), resamples)
 
 
-def _columns(rows: Sequence[Counts], name: str) -> tuple[np.ndarray, np.ndarray]:
+def take_columns(rows: Sequence[Counts], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return what each row adds to a metric above and below."""
     above, below = np.array([row.get(name, (0.0, 0.0)) for row in rows], dtype=np.float64).T
     return above, below
 
@@ -186,8 +187,12 @@ def _share(above: np.ndarray, below: np.ndarray) -> float:
 
 def _resample(above: np.ndarray, below: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Return the share in each resample, NaN in one without rows that count."""
-    totals = weights @ below
-    return np.divide(weights @ above, totals, out=np.full(len(totals), math.nan), where=totals > 0)
+    return sum_shares(weights @ above, weights @ below)
+
+
+def sum_shares(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    """Return each share from its sums above and below, NaN where nothing counts."""
+    return np.divide(above, below, out=np.full(len(below), math.nan), where=below > 0)
 
 
 def _make_metric(value: float, shares: np.ndarray, rows: int) -> Metric:

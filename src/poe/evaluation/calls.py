@@ -11,13 +11,13 @@ from poe.calls.conversation import Conversation
 from poe.calls.forms.call_forms import parse_reply
 from poe.calls.tools import check_calls
 from poe.cascade import Cascade
-from poe.chat import generate_replies, plan_reply
 from poe.data.render import Renderer
 from poe.data.templates import reply_form
-from poe.decoding.constraints import Constraint
-from poe.decoding.generation import REPLY_TOKENS
+from poe.decoding.generation import REPLY_BATCH, REPLY_TOKENS
 from poe.errors import DataError
 from poe.evaluation.call_metrics import split_question
+from poe.evaluation.call_suite import Questions
+from poe.evaluation.suites import Settings
 from poe.modeling.families import is_prefix_lm
 from poe.modeling.placement import device_of
 
@@ -85,63 +85,31 @@ def evaluate_calls(
     splits: dict[str, list[Conversation]],
     *,
     constrain: bool = False,
-    tool_choice: str = "auto",
     threshold: float | None = None,
-    **options: Any,
+    max_new_tokens: int = REPLY_TOKENS,
+    batch_size: int = REPLY_BATCH,
+    progress: Callable[[int], None] | None = None,
 ) -> dict[str, CallScores]:
-    """Answer and score every split with `stage` (None: the base alone). Pass `options` to `generate_replies`.
+    """Answer and score every split with `stage` (None: the base alone), greedily.
 
-    With `constrain` each reply is what its tools and `tool_choice` allow, and `threshold` decides between a call and
-    text (`fit_call_threshold`); by default replies are free.
+    With `constrain` each reply is text or calls that fit their tools, and `threshold` decides between the two
+    (`fit_call_threshold`); by default replies are free. `progress` is called after each batch with the number of its
+    questions.
     """
+    questions = Questions(cascade, Renderer(cascade.tokenizer, vocab_size=cascade.config.vocab_size))
+    settings = Settings(constrain=constrain, max_new_tokens=max_new_tokens)
     scores = {}
     for name, conversations in splits.items():
-        questions = _Questions(cascade, stage, conversations, tool_choice, threshold)
-        replies = generate_replies(
-            questions.model,
-            cascade.tokenizer,
-            questions.prompts,
-            questions.stops,
-            constraints=questions.make_constraints(options.get("max_new_tokens", REPLY_TOKENS)) if constrain else None,
-            **options,
+        prompts = [questions.encode(conversation) for conversation in conversations]
+        replies = questions.ask(
+            *(stage, conversations, prompts, settings),
+            threshold=threshold,
+            batch_size=batch_size,
+            progress=progress,
         )
         form = reply_form(cascade.tokenizer)
-        scores[name] = score_replies(conversations, [reply.text for reply in replies], form)
+        scores[name] = score_replies(conversations, [reply.text for reply, _ in replies], form)
     return scores
-
-
-class _Questions:
-    """The questions of held-out conversations as a model gets them."""
-
-    def __init__(
-        self,
-        cascade: Cascade,
-        stage: str | None,
-        conversations: Sequence[Conversation],
-        tool_choice: str = "auto",
-        threshold: float | None = None,
-    ) -> None:
-        vocab_size = cascade.config.vocab_size
-        renderer = Renderer(cascade.tokenizer, vocab_size=vocab_size)
-        self.model: Any = cascade.model(stage)
-        self.stops = renderer.stop_token_ids
-        self.prompts = [renderer.prompt_ids(split_question(c)[0], c.tools, c.form) for c in conversations]
-        self._plans = [
-            plan_reply(
-                cascade.tokenizer,
-                vocab_size,
-                self.stops,
-                c.tools,
-                tool_choice=tool_choice if c.tools else "auto",
-                form=None if c.form is None else c.form.calls,
-                threshold=threshold,
-            )
-            for c in conversations
-        ]
-
-    def make_constraints(self, max_new_tokens: int | None = None) -> list[Constraint | None]:
-        """Return the constraint of each reply."""
-        return [plan.make_constraint(max_new_tokens) for plan in self._plans]
 
 
 def compare_with_base(
@@ -164,14 +132,15 @@ def compare_with_base(
 @torch.no_grad()
 def score_openings(cascade: Cascade, stage: str | None, conversations: Sequence[Conversation]) -> list[float]:
     """Return for each question the log-odds that the reply begins with a call, from the logits of its first token."""
-    questions = _Questions(cascade, stage, conversations)
-    model = questions.model.eval()
+    questions = Questions(cascade, Renderer(cascade.tokenizer, vocab_size=cascade.config.vocab_size))
+    model: Any = cascade.model(stage).eval()
     device = device_of(model.get_input_embeddings())
     scores = []
-    for prompt, constraint in zip(questions.prompts, questions.make_constraints(), strict=True):
+    for conversation in conversations:
+        constraint = questions.make_constraint(conversation)
         if constraint is None:
             raise DataError("Expected questions with tools: without them there is nothing to decide.")
-        ids = torch.tensor([prompt], device=device)
+        ids = torch.tensor([questions.encode(conversation)], device=device)
         inputs = {"token_type_ids": torch.ones_like(ids)} if is_prefix_lm(model.config) else {}
         logits = model(input_ids=ids, logits_to_keep=1, use_cache=False, **inputs).logits[0, -1]
         scores.append(constraint.score_opening(logits))

@@ -14,7 +14,7 @@ from poe.data.readers import READERS, demo, read_source
 from poe.data.spec import DataSource
 from poe.data.split import text_hash
 from poe.data.text import documents
-from poe.errors import DataError
+from poe.errors import DataError, EvaluationError
 from poe.evaluation.call_metrics import Counts, split_question
 
 DEMO_ROWS = 100  # of each split of the demo world
@@ -27,24 +27,39 @@ class Settings:
 
     constrain       replies are text, or calls that name a given tool and fit its schema
     max_new_tokens  the most tokens of a reply
+    temperature     0: each token is the most likely one; else replies are sampled at this temperature
+    samples         how many replies each question gets
     rows            the most rows of each suite, a random sample; None: all
-    seed            of the sample of rows and of the bootstrap
+    seed            of the sample of rows, of sampled replies, and of the bootstrap
     """
 
     constrain: bool = True
     max_new_tokens: int = 256
+    temperature: float = 0.0
+    samples: int = 1
     rows: int | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.samples > 1 and not self.temperature:
+            raise EvaluationError(
+                f"{self.samples} samples of each reply would be equal at temperature 0: give a temperature, such as "
+                "0.7, or one sample."
+            )
 
 
 @dataclass(frozen=True)
 class Item:
-    """One question or text. `fingerprint` is that of its content, `tokens` are what the model reads."""
+    """One question or text. `fingerprint` is that of its content, `tokens` are what the model reads.
+
+    `sample` counts the replies that one question gets.
+    """
 
     id: str
     fingerprint: str
     content: Any
     tokens: list[int]
+    sample: int = 0
 
 
 @dataclass
@@ -90,9 +105,14 @@ class Rows:
 
 
 class Suite(Protocol):
-    """What a suite does: answer a batch of its items with a model, and count what each answer adds to its metrics."""
+    """What a suite does: answer a batch of its items with a model, and count what each answer adds to its metrics.
+
+    `success` is the metric that tells whether a reply is right. A suite that asks for no replies has None: constraint,
+    temperature and samples do not apply to it.
+    """
 
     batch_size: int
+    success: str | None
     rows: Rows
     items: list[Item]
     dropped: Counter[str]

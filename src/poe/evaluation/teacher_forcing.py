@@ -1,7 +1,8 @@
 """Teacher-forced exactness: whether a model gives its largest score to every token of the reference answer.
 
 It is the share of answers that greedy decoding would write token by token like the reference, from one forward pass for
-each row. Calls that are equal and written differently do not count.
+each row. Calls that are equal and written differently do not count. Only the positions of the answers go through the
+head, in chunks, so memory does not grow with the prompt times the vocabulary.
 """
 
 from collections.abc import Sequence
@@ -10,53 +11,99 @@ import torch
 
 from poe.calls.conversation import Conversation
 from poe.cascade import Cascade
+from poe.data.packing import IGNORED, Batch
 from poe.data.render import Renderer
 from poe.data.templates import complete_template
+from poe.errors import DataError, TemplateError
 from poe.evaluation.call_metrics import Counts, Metric, summarize
-from poe.modeling.families import is_prefix_lm
+from poe.modeling.families import logits_of
 from poe.modeling.placement import device_of
+from poe.training.hidden_states.sources import HiddenSource, make_source
+from poe.training.loss import match_likeliest
+
+Answer = tuple[list[int], list[bool]]
+"""The tokens of a row up to the end of its first answer, and which of them are the answer."""
 
 
-@torch.inference_mode()
 def measure_teacher_forced(
     cascade: Cascade, stage: str | None, conversations: Sequence[Conversation], *, batch_size: int = 8, seed: int = 0
 ) -> dict[str, Metric]:
     """Return the shares of first answers whose every token is the model's first choice, and of such tokens.
 
-    The first answer of a row is the first assistant message that is trained on. `stage=None`: the base alone.
+    The first answer of a row is the first assistant message that is trained on; a row whose answer cannot be written,
+    or does not fit into the base, does not count. `stage=None`: the base alone.
     """
     complete_template(cascade.tokenizer)  # of a base without a stage; a stage's is complete
     renderer = Renderer(cascade.tokenizer, vocab_size=cascade.config.vocab_size)
-    rows = [_render_answer(renderer, conversation) for conversation in conversations]
-    model = cascade.model(stage).eval()
-    device, pad = device_of(model.get_input_embeddings()), renderer.stop_token_ids[0]
-    counts: list[Counts] = [{}] * len(rows)
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
-    for start in range(0, len(order), batch_size):
-        part = order[start : start + batch_size]
-        width = max(len(rows[i][0]) for i in part)
-        ids = torch.tensor([rows[i][0] + [pad] * (width - len(rows[i][0])) for i in part], device=device)
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        for line, i in enumerate(part):
-            inputs["attention_mask"][line, len(rows[i][0]) :] = 0
-        if is_prefix_lm(cascade.config):
-            firsts = torch.tensor([rows[i][1].index(True) for i in part], device=device)
-            inputs["token_type_ids"] = (torch.arange(width, device=device) < firsts[:, None]).long()
-        choices = model(**inputs, use_cache=False).logits.argmax(-1)
-        for line, i in enumerate(part):
-            answer = torch.tensor(rows[i][1][1:], device=device)
-            right = (choices[line, : len(answer)] == ids[line, 1 : len(answer) + 1])[answer]
-            counts[i] = {
-                "teacher_forced_exact": (float(right.all()), 1.0),
-                "teacher_forced_tokens": (float(right.sum()), float(len(right))),
-            }
-    return summarize(counts, seed=seed)
+    forcing = AnswerForcing(cascade, renderer, batch_size)
+    return summarize([count_forced(right) for right in forcing.count_right_tokens(stage, conversations)], seed=seed)
 
 
-def _render_answer(renderer: Renderer, conversation: Conversation) -> tuple[list[int], list[bool]]:
-    """Return the token ids of a row up to the end of its first answer, and which of them are the answer."""
-    end = len(conversation.question) + 1
-    messages = [*({**m, "weight": 0} if m["role"] == "assistant" else m for m in conversation.question)]
-    first = Conversation([*messages, conversation.messages[end - 1]], conversation.tools, form=conversation.form)
-    (row,) = (row for row in renderer.render(first) if any(row.loss_mask))
-    return row.input_ids, row.loss_mask
+def count_forced(right: Sequence[int]) -> Counts:
+    """Return what a row with so many right tokens, of all tokens of its answer, adds to each metric."""
+    hits, tokens = right
+    return {
+        "teacher_forced_exact": (float(0 < tokens == hits), float(tokens > 0)),
+        "teacher_forced_tokens": (float(hits), float(tokens)),
+    }
+
+
+class AnswerForcing:
+    """Reads conversations with their first answers, and counts the tokens that a model would have chosen itself."""
+
+    def __init__(self, cascade: Cascade, renderer: Renderer, batch_size: int = 8) -> None:
+        self._cascade, self._renderer, self._batch_size = cascade, renderer, batch_size
+        self._longest = getattr(cascade.config, "max_position_embeddings", None)
+        self._sources: dict[str | None, HiddenSource] = {}
+
+    @torch.no_grad()
+    def count_right_tokens(self, stage: str | None, conversations: Sequence[Conversation]) -> list[tuple[int, int]]:
+        """Return for each row how many tokens of its answer are the first choice of a stage, and their number.
+
+        The number is 0 for a row whose answer cannot be written, or does not fit into the base.
+        """
+        if stage not in self._sources:
+            self._sources[stage] = make_source(self._cascade, stage)
+        rows = [self._render(conversation) for conversation in conversations]
+        counts = [(0, 0)] * len(rows)
+        order = sorted((i for i, row in enumerate(rows) if row[0]), key=lambda i: len(rows[i][0]))
+        for start in range(0, len(order), self._batch_size):
+            part = order[start : start + self._batch_size]
+            batch = _make_batch([rows[i] for i in part])
+            for i, row in zip(part, self._match(self._sources[stage], batch), strict=True):
+                counts[i] = int(row.sum()), len(row)
+        return counts
+
+    def _match(self, source: HiddenSource, batch: Batch) -> Sequence[torch.Tensor]:
+        """Return whether each label of each row is the first choice."""
+        device = device_of(self._cascade.base.get_input_embeddings())
+        moved = Batch(*(tensor.to(device) for tensor in batch))
+        *_, (hidden, weight, bias) = source.predictions(moved)
+        right = match_likeliest(hidden, weight, moved.labels, logits_of(self._cascade.config), bias).cpu()
+        return right.split((batch.labels != IGNORED).sum(1).tolist())
+
+    def _render(self, conversation: Conversation) -> Answer:
+        """Return a row with its first answer, and an empty one if the answer cannot be written or does not fit."""
+        question = conversation.question
+        messages = [*({**m, "weight": 0} if m["role"] == "assistant" else m for m in question)]
+        first = Conversation(
+            [*messages, conversation.messages[len(question)]], conversation.tools, form=conversation.form
+        )
+        try:
+            row = next((row for row in self._renderer.render(first) if any(row.loss_mask)), None)
+        except (DataError, TemplateError):
+            row = None
+        if row is None or len(row.input_ids) > (self._longest or len(row.input_ids)):
+            return [], []
+        return row.input_ids, row.loss_mask
+
+
+def _make_batch(rows: Sequence[Answer]) -> Batch:
+    """Return rows as a batch, padded on the right. A label is the next token, where that is a token of the answer."""
+    width = max(len(ids) for ids, _ in rows)
+    ids, labels = torch.zeros(len(rows), width, dtype=torch.long), torch.full((len(rows), width), IGNORED)
+    for line, (tokens, is_answer) in enumerate(rows):
+        ids[line, : len(tokens)] = torch.tensor(tokens)
+        following = torch.where(torch.tensor(is_answer[1:]), ids[line, 1 : len(tokens)], IGNORED)
+        labels[line, : len(tokens) - 1] = following
+    return Batch(ids, labels, torch.arange(width).expand(len(rows), -1))

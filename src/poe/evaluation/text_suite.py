@@ -24,6 +24,7 @@ class TextSuite:
     """Predicts every token of each text after the first one. The stage acts on all of them."""
 
     batch_size = 8
+    success = None
 
     def __init__(self, rows: Rows, cascade: Cascade, renderer: Renderer, settings: Settings) -> None:
         self.rows, self._cascade = rows, cascade

@@ -146,6 +146,20 @@ def per_label_losses(
     return torch.cat(losses)
 
 
+@torch.no_grad()
+def match_likeliest(
+    hidden: Tensor, weight: Tensor, labels: Tensor, logits: Logits = PLAIN, bias: Tensor | None = None
+) -> Tensor:
+    """Return whether the label of every position with a label has the largest logit, (N,) bool, in their order."""
+    hidden, labels = rearrange(hidden, "... d -> (...) d").to(weight), labels.flatten().to(weight.device)
+    rows = max(1, CHUNK_LOGITS.get(weight.device.type, 1 << 22) // len(weight))
+    matches = [
+        logits(F.linear(hidden[part], weight, bias).float()).argmax(-1) == labels[part]
+        for part in _labeled_positions(labels).split(rows)
+    ]
+    return torch.cat(matches)
+
+
 def _labeled_positions(labels: Tensor) -> Tensor:
     """Return the indices (M,) of the positions of `labels` (N,) that have a label."""
     return (labels != IGNORED).nonzero().squeeze(1)

@@ -226,6 +226,18 @@ def whole_model_sources(model: PreTrainedModel, compile: bool = False) -> Hidden
     return HiddenSources(WholeModel(model, compile), WholeModel(model))
 
 
+def make_source(cascade: Cascade, stage: str | None) -> HiddenSource:
+    """Return what a stage (None: the base) computes for rows with labels, as `generate` would after their prompts.
+
+    A stage that is active on the answer acts on the tokens with labels, every other one on all tokens.
+    """
+    model = cascade.model(stage).eval()
+    if stage is None or cascade.stages[stage].config.active != "answer":
+        return WholeModel(model)
+    boundary = AnswerBoundary(cascade.base, cascade.stages[stage])
+    return AnswerTokens(model, boundary, partial(_read_rows, boundary), cached=False)
+
+
 def stage_sources(
     cascade: Cascade, plan: Recipe, train: PackedRows, val: PackedRows, num_steps: int, progress: Progress
 ) -> HiddenSources:

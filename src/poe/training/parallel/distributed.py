@@ -102,6 +102,14 @@ class World:
             self._set(key, value)
         return self._wait(key)
 
+    def gather(self, value: T) -> list[T]:
+        """Return the JSON values of all processes, in the order of the ranks, in the main process, and [] in others."""
+        if self.size == 1:
+            return [value]
+        key = f"poe/gather/{next(self._turns)}"
+        self._set(f"{key}/{self.rank}", value)
+        return [self._wait(f"{key}/{rank}") for rank in range(self.size)] if self.is_main else []
+
     @contextlib.contextmanager
     def main_process_first(self) -> Iterator[None]:
         """Run the block in the main process first, then in the first process of every other node, then in the rest.
@@ -131,7 +139,7 @@ class World:
         main = self.broadcast(own)
         if different := [f"{k}: {main.get(k)!r} -> {v!r}" for k, v in own.items() if main.get(k) != v]:
             raise TrainingError(
-                f"Rank {self.rank} of {self.size} would train something else than rank 0 (rank 0 -> this rank): "
+                f"Rank {self.rank} of {self.size} would do something else than rank 0 (rank 0 -> this rank): "
                 f"{'; '.join(different)}. Start all of them with the same options, data and package."
             )
 
@@ -226,8 +234,8 @@ def join_world(device_name: str = "auto") -> Iterator[World]:
         traceback.clear_frames(error.__traceback__)
         if _is_lost_process(error):
             raise TrainingError(
-                f"Another of the {size} processes stopped, so this run stops too. The newest checkpoint, if any, was "
-                "kept: continue from it with --resume and the same options; the number of processes may change."
+                f"Another of the {size} processes stopped, so this run stops too. What it had saved was kept: start "
+                "it again with the same options, a training with --resume; the number of processes may change."
             ) from error
         raise
     finally:
