@@ -1,8 +1,8 @@
 """Write what the docs can count or list from the code: `python docs/generate.py`. A test checks that it is current.
 
-A page holds a generated block between `<!-- generated: NAME -->` and `<!-- end -->`. The picture of the imports and
-the page of the recipes are generated whole. `tests/families_page.py` writes the page of the families, because it needs
-the tiny models of the tests.
+A page holds a generated block between `<!-- generated: NAME -->` and `<!-- end -->`. The picture of the imports, the
+charts of the results, and the page of the recipes are generated whole. `tests/families_page.py` writes the page of the
+families, because it needs the tiny models of the tests.
 """
 
 import ast
@@ -18,6 +18,9 @@ from poe.calls.forms.tool_forms import TOOL_FORMS
 from poe.commands.reference import write_reference
 from poe.data.readers import READERS
 from poe.modeling.families import FAMILIES
+
+sys.path.insert(0, str(Path(__file__).parent))
+import results_page
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "poe"
@@ -85,6 +88,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "forms": forms,
     "log": log,
     "rooms": rooms,
+    "results": results_page.write_page,
+    "results-table": results_page.write_readme_table,
 }
 
 
@@ -200,6 +205,7 @@ def outdated() -> dict[Path, str]:
     wanted = {page: fill(page.read_text(encoding="utf-8")) for page in pages if page.is_file()}
     wanted[ROOT / "docs" / "explanation" / "imports.svg"] = imports_picture()
     wanted[ROOT / "docs" / "reference" / "recipes.md"] = write_reference()
+    wanted |= results_page.draw_charts()
     return {
         path: text for path, text in wanted.items() if not path.is_file() or path.read_text(encoding="utf-8") != text
     }

@@ -1,7 +1,7 @@
 """Commands that check a folder and upload it."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -44,6 +44,10 @@ def push(
     license: Annotated[
         str | None, typer.Option(help="License of the stage, as an identifier of the Hub: apache-2.0, mit, other.")
     ] = None,
+    results: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the stage's evaluation, for the card; default: eval-NAME beside FOLDER."),
+    ] = None,
     private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch to push to; created if it is new.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, print files and sizes, upload nothing.")] = False,
@@ -55,7 +59,8 @@ def push(
     """
     from poe.loaders.hub import plan_upload, upload
 
-    plan = plan_upload(folder, repo, base=base, parent=parent, license=license)
+    measured = _read_measured(folder, results)
+    plan = plan_upload(folder, repo, base=base, parent=parent, license=license, measured=measured)
     table = Table(box=None, show_header=False)
     table.add_column()
     table.add_column(justify="right")
@@ -72,3 +77,19 @@ def push(
         out.print("dry run: nothing was uploaded")
         return
     out.print(f"pushed: {upload(plan, private=private or None, revision=revision).commit_url}")
+
+
+def _read_measured(folder: Path, results: Path | None) -> dict[str, Any] | None:
+    """Return what the card shows of an evaluation: the given one, or the one beside the folder, if there is one."""
+    from poe.evaluation.results import RESULTS, describe_for_card, read_run
+
+    beside = folder.parent / f"eval-{folder.name}"
+    found = results or (beside if (beside / RESULTS).is_file() else None)
+    if found is None:
+        return None
+    run = read_run(found)
+    if results is None and run.results["stage"] is None:  # it measured a base
+        return None
+    measured = describe_for_card(run.results)
+    out.print(f"the card shows the results of {found}", markup=False)
+    return measured

@@ -36,9 +36,9 @@ def stage_card(
     """Return README.md: metadata for the Hub, an example, results, other ways to load, limits, how the stage was made.
 
     `config` is the stage's config.json. Of `training` (training.json) it uses, if present: `license`, `recipe`,
-    `data` (`sources`, `rows`), `trajectory`, `evaluation`, `example` (the stage's `reply` to the example prompt), and
-    the counts of the run. `example` is the rendered prompt, `plot` the file name of a plot in the same folder, `repo`
-    the stage's Hub repository.
+    `data` (`sources`, `rows`), `trajectory`, `evaluation` or in its place `measured` (what `poe eval` measured later),
+    `example` (the stage's `reply` to the example prompt), and the counts of the run. `example` is the rendered prompt,
+    `plot` the file name of a plot in the same folder, `repo` the stage's Hub repository.
     """
     reply = escape_controls(str((training.get("example") or {}).get("reply") or ""))
     config, training = _printable(config), _printable(training)
@@ -134,6 +134,11 @@ def _metadata(config: Mapping[str, Any], training: Mapping[str, Any]) -> ModelCa
 
 def _measured(training: Mapping[str, Any]) -> list[tuple[str, str, float]]:
     rows = [
+        (suite, name.replace("_", " "), values["stage"][0])
+        for suite, found in ((training.get("measured") or {}).get("suites") or {}).items()
+        for name, values in found["metrics"].items()
+    ]
+    rows = rows or [
         (split, kind, models["stage"][share])
         for split, models in (training.get("evaluation") or {}).items()
         for share, kind in SHARES.items()
@@ -194,7 +199,9 @@ def _ask(repo: str, base: Mapping[str, Any], example: str | None, reply: str) ->
 
 
 def _results(training: Mapping[str, Any], plot: str | None) -> list[str]:
-    parts = [*_evaluation(training.get("evaluation") or {}), *_validation(training, plot)]
+    measured = training.get("measured")
+    asked = _suites(measured) if measured else _evaluation(training.get("evaluation") or {})
+    parts = [*asked, *_validation(training, plot)]
     return ["## Results", *parts] if parts else []
 
 
@@ -304,6 +311,23 @@ def _evaluation(evaluation: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _suites(measured: Mapping[str, Any]) -> list[str]:
+    """The tables of what `poe eval` measured, and the evidence that the base is unchanged."""
+    parts = [f"Measured by `poe eval`: {escape_markdown(measured['how'])}. Brackets are 95 % intervals over rows."]
+    for name, found in measured["suites"].items():
+        lines = ["| metric | base | stage |", "|---|---:|---:|"]
+        for metric, values in found["metrics"].items():
+            cells = ["{:.3f} [{:.3f}, {:.3f}]".format(*values[label]) for label in ("base", "stage")]
+            lines.append(f"| {escape_markdown(metric.replace('_', ' '))} | {' | '.join(cells)} |")
+        parts += [f"**{escape_markdown(name)}**, {found['rows']:,} rows:", "\n".join(lines)]
+    if measured.get("base_logits"):
+        parts.append(
+            "With the stage switched off the model is its base: the logits of both on fixed prompts have the SHA-256 "
+            f"`{measured['base_logits']}`."
+        )
+    return parts
+
+
 def _limits(config: Mapping[str, Any], training: Mapping[str, Any]) -> list[str]:
     base, longest = config["base"], (training.get("data") or {}).get("seq_len")
     lines = [
@@ -312,7 +336,9 @@ def _limits(config: Mapping[str, Any], training: Mapping[str, Any]) -> list[str]
     ]
     if longest:
         lines.append(f"- It was trained on conversations of up to {longest:,} tokens; longer ones are untested.")
-    if training.get("evaluation"):
+    if training.get("measured"):
+        lines.append("- It was measured on the rows above and on nothing else.")
+    elif training.get("evaluation"):
         lines.append("- It was measured on the held-out questions above and on nothing else.")
     else:
         lines.append("- How well it answers has not been measured.")

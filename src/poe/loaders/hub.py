@@ -16,7 +16,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors.torch import load_file
 
-from poe.errors import DeltaError, FingerprintError, LineageError, PoEError, SourceError, StageError
+from poe.errors import DeltaError, FingerprintError, LineageError, PoEError, SourceError, StageError, printable
 from poe.files.output import OWN_FILES
 from poe.loaders.base import Base
 from poe.loaders.card import example_prompt, notice, stage_card
@@ -88,15 +88,18 @@ def plan_upload(
     base: str | None = None,
     parent: str | None = None,
     license: str | None = None,
+    measured: Mapping[str, Any] | None = None,
     token: str | bool | None = None,
 ) -> UploadPlan:
     """Check a stage's or base's folder and return the plan of its upload. Nothing is uploaded.
 
     A published stage must name Hub repositories for its base and parent. If config.json names folders, `base` and
     `parent` replace them; their fingerprints must match. `license` is the stage's license in the card, the notice and
-    training.json: an identifier of the Hub such as "apache-2.0", or "other". Raises `DeltaError` for a file that does
+    training.json: an identifier of the Hub such as "apache-2.0", or "other". `measured` is what the card shows of an
+    evaluation of the stage (`poe.evaluation.results.describe_for_card`). Raises `DeltaError` for a file that does
     not belong to a stage or base and for a failed check of `verify`, `LineageError` for a base or parent that is not
-    on the Hub, `FingerprintError` for a wrong one, `SourceError` for an invalid repository name.
+    on the Hub, `FingerprintError` for a wrong one and for an evaluation of another stage, `SourceError` for an invalid
+    repository name.
     """
     folder, access = Path(folder).expanduser().absolute(), Access(token)
     try:
@@ -108,15 +111,17 @@ def plan_upload(
     config, path = read_config(str(folder), access)
     files, left_out = _select_files(folder, config)
     changed: dict[str, bytes] = {}
-    if "training.json" in files:
-        record = read_json(files["training.json"])
-        if (public := _make_public(record, license)) != record:
-            changed["training.json"] = (json.dumps(public, indent=2, ensure_ascii=False) + "\n").encode()
     if is_stage(config):
         check_stage_config(config, path)
-        changed |= _rewrite_files(folder, config, repo_id, base, parent, license, access)
-    elif base or parent or license:
-        raise StageError(f"{folder} is a base, so base=, parent= and license= do not apply: leave them out.")
+        _check_measured(folder, config, measured)
+    record = read_json(files["training.json"]) if "training.json" in files else {}
+    public = _make_public(record, license, measured)
+    if "training.json" in files and public != record:
+        changed["training.json"] = (json.dumps(public, indent=2, ensure_ascii=False) + "\n").encode()
+    if is_stage(config):
+        changed |= _rewrite_files(folder, config, repo_id, base, parent, license, public, access)
+    elif base or parent or license or measured:
+        raise StageError(f"{folder} is a base, so base=, parent=, measured= and license= do not apply: leave them out.")
     failed = [check for check in verify(folder, base=base, access=access) if not check.ok]
     if failed:
         raise DeltaError(
@@ -125,7 +130,10 @@ def plan_upload(
             + " (`poe verify` shows every check.)"
         )
     title = f"Stage {config['stage']['name']}" if is_stage(config) else f"Base {folder.name}"
-    return UploadPlan(repo_id, title, {**files, **changed}, tuple(left_out), tuple(find_problems(files)))
+    problems = [*find_problems(files)]
+    if measured and "README.md" not in changed:
+        problems.append("README.md was edited, so it does not show the results: add them, or delete it")
+    return UploadPlan(repo_id, title, {**files, **changed}, tuple(left_out), tuple(problems))
 
 
 def find_problems(files: Mapping[str, Path]) -> Iterator[str]:
@@ -308,9 +316,25 @@ def _without_paths(value: Any) -> Any:
     return _PATH.sub(r"\1", value) if isinstance(value, str) else value
 
 
-def _make_public(training: dict[str, Any], license: str | None) -> dict[str, Any]:
-    """Return training.json without private paths, and with the license, if one is given."""
-    return {**_without_paths(training), **({"license": license} if license else {})}
+def _make_public(training: dict[str, Any], license: str | None, measured: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return training.json without private paths, with the license and the results of an evaluation, if given."""
+    added = {"license": license, "measured": measured and _without_paths(measured)}
+    return {**_without_paths(training), **{name: value for name, value in added.items() if value}}
+
+
+def _check_measured(folder: Path, config: Mapping[str, Any], measured: Mapping[str, Any] | None) -> None:
+    """Raise `FingerprintError` unless the evaluation measured this stage on its base."""
+    if measured is None:
+        return
+    for model, own, found in (
+        ("stage", read_delta_header(folder / DELTA_NAME).self_fingerprint, measured["stage"].partition(" ")[0]),
+        ("base", config["base"]["fingerprint"], measured["base"]),
+    ):
+        if own != found:
+            raise FingerprintError(
+                f"The results are of another {model}: {folder} has the {model} {own[:12]}, and {printable(found, 12)} "
+                "was evaluated. Evaluate this stage again, or move the results away."
+            )
 
 
 def _rewrite_files(
@@ -320,6 +344,7 @@ def _rewrite_files(
     base: str | None,
     parent: str | None,
     license: str | None,
+    public: Mapping[str, Any],
     access: Access,
 ) -> dict[str, bytes]:
     """Return the files that change for the Hub: config.json, README.md and NOTICE with Hub names."""
@@ -336,7 +361,6 @@ def _rewrite_files(
         changed["config.json"] = text.encode()
     record = folder / "training.json"
     training = read_json(record) if record.is_file() else {}
-    public = _make_public(training, license)
     for file, before, after in (
         ("README.md", _render_card(folder, config, training), _render_card(folder, published, public, repo_id)),
         ("NOTICE", notice(config, training), notice(published, public)),
