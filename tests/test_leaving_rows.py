@@ -43,13 +43,14 @@ def test_the_replies_are_those_of_generate(name: str) -> None:
         assert sum(rows) == sum(lengths)
 
 
-def test_a_fork_that_is_active_on_the_answer_gives_the_replies_of_generate() -> None:
+def test_forks_that_are_active_on_the_answer_and_their_product_give_the_replies_of_generate() -> None:
     cascade = Cascade(make_model("qwen3"), demo_tokenizer())
-    cascade.add_stage(StageConfig("s", 1, "none", attach_at=1, layers="fork", rank=4, active="answer"))
-    scramble(cascade.stages["s"], seed=1)
-    model: Any = cascade.model("s")
-    ordinary = generate_replies(model, cascade.tokenizer, PROMPTS, STOPS, generate=model.generate, **OPTIONS)
-    assert generate_replies(model, cascade.tokenizer, PROMPTS, STOPS, **OPTIONS) == ordinary
+    for seed, name in enumerate(("s", "t")):
+        cascade.add_stage(StageConfig(name, 1, "none", attach_at=1, layers="fork", rank=4, active="answer"))
+        scramble(cascade.stages[name], seed=seed)
+    for model in (cascade.model("s"), cascade.compose({"s": 0.5, "t": 0.5})):
+        ordinary = generate_replies(model, cascade.tokenizer, PROMPTS, STOPS, generate=model.generate, **OPTIONS)
+        assert generate_replies(model, cascade.tokenizer, PROMPTS, STOPS, **OPTIONS) == ordinary
 
 
 def test_a_sampled_reply_depends_on_its_seed_alone() -> None:

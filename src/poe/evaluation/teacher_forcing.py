@@ -14,6 +14,7 @@ from poe.cascade import Cascade
 from poe.data.packing import IGNORED, Batch
 from poe.data.render import Renderer
 from poe.data.templates import complete_template
+from poe.decoding.branches import BranchedModel
 from poe.errors import DataError, TemplateError
 from poe.evaluation.call_metrics import Counts, Metric, summarize
 from poe.modeling.families import logits_of
@@ -60,8 +61,11 @@ class AnswerForcing:
     def count_right_tokens(self, stage: str | None, conversations: Sequence[Conversation]) -> list[tuple[int, int]]:
         """Return for each row how many tokens of its answer are the first choice of a stage, and their number.
 
-        The number is 0 for a row whose answer cannot be written, or does not fit into the base.
+        The number is 0 for a row whose answer cannot be written, or does not fit into the base, and for every row of a
+        product, which has no head of its own.
         """
+        if isinstance(self._cascade.model(stage), BranchedModel):
+            return [(0, 0)] * len(conversations)
         if stage not in self._sources:
             self._sources[stage] = make_source(self._cascade, stage)
         rows = [self._render(conversation) for conversation in conversations]
