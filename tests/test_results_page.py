@@ -63,7 +63,7 @@ def test_a_result_becomes_a_table_a_chart_and_a_line_of_the_readme(
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"comands": []}, "unknown \\['comands'\\]"),
+        ({"command": []}, "unknown \\['command'\\]"),
         ({"rows": [{"method": "stage", "metrics": {"exakt": 1}}]}, "metrics that are declared"),
         ({"readme": [["what", "{stge|exact}", ""]]}, "there is no value {stge|exact}"),
     ],

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9")  # told apart by color-blind people too
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9")  # color-blind people see them apart
 INK, PALE = "#1f2937", "#d5dae3"
 WIDTH, LABELS, VALUES = 760, 250, 170  # of the chart, of the names on its left, of the numbers on its right
 LINE, GAP, HEAD, TICKS = 15, 9, 34, 26
