@@ -81,7 +81,10 @@ def test_mathinstruct_and_magicoder() -> None:
         "Sort a list.",
         "```python\nx.sort()\n```",
     )
-    assert reason(magicoder, {"problem": "Sort a list."}) == "row of an unknown format"
+    evolved = {"instruction": "Sort a list.", "response": "```python\nx.sort()\n```"}
+    assert turns(magicoder, evolved) == ("Sort a list.", "```python\nx.sort()\n```")
+    for row in ({"problem": "Sort a list."}, {"instruction": "Sort a list.", "solution": "x.sort()"}):
+        assert reason(magicoder, row) == "row of an unknown format"
 
 
 @pytest.mark.parametrize("reader", [alpaca, codealpaca, gsm8k, magicoder, mathinstruct, mbpp])

@@ -19,6 +19,8 @@ from poe.commands.recipe_options import (
     parse_field,
 )
 from poe.commands.reference import write_reference
+from poe.data.readers import READERS
+from poe.data.spec import parse_spec
 from poe.errors import RecipeError
 from poe.modeling.stage_config import StageConfig
 from poe.stages import Augmentation, BaseRecipe, Recipe, list_recipes, load_base_recipe, load_recipe
@@ -47,7 +49,8 @@ BASE_OPTIONS = {
 
 
 def test_shipped_recipes_survive_a_round_trip_through_yaml(tmp_path) -> None:
-    assert list_recipes() == ["demo", "tool", "tool-fork"]
+    siblings = ("chat", "code", "math", "tool")
+    assert list_recipes() == sorted(["demo", *siblings, *(f"{name}-fork" for name in siblings)])
     for name in list_recipes():
         recipe = load_recipe(name)
         path = tmp_path / "again.yaml"
@@ -64,6 +67,22 @@ def test_the_tool_recipe_has_the_published_hyperparameters() -> None:
     assert (tool.initial_lr_factor, tool.warmup_ratio, tool.warmdown_ratio) == (0.2, 0.05, 0.9)
     assert (tool.seq_len, tool.tokens_per_step) == (2048, 131072)
     assert tool.epochs == {"glaive": 4, "xlam": 3}
+
+
+def test_the_recipes_of_siblings_have_the_settings_of_the_tool_recipes() -> None:
+    own = {"name", "description", "data", "epochs", "num_layers"}
+    tool = load_recipe("tool")
+    for name, shape, epochs in (
+        ("math", 4, {"gsm8k": 20, "mathinstruct": 4}),
+        ("code", 4, {}),
+        ("chat", 2, {}),
+    ):
+        recipe = load_recipe(name)
+        assert (recipe.num_layers, recipe.epochs) == (shape, epochs)
+        assert {source.name for source in parse_spec(recipe.data, READERS)} >= epochs.keys()
+        for published, sibling in ((tool, recipe), (load_recipe("tool-fork"), load_recipe(f"{name}-fork"))):
+            changed = {field for field, value in sibling.as_dict().items() if value != published.as_dict()[field]}
+            assert changed <= own, changed
 
 
 @pytest.mark.parametrize(
