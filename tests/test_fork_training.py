@@ -6,12 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from poe import Cascade, train_stage
-from poe.errors import RecipeError
-from poe.modeling.answer_boundary import _dense_places
+from conftest import scramble
+from poe import Cascade, StageConfig, train_stage
+from poe.errors import FamilyError, RecipeError, TrainingError
+from poe.modeling.answer_boundary import AnswerBoundary, _dense_places
 from poe.stages import Recipe
 from poe.training.parallel.distributed import SINGLE_PROCESS
 from poe.training.reporting.progress import Progress
+from test_fork import dense_case, forked, masked_logits
 
 SMALL = {
     "seq_len": 512,
@@ -75,6 +77,39 @@ def test_answers_of_different_lengths_pass_a_fork_in_few_shapes() -> None:
         seen.add(places.shape[1])
     assert seen == {64, 128, 192, 256}
     assert _dense_places(torch.ones(1, 40, dtype=torch.bool)).shape == (1, 40)
+
+
+@pytest.mark.parametrize("attach_at", [0, 1])
+@torch.no_grad()
+def test_a_child_learns_what_it_will_be_where_its_parent_is_active_on_the_answer_too(attach_at: int) -> None:
+    cascade = forked(active="answer")
+    cascade.add_stage(
+        StageConfig("child", layers="fork", attach_at=attach_at, active="answer", parent="f", head="none")
+    )
+    scramble(cascade.stages["child"], seed=3)
+    ids, positions, labels, turns = dense_case(cascade.base)
+    boundary = AnswerBoundary(cascade.base, cascade.stages["child"])
+    hidden = boundary.above(boundary.below(ids, positions), ids, positions, labels != -100)
+    logits = cascade.model("child").get_output_embeddings()(hidden)
+    for document, start, end in turns:
+        expected = masked_logits(cascade, ids[:1, document:end], start - document)
+        torch.testing.assert_close(logits[:1, start - 1 : end - 1], expected)
+
+
+def test_a_child_begins_no_higher_than_a_parent_that_is_active_on_the_answer() -> None:
+    cascade = forked(active="answer", attach_at=0)
+    cascade.add_stage(StageConfig("child", layers="fork", attach_at=1, active="answer", parent="f"))
+    with pytest.raises(FamilyError, match="begins at layer 1, above layer 0 of a parent"):
+        AnswerBoundary(cascade.base, cascade.stages["child"])
+
+
+def test_a_stage_for_every_token_is_not_trained_on_one_for_the_answer(demo_base: Path, tmp_path: Path) -> None:
+    cascade = Cascade.from_pretrained(demo_base, dtype=torch.float32)
+    cascade.add_stage(StageConfig("f", layers="fork", attach_at=1, active="answer", head="none"))
+    cascade.save_stage("f", tmp_path / "f", dtype=torch.float32)
+    cascade = Cascade.from_pretrained(tmp_path / "f", base=demo_base, dtype=torch.float32)
+    with pytest.raises(TrainingError, match="would act on every token, and the stage 'f' below it"):
+        train_stage(cascade, "demo", "demo=60", tmp_path / "out", parent="f", **{**SMALL, "active": "all"})
 
 
 @pytest.mark.slow

@@ -302,6 +302,14 @@ def test_training_improves_the_stage_and_keeps_the_base_unchanged(base: Path, tm
     assert (tmp_path / "o" / "report.png").stat().st_size > 1000
 
 
+def test_a_new_stage_stands_on_the_stage_that_is_given_as_the_base(stage_folders: list[str], tmp_path: Path) -> None:
+    parent = Path(stage_folders[0])
+    done = run_in_process(command(parent, tmp_path / "out", "--max-steps", "1"))
+    assert f"stage demo stands on the stage {parent.name}" in done.stderr
+    cascade = Cascade.from_pretrained(tmp_path / "out")
+    assert [stage.name for stage in cascade.stages["demo"].chain] == [parent.name, "demo"]
+
+
 def test_losses_equal_recorded_numbers(base: Path, tmp_path: Path) -> None:
     """A change that is meant to be numerically neutral must not change them."""
     result = train_stage(

@@ -40,7 +40,10 @@ DryRun = Annotated[
 def stage(
     context: typer.Context,
     recipe: StageRecipe = "tool-fork",
-    base: Annotated[str, typer.Option(help="Hub id or folder of the base; 'demo' is the embedded one.")] = "demo",
+    base: Annotated[
+        str,
+        typer.Option(help="Hub id or folder of the base, or of a stage to stand on; 'demo' is the embedded base."),
+    ] = "demo",
     data: Annotated[
         str | None, typer.Option(help="Training data as a SPEC: name[=path][*epochs][:weight], comma-separated.")
     ] = None,
@@ -61,13 +64,22 @@ def stage(
         from poe.training.trainer import check_stage_run, train_stage
 
         cascade = _open_base(plan, base, world)
+        if cascade.active and plan.name not in cascade.stages:
+            err.print(f"stage {plan.name} stands on the stage {cascade.active}", markup=False)
         if dry_run:
             _check_single_process(world, "stage --dry-run")
-            _end_dry_run(
-                check_stage_run(cascade, plan, data, folder, _print_check, resume=resume, has_questions=not no_eval)
-            )
-        evaluate = None if no_eval else _evaluate
-        result = train_stage(cascade, plan, data, folder, resume=resume, evaluate=evaluate, world=world)
+            options: dict[str, Any] = {"parent": cascade.active, "resume": resume, "has_questions": not no_eval}
+            _end_dry_run(check_stage_run(cascade, plan, data, folder, _print_check, **options))
+        result = train_stage(
+            cascade,
+            plan,
+            data,
+            folder,
+            parent=cascade.active,
+            resume=resume,
+            evaluate=None if no_eval else _evaluate,
+            world=world,
+        )
         out.print(_format_bpb(result.record))
         if "evaluation" in result.record:
             out.print(_format_scores(result.record["evaluation"]))

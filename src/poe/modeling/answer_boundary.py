@@ -72,6 +72,14 @@ class AnswerBoundary:
         for index, layer in self._taken.items():
             beneath[index] = layer
         self.layers = taps
+        parents = [link for link in stage.chain[:-1] if link.config.active == "answer"]
+        if any(link.below < below for link in parents):
+            raise FamilyError(
+                f"Stage {stage.name!r} begins at layer {below}, above layer {min(link.below for link in parents)} of a "
+                "parent that is active on the answer, and what the parent leaves there differs between prompt and "
+                "answer: begin at the parent's layer or below it."
+            )
+        self._parents = [link.activity for link in parents]
         self._stage_layer, self._below, self._depth = stage.layers[0], below, stage.depth
         self._config, self._dtype = base.config, base.dtype
         self._lower_depth = int(lower.config.num_hidden_layers)
@@ -88,16 +96,25 @@ class AnswerBoundary:
 
     @torch.no_grad()
     def below(self, input_ids: Tensor, position_ids: Tensor) -> Read:
-        """Token ids and positions (B, T) -> what the layers below leave, without a graph."""
+        """Token ids and positions (B, T) -> what the layers below leave, without a graph.
+
+        A parent that is active on the answer reads no prompt either.
+        """
         self._lower.eval()
         cache = DynamicCache()  # without a config it keeps every token, in sliding layers too
-        self._lower(
-            input_ids=input_ids,
-            position_ids=position_ids,
-            attention_mask=self._masks(*_row_mask(position_ids)),
-            past_key_values=cache,
-            use_cache=True,
-        )
+        for activity in self._parents:
+            activity.tokens = input_ids.shape[1]
+        try:
+            self._lower(
+                input_ids=input_ids,
+                position_ids=position_ids,
+                attention_mask=self._masks(*_row_mask(position_ids)),
+                past_key_values=cache,
+                use_cache=True,
+            )
+        finally:
+            for activity in self._parents:
+                activity.tokens = None
         layers: list[Any] = cache.layers[self._below : self._depth]
         taken = [recorded.take() for recorded in self._taken.values()]
         states = (

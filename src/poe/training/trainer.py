@@ -91,6 +91,7 @@ class _Job:
     folder: Path
     renderer: Renderer
     context: RunContext
+    parent: str | None = None  # the stage on which a new stage stands
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,7 @@ def train_stage(
     data: Data | None = None,
     output_dir: str | Path | None = None,
     *,
+    parent: str | None = None,
     eval_data: Data | None = None,
     resume: bool = False,
     evaluate: Evaluate | None = None,
@@ -133,11 +135,11 @@ def train_stage(
     training, `poe.evaluation.calls.compare_with_base` for example; training rows like them are dropped.
 
     If the cascade already has a stage of that name, its training continues in its own dtype. Otherwise a stage is added
-    in the recipe's `dtype` ("auto": the base's). The run keeps the weights with the best validation, in `cascade` and
-    on disk. Each of `callbacks` gets every line of metrics.jsonl as a dict: a step, or a validation. `resume` continues
-    from the checkpoint in `output_dir`; the result has the same bytes as that of an uninterrupted run. The processes of
-    `world` (see `join_world`) share the rows of every step. The main process writes, evaluates and reports, and all
-    processes return its result.
+    on top of the stage `parent` (None: on the base), in the recipe's `dtype` ("auto": the base's). The run keeps the
+    weights with the best validation, in `cascade` and on disk. Each of `callbacks` gets every line of metrics.jsonl as
+    a dict: a step, or a validation. `resume` continues from the checkpoint in `output_dir`; the result has the same
+    bytes as that of an uninterrupted run. The processes of `world` (see `join_world`) share the rows of every step. The
+    main process writes, evaluates and reports, and all processes return its result.
 
     Raises `RecipeError`, `DataError`, `TokenizerError`, `TemplateError`, `OutputError`, `TrainingError`; `Interrupted`
     after Ctrl-C.
@@ -152,7 +154,8 @@ def train_stage(
         plan = plan.replace(eval_data=eval_spec or plan.eval_data)
         job = _check_inputs(cascade, plan, spec or plan.data, folder, resume, progress, world, preflight, cleanup)
         assert job is not None  # the first problem is raised
-        job = replace(job, context=replace(job.context, callbacks=tuple(callbacks) if world.is_main else ()))
+        context = replace(job.context, callbacks=tuple(callbacks) if world.is_main else ())
+        job = replace(job, context=context, parent=parent)
         prepared = _prepare_data(job)
         job = replace(job, plan=prepared.recipe)
         advice = "Lower max_tokens_per_batch, seq_len or num_layers, or choose a smaller dtype."
@@ -171,6 +174,7 @@ def check_stage_run(
     output_dir: str | Path,
     report: Report,
     *,
+    parent: str | None = None,
     resume: bool = False,
     progress: Progress | None = None,
     has_questions: bool = True,
@@ -192,7 +196,7 @@ def check_stage_run(
         if checked is None:
             return False
         prepared = preflight.check("data", lambda: _prepare_data(checked, keep_dropped=False))
-        job = replace(checked, plan=prepared.recipe if prepared else plan)
+        job = replace(checked, plan=prepared.recipe if prepared else plan, parent=parent)
         grown = prepared and preflight.check("stage", lambda: _grow_model(job, prepared, cleanup))
         if is_new and plan.name in cascade.stages:
             cleanup.callback(cascade.activate, active)
@@ -238,7 +242,8 @@ def _grow_model(job: _Job, prepared: TrainingData, cleanup: ExitStack) -> _Grown
     if plan.shard_base:
         shard_and_report(cascade, world, job.context.progress)
     if plan.name not in cascade.stages:
-        cascade.add_stage(plan, seed=plan.seed, dtype=stage_dtype(plan.dtype, cascade.base))
+        dtype = stage_dtype(plan.dtype, cascade.base)
+        cascade.add_stage(plan, seed=plan.seed, dtype=dtype, **({"parent": job.parent} if job.parent else {}))
     stage = cascade.stages[plan.name].requires_grad_(True)
     model = cascade.model(plan.name)
     report_copying_layers(cascade, stage, plan.attach_at == "auto", job.context.progress)

@@ -252,6 +252,12 @@ def stage_sources(
     compiled = choose_compile(plan.compile, device_of(base.get_input_embeddings()))
     if stage.config.active == "answer":
         return _answer_sources(cascade, plan, train, val, num_steps, progress, compiled)
+    if not stage.reads_prompt:
+        silent = next(link.name for link in stage.chain if link.config.active == "answer")
+        raise TrainingError(
+            f"Stage {stage.name!r} would act on every token, and the stage {silent!r} below it acts on the answer "
+            "alone: train a fork with active: answer, or stand on a stage with active: all."
+        )
     sources = whole_model_sources(model, compiled)
     if stage.below == 0:  # a fork of every layer has no boundary
         return sources
