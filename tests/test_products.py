@@ -205,6 +205,17 @@ def test_fit_reads_padding_and_labels_as_a_loss_does() -> None:
             product.fit(rows)  # type: ignore[arg-type]
 
 
+def test_fit_lets_stages_for_the_answer_act_on_labels_alone() -> None:
+    cascade = Cascade(tiny_model("llama"))
+    for seed, name in enumerate(("tool", "math")):
+        cascade.add_stage(name=name, layers="fork", attach_at=1, active="answer", head="none")
+        scramble(cascade.stages[name], seed)
+    row = {"input_ids": token_ids(1), "labels": token_ids(1).index_fill(1, torch.arange(5), -100)}
+    product = cascade.compose(["tool", "math"])
+    before = product(**row).loss.item()
+    assert product.fit([row]).before == pytest.approx(before, rel=1e-4)
+
+
 @settings(max_examples=50, deadline=None)
 @given(data=st.data(), count=st.integers(1, 4), seed=st.integers(0, 10_000))
 def test_the_pool_ignores_constants_and_keeps_agreement(data: st.DataObject, count: int, seed: int) -> None:

@@ -8,6 +8,7 @@ Shape letters: B batch, T tokens of a call, D width, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -18,9 +19,10 @@ from transformers import Cache, PreTrainedModel
 
 from poe.decoding.strategy import Expert
 from poe.errors import FamilyError, StageError
-from poe.modeling.answering import limit_to_answer
+from poe.modeling.answering import acting_on_labels, limit_to_answer
 from poe.modeling.exits import head_below
 from poe.modeling.families import Family, family_of, logits_of
+from poe.modeling.fork import Activity
 from poe.modeling.growth import build_shell, sync_attention
 from poe.modeling.stage import Stage
 from poe.modeling.standins import RecordedLayer, SkippedLayer
@@ -37,6 +39,7 @@ class BranchedModel(nn.Module):
     _family: Family
     _branches: "dict[nn.Module, _Branch]"  # by layer, in the order of the slots
     _recorded: dict[int, RecordedLayer]
+    _activities: Sequence[Activity]  # of the stages that are active on the answer
 
     def expert_states(
         self,
@@ -49,7 +52,8 @@ class BranchedModel(nn.Module):
         """Token ids (B, T) -> each expert's normalized states (its rows, kept positions, D), and the cache.
 
         `rows` has each expert's row indices in rising order (default: all rows). A stage runs only on the rows of the
-        experts above it. `inputs` are those of the backbone.
+        experts above it. `inputs` are those of the backbone. Outside of a forward pass of the whole model, stages that
+        are active on the answer need `acting_on_labels`.
         """
         rows = rows or [None] * len(self.experts)
         for branch in self._branches.values():
@@ -77,6 +81,10 @@ class BranchedModel(nn.Module):
             slot: torch.isin(branch, torch.tensor(layer.experts)).nonzero()[:, 0]
             for slot, layer in enumerate(self._branches.values(), start=first)
         }
+
+    def acting_on_labels(self, labels: Tensor) -> AbstractContextManager[None]:
+        """Let stages that are active on the answer act where `labels` (B, T) are predicted, in a `with` block."""
+        return acting_on_labels(self._activities, labels)
 
     def expert_logits(self, expert: int, states: Tensor) -> Tensor:
         """Return the logits (..., V) of one expert's head for states (..., D), scaled and capped."""
@@ -156,9 +164,10 @@ def build_branched_model(base: PreTrainedModel, experts: Sequence[Expert], kind:
     branched: Any = model
     branched.experts, branched._branches, branched._recorded = list(experts), branches, recorded
     branched._family = family
-    activities = {link.activity for stage in stages for link in stage.chain if link.config.active == "answer"}
-    if activities:
-        limit_to_answer(branched, list(activities))
+    answering = {link.activity for stage in stages for link in stage.chain if link.config.active == "answer"}
+    branched._activities = list(answering)
+    if answering:
+        limit_to_answer(branched, branched._activities)
     return branched
 
 

@@ -39,6 +39,23 @@ def limit_to_answer(model: PreTrainedModel, activities: Sequence[Activity]) -> N
     model.save_pretrained = raise_no_checkpoint  # type: ignore[method-assign]
 
 
+@contextmanager
+def acting_on_labels(activities: Sequence[Activity], labels: torch.Tensor) -> Iterator[None]:
+    """Let stages act on the tokens that predict `labels` (B, T), not shifted, in a `with` block. -100 is no label."""
+    for activity in activities:
+        activity.tokens = _predict_labels(labels)
+    try:
+        yield
+    finally:
+        for activity in activities:
+            activity.tokens = None
+
+
+def _predict_labels(labels: torch.Tensor) -> torch.Tensor:
+    """Return which tokens (B, T) predict a label."""
+    return torch.cat([labels[:, 1:], labels[:, -1:]], dim=1) != -100
+
+
 def raise_no_checkpoint(*args: Any, **kwargs: Any) -> NoReturn:
     """Raise `FamilyError`: an ordinary checkpoint has one weight for all tokens."""
     raise FamilyError(
@@ -69,8 +86,7 @@ class _Positions:
         cached, length = 0 if cache is None else int(cache.get_seq_length()), given.shape[1]
         tokens: torch.Tensor | int
         if self._start is None and labels is not None:
-            following = torch.cat([labels[:, 1:], labels[:, -1:]], dim=1)
-            tokens = following != -100
+            tokens = _predict_labels(labels)
         else:
             start = cached + length - 1 if self._start is None else self._start
             tokens = min(max(start - cached, 0), length)
