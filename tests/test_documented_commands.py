@@ -41,6 +41,7 @@ NOT_RUN = {
     "docs/how-to/quantized-bases.md": 2,
     "docs/how-to/serve.md": 3,
     "docs/how-to/several-devices.md": 5,
+    "docs/how-to/siblings.md": 2,
     "docs/how-to/train.md": 4,
     "docs/how-to/trl.md": 1,
     "docs/tutorial.md": 4,

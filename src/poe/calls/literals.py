@@ -36,7 +36,7 @@ def parse_literal(text: str) -> Any:
     Raises `ValueError` for any other text: names, arithmetic, calls, non-finite numbers, complex numbers, bytes, and
     text that is longer than `MAX_CHARACTERS` or nests deeper than `MAX_DEPTH`.
     """
-    return _convert(_parse(text, "eval").body, calls=False, depth=0)
+    return _convert(parse_python(text, "eval").body, calls=False, depth=0)
 
 
 def parse_calls(text: str) -> list[PythonCall]:
@@ -45,7 +45,7 @@ def parse_calls(text: str) -> list[PythonCall]:
     Raises `ValueError` for any other text.
     """
     calls: list[PythonCall] = []
-    for statement in _parse(text, "exec").body:
+    for statement in parse_python(text, "exec").body:
         node = statement.value if isinstance(statement, ast.Expr | ast.Assign) else None
         parts = node.elts if isinstance(node, ast.List | ast.Tuple) else [node]
         for part in parts:
@@ -57,7 +57,8 @@ def parse_calls(text: str) -> list[PythonCall]:
     return calls
 
 
-def _parse(text: str, mode: str) -> Any:
+def parse_python(text: str, mode: str = "exec") -> Any:
+    """Return the syntax tree of a text, which is not executed. Raises `ValueError` if Python's parser refuses it."""
     if len(text) > MAX_CHARACTERS or len(_OPENING_BRACKET.findall(text)) > MAX_CHARACTERS // 4:
         raise ValueError("too long to be parsed")
     try:
@@ -120,7 +121,7 @@ def _convert(node: ast.expr, *, calls: bool, depth: int) -> Any:
 
 def parse_definition(text: str) -> ast.FunctionDef:
     """Return the syntax tree of a text that is one function definition. Raises `ValueError` for any other text."""
-    match _parse(text, "exec").body:
+    match parse_python(text, "exec").body:
         case [ast.FunctionDef() as definition]:
             return definition
     raise ValueError("not a function definition")

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 
 from poe.cascade import Cascade
 from poe.data.readers import READERS, demo
@@ -9,14 +10,39 @@ from poe.data.readers.guess import find_reader
 from poe.data.render import Renderer
 from poe.data.spec import DataSource, parse_spec
 from poe.errors import DataError
+from poe.evaluation.answer_suite import AnswerSuite
 from poe.evaluation.call_suite import CallSuite
-from poe.evaluation.suites import CALLS, TEXT, Rows, Settings, Suite, read_demo, read_questions, read_texts
+from poe.evaluation.reply_checks import check_code, check_number
+from poe.evaluation.suites import (
+    ANSWERS,
+    CALLS,
+    CODE,
+    NUMBERS,
+    TEXT,
+    Rows,
+    Settings,
+    Suite,
+    read_demo,
+    read_questions,
+    read_texts,
+)
 from poe.evaluation.text_suite import TextSuite
 
-SUITES: dict[str, Callable[[Rows, Cascade, Renderer, Settings], Suite]] = {CALLS: CallSuite, TEXT: TextSuite}
+SUITES: dict[str, Callable[[Rows, Cascade, Renderer, Settings], Suite]] = {
+    CALLS: CallSuite,
+    ANSWERS: AnswerSuite,
+    NUMBERS: partial(AnswerSuite, check=check_number),
+    CODE: partial(AnswerSuite, check=check_code),
+    TEXT: TextSuite,
+}
 """The suite of each kind of rows."""
 
-SOURCES: dict[str, Callable[[DataSource, str], list[Rows]]] = {demo.NAME: read_demo, TEXT: read_texts}
+SOURCES: dict[str, Callable[[DataSource, str], list[Rows]]] = {
+    demo.NAME: read_demo,
+    TEXT: read_texts,
+    "gsm8k": partial(read_questions, kind=NUMBERS),
+    "mbpp": partial(read_questions, kind=CODE),
+}
 """Names of a SPEC that are read otherwise than as the questions of a reader: each with a function of source and name.
 
 The rows that the function returns have the kind of their suite.

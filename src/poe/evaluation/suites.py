@@ -18,7 +18,7 @@ from poe.errors import DataError, EvaluationError
 from poe.evaluation.call_metrics import Counts, split_question
 
 DEMO_ROWS = 100  # of each split of the demo world
-CALLS, TEXT = "calls", "text"  # kinds of rows
+CALLS, ANSWERS, NUMBERS, CODE, TEXT = "calls", "answers", "numbers", "code", "text"  # kinds of rows
 
 
 @dataclass(frozen=True)
@@ -129,11 +129,15 @@ def fingerprint_items(items: Sequence[Item]) -> str:
     return hashlib.sha256("\n".join(item.fingerprint for item in items).encode()).hexdigest()
 
 
-def read_questions(source: DataSource, name: str) -> list[Rows]:
-    """Read the conversations of a reader of `--data`, whose first trained answers are the references."""
+def read_questions(source: DataSource, name: str, kind: str = "") -> list[Rows]:
+    """Read the conversations of a reader of `--data`, whose first trained answers are the references.
+
+    Without a `kind` their references are calls, or answers in text if no row has a tool.
+    """
     report = DropReport()
-    rows = Rows(CALLS, name, str(source), READERS[source.name].license)
+    rows = Rows(kind, name, str(source), READERS[source.name].license)
     _add_unrepeated(rows, _questions(read_source(source, report), rows))
+    rows.kind = kind or (CALLS if any(conversation.tools for _, _, conversation in rows.rows) else ANSWERS)
     return [_add_dropped(rows, report)]
 
 
@@ -168,6 +172,8 @@ def _questions(conversations: Iterator[Conversation], rows: Rows) -> Iterator[tu
             continue
         form = conversation.form
         content = [question, conversation.tools, calls, form and [form.tools, form.calls, form.place, form.phrasing]]
+        if not conversation.tools:
+            content.append(conversation.messages[len(question)]["content"])
         yield conversation.id or str(number), hash_text(json.dumps(content, sort_keys=True)), conversation
 
 
