@@ -14,14 +14,14 @@ A run is a method with a rate, a number of steps and a seed. Training, validatin
 it are processes of their own, one after the other. The runs are folders in OUT/runs: `training.json` (seconds, peak
 memory, bytes), `weights`, `validation.json` and `measured`. A command that was killed continues at the first run, or
 the first replies, that are not there yet, so weights can be measured later (`--train`, then `--measure`). At the end
-the tables are printed, and OUT/results.json has every number of every run.
+the tables are printed; OUT/results.json has the same for each run, in the form of docs/results.
 """
 
 import argparse
+import datetime
 import importlib.metadata
 import json
 import os
-import platform
 import random
 import resource
 import shlex
@@ -35,20 +35,20 @@ from pathlib import Path
 from typing import Any
 
 TRAINING, WEIGHTS, VALIDATION, MEASURED = "training.json", "weights", "validation.json", "measured/results.json"
-COSTS = {  # name in training.json -> title, unit of the title, digits
+COSTS = {  # name in training.json -> title, the unit of the title, digits
     "trained": ("trained, M", 1e6, 1),
     "cpu_seconds": ("CPU s", 1, 0),
     "seconds": ("wall s", 1, 0),
     "peak_bytes": ("peak MiB", 2**20, 0),
     "artifact_bytes": ("file, MB", 1e6, 1),
 }
-QUALITIES = {  # metric -> title, factor, digits
-    "forced_nats": ("nats", 1, 3),
-    "forced_calls": ("calls right", 100, 1),
-    "forced_answers": ("answers right", 100, 1),
-    "exact": ("exact", 100, 1),
-    "valid": ("valid", 100, 1),
-    "bits_per_byte": ("bits per byte", 1, 4),
+QUALITIES = {  # metric -> title, digits
+    "forced_nats": ("nats", 3),
+    "forced_calls": ("calls right", 3),
+    "forced_answers": ("answers right", 3),
+    "exact": ("exact", 3),
+    "valid": ("valid", 3),
+    "bits_per_byte": ("bits per byte", 4),
 }
 
 
@@ -270,56 +270,52 @@ def child(task: str, run: dict[str, Any], options: dict[str, Any], folder: str) 
         tasks[task](Run(**run), options, path)
 
 
-def collect(kit: Kit) -> list[dict[str, Any]]:
-    """Return a row for each measured run: its settings, its costs, and each metric as [value, low, high]."""
+def collect(kit: Kit) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return the metrics, and their values for each measured run, in the form of docs/results.
+
+    A quality is [value, low, high], with the bounds of its interval.
+    """
+    metrics = {name: {"title": title, "digits": digits} for name, (title, _, digits) in COSTS.items()}
     rows, prompts = [], set()
     for run in dict.fromkeys(run for seed in kit.seeds for run in kit.kept(seed)):
         record, results = kit.read(run, TRAINING), kit.read(run, MEASURED)
         if record is None or results is None:
             continue
         prompts.add(results["prompt"])
-        metrics = {
-            f"{suite}: {name}": [metric["value"], metric["low"], metric["high"]]
-            for suite, scores in results["scores"].items()
-            for name, metric in scores["base"].items()
-            if metric["value"] is not None
-        }
-        costs = {name: value for name, value in record.items() if name not in asdict(run)}
-        rows.append({"label": run.label, **asdict(run), **costs, "metrics": metrics})
+        values: dict[str, Any] = {name: record[name] / unit for name, (_, unit, _) in COSTS.items()}
+        for suite, scores in results["scores"].items():
+            for name, (title, digits) in QUALITIES.items():
+                metric = scores["base"].get(name, {"value": None})
+                if metric["value"] is not None:
+                    metrics[f"{suite}: {name}"] = {"title": f"{title} ({suite})", "digits": digits}
+                    values[f"{suite}: {name}"] = [metric["value"], metric["low"], metric["high"]]
+        rows.append({"method": run.label, "seed": run.seed, "metrics": values})
     if len(prompts) > 1:
         raise SystemExit("The runs were measured with different prompts, so they cannot be compared: measure again.")
-    return rows
+    return metrics, rows
 
 
-def tables(rows: Sequence[dict[str, Any]]) -> str:
-    """Return the costs and the qualities as Markdown: the mean over seeds, and the least and the most."""
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(row["label"], []).append(row)
+def tables(metrics: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
+    """Return a Markdown table of the costs, and one for each suite: the mean over seeds, the least and the most."""
     parts = []
-    columns = [(title, [(name, unit, digits)]) for name, (title, unit, digits) in COSTS.items()]
-    parts.append(_table(groups, [title for title, _ in columns], [c for _, cells in columns for c in cells]))
-    suites = dict.fromkeys(name.rpartition(": ")[0] for row in rows for name in row["metrics"])
-    for suite in suites:
-        found = {name.rpartition(": ")[2] for row in rows for name in row["metrics"] if name.startswith(f"{suite}: ")}
-        shown = {name: value for name, value in QUALITIES.items() if name in found}
-        cells = [(f"{suite}: {name}", 1 / factor, digits) for name, (_, factor, digits) in shown.items()]
-        parts.append(f"**{suite}**\n\n" + _table(groups, [title for title, _, _ in shown.values()], cells))
+    for suite in dict.fromkeys(name.rpartition(": ")[0] for name in metrics):
+        names = [name for name in metrics if name.rpartition(": ")[0] == suite]
+        lines = [f"| method | seeds | {' | '.join(metrics[name]['title'] for name in names)} |"]
+        lines.append("|---|" + "---:|" * (1 + len(names)))
+        for method in dict.fromkeys(row["method"] for row in rows):
+            own = [row["metrics"] for row in rows if row["method"] == method]
+            cells = [_write_spread([row.get(name) for row in own], metrics[name]["digits"]) for name in names]
+            lines.append(f"| {method} | {len(own)} | {' | '.join(cells)} |")
+        parts.append("\n".join(lines))
     return "\n\n".join(parts)
 
 
-def _table(groups: dict[str, Any], titles: Sequence[str], cells: Sequence[tuple[str, float, int]]) -> str:
-    lines = [f"| method | seeds | {' | '.join(titles)} |", "|---|" + "---:|" * (1 + len(titles))]
-    for label, rows in groups.items():
-        texts = []
-        for name, unit, digits in cells:
-            found = [row.get(name, row["metrics"].get(name, [None])[0]) for row in rows]
-            values = [value / unit for value in found if value is not None]
-            text = f"{statistics.mean(values):,.{digits}f}" if values else "-"
-            spread = f" [{min(values):,.{digits}f}, {max(values):,.{digits}f}]" if len(values) > 1 else ""
-            texts.append(text + spread)
-        lines.append(f"| {label} | {len(rows)} | {' | '.join(texts)} |")
-    return "\n".join(lines)
+def _write_spread(found: Sequence[Any], digits: int) -> str:
+    values = [value[0] if isinstance(value, list) else value for value in found if value is not None]
+    if not values:
+        return "-"
+    text = f"{statistics.mean(values):,.{digits}f}"
+    return text if len(values) == 1 else f"{text} [{min(values):,.{digits}f}, {max(values):,.{digits}f}]"
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -381,22 +377,22 @@ def main() -> int:
         for task, run in kit.tasks(seed, train=not args.measure, measure=not args.train):
             if not kit.start(task, run):
                 failed.append(f"{task} {run.name}")
-    rows = collect(kit)
-    packages = ("torch", "transformers", "peft")
-    threads = os.environ.get("OMP_NUM_THREADS", "all")
-    write_json(
-        args.out / "results.json",
-        {
-            "command": shlex.join(["python", "benchmarks/baselines.py", *sys.argv[1:]]),
-            "options": options,
-            "machine": torch.cuda.get_device_name()
-            if options["device"] == "cuda"
-            else f"{os.cpu_count()} CPU cores ({platform.machine()}), OMP_NUM_THREADS={threads}",
-            "versions": {package: importlib.metadata.version(package) for package in packages},
-            "rows": rows,
-        },
-    )
-    print(tables(rows))
+    metrics, rows = collect(kit)
+    on_cpu = f"{os.cpu_count()} CPU cores, {os.environ.get('OMP_NUM_THREADS', 'all')} of them used"
+    base = Path(args.base).name
+    result = {
+        "title": f"Training methods on {base}",
+        "about": f"{args.steps} steps of {args.rows_per_step} rows of at most {args.seq_len} tokens.",
+        "order": 0,
+        "date": datetime.date.today().isoformat(),
+        "machine": torch.cuda.get_device_name() if options["device"] == "cuda" else on_cpu,
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")},
+        "commands": [shlex.join(["python", "benchmarks/baselines.py", *sys.argv[1:]])],
+        "metrics": metrics,
+        "rows": rows,
+    }
+    write_json(args.out / "results.json", result)
+    print(tables(metrics, rows))
     for name in failed:
         print(f"failed: {name}", file=sys.stderr)
     return 1 if failed else 0
