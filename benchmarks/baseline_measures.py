@@ -21,6 +21,7 @@ from poe.data.render import RenderedRow, Renderer
 from poe.errors import DataError
 from poe.evaluation.call_metrics import Counts, summarize
 from poe.evaluation.kinds import read_sources
+from poe.evaluation.results import BASE
 from poe.evaluation.run import Evaluation
 from poe.evaluation.suites import TEXT, Item, Rows, Settings
 from poe.modeling.placement import device_of
@@ -133,4 +134,5 @@ def measure(method: TrainedMethod, sources: Sequence[Rows], folder: Path, option
     limits = {"longest": options["seq_len"], "most": options["forced_rows"], "seed": settings.seed}
     forced = {FORCED.format(rows.name): ForcedSuite(rows, method, renderer, **limits) for rows in questions}
     evaluation.suites = {**forced, **evaluation.suites}
+    evaluation.models = {BASE: method.stage}
     return evaluation.run(progress=Progress("measure"))

@@ -21,11 +21,10 @@ from transformers import PreTrainedModel
 
 from poe import Cascade
 from poe.data.packing import IGNORED, Batch
-from poe.modeling.answer_boundary import AnswerBoundary
 from poe.modeling.families import logits_of
 from poe.modeling.fingerprint import fingerprint_files
 from poe.stages.copying import find_copying_layer
-from poe.training.hidden_states.sources import AnswerTokens, WholeModel
+from poe.training.hidden_states.sources import make_source
 from poe.training.schedule import lr_factor
 
 FIRST, SECOND = "first", "second"  # the names of stages, and of their folders
@@ -133,14 +132,14 @@ def save(method: Method, cascade: Cascade, arm: arms.Arm, folder: Path) -> int:
 
 
 class TrainedMethod:
-    """A trained method as an evaluation takes a cascade: `model(None)` is its model.
+    """A trained method as an evaluation takes a cascade: `model` is always its model, `stage` its stage, if it has one.
 
     LoRA's weights are merged into the base. `folder` has the artifact, None for the base alone.
     """
 
     def __init__(self, method: Method, folder: Path | None, base: str, dtype: str, device: str) -> None:
         place: dict[str, Any] = {"dtype": dtype, "device_map": None if device == "cpu" else {"": device}}
-        self._stage: str | None = None
+        self.stage: str | None = None
         self.is_product = method.kind == "product"
         if method.kind in ("full", "last"):
             self._cascade = Cascade.from_pretrained(str(folder), **place)
@@ -155,14 +154,14 @@ class TrainedMethod:
         else:
             last = SECOND if method.kind == "chain" else FIRST
             self._cascade = Cascade.from_pretrained(folder / last, base=base, **place)
-            self._stage = self._cascade.active
+            self.stage = self._cascade.active
             if self.is_product:
                 self._cascade.load_stage(folder / SECOND)
         self._model: PreTrainedModel = (
-            self._cascade.compose({FIRST: 0.5, SECOND: 0.5}) if self.is_product else self._cascade.model(self._stage)
+            self._cascade.compose({FIRST: 0.5, SECOND: 0.5}) if self.is_product else self._cascade.model(self.stage)
         )
         self._model.eval()
-        self._source = self._find_source()
+        self._source = None if self.is_product else make_source(self._cascade, self.stage)
         files = [] if folder is None else sorted(folder.rglob("*.safetensors"))
         names = [self._cascade.base_source.fingerprint, *(fingerprint_files([file]) for file in files)]
         self.base_source = dataclasses.replace(self._cascade.base_source, known_fingerprint=" ".join(names))
@@ -173,16 +172,6 @@ class TrainedMethod:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cascade, name)
-
-    def _find_source(self) -> Any:
-        """Return where the states that the head reads come from; None for a product, which has several heads."""
-        if self.is_product:
-            return None
-        stage = None if self._stage is None else self._cascade.stages[self._stage]
-        if stage is None or stage.config.active == "all":
-            return WholeModel(self._model)
-        boundary = AnswerBoundary(self._cascade.base, stage)
-        return AnswerTokens(self._model, boundary, lambda b: boundary.below(b.input_ids, b.position_ids), cached=False)
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> Tensor:
