@@ -51,7 +51,7 @@ METHODS = {
     "full": Method("full", (3e-5, 1e-4, 3e-4)),
     "lora-top": Method("lora", LORA_RATES, {"top": True}),
     "last": Method("last", (1e-4, 3e-4, 1e-3)),
-    "chain": Method("chain", FORK_RATES, {"active": "all"}),
+    "chain": Method("chain", FORK_RATES),
     "product": Method("product", FORK_RATES),
     "stage-dense": Method("stage", MUON_RATES, {"head": "dense"}),
     "stage-no-head": Method("stage", MUON_RATES, {"head": "none"}),
