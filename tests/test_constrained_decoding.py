@@ -94,6 +94,29 @@ def test_a_random_model_writes_calls_that_fit_and_end(kind: str) -> None:
         assert not check_calls(reply.calls, tools)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_addresses_and_times_that_would_not_end_are_closed(kind: str) -> None:
+    texts = {"pattern": "^[a-z]+@[a-z]+\\.com$"}, {"format": "email"}, {"format": "date-time"}, {"format": "uri"}
+    properties = {f"field{i}": {"type": "string", **limits} for i, limits in enumerate(texts)}
+    schema = {"type": "object", "properties": properties, "required": list(properties)}
+    tools = read_tools([{"type": "function", "function": {"name": "send", "parameters": schema}}])
+    tokenizer, vocabulary = vocabulary_of(kind)
+    constraint = make_constraint(vocabulary, tools, "hermes", "required", 260)
+    letter = tokenizer.convert_tokens_to_ids("a")
+    tokens: list[int] = []
+    while not constraint.is_finished:  # a model that writes the same letter wherever it may
+        assert len(tokens) < 260
+        logits = torch.zeros(len(tokenizer) + 8)
+        logits[letter] = 1
+        constraint.mask(logits)
+        tokens.append(int(logits.argmax()))
+        assert constraint.accept(tokens[-1])
+    assert constraint.is_cut
+    reply = parse_reply(tokenizer.decode(tokens[:-1]))
+    assert not reply.malformed
+    assert not check_calls(reply.calls, tools)
+
+
 @pytest.mark.parametrize(
     ("form", "kind"), mostly_slow([(f, k) for f in CALL_FORMS for k in KINDS], [(f, "demo") for f in CALL_FORMS])
 )

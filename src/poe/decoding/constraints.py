@@ -29,7 +29,7 @@ Mask = np.ndarray[Any, np.dtype[np.bool_]]  # (V): which tokens are allowed
 _MARGIN = 8  # tokens that the last steps are checked for beyond the length of the grammar's example
 _MAX_CLOSING = 400
 _NEVER = np.iinfo(np.int64).max
-_TEXT, _LATER = 4 << 32, 1 << 40
+_MARK, _TEXT, _LATER = 1 << 32, 4 << 32, 1 << 40  # ranks of tokens that close a reply, see `_closing_rank`
 _FEW = 12
 
 
@@ -325,7 +325,10 @@ class Constraint:
             step = matcher.compute_ff_tokens()
             if not step:
                 allowed = self._allowed(matcher)
-                if before is not None and (order[last] >= _TEXT or np.array_equal(allowed, before)):
+                is_same = before is not None and np.array_equal(allowed, before)
+                if self._vocabulary.closing_order[last] < _MARK and not is_same:
+                    order = self._vocabulary.closing_order  # a quote began or ended a string
+                elif before is not None and (order[last] >= _TEXT or is_same):
                     order = order.copy()  # it was, or may have been, a letter inside a string: prefer others
                     order[last] += _LATER
                 last, before = int(np.where(allowed, order, _NEVER).argmin()), allowed
@@ -377,13 +380,15 @@ class ConstraintProcessor(LogitsProcessor):
 
 def _closing_rank(text: bytes) -> int:
     if not text or text.startswith(b"\xff"):  # a special token
-        return 9
+        return 10
     if any(letter in b"[{" for letter in text):
-        return 8
+        return 9
     if not text.strip(b"\"'}])\\"):  # a quote ends a string, `\"` one inside a string, and in a string the rest is text
         return 1 if b"\\" in text else 0 if text[0] in b"\"'" else 2
     if not text.strip(b", "):
         return 3
+    if not text.strip(b"@.:-/"):  # the parts of addresses and times end with these
+        return 4
     if all(letter in b"0123456789" for letter in text):
-        return 5 if text.strip(b"0") else 6
-    return 7 if any(letter > 127 or chr(letter).isalnum() for letter in text) else 4
+        return 6 if text.strip(b"0") else 7
+    return 8 if any(letter > 127 or chr(letter).isalnum() for letter in text) else 5
