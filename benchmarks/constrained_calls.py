@@ -188,22 +188,29 @@ class Timed:
     def is_cut(self) -> bool:
         return self.constraint.is_cut
 
+    @property
+    def is_finished(self) -> bool:
+        return self.constraint.is_finished
+
 
 def measure_cost(args: argparse.Namespace, model: Any, tokenizer: Any) -> str:
     free_times, constrained_times, own_times, tokens = [], [], [], 0
     for _, _, plan, constraint, _, prompt in list(make_questions(args, model, tokenizer))[: args.cost]:
         if constraint is None:
             continue
-        stops = plan.vocabulary.stops
-        timed: Any = Timed(constraint)
-        started = time.process_time()
-        options = {"constraints": [timed], "max_new_tokens": args.max_new_tokens, "generate": model.generate}
-        (reply,) = generate_replies(model, tokenizer, [prompt], stops, **options)
-        seconds = time.process_time() - started
-        count = len(tokenizer.encode(reply.text, add_special_tokens=False)) + 1
-        started = time.process_time()
-        generate_replies(model, tokenizer, [prompt], stops, max_new_tokens=count, min_new_tokens=count)
-        free_times.append((time.process_time() - started) / count)
+        for _ in range(2):  # the first round prepares kernels for these lengths, and does not count
+            timed: Any = Timed(constraint.copy())
+            started = time.process_time()
+            options = {"constraints": [timed], "max_new_tokens": args.max_new_tokens, "generate": model.generate}
+            (reply,) = generate_replies(model, tokenizer, [prompt], plan.vocabulary.stops, **options)
+            seconds = time.process_time() - started
+            count = reply.num_tokens + timed.is_finished
+            stops = (model.config.vocab_size - 1,)  # a token that is hardly written, so that it takes as many tokens
+            started = time.process_time()
+            (reply,) = generate_replies(model, tokenizer, [prompt], stops, max_new_tokens=count)
+            free_seconds = time.process_time() - started
+            assert reply.num_tokens == count, "the free reply ended earlier"
+        free_times.append(free_seconds / count)
         constrained_times.append(seconds / count)
         own_times.append(timed.seconds / count)
         tokens += count
