@@ -7,7 +7,8 @@ the head for every kind of head delta. A validation costs `2 (N_below + N_stage 
 is this work at the measured speed of a forward pass.
 
 Held-out questions are answered twice, by the base and by the stage: a forward pass of the prompts, padded to the
-longest of a batch, and one measured pass of a single token for each of the `REPLY_TOKENS` that a reply may have.
+longest of a batch, and one measured pass of a single token, with keys and values, for each of the `REPLY_TOKENS` that a
+reply may have.
 
 Memory, added to what the process already holds (libraries, model): per trained number its gradient, its copy in the
 best weights, and its optimizer state (Muon one fp32 number, AdamW two, one more for a half-precision weight); per
@@ -230,9 +231,27 @@ def _evaluation_seconds(model: PreTrainedModel, questions: Mapping[str, list[int
     if not replies:
         return 0.0
     rows = min(REPLY_BATCH, max(map(len, questions.values())))
-    ids = torch.zeros((rows, 1), dtype=torch.int64, device=device_of(model.get_input_embeddings()))
-    step = fastest_seconds(lambda: model(input_ids=ids, use_cache=False), ids.device)
+    longest = max(map(max, questions.values()))
+    step = _decoding_step_seconds(model, rows, longest)
     return 2 * (prompt_tokens * token_seconds + replies * REPLY_TOKENS * step)
+
+
+def _decoding_step_seconds(model: PreTrainedModel, rows: int, cached_tokens: int) -> float:
+    """Return the time of one token for each of `rows` replies after prompts of `cached_tokens`.
+
+    The matrices are read once for all rows, so that part is measured on all of them. Keys and values belong to each row
+    and can take longer than the matrices. Two rows show what they add, because those of all rows may not fit yet.
+    """
+    device = device_of(model.get_input_embeddings())
+    ids = torch.zeros((rows, 1), dtype=torch.int64, device=device)
+    two = ids[:1].expand(2, 1)
+    with torch.no_grad():
+        prompts = two.expand(2, cached_tokens)
+        cache = model(input_ids=prompts, use_cache=True, logits_to_keep=1).past_key_values
+    together = fastest_seconds(lambda: model(input_ids=ids, use_cache=False), device)
+    alone = fastest_seconds(lambda: model(input_ids=two, use_cache=False), device)
+    cached = fastest_seconds(lambda: model(input_ids=two, past_key_values=cache, use_cache=True), device)
+    return together + rows / 2 * max(0.0, cached - alone)
 
 
 def memory_now(device: torch.device) -> int:
