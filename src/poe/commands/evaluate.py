@@ -27,7 +27,8 @@ app = Program(help=f"{__doc__} `poe eval DIR --suite SPEC` is `poe eval run DIR 
 def run_evaluation(
     repo: Repo,
     suite: Annotated[
-        str, typer.Option(help="Suites as a SPEC: name=path, comma-separated; also demo=NUMBER and text=FILES.")
+        str,
+        typer.Option(help="Suites as a SPEC: name=path, comma-separated; also demo=N, text=FILES, bfcl, lm-eval=TASK."),
     ],
     out_folder: Annotated[
         Path | None, typer.Option("--out", help="Folder of the answers and results; default: runs/eval-NAME.")

@@ -35,6 +35,25 @@ def match_acceptable(calls: Sequence[Call], acceptable: Sequence[AcceptableCall]
     return True
 
 
+def first_call(answer: AcceptableCall) -> Call:
+    """Return the call with the first acceptable value of each argument; one that may only be left out is left out."""
+    ((name, values),) = answer.items()
+    given = {argument: options for argument, options in values.items() if any(option != "" for option in options)}
+    return Call(name, {argument: _first_value(options) for argument, options in given.items()})
+
+
+def _first_value(options: Sequence[Any]) -> Any:
+    return _first_members(next(option for option in options if option != ""))
+
+
+def _first_members(value: Any) -> Any:
+    """Return a value with the first of the acceptable members of each object."""
+    if isinstance(value, dict):
+        members = {k: next((o for o in options if o != ""), "") for k, options in value.items()}
+        return {k: v for k, v in members.items() if v != "" or value[k][0] == ""}
+    return [_first_members(v) for v in value] if isinstance(value, list) else value
+
+
 def _fits(call: Call, answer: AcceptableCall, tools: Sequence[Tool]) -> bool:
     ((name, values),) = answer.items()
     tool = find_tool(tools, name)

@@ -10,6 +10,7 @@ from poe.data.readers.guess import find_reader
 from poe.data.render import Renderer
 from poe.data.spec import DataSource, parse_spec
 from poe.errors import DataError
+from poe.evaluation import bfcl, lm_eval_suite
 from poe.evaluation.answer_suite import AnswerSuite
 from poe.evaluation.call_suite import CallSuite
 from poe.evaluation.reply_checks import check_code, check_number
@@ -34,6 +35,8 @@ SUITES: dict[str, Callable[[Rows, Cascade, Renderer, Settings], Suite]] = {
     NUMBERS: partial(AnswerSuite, check=check_number),
     CODE: partial(AnswerSuite, check=check_code),
     TEXT: TextSuite,
+    bfcl.NAME: bfcl.BfclSuite,
+    lm_eval_suite.NAME: lm_eval_suite.LmEvalSuite,
 }
 """The suite of each kind of rows."""
 
@@ -42,6 +45,8 @@ SOURCES: dict[str, Callable[[DataSource, str], list[Rows]]] = {
     TEXT: read_texts,
     "gsm8k": partial(read_questions, kind=NUMBERS),
     "mbpp": partial(read_questions, kind=CODE),
+    bfcl.NAME: bfcl.read_categories,
+    lm_eval_suite.NAME: lm_eval_suite.read_tasks,
 }
 """Names of a SPEC that are read otherwise than as the questions of a reader: each with a function of source and name.
 

@@ -63,6 +63,10 @@ def write_table(results: Mapping[str, Any]) -> str:
         free = sum(replies.get("free_replies", 0) for replies in constrained)
         if free and settings["constrain"]:
             asked += f"; {free} replies were free, because their row has no tools or no grammar can be made of them"
+        if (official := suite.get("official")) and official["compared"]:
+            asked += (
+                f"; {official['tool']} and our rules agree on {official['agreed']} of {official['compared']} replies"
+            )
         parts.append(f"**{escape_markdown(name)}**: {asked}\n\n{_write_rows(scores)}")
     parts.append("Brackets are 95 % bootstrap intervals over rows, for a difference over the same rows of both.\n")
     if unchanged := results.get("base_unchanged"):

@@ -35,7 +35,7 @@ from poe.evaluation.results import (
     write_table,
 )
 from poe.evaluation.samples import add_samples
-from poe.evaluation.suites import Item, Rows, Settings, Suite, fingerprint_items
+from poe.evaluation.suites import Item, OfficialScores, OfficialSuite, Rows, Settings, Suite, fingerprint_items
 from poe.evaluation.unchanged import hash_logits
 from poe.files.output import locked_folder, write_file
 from poe.loaders.tokenizer import check_tokenizer
@@ -162,12 +162,17 @@ class Evaluation:
         scores: dict[str, Any] = {name: {} for name in self.suites}
         replies: dict[str, Any] = {name: {} for name in self.suites}
         counts: dict[tuple[str, str], list[Counts]] = {}
+        official: dict[str, list[OfficialScores]] = {name: [] for name in self.suites}
         lines: list[dict[str, Any]] = []
         seed = self.settings.seed
         for series in self._series():
             name, suite, items = series.name, series.suite, series.items()
             found = [answers[series.key(item)] for item in items]
             single, size = suite.count(items, found), series.samples
+            if isinstance(suite, OfficialSuite):
+                place = folder / suite.rows.kind / series.label.replace(FREE, "-free")
+                official[name].append(suite.score_officially(items, found, place))
+                single = [theirs | own for theirs, own in zip(official[name][-1].counts, single, strict=True)]
             groups = [single[start : start + size] for start in range(0, len(single), size)]
             counts[name, series.label] = own = [add_samples(group, suite.success) for group in groups]
             lines += [
@@ -189,6 +194,7 @@ class Evaluation:
                 "asked": len(suite.items),
                 "dropped": dict(suite.dropped.most_common()),
                 "replies": replies[name],
+                **_describe_official(official[name]),
             }
             for name, suite in self.suites.items()
         }
@@ -247,6 +253,14 @@ def _answer_batch(series: Series, batch: list[Item]) -> list[dict[str, Any]]:
         | answer
         for item, answer in zip(batch, series.suite.answer(series.stage, batch), strict=True)
     ]
+
+
+def _describe_official(scores: Sequence[OfficialScores]) -> dict[str, Any]:
+    """Return which tool scored the answers of all models, and on how many of the compared ones our rules agree."""
+    if not scores:
+        return {}
+    compared, agreed = sum(each.compared for each in scores), sum(each.agreed for each in scores)
+    return {"official": {"tool": scores[0].tool, "compared": compared, "agreed": agreed}}
 
 
 def _count_replies(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:

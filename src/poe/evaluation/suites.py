@@ -6,7 +6,8 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 from poe.calls.conversation import Conversation
 from poe.data.drops import DropReport
@@ -122,6 +123,29 @@ class Suite(Protocol):
 
     def count(self, items: Sequence[Item], answers: Sequence[dict[str, Any]]) -> list[Counts]:
         """Return what each answer adds to each metric."""
+
+
+@dataclass(frozen=True)
+class OfficialScores:
+    """The scores of answers by a tool of others: what each answer adds to its metrics.
+
+    `agreed` of the `compared` answers are right by its rules and by ours, or wrong by both.
+    """
+
+    tool: str
+    counts: list[Counts]
+    compared: int
+    agreed: int
+
+
+@runtime_checkable
+class OfficialSuite(Suite, Protocol):
+    """A suite that a tool of others scores as well. The tool's files are kept in a folder for each model."""
+
+    def score_officially(
+        self, items: Sequence[Item], answers: Sequence[dict[str, Any]], folder: Path
+    ) -> OfficialScores:
+        """Return the tool's scores of the answers of one model."""
 
 
 def fingerprint_items(items: Sequence[Item]) -> str:
