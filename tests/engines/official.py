@@ -8,15 +8,20 @@ the logits of the base and of a stage choose. Packages are kept in ~/.cache/poe-
 reached, one line says so.
 """
 
+import json
 import os
+import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1] / "src"), str(HERE.parents[1] / "benchmarks")]
+from llama_cpp import install  # noqa: E402
 from smollm2 import cache_folder  # noqa: E402
 
 from poe import Cascade  # noqa: E402
@@ -28,10 +33,39 @@ from poe.errors import EvaluationError  # noqa: E402
 from poe.evaluation.bfcl import NO_CALL, PYTHON  # noqa: E402
 from poe.evaluation.call_metrics import split_question  # noqa: E402
 from poe.evaluation.kinds import make_suite, read_sources  # noqa: E402
+from poe.evaluation.run import Evaluation  # noqa: E402
 from poe.evaluation.suites import Settings  # noqa: E402
 
 # Right reference answers, of how many rows. BFCL's checker refuses the first acceptable answers of the others.
 GOLD = {"simple_python": (400, 400), "multiple": (200, 200), "parallel": (200, 200), "parallel_multiple": (198, 200)}
+
+LM_EVAL = (
+    *("lm-eval==0.4.13", "absl-py==2.5.1", "colorama==0.4.6", "DataProperty==1.1.1", "evaluate==0.4.6"),
+    *("joblib==1.6.0", "lxml==6.1.3", "mbstrdecoder==1.1.5", "more-itertools==11.2.1", "nltk==3.10.4"),
+    *("pathvalidate==3.3.1", "portalocker==4.4.2", "pytablewriter==1.2.1", "pytz==2026.6", "rouge-score==0.1.2"),
+    *("sacrebleu==2.6.0", "scikit-learn==1.9.1", "scipy==1.17.1", "six==1.17.0", "sqlitedict==2.1.0"),
+    *("tabledata==1.3.5", "tabulate==0.10.0", "tcolorpy==0.1.7", "threadpoolctl==3.8.0", "typepy==2.0.0"),
+    *("narwhals==2.29.0", "word2number==1.1"),
+)
+ROWS: list[dict[str, Any]] = [
+    {
+        "question": f"{person} rents a {thing} for",
+        "choices": [" 37 days", " the lake", " Marla", " boat"],
+        "answer": i % 4,
+    }
+    for i, (person, thing) in enumerate((p, t) for p in ("Marla", "Otto", "Ines") for t in ("boat", "gondola", "tent"))
+]
+TASK = """
+task: boats
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: "{data}"}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{answer}}}}"
+metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
+"""
 
 
 def main() -> int:
@@ -40,16 +74,17 @@ def main() -> int:
     start = time.monotonic()
     try:
         sources = read_sources("bfcl=" + "+".join((*PYTHON, *NO_CALL)))
-    except EvaluationError as error:
-        print(f"skipped: {error}")
+        sys.path.append(str(install(LM_EVAL, "lm-eval-0.4.13")))
+    except (EvaluationError, subprocess.CalledProcessError) as error:
+        print(f"skipped, because packages could not be installed: {error}")
         return 0
+    good = compare_task_with_logits()
     cascade = Cascade.from_pretrained("demo")
     cascade.config.max_position_embeddings = 10**6  # only the prompts are written
     complete_template(cascade.tokenizer)
     form = call_form(reply_form(cascade.tokenizer))
     renderer = Renderer(cascade.tokenizer, vocab_size=cascade.config.vocab_size)
-    good = True
-    print(f"packages and questions after {time.monotonic() - start:.0f} s\n")
+    print(f"packages, questions and the task of lm-eval after {time.monotonic() - start:.0f} s\n")
     print(
         "| category | rows | right by bfcl-eval | answers of the next row: right | agree |\n|---|---:|---:|---:|---:|"
     )
@@ -72,6 +107,39 @@ def main() -> int:
             print(f"| {category} | {len(texts)} | {line[0]} | {line[2]} | {line[3]} |", flush=True)
     print(f"\n{'as expected' if good else 'NOT as expected'}, {time.monotonic() - start:.0f} s")
     return 0 if good else 1
+
+
+def compare_task_with_logits() -> bool:
+    """Return whether lm-eval chooses in a task what the logits of a base and of its stage choose."""
+    cascade = Cascade.from_pretrained("demo", dtype=torch.float32).add_stage(name="tool", num_layers=1)
+    with torch.no_grad():
+        for parameter in cascade.stages["tool"].parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    expected = {label: choose(cascade, stage) for label, stage in (("base", None), ("stage", "tool"))}
+    with tempfile.TemporaryDirectory() as folder:
+        data, task = Path(folder) / "boats.jsonl", Path(folder) / "boats.yaml"
+        data.write_text("".join(f"{json.dumps(row)}\n" for row in ROWS))
+        task.write_text(TASK.format(data=data))
+        evaluation = Evaluation(cascade, read_sources(f"lm-eval={task}"), Path(folder) / "run", stage="tool")
+        scores = evaluation.run()["scores"]["lm-eval: boats"]
+    found = {label: scores[label]["acc"]["value"] for label in expected}
+    print(f"lm-eval: accuracy {found}, by the logits {expected}; metrics {', '.join(scores['stage'])}")
+    return found == expected and expected["base"] != expected["stage"]
+
+
+@torch.no_grad()
+def choose(cascade: Cascade, stage: str | None) -> float:
+    """Return the share of the rows to whose right choice a model gives the largest likelihood."""
+    right = 0
+    for row in ROWS:
+        scores = []
+        start = len(cascade.tokenizer(row["question"])["input_ids"])
+        for choice in row["choices"]:
+            ids = torch.tensor([cascade.tokenizer(row["question"] + choice)["input_ids"]])
+            log_p = cascade.model(stage)(input_ids=ids).logits[0, start - 1 : -1].log_softmax(-1)
+            scores.append(log_p.gather(1, ids[0, start:, None]).sum().item())
+        right += scores.index(max(scores)) == row["answer"]
+    return round(right / len(ROWS), 4)
 
 
 if __name__ == "__main__":
