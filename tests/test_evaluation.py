@@ -107,16 +107,16 @@ def test_bits_per_byte_are_those_of_the_logits(cascade: Cascade, files: dict[str
 SAMPLED = Settings(max_new_tokens=3, temperature=0.8, samples=2)
 
 
-@pytest.mark.parametrize("settings", [SHORT, SAMPLED])
+@pytest.mark.parametrize(("spec", "settings"), [("demo=2", SHORT), ("demo=1", SAMPLED)])
 def test_a_continued_evaluation_ends_with_the_same_scores(
-    settings: Settings, cascade: Cascade, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    spec: str, settings: Settings, cascade: Cascade, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(CallSuite, "batch_size", 2)
-    whole = evaluate(cascade, tmp_path, settings=settings)
+    whole = evaluate(cascade, tmp_path, spec, settings)
     scores, answers = (tmp_path / "scores.jsonl").read_bytes(), tmp_path / "answers.jsonl"
     lines = answers.read_bytes().splitlines(keepends=True)
     answers.write_bytes(b"".join(lines[:4]) + lines[4][:30])  # killed inside a batch, inside a line
-    again = evaluate(cascade, tmp_path, settings=settings)
+    again = evaluate(cascade, tmp_path, spec, settings)
     assert (tmp_path / "scores.jsonl").read_bytes() == scores
     assert again["scores"] == whole["scores"]
     assert len(answers.read_bytes().splitlines()) == len(lines)
@@ -125,17 +125,17 @@ def test_a_continued_evaluation_ends_with_the_same_scores(
         raise AssertionError("everything is answered")
 
     monkeypatch.setattr(CallSuite, "answer", fail)
-    assert evaluate(cascade, tmp_path, settings=settings)["scores"] == whole["scores"]
+    assert evaluate(cascade, tmp_path, spec, settings)["scores"] == whole["scores"]
 
 
 def test_an_answers_file_of_another_evaluation_and_an_edited_one_are_refused(cascade: Cascade, tmp_path: Path) -> None:
-    evaluate(cascade, tmp_path)
+    evaluate(cascade, tmp_path, "demo=1")
     answers = tmp_path / "answers.jsonl"
     lines = answers.read_bytes().splitlines(keepends=True)
     for settings, spec, words in (
-        (SAMPLED, "demo=2", "another setting (temperature): it has 0.0, and this evaluation has 0.8"),
-        (Settings(max_new_tokens=4), "demo=2", "another setting (max_new_tokens): it has 3, and this evaluation has 4"),
-        (SHORT, "demo=3", "of another suite (demo: unseen values)"),
+        (SAMPLED, "demo=1", "another setting (temperature): it has 0.0, and this evaluation has 0.8"),
+        (Settings(max_new_tokens=4), "demo=1", "another setting (max_new_tokens): it has 3, and this evaluation has 4"),
+        (SHORT, "demo=2", "of another suite (demo: unseen values)"),
     ):
         with pytest.raises(EvaluationError, match=re.escape(words)):
             evaluate(cascade, tmp_path, spec, settings)
@@ -159,12 +159,12 @@ def test_several_processes_share_the_questions(
     cascade: Cascade, files: dict[str, Path], demo_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(CallSuite, "batch_size", 1)
-    alone = evaluate(cascade, tmp_path / "alone", "demo=3")
+    alone = evaluate(cascade, tmp_path / "alone")
     store, results = torch.distributed.HashStore(), {}
 
     def run(rank: int) -> None:
         own = cascade if rank == 0 else Cascade.from_pretrained(files["stage"], base=demo_base, dtype=torch.float32)
-        evaluation = Evaluation(own, read_sources("demo=3"), tmp_path / "two", stage="tool", settings=SHORT)
+        evaluation = Evaluation(own, read_sources("demo=2"), tmp_path / "two", stage="tool", settings=SHORT)
         results[rank] = evaluation.run(world=World(rank, 2, rank, store=store))
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
@@ -242,7 +242,7 @@ def test_runs_are_compared_question_by_question(cascade: Cascade, files: dict[st
 def test_a_card_shows_the_evaluation_of_its_own_stage_and_no_other(
     cascade: Cascade, files: dict[str, Path], tmp_path: Path
 ) -> None:
-    sources = read_sources(f"demo=2,text={files['text.txt']}")
+    sources = read_sources(f"demo=1,text={files['text.txt']}")
     evaluation = Evaluation(cascade, sources, tmp_path / "run", stage="tool", settings=SHORT)
     off = hash_logits(cascade)
     evaluation.run(off)
@@ -262,14 +262,14 @@ def test_a_card_shows_the_evaluation_of_its_own_stage_and_no_other(
     for model in ("stage", "base"):
         with pytest.raises(FingerprintError, match=f"The results are of another {model}"):
             plan_upload(files["stage"], "me/t", measured={**measured, model: "0" * 64})
-    evaluate(cascade.activate(None), tmp_path / "base")
+    evaluate(cascade.activate(None), tmp_path / "base", "demo=1")
     with pytest.raises(EvaluationError, match="measured a base alone"):
         describe_for_card(read_run(tmp_path / "base").results)
 
 
 def test_three_runs_are_compared_with_adjusted_p_values(cascade: Cascade, tmp_path: Path) -> None:
     for name, limit in (("a", 3), ("b", 4), ("c", 3)):
-        evaluate(cascade, tmp_path / name, settings=Settings(max_new_tokens=limit, rows=1))
+        evaluate(cascade, tmp_path / name, "demo=1", Settings(max_new_tokens=limit))
     table = compare_runs([read_run(tmp_path / name) for name in "abc"])
     assert "| metric | rows | a | b | b \N{MINUS SIGN} a | c | c \N{MINUS SIGN} a |" in table
     assert "adjusted for the 2 runs that are compared with the first (Holm)" in table

@@ -16,6 +16,7 @@ from poe.data.render import Renderer
 from poe.data.templates import complete_template
 from poe.decoding.branches import BranchedModel
 from poe.errors import DataError, TemplateError
+from poe.evaluation.answer_suite import render_answer
 from poe.evaluation.call_metrics import Counts, Metric, summarize
 from poe.modeling.families import logits_of
 from poe.modeling.placement import device_of
@@ -88,16 +89,11 @@ class AnswerForcing:
 
     def _render(self, conversation: Conversation) -> Answer:
         """Return a row with its first answer, and an empty one if the answer cannot be written or does not fit."""
-        question = conversation.question
-        messages = [*({**m, "weight": 0} if m["role"] == "assistant" else m for m in question)]
-        first = Conversation(
-            [*messages, conversation.messages[len(question)]], conversation.tools, form=conversation.form
-        )
         try:
-            row = next((row for row in self._renderer.render(first) if any(row.loss_mask)), None)
-        except (DataError, TemplateError):
-            row = None
-        if row is None or len(row.input_ids) > (self._longest or len(row.input_ids)):
+            row = render_answer(self._renderer, conversation)
+        except (DataError, TemplateError, StopIteration):  # StopIteration: no token of the answer is labeled
+            return [], []
+        if len(row.input_ids) > (self._longest or len(row.input_ids)):
             return [], []
         return row.input_ids, row.loss_mask
 
