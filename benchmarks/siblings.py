@@ -2,6 +2,10 @@
 
     pip install -c constraints.txt -e ".[bench]"
     python benchmarks/siblings.py [--siblings 10 --layers 12 --width 512 --vocab 16384 --stage-layers 4 --rounds 3]
+    python benchmarks/siblings.py --base FOLDER --sibling tool=xlam=FILE --sibling math=gsm8k=FILE ... [--out FOLDER]
+
+With --base the question is another one: what real siblings answer alone, chained, composed, and routed. See
+`sibling_scores.py`; the same command continues where it was stopped.
 
 The base is a random Qwen3 model in bf16. Every specialist is on disk in the format of each arm. Each arm runs in a
 separate process, which loads the base, attaches every specialist and runs one forward pass with each, so that mapped
@@ -140,17 +144,37 @@ def resident() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     shape = {"siblings": 10, "layers": 12, "width": 512, "vocab": 16384, "stage_layers": 4, "rounds": 3}
     for name, value in shape.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
     parser.add_argument("--json", type=Path, default=Path("runs/bench/siblings.json"))
+    real = parser.add_argument_group("siblings on a real base")
+    real.add_argument("--base", type=Path, help="folder of a pretrained base, for example of benchmarks/smollm2.py")
+    real.add_argument("--sibling", action="append", default=[], help="NAME=SPEC; chains stand on the first")
+    real.add_argument("--out", type=Path, default=Path("runs/siblings"))
+    sizes = {"steps": 48, "tokens_per_step": 1024, "seq_len": 512, "train_rows": 400, "test_rows": 24, "seed": 0}
+    for name, value in {**sizes, "asked": 16, "max_new_tokens": 160}.items():
+        real.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
     parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.arm:
         print(json.dumps(run_arm(args.arm, args.folder, args.siblings)))
+        return
+    if args.base:
+        from sibling_scores import make_result, measure, write_tables
+
+        results = measure(args)
+        write_json(args.json, results)
+        write_json(args.out / "result.json", make_result(results, args))
+        print(write_tables(results), end="")
         return
     with tempfile.TemporaryDirectory(prefix="poe-siblings-") as scratch:
         folder = Path(scratch)
@@ -178,9 +202,7 @@ def main() -> None:
                 "attach_last_s": round(statistics.median(r["attach_s"][-1] for r in results), 3),
             }
         )
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    content = {"shape": {name: getattr(args, name) for name in shape}, "rows": rows, "runs": runs}
-    args.json.write_text(json.dumps(content, indent=2) + "\n")
+    write_json(args.json, {"shape": {name: getattr(args, name) for name in shape}, "rows": rows, "runs": runs})
     print("| arm | tensors MiB | resident MiB | on disk MiB | open base s | attach first s | attach last s |")
     print("|---|---:|---:|---:|---:|---:|---:|")
     for row in rows:
