@@ -150,7 +150,7 @@ class Product(BranchedModel):
         is_labeled = labels[:, 1:] != -100
         if mask is not None:  # padding does not predict the first token of a row
             is_labeled &= (mask[:, 1:] * mask[:, :-1]).bool()
-        inputs = {"attention_mask": mask, "position_ids": count_positions(mask)}
+        inputs: dict[str, Any] = {"attention_mask": mask, "position_ids": count_positions(mask)}
         with self.acting_on_labels(labels):
             states, _ = self.expert_states(ids, use_cache=False, **inputs)
         return [

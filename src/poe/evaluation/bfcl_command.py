@@ -18,7 +18,7 @@ def list_one_model(name: str) -> None:
     """Make MODEL the only one that bfcl-eval lists. Its calls are decoded as those of OpenAI's API."""
     from bfcl_eval.model_handler.base_handler import BaseHandler
 
-    class AnswersHandler(BaseHandler):  # type: ignore[misc]
+    class AnswersHandler(BaseHandler):
         def decode_ast(self, result: Any, language: Any, has_tool_call_tag: bool) -> list[dict[str, Any]]:
             return [{name: json.loads(arguments)} for call in result for name, arguments in call.items()]
 

@@ -77,20 +77,20 @@ def write_table(results: Mapping[str, Any]) -> str:
 
 def draw_results(results: Mapping[str, Any]) -> str:
     """Return the chart of results, an SVG: the main metrics of each suite with their intervals."""
-    panels, series = [], {}
+    panels: list[Panel] = []
+    series: dict[str, None] = {}
     for suite, scores in results["scores"].items():
         columns = {label: values for label, values in scores.items() if not label.startswith(DIFFERENCE)}
         series |= dict.fromkeys(columns)
         names = dict.fromkeys(name for values in columns.values() for name in values if name not in DETAILS)
         for is_share in (True, False):
-            rows = []
+            rows: list[tuple[str, list[Point]]] = []
             for name in (name for name in names if (name != BITS) is is_share):
                 found = {label: values[name] for label, values in columns.items() if values.get(name, {}).get("rows")}
-                factor = 100 if is_share else 1
-                points = [
-                    Point(label, *(factor * m[key] for key in ("value", "low", "high")), _write_value(m, name, False))
-                    for label, m in found.items()
-                ]
+                points = []
+                for label, metric in found.items():
+                    value, low, high = ((100 if is_share else 1) * metric[key] for key in ("value", "low", "high"))
+                    points.append(Point(label, value, low, high, _write_value(metric, name, False)))
                 rows += [(name, points)] if points else []
             if rows:
                 title = f"{printable(suite, 60)}{', percent' if is_share else ''}"

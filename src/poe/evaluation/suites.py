@@ -106,17 +106,22 @@ class Rows:
 
 
 class Suite(Protocol):
-    """What a suite does: answer a batch of its items with a model, and count what each answer adds to its metrics.
-
-    `success` is the metric that tells whether a reply is right. A suite that asks for no replies has None: constraint,
-    temperature and samples do not apply to it.
-    """
+    """What a suite does: answer a batch of its items with a model, and count what each answer adds to its metrics."""
 
     batch_size: int
-    success: str | None
-    rows: Rows
     items: list[Item]
     dropped: Counter[str]
+
+    @property
+    def rows(self) -> Rows:
+        """The rows from which the items were chosen."""
+
+    @property
+    def success(self) -> str | None:
+        """The metric that tells whether a reply is right.
+
+        A suite that asks for no replies has None: constraint, temperature and samples do not apply to it.
+        """
 
     def answer(self, stage: str | None, items: Sequence[Item]) -> list[dict[str, Any]]:
         """Return the answer of a stage (None: the base) to each item as JSON values."""
