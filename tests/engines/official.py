@@ -3,9 +3,9 @@
     python tests/engines/official.py
 
 The reference answers of BFCL must score what the official checker gives them, and the answers of other rows must be
-right or wrong by bfcl-eval's command line as they are by our rules. A task of lm-eval from a YAML file must choose what
-the logits of the base and of a stage choose. Packages are kept in ~/.cache/poe-tests. Where no package index can be
-reached, one line says so.
+right or wrong by bfcl-eval's command line as they are by our rules. A task of lm-eval from a YAML file must score its
+choices with the likelihoods of the base, and of a stage. Packages are kept in ~/.cache/poe-tests. Where no package
+index can be reached, one line says so.
 """
 
 import json
@@ -50,10 +50,10 @@ LM_EVAL = (
 ROWS: list[dict[str, Any]] = [
     {
         "question": f"{person} rents a {thing} for",
-        "choices": [" 37 days", " the lake", " Marla", " boat"],
+        "choices": ["37 days", "the lake", "Marla", "boat"],
         "answer": i % 4,
     }
-    for i, (person, thing) in enumerate((p, t) for p in ("Marla", "Otto", "Ines") for t in ("boat", "gondola", "tent"))
+    for i, (person, thing) in enumerate((p, t) for p in ("Marla", "Otto", "Jonas") for t in ("boat", "gondola", "tent"))
 ]
 TASK = """
 task: boats
@@ -110,36 +110,45 @@ def main() -> int:
 
 
 def compare_task_with_logits() -> bool:
-    """Return whether lm-eval chooses in a task what the logits of a base and of its stage choose."""
+    """Return whether lm-eval scores the choices of a task with the likelihoods of a base, and of its stage."""
     cascade = Cascade.from_pretrained("demo", dtype=torch.float32).add_stage(name="tool", num_layers=1)
+    draws = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in cascade.stages["tool"].parameters():
-            parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
-    expected = {label: choose(cascade, stage) for label, stage in (("base", None), ("stage", "tool"))}
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=draws))
+    before = [score_choices(cascade, "tool", row) for row in ROWS]
     with tempfile.TemporaryDirectory() as folder:
         data, task = Path(folder) / "boats.jsonl", Path(folder) / "boats.yaml"
         data.write_text("".join(f"{json.dumps(row)}\n" for row in ROWS))
         task.write_text(TASK.format(data=data))
         evaluation = Evaluation(cascade, read_sources(f"lm-eval={task}"), Path(folder) / "run", stage="tool")
         scores = evaluation.run()["scores"]["lm-eval: boats"]
-    found = {label: scores[label]["acc"]["value"] for label in expected}
-    print(f"lm-eval: accuracy {found}, by the logits {expected}; metrics {', '.join(scores['stage'])}")
-    return found == expected and expected["base"] != expected["stage"]
+        _, *answers = map(json.loads, (Path(folder) / "run" / "answers.jsonl").read_text().splitlines())
+    good, likelihoods = True, []
+    for label, stage in (("base", None), ("stage", "tool")):
+        expected = [score_choices(cascade, stage, row) for row in ROWS]
+        found = [[score for score, _ in a["responses"]["none"]] for a in answers if a["model"] == label]
+        largest = (torch.tensor(expected) - torch.tensor(found)).abs().max().item()
+        right = sum(each.index(max(each)) == row["answer"] for each, row in zip(expected, ROWS, strict=True))
+        accuracy = scores[label]["acc"]["value"]
+        print(
+            f"lm-eval, {label}: {right} of {len(ROWS)} right, accuracy {accuracy}; likelihoods differ by {largest:.1e}"
+        )
+        good &= largest < 1e-3 and accuracy == round(right / len(ROWS), 4)
+        likelihoods.append(expected)
+    return good and likelihoods[0] != likelihoods[1] == before
 
 
 @torch.no_grad()
-def choose(cascade: Cascade, stage: str | None) -> float:
-    """Return the share of the rows to whose right choice a model gives the largest likelihood."""
-    right = 0
-    for row in ROWS:
-        scores = []
-        start = len(cascade.tokenizer(row["question"])["input_ids"])
-        for choice in row["choices"]:
-            ids = torch.tensor([cascade.tokenizer(row["question"] + choice)["input_ids"]])
-            log_p = cascade.model(stage)(input_ids=ids).logits[0, start - 1 : -1].log_softmax(-1)
-            scores.append(log_p.gather(1, ids[0, start:, None]).sum().item())
-        right += scores.index(max(scores)) == row["answer"]
-    return round(right / len(ROWS), 4)
+def score_choices(cascade: Cascade, stage: str | None, row: dict[str, Any]) -> list[float]:
+    """Return the log-likelihood that a model gives each choice of a row after its question."""
+    scores = []
+    start = len(cascade.tokenizer(row["question"])["input_ids"])
+    for choice in row["choices"]:
+        ids = torch.tensor([cascade.tokenizer(f"{row['question']} {choice}")["input_ids"]])
+        log_p = cascade.model(stage)(input_ids=ids).logits[0, start - 1 : -1].log_softmax(-1)
+        scores.append(log_p.gather(1, ids[0, start:, None]).sum().item())
+    return scores
 
 
 if __name__ == "__main__":

@@ -6,12 +6,14 @@ if lm-eval's own figure of it is the mean of its rows, or bits per byte.
 
 import copy
 import json
+import logging
 import math
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
+from numbers import Real
 from typing import Any
 
 from poe.cascade import Cascade
@@ -83,7 +85,8 @@ class LmEvalSuite:
 
     def __init__(self, rows: Rows, cascade: Cascade, renderer: Renderer, settings: Settings) -> None:
         assert isinstance(rows, TaskRows)
-        self.rows, self._task, self._spec, self._cascade = rows, rows.task, rows.spec, cascade
+        self.rows: Rows = rows
+        self._task, self._spec, self._cascade = rows.task, rows.spec, cascade
         self.items, self.dropped = rows.choose(lambda number: [], settings.rows, settings.seed)
         self.batch_size = len(self.items)
 
@@ -93,12 +96,13 @@ class LmEvalSuite:
         from lm_eval.models.huggingface import HFLM
 
         started = time.perf_counter()
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns that the model is no name
         # A copy: lm-eval gives the tokenizer a padding token.
         model, tokenizer = self._cascade.model(stage), copy.deepcopy(self._cascade.tokenizer)
         numbers = [item.content for item in items]
         try:
             evaluated = simple_evaluate(
-                HFLM(pretrained=model, tokenizer=tokenizer, batch_size=REQUESTS),
+                HFLM(pretrained=model, tokenizer=tokenizer, batch_size=REQUESTS, backend="causal"),
                 tasks=[_load_tasks(self._spec)[self._task]],
                 samples={self._task: numbers},
                 bootstrap_iters=0,
@@ -136,12 +140,12 @@ class LmEvalSuite:
 def _as_counts(values: list[Any], figure: Any) -> list[tuple[float, float]] | None:
     """Return what each row adds to a metric above and below, None unless that makes up lm-eval's figure of the task."""
     counts = None
-    if all(isinstance(value, int | float) for value in values):
+    if all(isinstance(value, Real) for value in values):
         counts = [(float(value), 1.0) for value in values]
     elif all(isinstance(value, tuple) and len(value) == 2 for value in values):
         with suppress(TypeError, ValueError):
             counts = [(-float(log_p) / math.log(2), float(size)) for log_p, size in values]
     total = sum(below for _, below in counts or ())
-    if not counts or not total or not isinstance(figure, int | float):
+    if not counts or not total or not isinstance(figure, Real):
         return None
     return counts if math.isclose(sum(above for above, _ in counts) / total, figure, rel_tol=1e-6) else None
