@@ -105,12 +105,12 @@ def validate(method: TrainedMethod, rows: PackedRows, most: int) -> dict[str, fl
 
 def read_test(spec: str, data: str) -> list[Rows]:
     """Read the suites of a SPEC without the rows that share their question with a row of the training data."""
-    known = {_question(row[2]) for rows in read_sources(data) for row in rows.rows}
+    known = {_question(row[-1]) for rows in read_sources(data) for row in rows.rows}
     sources = read_sources(spec)
     for rows in sources:
         if rows.kind == TEXT:
             continue
-        unknown = [row for row in rows.rows if _question(row[2]) not in known]
+        unknown = [row for row in rows.rows if _question(row[-1]) not in known]
         rows.dropped["question of the training data"] += len(rows.rows) - len(unknown)
         rows.rows[:] = unknown
     return sources

@@ -81,7 +81,7 @@ def test_an_evaluation_has_answers_results_and_a_table(files: dict[str, Path], t
     suite = results["suites"]["messages"]
     assert (suite["read"], suite["asked"]) == (5, 2)
     assert suite["asked"] + sum(suite["dropped"].values()) == suite["read"], suite
-    assert {"repeated row": 1, "longer than 2048 tokens with its reply": 1}.items() <= suite["dropped"].items()
+    assert {"repeated": 1, "longer than 2048 tokens with its reply": 1}.items() <= suite["dropped"].items()
     assert results["scores"]["messages"]["stage"]["exact"]["rows"] == 2
     assert set(results["scores"]["text"]) == {"base", "stage", "difference"}
     header, *answers = map(json.loads, (tmp_path / "run" / "answers.jsonl").read_text().splitlines())

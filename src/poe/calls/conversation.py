@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 Message = dict[str, Any]
@@ -68,6 +68,15 @@ class Conversation:
         """The messages before the first assistant turn that is trained on."""
         is_answer = (m["role"] == "assistant" and m.get("weight") != 0 for m in self.messages)
         return self.messages[: next(i for i, found in enumerate(is_answer) if found)]
+
+    def cut_at_answers(self) -> list["Conversation"]:
+        """Return the row up to each assistant turn that is trained on, with the weight 0 for those before it."""
+        cut = []
+        for position, message in enumerate(self.messages):
+            if message["role"] == "assistant" and message.get("weight") != 0:
+                before = ({**m, "weight": 0} if m["role"] == "assistant" else m for m in self.messages[:position])
+                cut.append(replace(self, messages=[*before, message]))
+        return cut
 
     def key(self) -> str:
         """Return messages and tools as canonical text, independent of source, form and key order."""

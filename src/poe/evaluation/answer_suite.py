@@ -107,11 +107,7 @@ class AnswerSuite:
 
 def render_answer(renderer: Renderer, conversation: Conversation) -> RenderedRow:
     """Render a conversation up to the end of its first answer, which alone is labeled."""
-    question = conversation.question
-    messages = [*({**m, "weight": 0} if m["role"] == "assistant" else m for m in question)]
-    answer = conversation.messages[len(question)]
-    first = Conversation([*messages, answer], conversation.tools, form=conversation.form)
-    return next(row for row in renderer.render(first) if any(row.loss_mask))
+    return next(row for row in renderer.render(conversation.cut_at_answers()[0]) if any(row.loss_mask))
 
 
 @torch.no_grad()

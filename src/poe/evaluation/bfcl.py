@@ -91,7 +91,7 @@ def _add_row(rows: BfclRows, row: dict[str, Any]) -> None:
         answer["tool_calls"] = [{"type": "function", "function": function} for function in functions]
         rows.acceptable[row["id"]] = row["acceptable"]
     conversation = Conversation([*row["messages"], answer], tools, NAME, LICENSE, row["id"])
-    rows.rows.append((row["id"], hash_text(json.dumps(row, sort_keys=True)), conversation))
+    rows.rows.append((row["id"], row["id"], hash_text(json.dumps(row, sort_keys=True)), conversation))
 
 
 class BfclSuite(CallSuite):

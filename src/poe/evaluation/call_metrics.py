@@ -3,6 +3,7 @@
 | metric | above / below |
 |---|---|
 | exact | rows with exactly the reference calls, in any order / rows |
+| exact_calls | the same / rows with reference calls |
 | acceptable | rows whose calls are acceptable answers (`poe.evaluation.acceptable`) / rows that have such answers |
 | name_precision, name_recall, name_f1 | calls to the right tools / calls, reference calls, both |
 | call_precision, call_recall, call_f1 | right names and arguments / those of calls, of reference calls, both |
@@ -42,8 +43,13 @@ CONFIDENCE = 0.95
 MAX_MATCHED = 10
 """The maximum number of calls of one tool for which every assignment to the reference is tried."""
 
+AT_FORMAT = " @ "
+"""Stands between a metric and the number of the prompt format in which it is measured."""
+
 Counts = dict[str, tuple[float, float]]
 """What one row adds to each metric: above and below."""
+
+_Shares = tuple[float, np.ndarray, np.ndarray]  # over all rows, in each resample, and which rows count
 
 
 @dataclass(frozen=True)
@@ -111,7 +117,8 @@ def count_row(
     calls, broken = reply.calls, len(reply.faults)
     known = [_normalize(call, tools) for call in calls]
     reference = [_normalize(call, tools) for call in expected]
-    counts: Counts = {"exact": (float(not broken and Counter(known) == Counter(reference)), 1.0)}
+    is_exact = float(not broken and Counter(known) == Counter(reference))
+    counts: Counts = {"exact": (is_exact, 1.0), "exact_calls": (is_exact * bool(expected), float(bool(expected)))}
     if acceptable is not None:
         is_match = not broken and match_acceptable(calls, acceptable, tools)
         counts["acceptable"] = float(is_match), 1.0
@@ -141,13 +148,8 @@ def count_row(
 
 def summarize(rows: Sequence[Counts], *, resamples: int = RESAMPLES, seed: int = 0) -> dict[str, Metric]:
     """Return each metric over all rows, with the interval of the bootstrap over rows (the percentile method)."""
-    weights = _draw_weights(len(rows), resamples, seed)
-    metrics = {}
-    for name in dict.fromkeys(name for row in rows for name in row):
-        above, below = take_columns(rows, name)
-        shares = _resample(above, below, weights)
-        metrics[name] = _make_metric(_share(above, below), shares, int((below > 0).sum()))
-    return metrics
+    measured = _measure(rows, _names_of(rows), _draw_weights(len(rows), resamples, seed))
+    return {name: _make_metric(value, shares, counted) for name, (value, shares, counted) in measured.items()}
 
 
 def summarize_differences(
@@ -158,14 +160,24 @@ def summarize_differences(
     Row i of both is about the same question, and a resample has the same rows of both. `rows` are those that count for
     the metric in either.
     """
-    weights = _draw_weights(len(first), resamples, seed)
+    weights, names = _draw_weights(len(first), resamples, seed), _names_of([*first, *second])
+    before, after = (_measure(rows, names, weights) for rows in (first, second))
     metrics = {}
-    for name in dict.fromkeys(name for row in (*first, *second) for name in row):
-        before, after = take_columns(first, name), take_columns(second, name)
-        shares = _resample(*after, weights) - _resample(*before, weights)
-        value = _share(*after) - _share(*before)
-        metrics[name] = _make_metric(value, shares, int(((before[1] > 0) | (after[1] > 0)).sum()))
+    for name, (value, shares, counted) in after.items():
+        value_before, shares_before, counted_before = before[name]
+        metrics[name] = _make_metric(value - value_before, shares - shares_before, counted | counted_before)
     return metrics
+
+
+def add_by_row(counts: Sequence[Counts], rows: Sequence[str]) -> list[Counts]:
+    """Return the sums of the counts that belong to the same row, so that the bootstrap draws it as a whole."""
+    sums: dict[str, Counts] = {}
+    for row, own in zip(rows, counts, strict=True):
+        total = sums.setdefault(row, {})
+        for name, (above, below) in own.items():
+            before = total.get(name, (0.0, 0.0))
+            total[name] = before[0] + above, before[1] + below
+    return list(sums.values())
 
 
 def _draw_weights(rows: int, resamples: int, seed: int) -> np.ndarray:
@@ -173,6 +185,28 @@ def _draw_weights(rows: int, resamples: int, seed: int) -> np.ndarray:
     if not rows:
         return np.zeros((resamples, 0))
     return np.random.default_rng(seed).multinomial(rows, np.full(rows, 1 / rows), resamples)
+
+
+def _names_of(rows: Sequence[Counts]) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
+def _measure(rows: Sequence[Counts], names: Sequence[str], weights: np.ndarray) -> dict[str, _Shares]:
+    """Return each metric over all rows, with the worst of the metrics that hold for formats, and their spread."""
+    measured: dict[str, _Shares] = {}
+    groups: dict[str, list[_Shares]] = {}
+    for name in names:
+        above, below = take_columns(rows, name)
+        measured[name] = _share(above, below), _resample(above, below, weights), below > 0
+        metric, mark, _ = name.partition(AT_FORMAT)
+        if mark:
+            groups.setdefault(metric, []).append(measured[name])
+    for metric, members in groups.items():
+        values, shares = np.array([m[0] for m in members]), np.stack([m[1] for m in members])
+        counted = np.any([m[2] for m in members], axis=0)
+        measured[f"{metric}_worst"] = float(values.min()), shares.min(axis=0), counted
+        measured[f"{metric}_spread"] = float(np.ptp(values)), np.ptp(shares, axis=0), counted
+    return measured
 
 
 def take_columns(rows: Sequence[Counts], name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -195,13 +229,13 @@ def sum_shares(above: np.ndarray, below: np.ndarray) -> np.ndarray:
     return np.divide(above, below, out=np.full(len(below), math.nan), where=below > 0)
 
 
-def _make_metric(value: float, shares: np.ndarray, rows: int) -> Metric:
+def _make_metric(value: float, shares: np.ndarray, counted: np.ndarray) -> Metric:
     shares = shares[~np.isnan(shares)]
     if math.isnan(value) or not len(shares):
         return Metric(None, None, None, 0)
     bounds = np.quantile(shares, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     value, low, high = (round(float(x), 4) for x in (value, *bounds))
-    return Metric(value, low, high, rows)
+    return Metric(value, low, high, int(counted.sum()))
 
 
 def hammer_counts(expected: Sequence[Call], calls: Sequence[Call], broken: int) -> dict[str, tuple[int, int, int]]:
@@ -258,11 +292,17 @@ def _normalize(call: Call, tools: Sequence[Tool]) -> tuple[str, frozenset[tuple[
     """Return a call as a value that is equal for equal calls: its name, and its arguments with the defaults."""
     if not isinstance(call.arguments, dict):
         return call.name, frozenset({("", canonical_value(call.arguments))})
+    return call.name, canonical_value(add_defaults(call, tools).arguments)
+
+
+def add_defaults(call: Call, tools: Sequence[Tool]) -> Call:
+    """Return a call with the declared defaults of the arguments that it leaves out."""
+    if not isinstance(call.arguments, dict):
+        return call
     tool = find_tool(tools, call.name)
     declared = tool["parameters"].get("properties", {}) if tool else {}
     defaults = {n: s["default"] for n, s in declared.items() if isinstance(s, dict) and "default" in s}
-    arguments = {**defaults, **call.arguments}
-    return call.name, frozenset((name, canonical_value(value)) for name, value in arguments.items())
+    return Call(call.name, {**defaults, **call.arguments})
 
 
 def _match_arguments(calls: list[Any], reference: list[Any], name: str) -> int:

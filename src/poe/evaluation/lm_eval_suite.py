@@ -73,7 +73,7 @@ def _read_documents(task: Any, name: str, task_name: str, spec: str) -> TaskRows
     rows = TaskRows(NAME, f"{name}: {task_name}", f"{NAME}={spec}", "", task=task_name, spec=spec)
     for number, document in enumerate(task.eval_docs):
         content = json.dumps([config, number, document], sort_keys=True, default=str)
-        rows.rows.append((str(number), hash_text(content), number))
+        rows.rows.append((str(number), str(number), hash_text(content), number))
     rows.read = len(rows.rows)
     return rows
 

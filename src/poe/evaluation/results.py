@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from poe.errors import EvaluationError, escape_markdown, printable
-from poe.evaluation.call_metrics import Counts, Metric, summarize, summarize_differences
+from poe.evaluation.call_metrics import AT_FORMAT, Counts, Metric, add_by_row, summarize, summarize_differences
 from poe.evaluation.chart import Panel, Point, draw_chart
 from poe.evaluation.significance import adjust_p_values, compute_p_values
 from poe.files.output import write_file
@@ -29,12 +29,17 @@ MINUS = "\N{MINUS SIGN}"
 class SavedRun:
     """A finished evaluation: its results, and what each answer of its model adds to each metric, by suite and question.
 
-    The model is the stage, or the base if no stage was measured.
+    The model is the stage, or the base if no stage was measured. `rows` has the row of each question.
     """
 
     name: str
     results: dict[str, Any]
     counts: dict[str, dict[str, Counts]]
+    rows: dict[str, dict[str, str]]
+
+
+def _is_detail(metric: str) -> bool:
+    return metric in DETAILS or AT_FORMAT in metric
 
 
 def write_scores(path: Path, lines: Sequence[Mapping[str, Any]]) -> str:
@@ -58,7 +63,8 @@ def write_table(results: Mapping[str, Any]) -> str:
     for name, scores in results["scores"].items():
         suite = results["suites"][name]
         dropped = ", ".join(f"{escape_markdown(reason)} {n}" for reason, n in suite["dropped"].items())
-        asked = f"{suite['asked']} of {suite['read']} rows{f' (dropped: {dropped})' if dropped else ''}"
+        several = f"{suite['asked']} questions from " if suite["asked"] > suite["rows"] else ""
+        asked = f"{several}{suite['rows']} of {suite['read']} rows{f' (dropped: {dropped})' if dropped else ''}"
         constrained = [replies for label, replies in suite["replies"].items() if not label.endswith(FREE)]
         free = sum(replies.get("free_replies", 0) for replies in constrained)
         if free and settings["constrain"]:
@@ -82,7 +88,7 @@ def draw_results(results: Mapping[str, Any]) -> str:
     for suite, scores in results["scores"].items():
         columns = {label: values for label, values in scores.items() if not label.startswith(DIFFERENCE)}
         series |= dict.fromkeys(columns)
-        names = dict.fromkeys(name for values in columns.values() for name in values if name not in DETAILS)
+        names = dict.fromkeys(name for values in columns.values() for name in values if not _is_detail(name))
         for is_share in (True, False):
             rows: list[tuple[str, list[Point]]] = []
             for name in (name for name in names if (name != BITS) is is_share):
@@ -114,9 +120,9 @@ def describe_for_card(results: Mapping[str, Any]) -> dict[str, Any]:
         metrics = {
             metric: {label: [scores[label][metric][key] for key in ("value", "low", "high")] for label in (BASE, STAGE)}
             for metric, value in scores[STAGE].items()
-            if metric not in DETAILS and value["rows"] and scores[BASE].get(metric, {}).get("rows")
+            if not _is_detail(metric) and value["rows"] and scores[BASE].get(metric, {}).get("rows")
         }
-        suites[name] = {"rows": results["suites"][name]["asked"], "metrics": metrics}
+        suites[name] = {"rows": results["suites"][name]["rows"], "metrics": metrics}
     settings = results["settings"]
     decoding = _describe_decoding({**settings, "both": False}).lower()
     return {
@@ -145,10 +151,12 @@ def read_run(folder: Path) -> SavedRun:
         raise EvaluationError(f"{path.with_name(SCORES)} is not the file that {RESULTS} describes: evaluate again.")
     model = BASE if results["stage"] is None else STAGE
     counts: dict[str, dict[str, Counts]] = {}
+    rows: dict[str, dict[str, str]] = {}
     for line in map(json.loads, content.splitlines()):
         if line["model"] == model:
             counts.setdefault(line["suite"], {})[line["question"]] = {k: tuple(v) for k, v in line["counts"].items()}
-    return SavedRun(path.parent.name, results, counts)
+            rows.setdefault(line["suite"], {})[line["question"]] = line.get("row", line["question"])
+    return SavedRun(path.parent.name, results, counts, rows)
 
 
 def compare_runs(runs: Sequence[SavedRun]) -> str:
@@ -165,7 +173,8 @@ def compare_runs(runs: Sequence[SavedRun]) -> str:
         common = [question for question in asked[0] if all(question in questions for questions in asked)]
         if not common:
             continue
-        rows = [[questions[question] for question in common] for questions in asked]
+        names_of_rows = [runs[0].rows[suite][question] for question in common]
+        rows = [add_by_row([questions[question] for question in common], names_of_rows) for questions in asked]
         scores = _compare_rows(labels, rows, runs[0].results["settings"]["seed"])
         left = max(map(len, asked)) - len(common)
         note = f" (left out: up to {left} that not all have)" if left else ""

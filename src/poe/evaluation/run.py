@@ -18,7 +18,7 @@ from poe.data.cache import code_version
 from poe.data.render import Renderer
 from poe.data.templates import complete_template, note_unread_calls
 from poe.evaluation.answers import AnswersFile, Key
-from poe.evaluation.call_metrics import Counts, summarize, summarize_differences
+from poe.evaluation.call_metrics import Counts, add_by_row, summarize, summarize_differences
 from poe.evaluation.call_suite import find_call_threshold
 from poe.evaluation.kinds import make_suite
 from poe.evaluation.results import (
@@ -174,11 +174,12 @@ class Evaluation:
                 official[name].append(suite.score_officially(items, found, place))
                 single = [theirs | own for theirs, own in zip(official[name][-1].counts, single, strict=True)]
             groups = [single[start : start + size] for start in range(0, len(single), size)]
-            counts[name, series.label] = own = [add_samples(group, suite.success) for group in groups]
+            single = [add_samples(group, suite.success) for group in groups]
             lines += [
-                {"model": series.label, "suite": name, "id": item.id, "question": item.fingerprint, "counts": count}
-                for item, count in zip(suite.items, own, strict=True)
+                {"model": series.label, "suite": name, **_name_item(item), "row": item.row, "counts": count}
+                for item, count in zip(suite.items, single, strict=True)
             ]
+            counts[name, series.label] = own = add_by_row(single, [item.row for item in suite.items])
             replies[name][series.label] = _count_replies(found)
             scores[name][series.label] = as_values(summarize(own, seed=seed))
             _, stage, decoding = series.label.partition(STAGE)
@@ -191,6 +192,7 @@ class Evaluation:
                 "license": suite.rows.license,
                 "fingerprint": fingerprint_items(suite.items),
                 "read": suite.rows.read,
+                "rows": len({item.row for item in suite.items}),
                 "asked": len(suite.items),
                 "dropped": dict(suite.dropped.most_common()),
                 "replies": replies[name],
@@ -236,6 +238,10 @@ class Evaluation:
         }
 
 
+def _name_item(item: Item) -> dict[str, str]:
+    return {"id": item.id, "question": item.fingerprint}
+
+
 def _fingerprint(stage: Stage) -> str:
     return str(stage.source["fingerprint"]) if stage.source else fingerprint_tensors(stage.delta_state_dict())
 
@@ -248,9 +254,7 @@ def _versions() -> dict[str, str]:
 def _answer_batch(series: Series, batch: list[Item]) -> list[dict[str, Any]]:
     """Return the answers to a batch as records of the answers file."""
     return [
-        {"model": series.label, "suite": series.name, "id": item.id, "question": item.fingerprint}
-        | {"sample": item.sample}
-        | answer
+        {"model": series.label, "suite": series.name, **_name_item(item), "sample": item.sample} | answer
         for item, answer in zip(batch, series.suite.answer(series.stage, batch), strict=True)
     ]
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -32,6 +32,7 @@ class Settings:
     samples         how many replies each question gets
     rows            the most rows of each suite, a random sample; None: all
     seed            of the sample of rows, of sampled replies, and of the bootstrap
+    formats         in how many prompt formats each question is asked
     """
 
     constrain: bool = True
@@ -40,6 +41,7 @@ class Settings:
     samples: int = 1
     rows: int | None = None
     seed: int = 0
+    formats: int = 1
 
     def __post_init__(self) -> None:
         if self.samples > 1 and not self.temperature:
@@ -53,10 +55,13 @@ class Settings:
 class Item:
     """One question or text. `fingerprint` is that of its content, `tokens` are what the model reads.
 
+    `row` is the id of the row that it belongs to: a conversation has a question for each answer. The bootstrap draws
+    rows, because the questions of one row are not independent.
     `sample` counts the replies that one question gets.
     """
 
     id: str
+    row: str
     fingerprint: str
     content: Any
     tokens: list[int]
@@ -65,40 +70,63 @@ class Item:
 
 @dataclass
 class Rows:
-    """The rows of one source, in order, as (id, fingerprint, content), and the counts of those that were dropped.
+    """What the rows of one source ask, in order, as (id, row, fingerprint, content), and what was dropped by reason.
 
-    `kind` decides which suite asks them (`poe.evaluation.kinds`).
+    `read` is the number of rows that were read. `kind` decides which suite asks them (`poe.evaluation.kinds`).
     """
 
     kind: str
     name: str
     source: str
     license: str
-    rows: list[tuple[str, str, Any]] = field(default_factory=list)
+    rows: list[tuple[str, str, str, Any]] = field(default_factory=list)
     read: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
+    _known: dict[str, str] = field(default_factory=dict, init=False, repr=False)  # the row of each question
+    _joined: dict[str, str] = field(default_factory=dict, init=False, repr=False)
+
+    def add(self, id: str, row: str, fingerprint: str, content: Any) -> None:
+        """Add a question or text of a row, unless there is an equal one.
+
+        A row that repeats a question of an earlier one joins it: some sets have a dialogue several times, each time one
+        step longer.
+        """
+        if (known := self._known.get(fingerprint)) is not None:
+            self.dropped["repeated"] += 1
+            self._joined.setdefault(row, known)
+        else:
+            row = self._joined.get(row, row)
+            self._known[fingerprint] = row
+            self.rows.append((id, row, fingerprint, content))
 
     def choose(
         self, encode: Callable[[Any], list[int] | str], rows: int | None, seed: int
     ) -> tuple[list[Item], Counter[str]]:
-        """Return all items, or a random sample of `rows` items, and how many rows were dropped by reason.
+        """Return the items of all rows, or of a random sample of `rows` rows, and how many were dropped by reason.
 
-        `encode` returns the tokens of a row, or a reason to drop it.
+        `encode` returns the tokens of a content, or a reason to drop it.
         """
         dropped = self.dropped.copy()
-        order = list(range(len(self.rows)))
+        members: dict[str, list[int]] = {}
+        for position, (_, row, _, _) in enumerate(self.rows):
+            members.setdefault(row, []).append(position)
+        order = list(members)
         if rows is not None:
             random.Random(seed).shuffle(order)
         chosen: dict[int, Item] = {}
-        for position in order:
-            if len(chosen) == rows:
+        num_rows = 0
+        for row in order:
+            if num_rows == rows:
                 break
-            row_id, fingerprint, content = self.rows[position]
-            tokens = encode(content)
-            if isinstance(tokens, str):
-                dropped[tokens] += 1
-            else:
-                chosen[position] = Item(row_id, fingerprint, content, tokens)
+            before = len(chosen)
+            for position in members[row]:
+                item_id, _, fingerprint, content = self.rows[position]
+                tokens = encode(content)
+                if isinstance(tokens, str):
+                    dropped[tokens] += 1
+                else:
+                    chosen[position] = Item(item_id, row, fingerprint, content, tokens)
+            num_rows += len(chosen) > before
         if not chosen:
             reasons = ", ".join(f"{reason} ({n})" for reason, n in dropped.most_common(3))
             raise DataError(f"No row of the suite {self.name!r} can be asked; dropped: {reasons or 'nothing'}.")
@@ -159,21 +187,23 @@ def fingerprint_items(items: Sequence[Item]) -> str:
 
 
 def read_questions(source: DataSource, name: str, kind: str = "") -> list[Rows]:
-    """Read the conversations of a reader of `--data`, whose first trained answers are the references.
+    """Read the conversations of a reader of `--data`. Each trained answer is the reference of a question.
 
     Without a `kind` their references are calls, or answers in text if no row has a tool.
     """
     report = DropReport()
     rows = Rows(kind, name, str(source), READERS[source.name].license)
-    _add_unrepeated(rows, _questions(read_source(source, report), rows))
-    rows.kind = kind or (CALLS if any(conversation.tools for _, _, conversation in rows.rows) else ANSWERS)
-    return [_add_dropped(rows, report)]
+    rows = add_questions(rows, read_source(source, report), report)
+    rows.kind = kind or (CALLS if any(conversation.tools for *_, conversation in rows.rows) else ANSWERS)
+    return [rows]
 
 
 def read_texts(source: DataSource, name: str) -> list[Rows]:
     """Read texts."""
     report, rows = DropReport(), Rows(TEXT, name, str(source), "")
-    _add_unrepeated(rows, ((t.source or "", hash_text(t.text), t.text) for t in documents(str(source), report=report)))
+    for text in documents(str(source), report=report):
+        fingerprint = hash_text(text.text)
+        rows.add(text.source or "", fingerprint, fingerprint, text.text)
     return [_add_dropped(rows, report)]
 
 
@@ -181,29 +211,33 @@ def read_demo(source: DataSource, name: str) -> list[Rows]:
     """Generate held-out questions of each split of the demo world: `demo=N` are N of each."""
     if source.path is not None and not (source.path.isdigit() and int(source.path)):
         raise DataError(f"The suite 'demo' generates its questions: expected demo or demo=NUMBER, got {source}.")
-    count = int(source.path or DEMO_ROWS)
     splits = []
-    for split, conversations in demo.evaluation_splits(count).items():
-        rows = Rows(CALLS, f"{name}: {split}", str(source), demo.LICENSE, read=len(conversations))
-        _add_unrepeated(rows, _questions(iter(conversations), rows))
+    for split, conversations in demo.evaluation_splits(int(source.path or DEMO_ROWS)).items():
+        rows = Rows(CALLS, f"{name}: {split}", str(source), demo.LICENSE)
+        rows = add_questions(rows, conversations, DropReport())
+        rows.read = len(conversations)
         splits.append(rows)
     return splits
 
 
-def _questions(conversations: Iterator[Conversation], rows: Rows) -> Iterator[tuple[str, str, Conversation]]:
+def add_questions(rows: Rows, conversations: Iterable[Conversation], report: DropReport) -> Rows:
+    """Add a question for each trained answer of a row; the turns before it, earlier answers included, are the question.
+
+    `report` has counted the rows that were read and dropped.
+    """
     for number, conversation in enumerate(conversations, 1):
-        try:
-            question, calls = split_question(conversation)
-        except StopIteration:
-            question, calls = [], []
-        if not question:
+        row, turns = conversation.id or str(number), conversation.cut_at_answers()
+        if not turns or not split_question(turns[0])[0]:
             rows.dropped["no answer to a question"] += 1
-            continue
-        form = conversation.form
-        content = [question, conversation.tools, calls, form and [form.tools, form.calls, form.place, form.phrasing]]
-        if not conversation.tools:
-            content.append(conversation.messages[len(question)]["content"])
-        yield conversation.id or str(number), hash_text(json.dumps(content, sort_keys=True)), conversation
+        for turn, asked in enumerate(turns, 1):
+            question, calls = split_question(asked)
+            form = asked.form
+            content = [question, asked.tools, calls, form and [form.tools, form.calls, form.place, form.phrasing]]
+            if not asked.tools:
+                content.append(asked.messages[-1]["content"])
+            if question:
+                rows.add(f"{row}#{turn}", row, hash_text(json.dumps(content, sort_keys=True)), asked)
+    return _add_dropped(rows, report)
 
 
 def _add_dropped(rows: Rows, report: DropReport) -> Rows:
@@ -211,16 +245,6 @@ def _add_dropped(rows: Rows, report: DropReport) -> Rows:
     for reasons in report.dropped.values():
         rows.dropped.update(reasons)
     return rows
-
-
-def _add_unrepeated(rows: Rows, found: Iterator[tuple[str, str, Any]]) -> None:
-    seen: set[str] = set()
-    for row in found:
-        if row[1] in seen:
-            rows.dropped["repeated row"] += 1
-            continue
-        seen.add(row[1])
-        rows.rows.append(row)
 
 
 def hash_text(text: str) -> str:
