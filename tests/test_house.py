@@ -35,7 +35,8 @@ ROOMS: dict[str, set[str]] = {
     "tools": {"cascade", "chat", "data", "calls", "loaders", "errors"},
     "training": {"files", "cascade", "data", "demo", "calls", "loaders", "stages", "decoding", "modeling", "errors"},
     "evaluation": {
-        *("training", "cascade", "chat", "data", "calls", "loaders", "decoding", "files", "modeling", "errors"),
+        *("training", "tools", "cascade", "chat", "data", "calls", "loaders", "decoding", "files", "modeling"),
+        "errors",
     },
     "commands": {
         *("evaluation", "training", "serving", "tools", "cascade", "data", "calls", "demo"),

@@ -28,7 +28,10 @@ def run_evaluation(
     repo: Repo,
     suite: Annotated[
         str,
-        typer.Option(help="Suites as a SPEC: name=path, comma-separated; also demo=N, text=FILES, bfcl, lm-eval=TASK."),
+        typer.Option(
+            help="Suites as a SPEC: name=path, comma-separated; also demo=N, text=FILES, plans=FILE, tau2=retail, "
+            "bfcl, lm-eval=TASK."
+        ),
     ],
     out_folder: Annotated[
         Path | None, typer.Option("--out", help="Folder of the answers and results; default: runs/eval-NAME.")
@@ -37,6 +40,7 @@ def run_evaluation(
     free: Annotated[bool, typer.Option("--free", help="Do not constrain replies to calls that fit.")] = False,
     both: Annotated[bool, typer.Option("--both", help="Measure constrained replies, and also free ones.")] = False,
     max_new_tokens: NewTokens = 256,
+    formats: Annotated[int, typer.Option(min=1, help="Ask each question in so many prompt formats.")] = 1,
     temperature: Annotated[
         float, typer.Option(min=0, help="Sample replies at this temperature; 0 takes the most likely tokens.")
     ] = 0.0,
@@ -68,6 +72,7 @@ def run_evaluation(
             samples=samples,
             rows=rows,
             seed=seed,
+            formats=formats,
         )
         folder = out_folder or Path("runs") / f"eval-{Path(repo).name}"
         if world.is_main:

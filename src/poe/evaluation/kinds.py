@@ -10,9 +10,11 @@ from poe.data.readers.guess import find_reader
 from poe.data.render import Renderer
 from poe.data.spec import DataSource, parse_spec
 from poe.errors import DataError
-from poe.evaluation import bfcl, lm_eval_suite
+from poe.evaluation import bfcl, lm_eval_suite, plan_rows, tau2
 from poe.evaluation.answer_suite import AnswerSuite
 from poe.evaluation.call_suite import CallSuite
+from poe.evaluation.format_suite import FormatSuite
+from poe.evaluation.plan_suite import PlanSuite, read_plan_rows
 from poe.evaluation.reply_checks import check_code, check_number
 from poe.evaluation.suites import (
     ANSWERS,
@@ -27,6 +29,7 @@ from poe.evaluation.suites import (
     read_questions,
     read_texts,
 )
+from poe.evaluation.tau2_suite import Tau2Suite, read_tau2_rows
 from poe.evaluation.text_suite import TextSuite
 
 SUITES: dict[str, Callable[[Rows, Cascade, Renderer, Settings], Suite]] = {
@@ -37,6 +40,8 @@ SUITES: dict[str, Callable[[Rows, Cascade, Renderer, Settings], Suite]] = {
     TEXT: TextSuite,
     bfcl.NAME: bfcl.BfclSuite,
     lm_eval_suite.NAME: lm_eval_suite.LmEvalSuite,
+    plan_rows.NAME: PlanSuite,
+    tau2.NAME: Tau2Suite,
 }
 """The suite of each kind of rows."""
 
@@ -47,6 +52,8 @@ SOURCES: dict[str, Callable[[DataSource, str], list[Rows]]] = {
     "mbpp": partial(read_questions, kind=CODE),
     bfcl.NAME: bfcl.read_categories,
     lm_eval_suite.NAME: lm_eval_suite.read_tasks,
+    plan_rows.NAME: read_plan_rows,
+    tau2.NAME: read_tau2_rows,
 }
 """Names of a SPEC that are read otherwise than as the questions of a reader: each with a function of source and name.
 
@@ -56,7 +63,8 @@ The rows that the function returns have the kind of their suite.
 
 def make_suite(rows: Rows, cascade: Cascade, renderer: Renderer, settings: Settings) -> Suite:
     """Return the suite that asks these rows. Raises `DataError` if none of them can be asked."""
-    return SUITES[rows.kind](rows, cascade, renderer, settings)
+    suite = FormatSuite if rows.kind == CALLS and settings.formats > 1 else SUITES[rows.kind]
+    return suite(rows, cascade, renderer, settings)
 
 
 def read_sources(spec: str) -> list[Rows]:

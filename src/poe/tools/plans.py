@@ -112,6 +112,17 @@ def run_plan(
     return [outcomes[number] for number in sorted(outcomes)]
 
 
+def renumber_references(value: Any, number: Callable[[int], int]) -> Any:
+    """Return a value in which each reference to a call `$n` is one to `$number(n)`."""
+    if isinstance(value, dict):
+        return {name: renumber_references(member, number) for name, member in value.items()}
+    if isinstance(value, list):
+        return [renumber_references(member, number) for member in value]
+    if not isinstance(value, str):
+        return value
+    return _REFERENCE.sub(lambda m: f"${number(int(m[1]))}{m[2]}" if m[1] else m[0], value)
+
+
 def _check_step(number: int, call: Call, bound: BoundTool, approve: Callable[[Call], bool] | None) -> None:
     """Raise `ToolError` for a call that does not fit its tool or is refused."""
     problem = check_call([bound.tool], call.name, call.arguments)
