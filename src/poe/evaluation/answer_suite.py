@@ -107,7 +107,8 @@ class AnswerSuite:
 
 def render_answer(renderer: Renderer, conversation: Conversation) -> RenderedRow:
     """Render a conversation up to the end of its first answer, which alone is labeled."""
-    return next(row for row in renderer.render(conversation.cut_at_answers()[0]) if any(row.loss_mask))
+    first = next(iter(conversation.cut_at_answers()))
+    return next(row for row in renderer.render(first) if any(row.loss_mask))
 
 
 @torch.no_grad()
