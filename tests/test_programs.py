@@ -60,7 +60,7 @@ def test_a_recipe_is_printed_with_the_meaning_of_its_fields(tmp_path: Path) -> N
     assert "vocab_size" not in shown
     unknown = run_program("poe", "recipes", "tol")
     assert unknown.returncode == 1
-    assert "Did you mean 'tool'? Known: demo, demo-notations, text, tool, tool-fork." in unknown.stderr
+    assert "Did you mean 'tool'? Known: chat, chat-fork, code, code-fork, demo, demo-notations," in unknown.stderr
 
 
 def test_readers_are_listed_with_license_and_data_set() -> None:
