@@ -13,7 +13,7 @@ from poe.chat import generate_replies
 
 NAMES = [*MODELS, *(name for name in BASES if name not in MODELS)]
 PROMPTS = [[7, 8, 9, 10, 11, 12, 13], [14, 15], [16, 17, 18, 19], [21, 22, 23]]
-STOPS = list(range(2, 70))  # a random model ends soon, each row at another token
+STOPS = list(range(2, 110))  # a random model ends soon, each row at another token
 OPTIONS: dict[str, Any] = {"max_new_tokens": 24}
 
 
