@@ -192,7 +192,7 @@ def test_a_signature_is_valid_python_and_shows_optional_arguments(name, drawn) -
     tool = as_tool(name, "Does it.", {"type": "object", "properties": properties, "required": required})
     text = write_tools([tool], "python").replace(
         "\0", " "
-    )  # a description may have a zero byte, Python's source may not
+    )  # no source has a zero byte
     (found,) = ast.parse(text).body
     assert isinstance(found, ast.FunctionDef)
     assert (found.name, ast.get_docstring(found).splitlines()[0]) == (name, "Does it.")
