@@ -190,9 +190,7 @@ def test_a_signature_is_valid_python_and_shows_optional_arguments(name, drawn) -
     properties = {key: {**schema, **({} if d is None else {"default": d})} for key, (schema, _, d) in drawn.items()}
     required = [key for key, (_, needed, _) in drawn.items() if needed]
     tool = as_tool(name, "Does it.", {"type": "object", "properties": properties, "required": required})
-    text = write_tools([tool], "python").replace(
-        "\0", " "
-    )  # no source has a zero byte
+    text = write_tools([tool], "python").replace("\0", " ")  # no source has a zero byte
     (found,) = ast.parse(text).body
     assert isinstance(found, ast.FunctionDef)
     assert (found.name, ast.get_docstring(found).splitlines()[0]) == (name, "Does it.")
