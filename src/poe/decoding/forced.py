@@ -49,14 +49,7 @@ def _decode(
     kwargs.pop("synced_gpus", None)
     ended = False
     while not ended:
-        is_first = ids is input_ids
-        length = count if kwargs.get("use_cache") and not is_first else None
-        inputs = model.prepare_inputs_for_generation(
-            ids, next_sequence_length=length, is_first_iteration=is_first, **kwargs
-        )
-        outputs = model(**inputs, return_dict=True)
-        logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=ids.device)
-        scores = logits_processor(ids, logits)  # the constraint follows `ids` in it
+        outputs, scores = run_pass(model, ids, logits_processor, kwargs, None if ids is input_ids else count)
         chosen = scores.softmax(-1).multinomial(1) if generation_config.do_sample else scores.argmax(-1)
         token: int | None = int(chosen)
         skips, count = has_plain_layers(outputs.get("past_key_values")), 0
@@ -71,6 +64,22 @@ def _decode(
     if streamer is not None:
         streamer.end()
     return ids
+
+
+def run_pass(
+    model: Any, ids: Tensor, logits_processor: Any, kwargs: dict[str, Any], count: int | None
+) -> tuple[Any, Tensor]:
+    """Run a model on the last `count` tokens of ids (B, T), as `generate` does; return its output and scores (B, V).
+
+    Without a cache, and in the first pass (None), all tokens go through the model.
+    """
+    length = count if kwargs.get("use_cache") else None
+    inputs = model.prepare_inputs_for_generation(
+        ids, next_sequence_length=length, is_first_iteration=count is None, **kwargs
+    )
+    outputs = model(**inputs, return_dict=True)
+    logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=ids.device)
+    return outputs, logits_processor(ids, logits)  # a constraint follows `ids` in the processor
 
 
 def has_plain_layers(cache: Any) -> bool:

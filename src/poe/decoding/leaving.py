@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from poe.decoding.constraints import ConstraintProcessor
-from poe.decoding.forced import has_plain_layers
+from poe.decoding.forced import has_plain_layers, run_pass
 from poe.decoding.speculation import generate_with
 
 
@@ -42,16 +42,7 @@ def _decode(
     ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     finished: dict[int, Tensor] = {}
     while rows:
-        is_first = ids is input_ids
-        inputs = model.prepare_inputs_for_generation(
-            ids,
-            next_sequence_length=1 if kwargs.get("use_cache") and not is_first else None,
-            is_first_iteration=is_first,
-            **kwargs,
-        )
-        outputs = model(**inputs, return_dict=True)
-        logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=ids.device)
-        scores = logits_processor(ids, logits)
+        outputs, scores = run_pass(model, ids, logits_processor, kwargs, None if ids is input_ids else 1)
         chosen = _sample(scores, generators) if generation_config.do_sample else scores.argmax(-1)
         ids = torch.cat([ids, chosen.masked_fill(ended, pad)[:, None]], dim=1)
         kwargs = model._update_model_kwargs_for_generation(outputs, kwargs)
