@@ -17,9 +17,7 @@ from poe.calls.conversation import Conversation
 from poe.cascade import Cascade
 from poe.chat import generate_replies
 from poe.data.render import RenderedRow, Renderer, token_bytes
-from poe.data.render_worker import REFUSED
 from poe.decoding.generation import REPLY_BATCH
-from poe.errors import DataError, RowError
 from poe.evaluation.call_metrics import Counts
 from poe.evaluation.suites import Item, Rows, Settings
 from poe.modeling.families import is_prefix_lm
@@ -90,13 +88,8 @@ class AnswerSuite:
 
     def _encode(self, conversation: Conversation) -> list[int] | str:
         """Return the tokens of the question, or a reason to drop the row."""
-        try:
-            row = render_answer(self._renderer, conversation)
-            prompt = self._renderer.prompt_ids(conversation.question, conversation.tools, conversation.form)
-        except RowError as error:
-            return error.reason
-        except DataError:
-            return REFUSED
+        row = render_answer(self._renderer, conversation)
+        prompt = self._renderer.prompt_ids(conversation.question, conversation.tools, conversation.form)
         if not self._token_bytes[torch.tensor(row.input_ids)][torch.tensor(row.loss_mask)].sum():
             return "answer without text"
         length = max(len(row.input_ids), len(prompt) + self._settings.max_new_tokens if self._check else 0)

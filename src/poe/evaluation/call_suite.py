@@ -10,11 +10,10 @@ from poe.calls.forms.call_forms import parse_reply
 from poe.cascade import Cascade
 from poe.chat import RawReply, generate_replies, plan_reply, read_call_threshold
 from poe.data.render import Renderer
-from poe.data.render_worker import REFUSED
 from poe.data.templates import reply_form
 from poe.decoding.constraints import Constraint
 from poe.decoding.generation import REPLY_BATCH
-from poe.errors import DataError, DecodingError, RowError
+from poe.errors import DecodingError
 from poe.evaluation.call_metrics import Counts, count_replies, split_question
 from poe.evaluation.suites import Item, Rows, Settings
 from poe.evaluation.teacher_forcing import AnswerForcing, count_forced
@@ -139,12 +138,7 @@ class CallSuite:
         return [own | count_forced(answer["teacher_forced"]) for own, answer in zip(counts, answers, strict=True)]
 
     def _encode(self, conversation: Conversation) -> list[int] | str:
-        try:
-            ids = self._questions.encode(conversation)
-        except RowError as error:
-            return error.reason
-        except DataError:
-            return REFUSED
+        ids = self._questions.encode(conversation)
         if self._longest and len(ids) + self._settings.max_new_tokens > self._longest:
             return f"longer than {self._longest} tokens with its reply"
         return ids

@@ -12,10 +12,11 @@ from typing import Any, Protocol, runtime_checkable
 from poe.calls.conversation import Conversation
 from poe.data.drops import DropReport
 from poe.data.readers import READERS, demo, read_source
+from poe.data.render_worker import REFUSED
 from poe.data.spec import DataSource
 from poe.data.split import text_hash
 from poe.data.text import documents
-from poe.errors import DataError, EvaluationError
+from poe.errors import DataError, EvaluationError, RowError
 from poe.evaluation.call_metrics import Counts, split_question
 
 DEMO_ROWS = 100  # of each split of the demo world
@@ -104,7 +105,8 @@ class Rows:
     ) -> tuple[list[Item], Counter[str]]:
         """Return the items of all rows, or of a random sample of `rows` rows, and how many were dropped by reason.
 
-        `encode` returns the tokens of a content, or a reason to drop it.
+        `encode` returns the tokens of a content, or a reason to drop it. A content that it refuses with a `DataError`
+        is dropped too.
         """
         dropped = self.dropped.copy()
         members: dict[str, list[int]] = {}
@@ -121,7 +123,7 @@ class Rows:
             before = len(chosen)
             for position in members[row]:
                 item_id, _, fingerprint, content = self.rows[position]
-                tokens = encode(content)
+                tokens = _encode_or_drop(encode, content)
                 if isinstance(tokens, str):
                     dropped[tokens] += 1
                 else:
@@ -131,6 +133,16 @@ class Rows:
             reasons = ", ".join(f"{reason} ({n})" for reason, n in dropped.most_common(3))
             raise DataError(f"No row of the suite {self.name!r} can be asked; dropped: {reasons or 'nothing'}.")
         return [chosen[position] for position in sorted(chosen)], dropped
+
+
+def _encode_or_drop(encode: Callable[[Any], list[int] | str], content: Any) -> list[int] | str:
+    """Return the tokens of a content, or the reason to drop it."""
+    try:
+        return encode(content)
+    except RowError as error:
+        return error.reason
+    except DataError:
+        return REFUSED
 
 
 class Suite(Protocol):

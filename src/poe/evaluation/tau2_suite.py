@@ -8,9 +8,7 @@ import torch
 
 from poe.cascade import Cascade
 from poe.data.render import Renderer
-from poe.data.render_worker import REFUSED
 from poe.data.spec import DataSource
-from poe.errors import DataError, RowError
 from poe.evaluation.call_metrics import Counts
 from poe.evaluation.call_suite import make_seed
 from poe.evaluation.suites import Item, Rows, Settings, hash_text
@@ -87,12 +85,7 @@ class Tau2Suite:
         return Agent(self._cascade, tools, stage=stage, **limits, **options)
 
     def _encode(self, task: Task) -> list[int] | str:
-        try:
-            ids = self._renderer.prompt_ids(task.messages, list_tools(task.domain))
-        except RowError as error:
-            return error.reason
-        except DataError:
-            return REFUSED
+        ids = self._renderer.prompt_ids(task.messages, list_tools(task.domain))
         if self._longest and len(ids) + self._settings.max_new_tokens > self._longest:
             return f"longer than {self._longest} tokens with its reply"
         return ids
