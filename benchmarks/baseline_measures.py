@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from baseline_methods import TrainedMethod
+from baseline_rows import ASKED
 from torch.nn import functional
 
 from poe.calls.conversation import Conversation
@@ -20,7 +21,6 @@ from poe.data.packing import IGNORED, Batch, PackedRows, pack
 from poe.data.render import RenderedRow, Renderer
 from poe.errors import DataError
 from poe.evaluation.call_metrics import Counts, summarize
-from poe.evaluation.kinds import read_sources
 from poe.evaluation.results import BASE
 from poe.evaluation.run import Evaluation
 from poe.evaluation.suites import TEXT, Item, Rows, Settings
@@ -103,23 +103,6 @@ def validate(method: TrainedMethod, rows: PackedRows, most: int) -> dict[str, fl
     return {name: metric.value for name, metric in summarize(counts, resamples=1).items()}
 
 
-def read_test(spec: str, data: str) -> list[Rows]:
-    """Read the suites of a SPEC without the rows that share their question with a row of the training data."""
-    known = {_question(row[-1]) for rows in read_sources(data) for row in rows.rows}
-    sources = read_sources(spec)
-    for rows in sources:
-        if rows.kind == TEXT:
-            continue
-        unknown = [row for row in rows.rows if _question(row[-1]) not in known]
-        rows.dropped["question of the training data"] += len(rows.rows) - len(unknown)
-        rows.rows[:] = unknown
-    return sources
-
-
-def _question(conversation: Conversation) -> str:
-    return " ".join((conversation.query or "").lower().split())
-
-
 def measure(method: TrainedMethod, sources: Sequence[Rows], folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     """Measure a method on suites; return the results of the evaluation. One that was killed continues.
 
@@ -127,12 +110,13 @@ def measure(method: TrainedMethod, sources: Sequence[Rows], folder: Path, option
     """
     texts = [rows for rows in sources if rows.kind == TEXT]
     questions = [rows for rows in sources if rows.kind != TEXT]
+    referenced = [rows for rows in sources if rows.kind in ASKED]
     settings = Settings(constrain=False, max_new_tokens=options["max_new_tokens"], rows=options["rows"])
     asked = [*questions, *([] if method.is_product else texts)]
     evaluation = Evaluation(method, asked, folder, settings=settings)  # type: ignore[arg-type]
     renderer = Renderer(method.tokenizer, vocab_size=method.config.vocab_size)
     limits = {"longest": options["seq_len"], "most": options["forced_rows"], "seed": settings.seed}
-    forced = {FORCED.format(rows.name): ForcedSuite(rows, method, renderer, **limits) for rows in questions}
+    forced = {FORCED.format(rows.name): ForcedSuite(rows, method, renderer, **limits) for rows in referenced}
     evaluation.suites = {**forced, **evaluation.suites}
     evaluation.models = {BASE: method.stage}
     return evaluation.run(progress=Progress("measure"))

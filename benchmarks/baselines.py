@@ -9,6 +9,7 @@ With the first seed a method runs once for each of its rates (`baseline_methods.
 most right calls on the validation rows, held out from the data, is that of the other seeds. `--equal-seconds A=B`
 trains A once more, with as many steps as fit into the time of B's; steps beyond the first ones read new rows. No
 training row shares a question or a call with a row of the suites, and no row of the suites has a question of the data.
+`--test-rows N` sets N questions of each source of the data aside and makes them suites.
 
 A run is a method with a rate, a number of steps and a seed. Training, validating (where rates compete) and measuring
 it are processes of their own, one after the other. The runs are folders in OUT/runs: `training.json` (seconds, peak
@@ -153,12 +154,11 @@ class Kit:
 
 def read_rows(tokenizer: Any, vocab_size: int, options: dict[str, Any]) -> Any:
     """Return the packed rows to train on and to validate with, without what the suites ask."""
-    from baseline_measures import read_test
+    from baseline_rows import ASKED, read_test
 
     from poe.data.pipeline import prepare
     from poe.data.render import Renderer
     from poe.data.templates import complete_template
-    from poe.evaluation.suites import TEXT
     from poe.stages import Recipe
 
     complete_template(tokenizer)
@@ -166,7 +166,7 @@ def read_rows(tokenizer: Any, vocab_size: int, options: dict[str, Any]) -> Any:
     recipe = Recipe(
         name="baselines",
         data=options["data"],
-        eval_data=",".join(dict.fromkeys(rows.source for rows in suites if rows.kind != TEXT)),
+        eval_data=",".join(dict.fromkeys(rows.source for rows in suites if rows.kind in ASKED)),
         eval_rows=0,
         seq_len=options["seq_len"],
         tokens_per_step=options["seq_len"],
@@ -257,7 +257,8 @@ def validate_child(run: Run, options: dict[str, Any], folder: Path) -> None:
 
 def measure_child(run: Run, options: dict[str, Any], folder: Path) -> None:
     """Measure a trained run on the suites."""
-    from baseline_measures import measure, read_test
+    from baseline_measures import measure
+    from baseline_rows import read_test
 
     sources = read_test(options["suites"], options["data"])
     measure(open_trained(run, options, folder), sources, (folder / MEASURED).parent, options)
@@ -339,11 +340,12 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", required=True, help="folder of a base")
     parser.add_argument("--data", required=True, help="training rows as a SPEC, such as glaive=FILE,xlam=FILE")
-    parser.add_argument("--suites", required=True, help="test rows and texts as a SPEC, as of poe eval")
+    parser.add_argument("--suites", required=True, help="what is asked, as a SPEC of poe eval")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     parser.add_argument("--rates", nargs="+", type=read_pair, default=[], metavar="METHOD=RATE[,RATE]")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--equal-seconds", nargs="+", type=read_pair, default=[], metavar="METHOD=METHOD")
+    parser.add_argument("--test-rows", type=int, default=0, help="questions of each source of the data to set aside")
     numbers = {"steps": 48, "rows_per_step": 3, "rows_per_pass": 1, "seq_len": 1024, "val_rows": 32, "rows": 50}
     for name, value in {**numbers, "forced_rows": 100, "max_new_tokens": 256}.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
@@ -367,12 +369,16 @@ def main() -> int:
         return 0
     args = read_arguments()
     import torch
+    from baseline_rows import set_aside
 
     names = ("base", "data", "suites", "rows_per_step", "rows_per_pass", "seq_len", "val_rows", "rows", "forced_rows")
-    options = {name: getattr(args, name) for name in (*names, "max_new_tokens", "held_out", "dtype")}
+    options = {name: getattr(args, name) for name in (*names, "test_rows", "max_new_tokens", "held_out", "dtype")}
     options["attach_at"] = "auto" if args.attach_at is None else args.attach_at
     options["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     kit = Kit(args, options)
+    if args.test_rows:
+        train, test = set_aside(args.data, args.test_rows, args.out / "rows")
+        kit.options = {**options, "data": train, "suites": f"{test},{args.suites}"}
     failed = []
     for seed in args.seeds:
         for task, run in kit.tasks(seed, train=not args.measure, measure=not args.train):

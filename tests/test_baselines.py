@@ -132,3 +132,18 @@ def test_what_a_method_saves_has_learned(
     assert learned["metrics"][key][0] < base["metrics"][key][0]
     results: Any = [json.loads(file.read_text()) for file in tmp_path.glob("runs/*/measured/results.json")]
     assert len({result["base"]["fingerprint"] for result in results}) == 2
+
+
+def test_questions_that_are_set_aside_are_asked_and_not_trained_on(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--methods", "base", "fork", "--rates", "fork=0.01", "--steps", "1", "--seeds", "0", "--test-rows", "4"]
+    run_kit(monkeypatch, [*command, *options, "--out", str(tmp_path)])
+    test, train = [
+        {json.loads(line)["messages"][0]["content"] for line in (tmp_path / "rows" / name).read_text().splitlines()}
+        for name in ("test-messages.jsonl", "train-messages.jsonl")
+    ]
+    assert (len(test), len(train)) == (4, 36)
+    assert not test & train
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert {"test-messages: exact", "test: exact"} <= set(rows[0]["metrics"])
