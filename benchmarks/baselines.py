@@ -48,6 +48,8 @@ QUALITIES = {  # metric -> title, digits
     "forced_calls": ("calls right", 3),
     "forced_answers": ("answers right", 3),
     "exact": ("exact", 3),
+    "exact_calls": ("exact, where a call is right", 3),
+    "abstention_recall": ("exact, where no call is right", 3),
     "call_f1": ("names and arguments, F1", 3),
     "valid": ("valid", 3),
     "bits_per_byte": ("bits per byte", 4),

@@ -43,7 +43,7 @@ def read_metrics_without_times(run: Path) -> list[dict]:
     return [{k: v for k, v in record.items() if k not in TIMED} for record in lines]
 
 
-@pytest.mark.parametrize("num_kills", [6, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_kills", [3, pytest.param(50, marks=pytest.mark.slow)])
 def test_run_killed_at_any_moment_ends_with_the_bytes_of_an_uninterrupted_run(tmp_path: Path, num_kills: int) -> None:
     """Half of the kills come at a random moment, half at a random operation of writing a checkpoint."""
     processes = multiprocessing.get_context("forkserver")  # imports torch once and forks every run

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -333,30 +334,44 @@ main()
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
 def test_an_evaluation_that_was_killed_three_times_ends_with_the_numbers_of_one_that_was_not(
-    files: dict[str, Path], tmp_path: Path
+    processes: int, files: dict[str, Path], tmp_path: Path
 ) -> None:
-    def start(folder: Path) -> subprocess.Popen[bytes]:
+    def start(folder: Path, processes: int) -> list[subprocess.Popen[bytes]]:
         sampled = ("--free", "--temperature", "0.7", "--samples", "2")
         words = ("eval", files["stage"], "--suite", "demo=8", "--max-new-tokens", "32", *sampled, "--out", folder)
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen([sys.executable, "-c", KILLED, *map(str, words)], env=environment, stdout=-3, stderr=-3)
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = str(free.getsockname()[1])
+        world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes)}
+        return [
+            subprocess.Popen(
+                [sys.executable, "-c", KILLED, *map(str, words)],
+                env={**environment, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=-3,
+                stderr=-3,
+            )
+            for rank in range(processes)
+        ]
 
-    assert start(tmp_path / "whole").wait() == 0
+    assert start(tmp_path / "whole", 1)[0].wait() == 0
     answers, lengths = tmp_path / "killed" / "answers.jsonl", []
-    for _ in range(3):
-        process, before = start(tmp_path / "killed"), count_lines(answers)
-        while process.poll() is None and count_lines(answers) < before + 5:
+    for number in range(3):
+        started, before = start(tmp_path / "killed", processes), count_lines(answers)
+        while started[0].poll() is None and count_lines(answers) < before + 5:
             time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
+        killed, *others = started[number % processes :] + started[: number % processes]
+        killed.send_signal(signal.SIGKILL)
+        assert killed.wait() == -signal.SIGKILL, "it ended before it could be killed"
+        assert all(other.wait(60) for other in others), "one that lost its partner ends with an error"
         lengths.append(count_lines(answers))
-    assert start(tmp_path / "killed").wait() == 0
+    assert [process.wait() for process in start(tmp_path / "killed", processes)] == [0] * processes
     assert lengths == sorted(set(lengths))
     assert count_lines(answers) == count_lines(tmp_path / "whole" / "answers.jsonl") > lengths[-1]
-    whole, killed = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "killed"))
-    assert killed["scores"] == whole["scores"]
-    assert killed["scores_sha256"] == whole["scores_sha256"]
+    whole, continued = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "killed"))
+    assert continued["scores"] == whole["scores"]
+    assert continued["scores_sha256"] == whole["scores_sha256"]
 
 
 def count_lines(path: Path) -> int:

@@ -8,12 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from conftest import scramble
 from poe import Cascade
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
+@pytest.mark.slow
 def test_train_stage_example_learns_and_its_stage_loads_without_poe(tmp_path: Path) -> None:
     command = [sys.executable, EXAMPLES / "train_stage.py", "--steps", "3", "--out", tmp_path / "stage"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

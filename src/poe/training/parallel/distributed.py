@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cached_property
 from itertools import count
 from typing import Any, TypeVar
 
@@ -66,6 +67,11 @@ class World:
         """The process group; None for a single process."""
         return dist.group.WORLD if self.size > 1 else None
 
+    @cached_property
+    def _patient_group(self) -> "dist.ProcessGroup":
+        """The same processes on CPUs, for waits that may be long."""
+        return dist.new_group(backend="gloo", timeout=timedelta(days=30))
+
     def own_rows(self, num_rows: int) -> slice:
         """Return this process's rows of a step: equal parts, in the order of the ranks."""
         own = num_rows // self.size
@@ -103,11 +109,15 @@ class World:
         return self._wait(key)
 
     def gather(self, value: T) -> list[T]:
-        """Return the JSON values of all processes, in the order of the ranks, in the main process, and [] in others."""
+        """Return the JSON values of all processes, in the order of the ranks, in the main process, and [] in others.
+
+        All wait until the last one calls this. There is no timeout, but the death of a process is an error.
+        """
         if self.size == 1:
             return [value]
         key = f"poe/gather/{next(self._turns)}"
         self._set(f"{key}/{self.rank}", value)
+        dist.barrier(self._patient_group)  # a wait for the key of a process that died would not end
         return [self._wait(f"{key}/{rank}") for rank in range(self.size)] if self.is_main else []
 
     @contextlib.contextmanager
