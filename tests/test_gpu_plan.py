@@ -110,6 +110,6 @@ def test_a_small_plan_runs_on_a_cpu(tmp_path: Path) -> None:
         "--out",
         str(tmp_path),
     ]
-    done = subprocess.run([*command, "--arms", "fork r16, answer"], capture_output=True, text=True, check=True)
+    done = subprocess.run([*command, "--arms", "chain"], capture_output=True, text=True, check=True)
     assert "1 of 1 arms done" in done.stdout
-    assert "| fork r16, answer | " in (tmp_path / "tables.md").read_text()
+    assert "| chain, a fork on a fork | " in (tmp_path / "tables.md").read_text()
