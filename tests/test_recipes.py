@@ -70,7 +70,7 @@ def test_the_tool_recipe_has_the_published_hyperparameters() -> None:
 
 
 def test_the_recipes_of_siblings_have_the_settings_of_the_tool_recipes() -> None:
-    own = {"name", "description", "data", "epochs", "num_layers"}
+    own = {"name", "description", "data", "epochs", "num_layers", "augment"}
     tool = load_recipe("tool")
     for name, shape, epochs in (
         ("math", 4, {"gsm8k": 20, "mathinstruct": 4}),

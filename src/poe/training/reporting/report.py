@@ -93,12 +93,15 @@ def environment() -> dict[str, Any]:
 
 
 def note_data(summary: Mapping[str, Any], seconds: float, progress: Progress) -> None:
-    """Report the prepared data: rows read, kept and dropped by source, and how full the packed rows are."""
+    """Report the prepared data: rows read, kept, dropped and augmented, and how full the packed rows are."""
     for source, counts in summary["rows"].items():
         dropped = ", ".join(f"{reason} {n}" for reason, n in counts["dropped"].items()) or "none"
         repaired = ", ".join(f"{rule} {n}" for rule, n in counts.get("repaired", {}).items())
         line = f"{source}: {counts['read']} rows read, {counts['kept']} kept; dropped: {dropped}"
         progress.note(f"{line}; repaired: {repaired}" if repaired else line)
+    shares = {name: share for name, share in summary["augmentation"].items() if isinstance(share, float) and share}
+    if shares:
+        progress.note(f"augmented, as shares of the rows: {', '.join(f'{n} {share:g}' for n, share in shares.items())}")
     progress.note(
         f"{summary['packed_rows']} rows of {summary['seq_len']} tokens, {summary['fill']:.1%} full, "
         f"{summary['trained_tokens']:,} of {summary['tokens']:,} tokens trained, in {seconds:.0f} s"
