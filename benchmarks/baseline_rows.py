@@ -1,5 +1,6 @@
 """The rows of the baseline kit: what is trained on, and what is asked."""
 
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -46,19 +47,26 @@ def _write(rows: Iterable[Conversation], file: Path) -> str:
 def read_test(spec: str, data: str) -> list[Rows]:
     """Read the suites of a SPEC without the rows that share their question with a row of the training data.
 
-    A suite of a path is called by the name of its file. The questions of a suite with a scorer of its own are kept.
+    A suite of a path is called by the name of its file, if no other one is. The questions of a suite with a scorer of
+    its own are kept.
     """
     known = {_question(row[-1]) for rows in read_sources(data) for row in rows.rows}
     sources = read_sources(spec)
+    names = Counter(_short_name(rows) for rows in sources)
     for rows in sources:
-        reader, _, path = rows.name.partition("=")
-        rows.name = Path(path).stem or reader
+        if names[_short_name(rows)] == 1:
+            rows.name = _short_name(rows)
         if rows.kind not in ASKED:
             continue
         unknown = [row for row in rows.rows if _question(row[-1]) not in known]
         rows.dropped["question of the training data"] += len(rows.rows) - len(unknown)
         rows.rows[:] = unknown
     return sources
+
+
+def _short_name(rows: Rows) -> str:
+    reader, _, path = rows.name.partition("=")
+    return Path(path).stem or reader
 
 
 def _question(conversation: Conversation) -> str:
