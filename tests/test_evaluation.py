@@ -162,6 +162,9 @@ def test_several_processes_share_the_questions(
     monkeypatch.setattr(CallSuite, "batch_size", 1)
     alone = evaluate(cascade, tmp_path / "alone")
     store, results = torch.distributed.HashStore(), {}
+    meeting = threading.Barrier(2)  # threads of one process have no process group
+    monkeypatch.setattr(World, "_patient_group", None)
+    monkeypatch.setattr(torch.distributed, "barrier", lambda group: meeting.wait(60))
 
     def run(rank: int) -> None:
         own = cascade if rank == 0 else Cascade.from_pretrained(files["stage"], base=demo_base, dtype=torch.float32)
