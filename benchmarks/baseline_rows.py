@@ -20,11 +20,13 @@ ASKED = (CALLS, ANSWERS, NUMBERS, CODE)  # kinds of rows with a reference that c
 def set_aside(data: str, most: int, folder: Path) -> tuple[str, str]:
     """Set `most` questions of each reader of a SPEC aside; return the SPEC of the other rows, and of these.
 
-    Both are files in `folder`, written once. A row that shares its first question with a test row is in neither.
+    Both are files in `folder`, written once. A row that shares its first question with a test row is in neither. What
+    the readers drop is in `dropped.jsonl` beside them.
     """
     rows: dict[str, list[Conversation]] = {}
-    for source in parse_spec(data, READERS, find_reader):
-        rows.setdefault(source.name, []).extend(read_source(source, DropReport()))
+    with DropReport(folder / "dropped.jsonl") as report:
+        for source in parse_spec(data, READERS, find_reader):
+            rows.setdefault(source.name, []).extend(read_source(source, report))
     train, test = [], []
     for name, conversations in rows.items():
         chosen: dict[str, Conversation] = {}
@@ -39,7 +41,6 @@ def set_aside(data: str, most: int, folder: Path) -> tuple[str, str]:
 
 def _write(rows: Iterable[Conversation], file: Path) -> str:
     if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
         export(rows, file)
     return f"messages={file}"
 
