@@ -271,6 +271,20 @@ def test_a_card_shows_the_evaluation_of_its_own_stage_and_no_other(
         describe_for_card(read_run(tmp_path / "base").results)
 
 
+def test_the_stage_is_measured_alone_and_the_base_added_later(cascade: Cascade, tmp_path: Path) -> None:
+    sources = read_sources("demo=1")
+    alone = Evaluation(cascade, sources, tmp_path / "run", stage="tool", settings=SHORT, stage_only=True).run()
+    assert [set(scores) for scores in alone["scores"].values()] == [{"stage"}] * len(alone["scores"])
+    with pytest.raises(EvaluationError, match="without its base: evaluate it without --stage-only"):
+        describe_for_card(alone)
+    assert "| metric | rows | stage |" in (tmp_path / "run" / "results.md").read_text()
+    both = Evaluation(cascade, sources, tmp_path / "run", stage="tool", settings=SHORT).run()
+    for name, scores in both["scores"].items():
+        assert scores["stage"] == alone["scores"][name]["stage"]
+        assert both["suites"][name]["replies"]["stage"] == alone["suites"][name]["replies"]["stage"]  # not asked again
+        assert set(scores) == {"base", "stage", "difference"}
+
+
 def test_three_runs_are_compared_with_adjusted_p_values(cascade: Cascade, tmp_path: Path) -> None:
     for name, limit in (("a", 3), ("b", 4), ("c", 3)):
         evaluate(cascade, tmp_path / name, "demo=1", Settings(max_new_tokens=limit))

@@ -46,6 +46,9 @@ def run_evaluation(
     ] = 0.0,
     samples: Annotated[int, typer.Option(min=1, help="Sampled replies to each question.")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sample of rows, of replies, and of the bootstrap.")] = 0,
+    stage_only: Annotated[
+        bool, typer.Option("--stage-only", help="Do not ask the base, which often takes longer than the stage.")
+    ] = False,
     off: Off = False,
     base: Base = None,
     device: Device = "auto",
@@ -57,6 +60,8 @@ def run_evaluation(
     """
     if free and both:
         raise typer.BadParameter("--both measures free replies as well: leave out --free.")
+    if stage_only and off:
+        raise typer.BadParameter("--stage-only leaves out the base, and --off the stage: nothing is left to measure.")
     with join_processes(device) as world:
         from poe.evaluation.kinds import read_sources
         from poe.evaluation.run import TABLE, Evaluation
@@ -83,7 +88,11 @@ def run_evaluation(
             alone = hash_base_alone(repo, lambda place: open_cascade(place, None, str(world.device)), base)
         cascade = open_cascade(repo, base, str(world.device))
         stage = None if off else cascade.active
-        evaluation = Evaluation(cascade, sources, folder, stage=stage, settings=settings, both=both)
+        if stage_only and stage is None:
+            raise typer.BadParameter(f"--stage-only measures a stage, and {repo} is a base.")
+        evaluation = Evaluation(
+            cascade, sources, folder, stage=stage, settings=settings, both=both, stage_only=stage_only
+        )
         for note in evaluation.notes:
             err.print(f"note: {note}", markup=False)
         number, names = evaluation.num_answers, f"{', '.join(evaluation.models)}; {', '.join(evaluation.suites)}"

@@ -105,7 +105,7 @@ def draw_results(results: Mapping[str, Any]) -> str:
 
 
 def describe_for_card(results: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a model card shows of an evaluation. Raises `EvaluationError` if it measured no stage.
+    """Return what a model card shows of an evaluation. Raises `EvaluationError` if it did not measure base and stage.
 
     `stage` and `base` are the fingerprints of the models, `suites` has the number of rows and the main metrics, and
     `base_logits` is the hash of the base's logits on fixed prompts, equal with the stage off and without it.
@@ -113,6 +113,8 @@ def describe_for_card(results: Mapping[str, Any]) -> dict[str, Any]:
     unchanged = results.get("base_unchanged")
     if results["stage"] is None:
         raise EvaluationError("The evaluation measured a base alone: evaluate the stage, without --off.")
+    if any(BASE not in scores for scores in results["scores"].values()):
+        raise EvaluationError("The evaluation measured a stage without its base: evaluate it without --stage-only.")
     if unchanged is not None and not unchanged["is_equal"]:
         raise EvaluationError("In the evaluation the base with the stage off was not the base alone: evaluate again.")
     suites = {}

@@ -75,8 +75,9 @@ class Series:
 class Evaluation:
     """The evaluation of a cascade on suites in a folder, with the answers that are there already.
 
-    `sources` are the rows of its suites (`read_sources`). `stage` is measured beside the base; None: the base alone.
-    With `both`, replies are constrained, and also free. Raises `DataError` for suites that cannot be asked.
+    `sources` are the rows of its suites (`read_sources`). `stage` is measured beside the base, or without it
+    (`stage_only`); None: the base alone. With `both`, replies are constrained, and also free. Raises `DataError` for
+    suites that cannot be asked.
     """
 
     def __init__(
@@ -88,10 +89,12 @@ class Evaluation:
         stage: str | None = None,
         settings: Settings | None = None,
         both: bool = False,
+        stage_only: bool = False,
     ) -> None:
         self.settings = settings or Settings()
         self.cascade, self.folder, self._both = cascade, folder.expanduser(), both
-        self.models: dict[str, str | None] = {BASE: None} if stage is None else {BASE: None, STAGE: stage}
+        self.models: dict[str, str | None] = {} if stage_only and stage is not None else {BASE: None}
+        self.models |= {} if stage is None else {STAGE: stage}
         check_tokenizer(cascade.tokenizer, cascade.config.vocab_size)
         complete_template(cascade.tokenizer)
         self.notes = list(filter(None, [note_unread_calls(cascade.tokenizer)]))
@@ -183,7 +186,7 @@ class Evaluation:
             replies[name][series.label] = _count_replies(found)
             scores[name][series.label] = as_values(summarize(own, seed=seed))
             _, stage, decoding = series.label.partition(STAGE)
-            if stage:
+            if stage and BASE in self.models:
                 base = counts[name, BASE + decoding]
                 scores[name][DIFFERENCE + decoding] = as_values(summarize_differences(base, own, seed=seed))
         suites = {
