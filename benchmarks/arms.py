@@ -166,15 +166,17 @@ def stage(
     copied: bool = False,
     cascade: Cascade | None = None,
     name: str = "s",
+    parent: str | None = None,
 ) -> Arm:
     """Return an arm that trains a stage. With `cached`, later steps reuse the base's hidden states, kept in bf16.
 
     With `copied` its layers are copies of the base's last ones, with outputs of zero, instead of random ones. `cascade`
-    gets the stage; by default it is a new one on the base of `make_base`.
+    gets the stage, on its stage `parent` if that is given; by default it is a new one on the base of `make_base`.
     """
     cascade = cascade or Cascade(_frozen(make_base, s))
     cost = Cost(cascade.base, length)
-    cascade.add_stage(StageConfig(name, s.stage_layers, head=head, head_rank=s.head_rank), seed=s.seed)
+    config = StageConfig(name, s.stage_layers, head=head, head_rank=s.head_rank)
+    cascade.add_stage(config, parent=parent, seed=s.seed)
     own, model = cascade.stages[name].requires_grad_(True), cascade.model(name).train()
     if copied:
         copy_last_layers(cascade.base, own.layers)
@@ -215,6 +217,7 @@ def fork(
     active: str = "answer",
     cached: bool = False,
     *,
+    head: str = "none",
     cascade: Cascade | None = None,
     name: str = "s",
     parent: str | None = None,
@@ -225,11 +228,13 @@ def fork(
     stage `parent` if that is given; by default it is a new one on the base of `make_base`.
     """
     cascade = cascade or Cascade(_frozen(make_base, s))
-    shape = {"layers": "fork", "attach_at": s.attach_at, "rank": rank, "active": active, "head": "none"}
+    shape = {"layers": "fork", "attach_at": s.attach_at, "rank": rank, "active": active, "head": head}
+    if head == "low_rank":
+        shape["head_rank"] = s.head_rank
     cascade.add_stage(name=name, parent=parent, seed=s.seed, **shape)
     own, model = cascade.stages[name].requires_grad_(True), cascade.model(name).train()
     trained = list(own.parameters())
-    rates = {"matrix_lr": s.lr, "head_lr": s.lr, "matrix_optimizer": "adamw", "weight_decay": 0.0}
+    rates = {"matrix_lr": s.lr, "head_lr": s.head_lr, "matrix_optimizer": "adamw", "weight_decay": 0.0}
     # width 768: build_optimizer does not scale the rates
     optimizer = build_optimizer(own.named_parameters(), 768, betas=(0.9, 0.999), **rates)
     if active == "answer":

@@ -109,9 +109,9 @@ def measure(method: TrainedMethod, sources: Sequence[Rows], folder: Path, option
     Replies are not constrained: a method has to have learned the form of a call. A product predicts no texts here.
     """
     texts = [rows for rows in sources if rows.kind == TEXT]
-    questions = [rows for rows in sources if rows.kind != TEXT]
+    questions = [rows for rows in sources if rows.kind != TEXT and options["rows"]]
     referenced = [rows for rows in sources if rows.kind in ASKED]
-    settings = Settings(constrain=False, max_new_tokens=options["max_new_tokens"], rows=options["rows"])
+    settings = Settings(constrain=False, max_new_tokens=options["max_new_tokens"], rows=options["rows"] or None)
     asked = [*questions, *([] if method.is_product else texts)]
     evaluation = Evaluation(method, asked, folder, settings=settings)  # type: ignore[arg-type]
     renderer = Renderer(method.tokenizer, vocab_size=method.config.vocab_size)

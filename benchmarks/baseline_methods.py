@@ -1,8 +1,10 @@
 """The training methods of the baseline kit: how each is trained, saved, and opened again.
 
 A rate is AdamW's, or Muon's for the matrices of a stage (its head then has a tenth of it with AdamW). Every method has
-three rates, of which validation rows choose one. `chain` is a fork on a fork, and `product` two sibling forks with
-equal weights: each of the two learns from one half of the steps, so that all methods see the same tokens.
+three rates, of which validation rows choose one. `chain` is a fork on a fork, `fork-new` new layers on a fork, and
+`product` two sibling forks with equal weights: each of the two learns from one half of the steps, so that all methods
+see the same tokens. `fork-late-all` is active on the answer, and on all tokens in the last quarter of its steps, and
+`fork-cached` keeps what the base reads, for further passes over the same rows.
 """
 
 import dataclasses
@@ -29,6 +31,8 @@ from poe.training.schedule import lr_factor
 
 FIRST, SECOND = "first", "second"  # the names of stages, and of their folders
 STAGE_LAYERS = 4
+TWO_STAGES = ("chain", "product", "new-on-fork")
+NEW_LAYERS_RATE = 0.01  # Muon's, of the new layers on a fork, whose rate is the one that is swept
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,12 @@ METHODS = {
     "stage": Method("stage", MUON_RATES, {"head": "low_rank"}),
     "fork-full": Method("fork", (1e-4, 2e-4, 4e-4), {"rank": None}),
     "fork-all": Method("fork", FORK_RATES, {"active": "all"}),
+    "fork-cached": Method("fork", FORK_RATES, {"cached": True}),
+    "fork-late-all": Method("late", FORK_RATES),
+    "fork-rank-4": Method("fork", FORK_RATES, {"rank": 4}),
+    "fork-rank-32": Method("fork", FORK_RATES, {"rank": 32}),
+    "fork-head": Method("fork", FORK_RATES, {"head": "low_rank"}),
+    "fork-new": Method("new-on-fork", FORK_RATES, {"active": "all"}),
     "full": Method("full", (3e-5, 1e-4, 3e-4)),
     "lora-top": Method("lora", LORA_RATES, {"top": True}),
     "last": Method("last", (1e-4, 3e-4, 1e-3)),
@@ -74,12 +84,14 @@ def train(
     The rate rises over a twentieth of the steps, and then falls to zero. `batch(step)` are the rows of a step.
     """
     # halves of the steps, each with a stage of its own
-    parts = [steps] if method.kind not in ("chain", "product") else [steps - steps // 2, steps // 2]
+    parts = [steps - steps // 2, steps // 2] if method.kind in TWO_STAGES else [steps]
     clock, cpu_seconds, done = Clock(settings.device), [], 0
     for number, count in enumerate(parts):
         arm = build_arm(method, cascade, settings, length, number)
         for step in range(count):
             rows = batch(done + step)
+            if method.kind == "late" and step == count - count // 4:
+                arm = act_on_all(arm, method, cascade, settings, length)
             arm.scale_rates(lr_factor(step, count, initial_lr_factor=0.0, warmup_ratio=0.05, warmdown_ratio=0.95))
             clock.begin()
             started = time.process_time()
@@ -111,9 +123,25 @@ def build_arm(method: Method, cascade: Cascade, settings: arms.Settings, length:
     if method.kind == "stage":
         settings = dataclasses.replace(settings, adamw=options.pop("adamw", False))
         return arms.stage(make_base, length, settings, cascade=cascade, name=FIRST, **options)
-    name, parent = (SECOND if number else FIRST), (FIRST if number and method.kind == "chain" else None)
+    name, parent = (SECOND if number else FIRST), (FIRST if number and method.kind != "product" else None)
     settings = dataclasses.replace(settings, seed=settings.seed + 1000 * number)
+    if number and method.kind == "new-on-fork":
+        settings = dataclasses.replace(settings, stage_layers=2, matrix_lr=NEW_LAYERS_RATE)
+        return arms.stage(make_base, length, settings, "none", cascade=cascade, name=name, parent=parent)
     return arms.fork(make_base, length, settings, cascade=cascade, name=name, parent=parent, **options)
+
+
+@torch.no_grad()
+def act_on_all(arm: arms.Arm, method: Method, cascade: Cascade, settings: arms.Settings, length: int) -> arms.Arm:
+    """Return an arm that goes on with the fork of `arm` and its optimizer, but is active on all tokens."""
+    cascade.remove_stage(FIRST)
+    options = {**method.options, "active": "all"}
+    with torch.enable_grad():
+        later = build_arm(dataclasses.replace(method, options=options), cascade, settings, length)
+    for new, old in zip(later.parameters, arm.parameters, strict=True):
+        new.copy_(old)
+    later.optimizer.load_state_dict(arm.optimizer.state_dict())
+    return later
 
 
 def save(method: Method, cascade: Cascade, arm: arms.Arm, folder: Path) -> int:
@@ -152,7 +180,7 @@ class TrainedMethod:
         elif folder is None:
             self._cascade = Cascade.from_pretrained(base, **place)
         else:
-            last = SECOND if method.kind == "chain" else FIRST
+            last = SECOND if method.kind in ("chain", "new-on-fork") else FIRST
             self._cascade = Cascade.from_pretrained(folder / last, base=base, **place)
             self.stage = self._cascade.active
             if self.is_product:

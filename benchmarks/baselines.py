@@ -9,7 +9,9 @@ With the first seed a method runs once for each of its rates (`baseline_methods.
 most right calls on the validation rows, held out from the data, is that of the other seeds. `--equal-seconds A=B`
 trains A once more, with as many steps as fit into the time of B's; steps beyond the first ones read new rows. No
 training row shares a question or a call with a row of the suites, and no row of the suites has a question of the data.
-`--test-rows N` sets N questions of each source of the data aside and makes them suites.
+`--test-rows N` sets N questions of each source of the data aside and makes them suites. `--train-rows N` trains on N
+packed rows, so that more steps read them again, `--augment NAME=SHARE` changes rows as a recipe does, and `--rows 0`
+asks for no replies: answers are only predicted.
 
 A run is a method with a rate, a number of steps and a seed. Training, validating (where rates compete) and measuring
 it are processes of their own, one after the other. The runs are folders in OUT/runs: `training.json` (seconds, peak
@@ -170,6 +172,7 @@ def read_rows(tokenizer: Any, vocab_size: int, options: dict[str, Any]) -> Any:
         data=options["data"],
         eval_data=",".join(dict.fromkeys(rows.source for rows in suites if rows.kind in ASKED)),
         eval_rows=0,
+        augment=dict(options["augment"]),
         seq_len=options["seq_len"],
         tokens_per_step=options["seq_len"],
         validation_ratio=options["held_out"],
@@ -194,7 +197,8 @@ def train_child(run: Run, options: dict[str, Any], folder: Path) -> None:
     shutil.rmtree(folder / WEIGHTS, ignore_errors=True)
     cascade = open_base(method, options["base"], options["dtype"], device)
     data = read_rows(cascade.tokenizer, cascade.config.vocab_size, options)
-    order = random.Random(run.seed).sample(range(data.train.num_rows), data.train.num_rows)
+    number = min(options["train_rows"] or data.train.num_rows, data.train.num_rows)
+    order = random.Random(run.seed).sample(range(data.train.num_rows), number)
     rows_per_step = options["rows_per_step"]
     seen = [0, 0]  # tokens and labels
 
@@ -229,7 +233,7 @@ def train_child(run: Run, options: dict[str, Any], folder: Path) -> None:
         "trained": sum(stage.num_parameters() for stage in cascade.stages.values()) or arm.trained,
         "tokens": seen[0],
         "labels": seen[1],
-        "training_rows": data.train.num_rows,
+        "training_rows": number,
         "cpu_seconds": sum(cpu_seconds),
         "seconds": sum(seconds),
         "step_seconds": statistics.median(seconds if on_gpu else cpu_seconds),
@@ -348,6 +352,8 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--equal-seconds", nargs="+", type=read_pair, default=[], metavar="METHOD=METHOD")
     parser.add_argument("--test-rows", type=int, default=0, help="questions of each source of the data to set aside")
+    parser.add_argument("--train-rows", type=int, default=0, help="packed rows to train on; default: all")
+    parser.add_argument("--augment", nargs="+", type=read_pair, default=[], metavar="NAME=SHARE")
     numbers = {"steps": 48, "rows_per_step": 3, "rows_per_pass": 1, "seq_len": 1024, "val_rows": 32, "rows": 50}
     for name, value in {**numbers, "forced_rows": 100, "max_new_tokens": 256}.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
@@ -374,7 +380,9 @@ def main() -> int:
     from baseline_rows import set_aside
 
     names = ("base", "data", "suites", "rows_per_step", "rows_per_pass", "seq_len", "val_rows", "rows", "forced_rows")
-    options = {name: getattr(args, name) for name in (*names, "test_rows", "max_new_tokens", "held_out", "dtype")}
+    more = ("test_rows", "train_rows", "max_new_tokens", "held_out", "dtype")
+    options = {name: getattr(args, name) for name in (*names, *more)}
+    options["augment"] = [[name, float(share)] for name, share in args.augment]
     options["attach_at"] = "auto" if args.attach_at is None else args.attach_at
     options["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     kit = Kit(args, options)

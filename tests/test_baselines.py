@@ -134,6 +134,21 @@ def test_what_a_method_saves_has_learned(
     assert len({result["base"]["fingerprint"] for result in results}) == 2
 
 
+def test_further_passes_over_few_rows_and_no_replies(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = ["--rates", "fork=0.01", "fork-cached=0.01"]
+    options = ["--methods", "fork", "fork-cached", *rates, "--steps", "4", "--train-rows", "3", "--seeds", "0"]
+    more = ["--augment", "contrast=0.5", "--rows", "0", "--out", str(tmp_path)]
+    run_kit(monkeypatch, [*command, *options, *more])
+    fork, cached = json.loads((tmp_path / "results.json").read_text())["rows"]
+    nats = "messages, teacher-forced: forced_nats"
+    assert fork["metrics"][nats] == pytest.approx(cached["metrics"][nats], rel=0.01)  # the cache is in bf16
+    assert "messages: exact" not in fork["metrics"]
+    record = json.loads((tmp_path / "runs" / "fork-0.01-4-0" / "training.json").read_text())
+    assert record["training_rows"] == 3
+
+
 def test_questions_that_are_set_aside_are_asked_and_not_trained_on(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
