@@ -129,7 +129,7 @@ class Siblings:
             validation_every=self.args.steps,
             validation_ratio=0.02,
             checkpoint_every=30.0,
-            active="all",  # routing compares how the stages read the prompt
+            active="all",  # each stage reads the prompt, too
         )
 
     def load(self, names: Sequence[str]) -> Cascade:

@@ -59,7 +59,7 @@ def test_large_data_has_the_published_sizes(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("rows", "rows_per_step", "steps"),
-    [(3, 1, 51), (19, 1, 57), (49, 1, 98), (160, 3, 53), (1600, 32, 50), (16_000, 32, 500)],
+    [(3, 1, 51), (19, 1, 57), (49, 1, 98), (160, 1, 160), (1600, 4, 400), (16_000, 32, 500)],
 )
 def test_small_data_gets_small_steps_and_several_passes(rows: int, rows_per_step: int, steps: int) -> None:
     resolved = resolve(load_recipe("tool-fork"), rows)
@@ -81,7 +81,7 @@ def test_what_is_set_is_used_as_it_is() -> None:
 def test_chosen_epochs_are_not_multiplied() -> None:
     recipe = load_recipe("tool-fork")
     assert resolve(recipe, 40, passes=4.0, chosen=True).max_steps == 40
-    assert resolve(recipe, 400, passes=4.0, chosen=True).tokens_per_step == 2 * 512  # a fiftieth of one pass
+    assert resolve(recipe, 3200, passes=4.0, chosen=True).tokens_per_step == 2 * 512  # a four-hundredth of one pass
 
 
 def test_steps_are_divided_evenly_among_processes() -> None:

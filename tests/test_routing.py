@@ -1,5 +1,7 @@
-"""Routing: each row of a mixed batch gets the output of its own stage, and stages are chosen by likelihood."""
+"""Routing: each row of a mixed batch gets the output of its own stage, and each prompt finds the stage for it."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +14,9 @@ from decoding_models import MODELS, decoding_cascade, positions, prompts
 from poe import Cascade
 from poe.decoding import Exit, SelfSpeculation
 from poe.decoding.branches import build_branched_model
+from poe.decoding.prompt_center import fit_prompt_center, read_center
 from poe.decoding.routing import RoutedModel
-from poe.errors import DecodingError, StageError
+from poe.errors import DecodingError, DeltaError, StageError
 
 ROWS: list[str | None] = ["tool", "math", None, "low", "child", "tool", "grandchild", None]
 GREEDY: dict[str, Any] = {"max_new_tokens": 9, "do_sample": False}
@@ -183,6 +186,68 @@ def test_a_prompt_is_routed_to_the_most_likely_stage(name: str) -> None:
     assert output.routing == decision
     expected = cascade.generate(input_ids=ids, attention_mask=mask, stage=decision.stages, eos_token_id=None, **GREEDY)
     assert torch.equal(output.sequences, expected)
+
+
+def word_prompts(first: int, numbers: range) -> list[list[int]]:
+    """Return prompts, one for each number, that use three tokens only."""
+    return [(token_ids(1, 30, seed=number)[0] % 3 + first).tolist() for number in numbers]
+
+
+@pytest.mark.parametrize("name", ["poe", "llama", "qwen3 sliding"])
+def test_a_prompt_finds_the_stage_that_was_trained_on_its_like(name: str, tmp_path: Path) -> None:
+    """Padding or not, also for a fork that does not read prompts; what is like no training prompt goes to the base."""
+    cascade = decoding_cascade(name)
+    cascade.add_stage(name="low", num_layers=1)
+    cascade.activate(None).add_stage(name="high", layers="fork", attach_at=2, rank=2, active="answer", head="none")
+    with pytest.raises(DecodingError, match="Not all stages know their training prompts"):
+        cascade.route(token_ids(1))
+    for stage, first in (("low", 10), ("high", 40)):
+        assert fit_prompt_center(cascade.base, cascade.stages[stage], word_prompts(first, range(7))) is None
+        assert fit_prompt_center(cascade.base, cascade.stages[stage], word_prompts(first, range(24))) is not None
+    others = [word_prompts(first, range(100, 110)) for first in (10, 40, 25)]
+    rows = [torch.tensor(prompt[i % 5 :]) for prompts in others for i, prompt in enumerate(prompts)]
+    width = max(map(len, rows))
+    ids = torch.stack([torch.nn.functional.pad(row, (width - len(row), 0)) for row in rows])
+    mask = torch.stack([torch.arange(width) >= width - len(row) for row in rows]).long()
+    decision = cascade.route(ids, mask)
+    chosen = [decision.stages[start : start + 10] for start in (0, 10, 20)]
+    assert [set(stages) - {None} for stages in chosen] == [{"low"}, {"high"}, set()]
+    assert min(chosen[0].count("low"), chosen[1].count("high")) >= 7  # one of twenty training prompts is outside too
+    for row, text in enumerate(rows):
+        alone = cascade.route(text[None])
+        assert alone.scores[0] == pytest.approx(decision.scores[row], abs=1e-3)
+        assert alone.scores[0][None] == 0.0
+    output = cascade.generate(input_ids=ids, attention_mask=mask, stage="auto", return_dict_in_generate=True, **GREEDY)
+    assert output.stages == decision.stages
+    with pytest.warns(UserWarning, match="never trained"):
+        cascade.save_stage("low", tmp_path / "low", dtype=torch.float32)
+    saved = json.loads((tmp_path / "low" / "config.json").read_text())["prompt"]
+    assert saved == cascade.stages["low"].prompt
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"direction": "AAAA", "edge": 0.5},  # not whole numbers of two bytes
+        {"direction": "AAA=", "edge": 0.5},  # zero
+        {"direction": "/38=", "edge": 0.5},  # not finite
+        {"direction": "ADw=", "edge": 1.5},
+        {"direction": "ADw=", "edge": None},
+        {"direction": "ADw=", "edge": float("nan")},
+        {"direction": ["ADw="], "edge": 0.5},
+        "near",
+    ],
+)
+def test_a_damaged_center_is_refused(content: Any) -> None:
+    with pytest.raises(DeltaError, match="center in the stage's prompt should have a direction"):
+        read_center({"center": content})
+
+
+def test_a_center_of_another_width_is_refused() -> None:
+    cascade = decoding_cascade("llama").add_stage(name="tool", num_layers=1)
+    cascade.stages["tool"].prompt = {"center": {"direction": "ADw=", "edge": 0.5}}
+    with pytest.raises(DeltaError, match="has 1 numbers, but the base has 32"):
+        cascade.route(token_ids(1))
 
 
 def test_the_base_wins_a_tie() -> None:

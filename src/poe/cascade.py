@@ -346,10 +346,11 @@ class Cascade:
         return compose(self.base, stages, self.expert, mode)
 
     def route(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> Routing:
-        """Return the most likely stage of each prompt (B, T), among all stages and the base, and every score.
+        """Return the stage of each prompt (B, T), among all stages and the base, and every score.
 
-        A score is the mean log-probability of the prompt's tokens. All stages share one pass through the base, and the
-        base wins a tie. Raises `DecodingError` with a fork that is active on the answer: it does not read prompts.
+        Trained stages know their training prompts: a prompt goes to the stage whose prompts it is most like, and to the
+        base if it is like none. If a stage does not know them, all are compared by the mean log-probability of the
+        prompt; then a fork that is active on the answer raises `DecodingError`. The base wins a tie.
         """
         return route(self.base, [self.expert(name) for name in (None, *self.stages)], input_ids, attention_mask)
 

@@ -15,7 +15,8 @@ from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import islice, pairwise
+from math import ceil
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
@@ -162,6 +163,26 @@ class PackedRows:
         if self.isolated:
             return batch
         return batch._replace(position_ids=torch.arange(self.seq_len).expand_as(batch.input_ids).contiguous())
+
+    def first_prompts(self, most: int, most_tokens: int) -> list[list[int]]:
+        """Return the tokens before the first label of documents that are spread over all rows.
+
+        At most `most` prompts, and no further one once they have `most_tokens` tokens.
+        """
+        prompts: list[list[int]] = []
+        rows = np.unique(np.linspace(0, self.num_rows - 1, num=most, dtype=int))
+        for row in rows:
+            starts, labels = np.flatnonzero(self._starts[row]), np.flatnonzero(self._trained[row])
+            spans = [
+                (start, own[0] + 1)  # a label is the next token
+                for start, end in pairwise([*starts, self.seq_len])
+                if len(own := labels[(labels >= start) & (labels < end)])
+            ]
+            for start, end in spans[: ceil(most / len(rows))]:
+                if len(prompts) == most or sum(map(len, prompts)) >= most_tokens:
+                    return prompts
+                prompts.append(self._tokens[row, start:end].tolist())
+        return prompts
 
     def _row_at(self, index: int) -> int:
         epoch, offset = divmod(index, self.num_rows)

@@ -1,8 +1,8 @@
 """The sizes of a run that a recipe leaves to the data: the one place where they are chosen.
 
 A number in a recipe is used as it is. `at most N` is a limit, which large data reaches; small data uses less: rows as
-long as its longest row, steps so small that a pass has `MIN_STEPS` of them, several passes if even steps of one row are
-too few, and more validation. docs/log/small-data.md has the measurements behind the numbers.
+long as its longest row, steps so small that a pass has `STEPS_OF_PASS` of them, several passes if steps of one row are
+fewer than `MIN_STEPS`, and more validation. docs/log/small-data.md has the measurements behind the numbers.
 """
 
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ from poe.errors import DataError
 from poe.stages.fields import UpTo
 from poe.stages.recipe import Recipe
 
+STEPS_OF_PASS = 400  # larger steps learn less from the same rows
 MIN_STEPS = 50  # a stage learns little in fewer
 MIN_ROWS = 8  # fewer rows are learned by heart
 MIN_VALIDATIONS = 5
@@ -88,7 +89,7 @@ def resolve_sizes(recipe: Recipe, seq_len: int, ratio: float, size: DataSize, nu
         )
     tokens_per_step = recipe.tokens_per_step
     if isinstance(tokens_per_step, UpTo):
-        rows = max(1, min(int(tokens_per_step) // seq_len, size.pass_rows // MIN_STEPS))
+        rows = max(1, min(int(tokens_per_step) // seq_len, size.pass_rows // STEPS_OF_PASS))
         tokens_per_step = ceil(rows / num_processes) * num_processes * seq_len
     rows_per_step = tokens_per_step // seq_len
     max_steps = recipe.max_steps

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from poe.decoding.depth import AdaptiveDepth
 from poe.decoding.products import Fit, Product
+from poe.decoding.prompt_center import fit_prompt_center
 from poe.decoding.routing import Routing
 from poe.decoding.speculation import SelfSpeculation
 from poe.decoding.strategy import Exit, Expert, Strategy
@@ -18,6 +19,7 @@ __all__ = [
     "Routing",
     "SelfSpeculation",
     "Strategy",
+    "fit_prompt_center",
     "parse_strategy",
 ]
 

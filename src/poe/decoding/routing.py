@@ -1,5 +1,8 @@
 """Routing: rows of one batch use different stages in one pass through the trunk, and each row's stage can be chosen.
 
+A prompt chooses by how like it is to the training prompts of each stage (`prompt_center.py`), or, with stages that do
+not know theirs, by its likelihood under each of them.
+
 Like a batch of mixed adapters (S-LoRA, arXiv 2311.03285), but the shared layers are exactly the base's, so their pass
 costs as much as the base alone.
 """
@@ -17,15 +20,17 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
 from poe.decoding.branches import BranchedModel, build_branched_model, count_positions
+from poe.decoding.prompt_center import find_centers, read_directions
 from poe.decoding.strategy import Expert
 from poe.errors import DecodingError
 
 
 @dataclass(frozen=True)
 class Routing:
-    """The most likely stage of each row (None: the base).
+    """The stage of each row (None: the base), which has the highest of the row's `scores`.
 
-    `scores` has the mean log-probability (nats per prompt token) of each row's prompt under each candidate.
+    If all stages know the center of their training prompts, a score is 1 at the center and 0 where 19 of 20 of these
+    prompts are nearer, and the base's is 0. Otherwise it is the mean log-probability (nats per token) of the prompt.
     """
 
     stages: list[str | None]
@@ -105,12 +110,21 @@ class _RowStops(StoppingCriteria):
 def route(
     base: PreTrainedModel, experts: Sequence[Expert], input_ids: Tensor, attention_mask: Tensor | None = None
 ) -> Routing:
-    """Return the most likely expert of each prompt (B, T); see `Cascade.route`."""
+    """Return the expert of each prompt (B, T); see `Cascade.route`."""
+    if centers := find_centers(experts, base.config.hidden_size):
+        directions = read_directions(base, input_ids, attention_mask)
+        columns = {name: center.score(directions).tolist() for name, center in centers.items()}
+        scores: list[dict[str | None, float]] = [
+            {each.name: 0.0 if each.name is None else columns[each.name][row] for each in experts}
+            for row in range(len(input_ids))
+        ]
+        return Routing([max(row, key=lambda name: row[name]) for row in scores], scores)
     silent = [str(each.name) for each in experts if each.stage is not None and not each.stage.reads_prompt]
     if silent:
         raise DecodingError(
-            f"Routing compares how stages read the prompt, and the base reads it for {', '.join(silent)} "
-            "(active='answer'): name a stage for each row."
+            f"Not all stages know their training prompts, so routing would compare how they read the prompt, and the "
+            f"base reads it for {', '.join(silent)} (active='answer'): name a stage for each row, or use "
+            "`fit_prompt_center` for each stage."
         )
     routing: Routing = build_branched_model(base, experts, RoutedModel).route(input_ids, attention_mask)
     return routing
@@ -126,7 +140,7 @@ def generate_routed(
 ) -> Any:
     """Generate with one stage for each row (None: the base); `options` are those of `generate`.
 
-    With "auto" each row gets the most likely of the stages `names` and the base. Each row stops at the stop tokens of
+    With "auto" each row gets one of the stages `names` or the base (`route`). Each row stops at the stop tokens of
     its own stage, unless `options` have some. Raises `DecodingError` if the number of stages is not the number of rows,
     or if the stages were saved with different sampling.
     """

@@ -146,7 +146,7 @@ class Recipe(Plan):
     limit."""
     tokens_per_step: Limit = UpTo(131072)
     """Tokens in one optimizer step, over all rows and processes; a multiple of seq_len. At most N: few enough that a
-    pass of the data has 50 steps, or one row."""
+    pass of the data has 400 steps, or one row."""
     max_steps: PositiveInt | None = None
     """Number of optimizer steps. Null: as many as the data and its epochs give; without epochs at least 50, in several
     passes of small data."""

@@ -18,6 +18,8 @@ from poe.data.pipeline import TrainingData, prepare
 from poe.data.render import Renderer, token_bytes
 from poe.data.sizes import describe_sizes
 from poe.data.templates import complete_template, note_unread_calls
+from poe.decoding.prompt_center import KEY as CENTER
+from poe.decoding.prompt_center import fit_prompt_center
 from poe.errors import OutputError, TrainingError, explain_memory
 from poe.loaders.outcome import describe_failure
 from poe.loaders.repository import short_name
@@ -60,6 +62,8 @@ from poe.training.stage_setup import (
 # A function of the cascade, the stage's name and the held-out questions, called after training. training.json keeps its
 # result under "evaluation".
 Evaluate = Callable[[Cascade, str, dict[str, list[Conversation]]], dict[str, Any]]
+
+CENTER_PROMPTS, CENTER_TOKENS = 40, 8192  # that the base reads to know where the training prompts lie
 
 
 @dataclass(frozen=True)
@@ -274,11 +278,23 @@ def _check_end(
 
 def _fit(job: _Job, prepared: TrainingData, grown: _Grown, questions: dict[str, list[int]], resume: bool) -> _Fitted:
     """Step 3: train the stage to the end of its plan."""
+    _read_prompts(job, prepared, grown)
     engine = _build_engine(job, prepared, grown, questions)
     history = engine.run(resume)
     grown.stage.requires_grad_(False)
     grown.model.eval()
     return _Fitted(engine, history)
+
+
+def _read_prompts(job: _Job, prepared: TrainingData, grown: _Grown) -> None:
+    """Measure where the training prompts lie, so that `stage="auto"` finds the stage."""
+    if grown.is_sharded:
+        job.context.progress.note('the base is sharded: stage="auto" will not know the training prompts')
+        return
+    prompts = prepared.train.first_prompts(CENTER_PROMPTS, CENTER_TOKENS)
+    job.context.progress.begin(f"reading {len(prompts)} training prompts, for routing")
+    if fit_prompt_center(job.cascade.base, grown.stage, prompts) is None:
+        job.context.progress.note(f'{len(prompts)} prompts are too few for stage="auto" to know the training prompts')
 
 
 def _build_engine(job: _Job, prepared: TrainingData, grown: _Grown, questions: dict[str, list[int]]) -> Engine:
@@ -364,8 +380,8 @@ def _write_stage(job: _Job, record: dict[str, Any], engine: Engine) -> None:
         title = f"Stage {job.plan.name} on {short_name(job.cascade.base_source.repo)}, data {job.spec}"
         try_to_draw_report(job.folder, job.context.progress.note, title)  # first: the model card shows the picture
         prompt = prompt_format(job.cascade.tokenizer, job.renderer)
-        kept = job.cascade.stages[job.plan.name].prompt or {}  # the evaluation may have fitted it
-        prompt |= {key: kept[key] for key in ("call_threshold",) if key in kept}
+        kept = job.cascade.stages[job.plan.name].prompt or {}  # what was fitted
+        prompt |= {key: kept[key] for key in ("call_threshold", CENTER) if key in kept}
         job.cascade.save_stage(job.plan.name, job.folder, training=record, prompt=prompt)
 
 
