@@ -212,7 +212,7 @@ def test_a_prompt_finds_the_stage_that_was_trained_on_its_like(name: str, tmp_pa
     decision = cascade.route(ids, mask)
     chosen = [decision.stages[start : start + 10] for start in (0, 10, 20)]
     assert [set(stages) - {None} for stages in chosen] == [{"low"}, {"high"}, set()]
-    assert min(chosen[0].count("low"), chosen[1].count("high")) >= 7  # one of twenty training prompts is outside too
+    assert min(chosen[0].count("low"), chosen[1].count("high")) >= 8  # the random base has odd ones
     for row, text in enumerate(rows):
         alone = cascade.route(text[None])
         assert alone.scores[0] == pytest.approx(decision.scores[row], abs=1e-3)

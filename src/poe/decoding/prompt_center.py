@@ -1,8 +1,8 @@
 """How like a prompt is to those that a stage was trained on: what `stage="auto"` chooses by.
 
 The base reads the prompt, and the mean of its last hidden states is a direction. A stage keeps the mean direction of
-its training prompts, the center, and how far they are from it. A prompt belongs to the nearest center, as classes do in
-nearest-class-mean classifiers (Mensink et al., 2013), and to the base if it is farther away than the training prompts.
+its training prompts, the center, and how far they are from it. A prompt belongs to the nearest center, as in
+nearest-class-mean classifiers (Mensink et al., 2013), and to the base if it is beyond the edge of every stage.
 The stage itself reads nothing, so this works for forks that are active on the answer, too.
 """
 
@@ -29,21 +29,21 @@ from poe.modeling.stage import Stage
 
 KEY = "center"  # in the stage's prompt format, which `save_stage` writes
 MIN_PROMPTS = 8  # fewer say little about where others are
-_OUTSIDE = 0.05  # the share of the training prompts beyond the edge
-_WIDEST_EDGE = 0.99  # prompts that are all alike leave room for others
+_INSIDE, _SLACK = 0.95, 1.25  # the edge is a quarter farther away than 19 of 20 training prompts are
+_NEAREST_EDGE = 0.99  # prompts that are all alike leave room for others
 
 
 @dataclass(frozen=True)
 class PromptCenter:
-    """The mean direction (D,) of a stage's training prompts, and the cosine similarity that 19 of 20 of them reach."""
+    """The mean direction (D,) of a stage's training prompts, and the cosine similarity where other prompts begin."""
 
     direction: Tensor
     edge: float
 
     def score(self, directions: Tensor) -> Tensor:
-        """Return for directions (B, D) a score (B,): 1 at the center, 0 at the edge, negative outside."""
+        """Return for directions (B, D) their cosine similarity (B,) to the center, less 1 beyond the edge."""
         similarity = directions @ self.direction.to(directions)
-        return (similarity - self.edge) / (1 - self.edge)
+        return similarity - (similarity < self.edge).to(similarity)
 
 
 @torch.no_grad()
@@ -81,7 +81,8 @@ def fit_prompt_center(
             progress(1)
     directions = torch.cat(read)
     center = functional.normalize(directions.mean(0), dim=0)
-    edge = min(float(torch.quantile(directions @ center, _OUTSIDE)), _WIDEST_EDGE)
+    distance = _SLACK * float(torch.quantile(1 - directions @ center, _INSIDE))
+    edge = max(-1.0, min(1 - distance, _NEAREST_EDGE))
     stage.prompt = {**(stage.prompt or {}), KEY: {"direction": _encode(center), "edge": round(edge, 4)}}
     return read_center(stage.prompt)
 
@@ -96,10 +97,10 @@ def read_center(prompt: Any) -> PromptCenter | None:
     except (KeyError, TypeError, ValueError, binascii.Error):
         direction, edge = torch.zeros(0), math.nan
     length = float(direction.norm())
-    if not (-1 <= edge <= _WIDEST_EDGE and math.isfinite(length) and length > 0):
+    if not (-1 <= edge <= _NEAREST_EDGE and math.isfinite(length) and length > 0):
         raise DeltaError(
             f"{KEY} in the stage's prompt should have a direction (fp16 numbers in base64) and an edge from -1 to "
-            f"{_WIDEST_EDGE}, got {str(content)[:60]!r}. Train or load the stage again."
+            f"{_NEAREST_EDGE}, got {str(content)[:60]!r}. Train or load the stage again."
         )
     return PromptCenter(direction / length, edge)
 

@@ -29,8 +29,9 @@ from poe.errors import DecodingError
 class Routing:
     """The stage of each row (None: the base), which has the highest of the row's `scores`.
 
-    If all stages know the center of their training prompts, a score is 1 at the center and 0 where 19 of 20 of these
-    prompts are nearer, and the base's is 0. Otherwise it is the mean log-probability (nats per token) of the prompt.
+    If all stages know the center of their training prompts, a score is the cosine similarity of the prompt to it, less
+    1 for a prompt that is unlike them, and the base's is 0. Otherwise it is the mean log-probability of the prompt
+    (nats per token).
     """
 
     stages: list[str | None]
