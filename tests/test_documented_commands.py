@@ -31,7 +31,7 @@ NOT_RUN = {
     "docs/how-to/agent.md": 2,
     "docs/how-to/call.md": 1,
     "docs/how-to/choose-layers.md": 1,
-    "docs/how-to/decode.md": 5,
+    "docs/how-to/decode.md": 6,
     "docs/how-to/evaluate.md": 4,
     "docs/how-to/export.md": 6,
     "docs/how-to/from-peft-and-trl.md": 3,
