@@ -69,7 +69,7 @@ def fit_prompt_center(
     """Measure where the training prompts of a stage lie, and keep it in the stage's prompt format.
 
     `prompts` are token ids; dozens are enough. Returns None, and changes nothing, if there are fewer than
-    `MIN_PROMPTS`. `progress` is called after each prompt with 1.
+    `MIN_PROMPTS`, or if the base computes no numbers for them. `progress` is called after each prompt with 1.
     """
     prompts = [prompt for prompt in prompts if len(prompt)]
     if len(prompts) < MIN_PROMPTS:
@@ -80,6 +80,8 @@ def fit_prompt_center(
         if progress is not None:
             progress(1)
     directions = torch.cat(read)
+    if not directions.isfinite().all():
+        return None
     center = functional.normalize(directions.mean(0), dim=0)
     distance = _SLACK * float(torch.quantile(1 - directions @ center, _INSIDE))
     edge = max(-1.0, min(1 - distance, _NEAREST_EDGE))

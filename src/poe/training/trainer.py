@@ -294,7 +294,7 @@ def _read_prompts(job: _Job, prepared: TrainingData, grown: _Grown) -> None:
     prompts = prepared.train.first_prompts(CENTER_PROMPTS, CENTER_TOKENS)
     job.context.progress.begin(f"reading {len(prompts)} training prompts, for routing")
     if fit_prompt_center(job.cascade.base, grown.stage, prompts) is None:
-        job.context.progress.note(f'{len(prompts)} prompts are too few for stage="auto" to know the training prompts')
+        job.context.progress.note(f'stage="auto" will not know the training prompts: {len(prompts)} were read')
 
 
 def _build_engine(job: _Job, prepared: TrainingData, grown: _Grown, questions: dict[str, list[int]]) -> Engine:
