@@ -84,3 +84,15 @@ def test_rows_are_cut_at_their_answers() -> None:
     assert cut.messages == conversation.messages[:3]
     (whole,) = cut.cut_at_answers()
     assert whole == cut
+
+
+def test_suites_of_one_reader_are_called_by_their_files(tmp_path: Path, rows_file: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        for name in ("clean.jsonl", "heavy.jsonl"):
+            (tmp_path / folder / name).write_text(rows_file.read_text())
+    a, b = tmp_path / "a", tmp_path / "b"
+    names = [rows.name for rows in read_sources(f"messages={a / 'clean.jsonl'},messages={a / 'heavy.jsonl'}")]
+    assert names == ["messages=clean.jsonl", "messages=heavy.jsonl"]
+    names = [rows.name for rows in read_sources(f"messages={a / 'clean.jsonl'},messages={b / 'clean.jsonl'}")]
+    assert names == [f"messages={a / 'clean.jsonl'}", f"messages={b / 'clean.jsonl'}"]

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 from poe.cascade import Cascade
 from poe.data.readers import READERS, demo
@@ -67,6 +68,10 @@ def make_suite(rows: Rows, cascade: Cascade, renderer: Renderer, settings: Setti
     return suite(rows, cascade, renderer, settings)
 
 
+def _name_with_file(source: DataSource) -> str:
+    return f"{source.name}={Path(str(source.path)).name}"
+
+
 def read_sources(spec: str) -> list[Rows]:
     """Read the rows of a SPEC: readers of `--data`, and `SOURCES`.
 
@@ -74,13 +79,16 @@ def read_sources(spec: str) -> list[Rows]:
     """
     sources = parse_spec(spec, dict.fromkeys([*READERS, *SOURCES]), find_reader)
     names = Counter(source.name for source in sources)
+    files = Counter(_name_with_file(source) for source in sources)
     read: list[Rows] = []
     for source in sources:
         if source.epochs is not None or source.weight != 1:
             raise DataError(
                 f"The suite {str(source)!r} has epochs or a weight: expected name=path. Each row counts once."
             )
-        name = source.name if names[source.name] == 1 or source.name == demo.NAME else str(source)
+        name = source.name
+        if names[name] > 1 and name != demo.NAME:  # no folders, which a card would show
+            name = short if files[short := _name_with_file(source)] == 1 else str(source)
         read += SOURCES.get(source.name, read_questions)(source, name)
     if twice := [name for name, count in Counter(rows.name for rows in read).items() if count > 1]:
         raise DataError(f"The suite {twice[0]!r} is given twice.")
