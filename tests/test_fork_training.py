@@ -8,6 +8,8 @@ import torch
 
 from conftest import scramble
 from poe import Cascade, StageConfig, train_stage
+from poe.data.render import Renderer
+from poe.demo.conversations import make_conversation
 from poe.errors import FamilyError, RecipeError, TrainingError
 from poe.modeling.answer_boundary import AnswerBoundary, _dense_places
 from poe.stages import Recipe
@@ -165,3 +167,19 @@ def test_a_fork_does_not_stand_on_a_divided_base() -> None:
         Recipe(name="f", layers="fork", attach_at=1, shard_base=True)
     with pytest.raises(RecipeError, match="at least 1 for new layers"):
         Recipe(name="f", attach_at=0)
+
+
+def test_a_trained_stage_is_found_by_prompts_like_those_of_its_training(demo_base: Path, tmp_path: Path) -> None:
+    """Also one that does not read prompts; other text goes to the base. Padding is not read."""
+    _, folder = train(demo_base, tmp_path / "run", active="answer", max_steps=1)
+    cascade = Cascade.from_pretrained(folder)
+    renderer = Renderer(cascade.tokenizer, vocab_size=cascade.config.vocab_size)
+    rows = [make_conversation(number, "unseen_values", kind="call") for number in range(6)]
+    questions = [renderer.prompt_ids(row.question, row.tools, row.form) for row in rows]
+    text = "The lighthouse keeper counted forty boats in the harbor before the storm came in from the north. " * 3
+    others = [cascade.tokenizer(text)["input_ids"]] * 2
+    for prompts, name in ((questions, "demo"), (others, None)):
+        width = max(map(len, prompts))
+        ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        assert cascade.route(ids, mask).stages == [name] * len(prompts)
