@@ -232,6 +232,7 @@ def test_a_prompt_finds_the_stage_that_was_trained_on_its_like(name: str, tmp_pa
         {"direction": "AAA=", "edge": 0.5},  # zero
         {"direction": "/38=", "edge": 0.5},  # not finite
         {"direction": "ADw=", "edge": 1.5},
+        {"direction": "ADw=", "edge": 10**400},
         {"direction": "ADw=", "edge": None},
         {"direction": "ADw=", "edge": float("nan")},
         {"direction": ["ADw="], "edge": 0.5},

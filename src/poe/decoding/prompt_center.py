@@ -7,9 +7,8 @@ The stage itself reads nothing, so this works for forks that are active on the a
 """
 
 import base64
-import binascii
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,26 +59,16 @@ def read_directions(base: PreTrainedModel, input_ids: Tensor, attention_mask: Te
     return functional.normalize((states * real).sum(1) / real.sum(1).clamp_min(1), dim=-1)
 
 
-def fit_prompt_center(
-    base: PreTrainedModel,
-    stage: Stage,
-    prompts: Sequence[Sequence[int]],
-    progress: Callable[[int], None] | None = None,
-) -> PromptCenter | None:
+def fit_prompt_center(base: PreTrainedModel, stage: Stage, prompts: Sequence[Sequence[int]]) -> PromptCenter | None:
     """Measure where the training prompts of a stage lie, and keep it in the stage's prompt format.
 
     `prompts` are token ids; dozens are enough. Returns None, and changes nothing, if there are fewer than
-    `MIN_PROMPTS`, or if the base computes no numbers for them. `progress` is called after each prompt with 1.
+    `MIN_PROMPTS`, or if the base computes no numbers for them.
     """
     prompts = [prompt for prompt in prompts if len(prompt)]
     if len(prompts) < MIN_PROMPTS:
         return None
-    read = []
-    for prompt in prompts:
-        read.append(read_directions(base, torch.tensor([list(prompt)])))
-        if progress is not None:
-            progress(1)
-    directions = torch.cat(read)
+    directions = torch.cat([read_directions(base, torch.tensor([list(prompt)])) for prompt in prompts])
     if not directions.isfinite().all():
         return None
     center = functional.normalize(directions.mean(0), dim=0)
@@ -96,7 +85,7 @@ def read_center(prompt: Any) -> PromptCenter | None:
         return None
     try:
         direction, edge = _decode(content["direction"]), float(content["edge"])
-    except (KeyError, TypeError, ValueError, binascii.Error):
+    except (KeyError, TypeError, ValueError, OverflowError):  # binascii.Error is a ValueError
         direction, edge = torch.zeros(0), math.nan
     length = float(direction.norm())
     if not (-1 <= edge <= _NEAREST_EDGE and math.isfinite(length) and length > 0):
