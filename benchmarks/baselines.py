@@ -336,7 +336,7 @@ def write_json(path: Path, content: Any) -> None:
 def read_pair(text: str) -> tuple[str, str]:
     name, _, value = text.partition("=")
     if not value:
-        raise argparse.ArgumentTypeError(f"expected METHOD=VALUE, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
     return name, value
 
 
