@@ -1,5 +1,7 @@
 """Attention by documents and answers gives what attention of the whole packed row with a mask gives."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,8 +9,11 @@ from hypothesis import strategies as st
 
 from conftest import scramble, tiny_model
 from poe import Cascade, StageConfig
+from poe.data.packing import Batch
 from poe.modeling.answer_boundary import AnswerBoundary
-from poe.modeling.span_attention import NAME, attend_by_span
+from poe.modeling.span_attention import NAME, attend_by_span, find_documents
+from poe.training.forward import recompute_activations
+from poe.training.hidden_states.sources import AnswerTokens, WholeModel
 
 LENGTH = 40
 FIELDS = {
@@ -57,7 +62,7 @@ def test_spans_give_what_a_mask_gives(name: str, rows: tuple[torch.Tensor, torch
         boundary = AnswerBoundary(cascade.base, stage)
         with pytest.MonkeyPatch.context() as patch:
             if not by_span:
-                patch.setattr(AnswerBoundary, "_by_span", lambda self, ids: False)
+                patch.setattr(AnswerBoundary, "_attention", lambda self: nullcontext())
             read = boundary.below(ids, positions)
             hidden = boundary.above(read, ids, positions, active)
         hidden.square().sum().backward()
@@ -65,6 +70,49 @@ def test_spans_give_what_a_mask_gives(name: str, rows: tuple[torch.Tensor, torch
         stage.zero_grad()
     torch.testing.assert_close(results[0], results[1])
     assert cascade.base.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_what_is_computed_again_in_the_backward_pass_is_the_same(name: str) -> None:
+    cascade = CASCADES[name]
+    stage = cascade.stages["f"].requires_grad_(True)
+    ids = torch.randint(3, 50, (2, LENGTH), generator=torch.Generator().manual_seed(0))
+    positions = torch.tensor([[*range(18), *range(22)], [*range(40)]])
+    batch = Batch(ids, torch.where(positions % 7 < 3, -100, ids), positions)
+    model = cascade.model("f")
+    boundary = AnswerBoundary(cascade.base, stage)
+    sources = (WholeModel(model), AnswerTokens(model, boundary, lambda batch: boundary.below(ids, positions), False))
+    for source in sources:
+        gradients = []
+        for layers in ((), stage.layers):
+            stage.zero_grad()
+            with recompute_activations(layers):
+                source(batch).square().sum().backward()
+            gradients.append([p.grad.clone() for p in stage.parameters()])
+        for plain, again in zip(*gradients, strict=True):
+            assert torch.equal(plain, again)
+
+
+def test_documents_are_found_in_a_mask_that_has_nothing_else() -> None:
+    document = torch.tensor([[0] * 3 + [1] * 4 + [2], [0] * 8])
+    order = torch.arange(8)
+    mask = (document[:, :, None] == document[:, None]) & (order[:, None] >= order)
+    found = find_documents(mask[:, None])
+    assert [[(span.start, span.stop) for span in row] for row in found] == [[(0, 3), (3, 7), (7, 8)], [(0, 8)]]
+    for row, query, key in ((1, 5, 0), (0, 4, 0), (1, 2, 4)):  # a window, another document, and a later token
+        other = mask.clone()
+        other[row, query, key] ^= True
+        assert find_documents(other[:, None]) is None
+
+
+@pytest.mark.parametrize("count", [2, 15, 16, 40])
+def test_nan_is_not_hidden(count: int) -> None:
+    """torch's causal attention on a CPU turns it into zeros for fewer than 16 tokens."""
+    cascade = Cascade(tiny_model("llama"))
+    cascade.base.model.layers[0].self_attn.q_proj.weight.data[0, 0] = float("nan")
+    positions = torch.arange(count).repeat(2)[None]
+    batch = Batch(torch.full_like(positions, 5), torch.full_like(positions, 5), positions)
+    assert WholeModel(cascade.base)(batch).isnan().any()
 
 
 def test_each_call_gets_the_keys_of_its_span_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,6 +135,9 @@ def test_each_call_gets_the_keys_of_its_span_alone(monkeypatch: pytest.MonkeyPat
     shapes.clear()
     boundary.above(read, ids, positions, active)
     assert shapes == [(5, 10), (5, 30)]
+    shapes.clear()
+    WholeModel(cascade.base)(Batch(ids, ids, positions))
+    assert shapes == [(10, 10), (30, 30)] * 2
 
 
 def test_the_attention_is_the_base_s_own_again_after_an_error() -> None:
@@ -95,9 +146,9 @@ def test_the_attention_is_the_base_s_own_again_after_an_error() -> None:
     with pytest.raises(IndexError):
         boundary.below(torch.tensor([[99]]), torch.tensor([[0]]))
     assert config._attn_implementation == "sdpa"
-    with attend_by_span(config):
+    with attend_by_span(config, torch.device("cpu")):
         assert config._attn_implementation == NAME
     config = Cascade(tiny_model("llama")).base.config
     config._attn_implementation = "eager"
-    with attend_by_span(config):
+    with attend_by_span(config, torch.device("cpu")):
         assert config._attn_implementation == "eager"

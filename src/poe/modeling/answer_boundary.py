@@ -8,7 +8,8 @@ Shape letters: B rows, T tokens of a row, M answer tokens of a row, K states, L 
 heads, E their width, D width.
 """
 
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -18,9 +19,9 @@ from transformers import DynamicCache, PreTrainedConfig
 
 from .failures import FamilyError
 from .families import family_of
-from .growth import build_shell, layers_config_of, sync_attention
+from .growth import build_shell, sync_attention
 from .placement import device_of
-from .span_attention import Span, attach_spans, attend_by_span
+from .span_attention import Span, Spans, attach_spans, attend_by_span, find_documents, find_layers_config, has_spans
 from .stage import Stage
 from .standins import FixedOutputLayer, RecordedLayer, SkippedLayer, boundary_layers
 
@@ -84,7 +85,7 @@ class AnswerBoundary:
             )
         self._parents = [link.activity for link in parents]
         self._stage_layer, self._below, self._depth = stage.layers[0], below, stage.depth
-        self._config, self._layers_config, self._dtype = base.config, layers_config_of(base), base.dtype
+        self._config, self._layers_config, self._dtype = base.config, find_layers_config(self._upper), base.dtype
         self._compiled = False
         self._lower_depth = int(lower.config.num_hidden_layers)
         self.device = device_of(base.get_input_embeddings())
@@ -109,14 +110,12 @@ class AnswerBoundary:
         cache = DynamicCache()  # without a config it keeps every token, in sliding layers too
         for activity in self._parents:
             activity.tokens = input_ids.shape[1]
-        spans = _row_spans(position_ids) if self._by_span(input_ids) else None
-        mask = self._masks(*_row_mask(position_ids), spans)
         try:
-            with attend_by_span(self._layers_config) if spans else nullcontext():
+            with self._attention():
                 self._lower(
                     input_ids=input_ids,
                     position_ids=position_ids,
-                    attention_mask=mask,
+                    attention_mask=self._masks(*_row_mask(position_ids), find_documents),
                     past_key_values=cache,
                     use_cache=True,
                 )
@@ -143,16 +142,14 @@ class AnswerBoundary:
         real = torch.arange(places.shape[1], device=places.device) < active.sum(1, keepdim=True)
         for given, state in zip(self._given.values(), read.states.unbind(1), strict=True):
             given.state = state.gather(1, places.unsqueeze(-1).expand(-1, -1, state.shape[-1]))
-        spans = None
-        if self._by_span(input_ids) and active.any():  # without an answer the gradients are zeros, not missing
-            spans = _answer_spans(turn, position_ids, places, real)
-        mask = self._masks(*_answer_mask(turn, position_ids, places, real), spans)
         try:
-            with attend_by_span(self._layers_config) if spans else nullcontext():
+            with self._attention():
+                mask = _answer_mask(turn, position_ids, places, real)
+                spans = _answer_spans(turn, position_ids, places, real) if has_spans(self._layers_config) else None
                 output = self._upper(
                     input_ids=input_ids.gather(1, places),
                     position_ids=position_ids.gather(1, places),
-                    attention_mask=mask,
+                    attention_mask=self._masks(*mask, lambda mask: spans),
                     past_key_values=_PromptCache(read, self._below, places),
                     use_cache=True,
                 ).last_hidden_state
@@ -163,26 +160,24 @@ class AnswerBoundary:
         rows = torch.arange(len(places), device=places.device).unsqueeze(1).expand_as(places)
         return whole.index_put((rows[real], places[real]), output[real])
 
-    def _by_span(self, input_ids: Tensor) -> bool:
-        """Whether attention runs by spans: a GPU, and code that is compiled, are faster with one call and a mask."""
-        return input_ids.device.type == "cpu" and self._config._attn_implementation == "sdpa" and not self._compiled
+    def _attention(self) -> AbstractContextManager[None]:
+        """Return the context in which the layers run. What is compiled keeps its one call with a mask."""
+        return nullcontext() if self._compiled else attend_by_span(self._layers_config, self.device)
 
-    def _masks(self, seen: Tensor, distance: Tensor, spans: list[list[Span]] | None) -> Tensor | dict[str, Tensor]:
+    def _masks(
+        self, seen: Tensor, distance: Tensor, find_spans: Callable[[Tensor], Spans | None]
+    ) -> Tensor | dict[str, Tensor]:
         """Which keys each query sees (B, Q, S) and how far back they are -> what the backbone takes as its mask."""
         masks = {kind: seen if kind == FULL else seen & (distance < self._window) for kind in set(self._kinds)}
         made = {kind: self._as_attention_wants(mask.unsqueeze(1)) for kind, mask in masks.items()}
-        if spans is not None:
-            longest = max((span.stop - span.start for row in spans for span in row), default=0)
-            for kind, mask in made.items():
-                cut = kind == SLIDING and longest > self._window
-                own = [[span._replace(causal=span.causal and not cut) for span in row] for row in spans]
-                made[kind] = attach_spans(mask, own)
+        if has_spans(self._layers_config):
+            made = {kind: attach_spans(mask, find_spans(mask)) for kind, mask in made.items()}
         return made if len(made) > 1 else made.popitem()[1]
 
     def _as_attention_wants(self, mask: Tensor) -> Tensor:
         """A bool mask (B, 1, Q, S), True where a key is seen -> the mask that the base's attention reads."""
         kind = self._config._attn_implementation
-        if kind == "sdpa":
+        if kind == "sdpa" or has_spans(self._config):
             return mask
         if kind == "eager":
             hidden = torch.finfo(self._dtype).min
@@ -233,17 +228,11 @@ def _row_mask(position_ids: Tensor) -> tuple[Tensor, Tensor]:
     return (document.unsqueeze(2) == document.unsqueeze(1)) & (back >= 0), back
 
 
-def _row_spans(position_ids: Tensor) -> list[list[Span]]:
-    """(B, T) -> the documents of every row, as spans."""
-    length, spans = position_ids.shape[1], []
-    for begins in (position_ids == 0).tolist():
-        starts = [place for place in range(length) if begins[place] or place == 0]
-        spans.append([Span(a, b, ((a, b),), causal=True) for a, b in pairwise([*starts, length])])
-    return spans
+def _answer_spans(turn: Tensor, position_ids: Tensor, places: Tensor, real: Tensor) -> Spans | None:
+    """The turns among the answers' tokens (B, M) of every row, as spans: they see their prompt, and themselves.
 
-
-def _answer_spans(turn: Tensor, position_ids: Tensor, places: Tensor, real: Tensor) -> list[list[Span]]:
-    """The turns among the answers' tokens (B, M) of every row, as spans: they see their prompt, and themselves."""
+    None without an answer: its gradients are zeros then, not missing.
+    """
     length = position_ids.shape[1]
     order = torch.arange(length, device=position_ids.device).expand_as(position_ids)
     begins = torch.where(position_ids == 0, order, 0).cummax(1).values
@@ -256,7 +245,7 @@ def _answer_spans(turn: Tensor, position_ids: Tensor, places: Tensor, real: Tens
             prompt, answer = (begin[a], first[a]), (length + a, length + b)
             spans.append(Span(a, b, (prompt, answer) if begin[a] < first[a] else (answer,)))
         rows.append(spans)
-    return rows
+    return rows if any(rows) else None
 
 
 def _turns(active: Tensor, position_ids: Tensor) -> Tensor:

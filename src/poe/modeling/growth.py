@@ -42,7 +42,7 @@ def build_layers(
     base_layers = family.layers_of(base)
     layer_class = type(base_layers[min(family.template_layer(base.config), len(base_layers) - 1)])
     config = grown_config(base.config, family, below, pattern)
-    layers_config = layers_config_of(base)
+    layers_config = _layers_config(base)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
         torch.manual_seed(seed)
         layers = nn.ModuleList(layer_class(config, below + index) for index in range(len(pattern)))
@@ -103,7 +103,7 @@ def build_shell(
 def sync_attention(base: PreTrainedModel, model: PreTrainedModel) -> None:
     """Make `set_attn_implementation` on the base or any shell reach all models that share its layers."""
     backbone = family_of(base).backbone_of(model)
-    backbone.register_forward_pre_hook(SyncAttention(model.config, layers_config_of(base)))
+    backbone.register_forward_pre_hook(SyncAttention(model.config, _layers_config(base)))
     if not family_of(base).recurrent:  # such a base has a cache for every cycle
         backbone.register_forward_pre_hook(partial(_check_cache, model.config.num_hidden_layers), with_kwargs=True)
 
@@ -122,7 +122,7 @@ def make_standalone(base: PreTrainedModel, model: PreTrainedModel) -> PreTrained
         if folded.bias is not None:
             head.bias = nn.Parameter(folded.bias.detach())
     setattr(model, family.head, head)
-    old = {id(base.config), id(layers_config_of(base))}
+    old = {id(base.config), id(_layers_config(base))}
     for module in model.modules():
         if id(getattr(module, "config", None)) in old:
             setattr(module, "config", model.config)  # noqa: B010
@@ -153,7 +153,7 @@ class SyncAttention:
         self.layers_config._attn_implementation_internal = self.agreed
 
 
-def layers_config_of(base: PreTrainedModel) -> PreTrainedConfig:
+def _layers_config(base: PreTrainedModel) -> PreTrainedConfig:
     """Return the config object of the base's layers."""
     for module in family_of(base).layers_of(base).modules():
         config = getattr(module, "config", None)

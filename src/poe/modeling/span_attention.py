@@ -5,17 +5,19 @@ them away, which took a third of a fork's step. Inside `attend_by_span` the "sdp
 `Span` of a row in a call of its own, with the keys that it sees. A mask without spans is used as it is.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "poe_spans"
+_LEAST = 16  # queries of causal attention without a mask: for fewer, torch 2.13 turns nan into zeros on a CPU
 
 
 class Span(NamedTuple):
@@ -30,16 +32,42 @@ class Span(NamedTuple):
     causal: bool = False
 
 
-def attach_spans(mask: Tensor, spans: Sequence[Sequence[Span]]) -> Tensor:
-    """Return a bool mask (B, 1, Q, S) that carries the spans of its rows, in rising order; other queries get zeros."""
+Spans = Sequence[Sequence[Span]]  # of each row, in rising order; queries between them are not used
+
+
+def attach_spans(mask: Tensor, spans: Spans | None) -> Tensor:
+    """Return a bool mask (B, 1, Q, S) that carries spans."""
     mask.spans = spans  # type: ignore[attr-defined]  # an attribute: a model hands its mask on to every layer
     return mask
 
 
+def find_documents(mask: Tensor) -> Spans | None:
+    """Return the documents of a mask (B, 1, T, T) as spans; None if its rows are anything but causal documents."""
+    seen, order = mask[:, 0], torch.arange(mask.shape[-1])
+    first = seen.to(torch.uint8).argmax(-1)  # (B, T): the first key that a token sees
+    begins = first == order
+    starts = torch.where(begins, order, 0).cummax(1).values
+    if not (torch.equal(first, starts) and torch.equal(seen.sum(-1), order - first + 1) and not seen.triu(1).any()):
+        return None
+    rows = [[*row.nonzero().squeeze(1).tolist(), mask.shape[-1]] for row in begins]
+    return [[Span(a, b, ((a, b),), causal=True) for a, b in pairwise(row)] for row in rows]
+
+
+def find_layers_config(module: nn.Module) -> PreTrainedConfig | None:
+    """Return the config that the attention layers in a model or a layer share; None without such a layer."""
+    configs = (getattr(each, "config", None) for each in module.modules() if hasattr(each, "layer_idx"))
+    return next((config for config in configs if isinstance(config, PreTrainedConfig)), None)
+
+
+def has_spans(config: PreTrainedConfig | None) -> bool:
+    """Return whether layers with this config attend by spans now."""
+    return config is not None and config._attn_implementation == NAME
+
+
 @contextmanager
-def attend_by_span(config: PreTrainedConfig) -> Iterator[None]:
-    """Inside the `with` block, layers that share `config` and have "sdpa" attention attend by the spans of a mask."""
-    if config._attn_implementation != "sdpa":
+def attend_by_span(config: PreTrainedConfig | None, device: torch.device) -> Iterator[None]:
+    """Inside the `with` block, layers that share `config` attend by spans, if they have "sdpa" attention on a CPU."""
+    if config is None or config._attn_implementation != "sdpa" or device.type != "cpu":
         yield
         return
     config._attn_implementation_internal = NAME
@@ -47,6 +75,16 @@ def attend_by_span(config: PreTrainedConfig) -> Iterator[None]:
         yield
     finally:
         config._attn_implementation_internal = "sdpa"
+
+
+def attend_again(layer: nn.Module) -> Callable[[], tuple[AbstractContextManager[None], AbstractContextManager[None]]]:
+    """Return `context_fn` of torch.utils.checkpoint: what is computed again attends as it did before."""
+    config = find_layers_config(layer)
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), attend_by_span(config if has_spans(config) else None, torch.device("cpu"))
+
+    return contexts
 
 
 def _span_attention(
@@ -67,7 +105,7 @@ def _span_attention(
                 queries = slice(span.start, span.stop)
                 keys, values = (_join([x[own, :, a:b] for a, b in span.keys], dim=2) for x in (key, value))
                 mask = None
-                if not span.causal:
+                if not (span.causal and span.stop - span.start >= _LEAST):
                     mask = _join([attention_mask[own, :, queries, a:b] for a, b in span.keys], dim=3)
                 pieces.append(sdpa_attention_forward(module, query[own, :, queries], keys, values, mask, **kwargs)[0])
             done = span.stop
@@ -79,5 +117,11 @@ def _join(tensors: list[Tensor], dim: int) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
 
 
+def _span_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """Return the mask that transformers makes for "sdpa", with its documents."""
+    mask = sdpa_mask(*args, **kwargs)
+    return mask if mask is None or mask.shape[2] != mask.shape[3] else attach_spans(mask, find_documents(mask))
+
+
 AttentionInterface.register(NAME, _span_attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionMaskInterface.register(NAME, _span_mask)

@@ -16,6 +16,7 @@ from poe.data.packing import IGNORED, Batch
 from poe.errors import TrainingError
 from poe.modeling.answer_boundary import AnswerBoundary
 from poe.modeling.boundary import Boundary
+from poe.modeling.span_attention import attend_again
 
 
 def prompt_positions(batch: Batch) -> Tensor:
@@ -98,7 +99,7 @@ def recompute_activations(layers: Iterable[nn.Module]) -> Iterator[None]:
     """
     wrapped = list(layers)
     for layer in wrapped:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, context_fn=attend_again(layer))
     try:
         yield
     finally:

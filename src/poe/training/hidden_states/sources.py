@@ -23,6 +23,7 @@ from poe.modeling.boundary import Boundary
 from poe.modeling.families import is_prefix_lm
 from poe.modeling.modeling_poe import PoEForCausalLM
 from poe.modeling.placement import device_of
+from poe.modeling.span_attention import attend_by_span, find_layers_config
 from poe.stages.recipe import Recipe
 from poe.training.forward import compile_boundary, compile_forward, explain_failed_compilation, prefix_lm_mask
 from poe.training.hidden_states.disk_cache import DiskCache, RowReader, boundary_facts
@@ -71,12 +72,14 @@ class WholeModel:
     def __init__(self, model: PreTrainedModel, compile: bool = False) -> None:
         backbone = getattr(model, model.base_model_prefix)
         self._model, self._backbone = model, compile_forward(backbone) if compile else backbone
+        self._layers_config = None if compile else find_layers_config(model)
 
     def __call__(self, batch: Batch) -> Tensor:
         mask = prefix_lm_mask(self._model, batch) if is_prefix_lm(self._model.config) else None
-        hidden: Tensor = self._backbone(
-            input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False
-        ).last_hidden_state
+        with attend_by_span(self._layers_config, batch.input_ids.device):
+            hidden: Tensor = self._backbone(
+                input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False
+            ).last_hidden_state
         return hidden
 
     def predictions(self, batch: Batch, learning: bool = False) -> Iterator[Prediction]:
