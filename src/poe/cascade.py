@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from poe.chat import Answer, answer_messages, read_call_threshold
+from poe.chat import Answer, answer_messages, read_call_threshold, route_messages
 from poe.decoding.adaptive import Confidence
 from poe.decoding.depth import AdaptiveDepth, calibrate_depth
 from poe.decoding.drafts import calibrate_draft
@@ -294,9 +294,12 @@ class Cascade:
         end. `tool_choice` ("auto", "none", "required" or a function), `parallel_tool_calls` and `response_format` are
         those of OpenAI's API. Decoding is constrained to what they and the tools allow; with `constrain=False` calls
         are only checked. With "auto", a stage for which a threshold was fitted decides by it whether to call. Other
-        `options` are those of `generate`; without them decoding is greedy. Raises `DataError` for arguments that cannot
-        be used.
+        `options` are those of `generate`; without them decoding is greedy. With `stage="auto"` the stage of `route`
+        answers, and a note says which. Raises `DataError` for arguments that cannot be used.
         """
+        if stage == "auto" and stage not in self.stages:
+            stage, note = route_messages(self.tokenizer, self.config.vocab_size, messages, tools, self.route)
+            options["notes"] = [note]
         name = self._choose(stage)
         if strategy is not None:
             options["generate"] = functools.partial(self.generate, stage=name, strategy=strategy)

@@ -211,17 +211,16 @@ def answer_messages(
     response_format: Any = None,
     constrain: bool = True,
     threshold: float | None = None,
+    notes: Sequence[str] = (),
     **options: Any,
 ) -> "Answer | AnswerStream":
     """Answer a conversation with a model; see `Cascade.chat`. `options` are those of `generate_replies`.
 
-    `threshold` decides between a call and text, see `Constraint`.
+    `threshold` decides between a call and text, see `Constraint`. The answer's notes begin with `notes`.
     """
     prompt_messages, offered = read_messages(messages), read_tools(tools)
     vocab_size = model.config.vocab_size
-    check_tokenizer(tokenizer, vocab_size)
-    complete_template(tokenizer)  # of a base without a stage; a stage's is complete
-    renderer = Renderer(tokenizer, vocab_size=vocab_size)
+    renderer = _make_renderer(tokenizer, vocab_size)
     stops = renderer.stop_token_ids
     prompt = renderer.prompt_ids(prompt_messages, offered)
     plan = plan_reply(
@@ -235,7 +234,7 @@ def answer_messages(
         constrain=constrain,
         threshold=threshold,
     )
-    notes = [*plan.notes, *filter(None, [note_unread_calls(tokenizer) if offered else ""])]
+    notes = [*notes, *plan.notes, *filter(None, [note_unread_calls(tokenizer) if offered else ""])]
     if count := renderer.count_control_tokens(prompt_messages, offered):
         notes.append(f"{count} control tokens in the question or the tools are read as text")
     first = plan.make_constraint(max_new_tokens)
@@ -248,6 +247,21 @@ def answer_messages(
         return generate_replies(model, tokenizer, [prompt], stops, **settings)[0]
 
     return AnswerStream(generate, tokenizer, stops, plan) if stream else generate()
+
+
+def route_messages(
+    tokenizer: Any, vocab_size: int, messages: Sequence[Mapping[str, Any]], tools: Any, route: Callable[..., Any]
+) -> tuple[str | None, str]:
+    """Return the stage that `route` chooses for the prompt of a conversation (None: the base), and a note of it."""
+    prompt = _make_renderer(tokenizer, vocab_size).prompt_ids(read_messages(messages), read_tools(tools))
+    stage = route(torch.tensor([prompt])).stages[0]
+    return stage, f"answered by {'the base' if stage is None else f'the stage {stage!r}'}"
+
+
+def _make_renderer(tokenizer: Any, vocab_size: int) -> Renderer:
+    check_tokenizer(tokenizer, vocab_size)
+    complete_template(tokenizer)  # of a base without a stage; a stage's is complete
+    return Renderer(tokenizer, vocab_size=vocab_size)
 
 
 def _answer(

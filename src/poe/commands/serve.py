@@ -53,6 +53,7 @@ def serve(
         raise MissingExtraError('Serving needs more packages: pip install "poe-cascade[serve]"') from None
     from poe.serving.engine import Engine
     from poe.serving.models import context_length, load_models
+    from poe.serving.router import AUTO, make_router
 
     if (api_key is not None and not api_key.isprintable()) or api_key == "":
         raise ServingError("The API key is empty or has characters that no header can hold: choose another, or none.")
@@ -69,14 +70,16 @@ def serve(
     stages = [model.stage for model in models.values()]
     engine = Engine(cascade, stages, max_batch=max_batch, max_queue=max_queue, max_seconds=max_seconds, report=report)
     limits = Limits(max_context=min(max_context, context_length(cascade.config) or max_context))
+    router = make_router(cascade, models, limits.max_context)
     application = build_app(
-        engine, models, limits, api_key=api_key, hosts=LOOPBACK if is_local else None, report=report
+        engine, models, limits, router=router, api_key=api_key, hosts=LOOPBACK if is_local else None, report=report
     )
+    names = ", ".join([*models, *([AUTO] if router else [])])
     finished = serve_until_signal(
         application,
         engine,
         opened,
-        lambda: out.print(f"{', '.join(models)} at {url_of(opened)}", markup=False, soft_wrap=True),
+        lambda: out.print(f"{names} at {url_of(opened)}", markup=False, soft_wrap=True),
         lambda: err.print("Finishing the replies that run; Ctrl-C again ends them.", markup=False),
     )
     if not finished:

@@ -37,14 +37,7 @@ class Question:
 
 def read_question(model: ServedModel, request: ChatRequest, max_context: int) -> Question:
     """Write the prompt of a request. Raises `ApiError` for what cannot be used, or is longer than `max_context`."""
-    tools = read_offered(request)
-    messages = [_check_role(number, message) for number, message in enumerate(request.messages)]
-    try:
-        prompt = model.renderer.prompt_ids(read_messages(messages), tools)
-    except TokenizerError as error:
-        raise ApiError(500, str(error)) from None
-    except PoEError as error:
-        raise ApiError(400, f"The messages cannot be used: {error}", "messages", "invalid_value") from None
+    prompt, tools = write_prompt(model, request)
     room = max_context - len(prompt)
     if room < 1 or (request.most_tokens or 1) > room:
         wanted = f" and max_tokens {request.most_tokens}" if request.most_tokens else ""
@@ -58,6 +51,18 @@ def read_question(model: ServedModel, request: ChatRequest, max_context: int) ->
     max_tokens = request.most_tokens or min(REPLY_TOKENS, room)
     plan, constraint = _plan(model, request, tools, max_tokens)
     return Question(model, request, prompt, max_tokens, plan, constraint)
+
+
+def write_prompt(model: ServedModel, request: ChatRequest) -> tuple[list[int], Sequence[Tool]]:
+    """Return the prompt of a request, as a model gets it, and its tools. Raises `ApiError` for what cannot be used."""
+    tools = read_offered(request)
+    messages = [_check_role(number, message) for number, message in enumerate(request.messages)]
+    try:
+        return model.renderer.prompt_ids(read_messages(messages), tools), tools
+    except TokenizerError as error:
+        raise ApiError(500, str(error)) from None
+    except PoEError as error:
+        raise ApiError(400, f"The messages cannot be used: {error}", "messages", "invalid_value") from None
 
 
 def _plan(

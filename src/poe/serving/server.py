@@ -23,6 +23,7 @@ from poe.serving.metrics import Metrics, Watch
 from poe.serving.models import ServedModel
 from poe.serving.openai_api import ApiError, ChatRequest, Completion, read_request, write_usage
 from poe.serving.replies import Choice, Question, read_question
+from poe.serving.router import AUTO, Router
 
 BODY_SECONDS = 30  # to send a request
 LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
@@ -41,16 +42,17 @@ def build_app(
     models: Mapping[str, ServedModel],
     limits: Limits = Limits(),
     *,
+    router: Router | None = None,
     api_key: str | None = None,
     hosts: tuple[str, ...] | None = None,
     report: Callable[[str], None] = print,
 ) -> ASGIApp:
     """Return the ASGI application. It starts the engine, and closes it after the last reply.
 
-    With `api_key` every request but `/health` needs it. With `hosts` the header Host must be one of them. `report` gets
-    the kinds of internal errors, without text of a request.
+    With `router` there is a model "auto". With `api_key` every request but `/health` needs it. With `hosts` the header
+    Host must be one of them. `report` gets the kinds of internal errors, without text of a request.
     """
-    service = _Service(engine, models, limits)
+    service = _Service(engine, models, limits, router)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -71,11 +73,11 @@ def build_app(
 
     @app.get("/v1/models")
     async def list_models() -> Response:
-        return JSONResponse({"object": "list", "data": [service.describe(name) for name in models]})
+        return JSONResponse({"object": "list", "data": [service.describe(name) for name in service.names]})
 
     @app.get("/v1/models/{name:path}")
     async def show_model(name: str) -> Response:
-        service.find_model(name)
+        service.check_name(name)
         return JSONResponse(service.describe(name))
 
     @app.post("/v1/chat/completions")
@@ -148,8 +150,11 @@ class _Guard:
 class _Service:
     """Answers chat requests with an engine."""
 
-    def __init__(self, engine: Engine, models: Mapping[str, ServedModel], limits: Limits) -> None:
-        self._engine, self._models, self._limits = engine, models, limits
+    def __init__(
+        self, engine: Engine, models: Mapping[str, ServedModel], limits: Limits, router: Router | None
+    ) -> None:
+        self._engine, self._models, self._limits, self._router = engine, models, limits, router
+        self.names = [*models, *([AUTO] if router else [])]
         self._started = int(time.time())
         self._reader = ThreadPoolExecutor(1, "poe-prompts")  # one thread: tokenizers keep state
         self._reading = 0  # replies to requests of which the prompt is written now
@@ -163,23 +168,25 @@ class _Service:
         """Return a model in OpenAI's form."""
         return {"id": name, "object": "model", "created": self._started, "owned_by": "poe"}
 
-    def find_model(self, name: str) -> ServedModel:
-        """Return a model. Raises `ApiError` (404)."""
-        if name not in self._models:
-            known = ", ".join(self._models)
-            raise ApiError(
-                404, f"There is no model {name[:80]!r}: expected one of {known}.", "model", "model_not_found"
-            )
-        return self._models[name]
+    def check_name(self, name: str) -> None:
+        """Raise `ApiError` (404) if there is no model of that name."""
+        if name in self.names:
+            return
+        reason = ""
+        if name == AUTO:
+            reason = f" Not every stage knows its training prompts, by which {AUTO!r} chooses: see fit_prompt_center."
+        text = f"There is no model {name[:80]!r}: expected one of {', '.join(self.names)}.{reason}"
+        raise ApiError(404, text, "model", "model_not_found")
 
     async def answer(self, http: Request) -> Response:
         """Answer one request for a chat completion."""
         watch = Watch(self.metrics)
         try:
             request = read_request(await self._read_body(http))
-            model = self.find_model(request.model)
-            watch.model = model.name
-            question = await self._read_question(model, request)
+            self.check_name(request.model)
+            watch.model = request.model
+            question = await self._read_question(request)
+            watch.model = question.model.name
             with _busy_as_api_error(self._engine):
                 replies = _Replies(self._engine, question, watch)
         except ApiError as error:
@@ -187,15 +194,20 @@ class _Service:
             raise
         return _Stream(replies) if request.stream else await replies.whole(http)
 
-    async def _read_question(self, model: ServedModel, request: ChatRequest) -> Question:
-        """Write the prompt, unless the server is full; requests whose prompts are written count as well."""
+    async def _read_question(self, request: ChatRequest) -> Question:
+        """Choose the model and write the prompt, unless the server is full; requests that are here count as well."""
         with _busy_as_api_error(self._engine):
             self._engine.check_places(request.choices + self._reading)
         loop, self._reading = asyncio.get_running_loop(), self._reading + request.choices
         try:
-            return await loop.run_in_executor(self._reader, read_question, model, request, self._limits.max_context)
+            return await loop.run_in_executor(self._reader, self._choose_and_read, request)
         finally:
             self._reading -= request.choices
+
+    def _choose_and_read(self, request: ChatRequest) -> Question:
+        routed = self._router if request.model not in self._models else None
+        model = routed.choose(request) if routed else self._models[request.model]
+        return read_question(model, request, self._limits.max_context)
 
     async def _read_body(self, http: Request) -> bytes:
         """Return the body of a request. Raises `ApiError` if it is too large, too slow, or no JSON."""
