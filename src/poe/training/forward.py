@@ -99,9 +99,16 @@ def recompute_activations(layers: Iterable[nn.Module]) -> Iterator[None]:
     """
     wrapped = list(layers)
     for layer in wrapped:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, context_fn=attend_again(layer))
+        layer.forward = partial(_recompute, layer.forward, attend_again(layer))
     try:
         yield
     finally:
         for layer in wrapped:
             del layer.forward  # the method of the class is visible again
+
+
+def _recompute(forward: Callable[..., Any], context_fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    options: dict[str, Any] = (
+        {} if torch.compiler.is_compiling() else {"context_fn": context_fn}
+    )  # what is compiled has no spans
+    return checkpoint(forward, *args, use_reentrant=False, **options, **kwargs)
