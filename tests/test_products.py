@@ -270,7 +270,8 @@ def test_products_on_a_base_with_stage_heads(combiner: str) -> None:
     if combiner == "last":
         stages |= {"top": 0.1, None: 0.4}
     else:
-        for refused in (lambda: cascade.compose([None, "top"]), lambda: cascade.route(inputs["input_ids"])):
+        rows: list[str | None] = ["top", None, "top"]
+        for refused in (lambda: cascade.compose([None, "top"]), lambda: cascade.generate(**inputs, stage=rows)):
             with pytest.raises(FamilyError, match="combines the predictions"):
                 refused()
     expected = naive(cascade, stages, "log_op", inputs)

@@ -9,6 +9,7 @@ import torch
 from command_line import run_program
 from conftest import scramble, tiny_base, token_ids
 from poe import Cascade, StageConfig
+from poe.decoding import fit_prompt_center
 from poe.errors import RecipeError, StageError
 from poe.modeling.delta_file import read_delta_header
 from poe.stages import load_base_recipe, load_recipe
@@ -39,6 +40,8 @@ def test_two_stages_of_one_name_live_on_one_base_and_combine(tools: list[Path]) 
     expected = (logits(cascade, "tool").log_softmax(-1) + logits(cascade, "weather").log_softmax(-1)) / 2
     got = product.logits(token_ids())
     torch.testing.assert_close(got, expected.log_softmax(-1))
+    for seed, stage in enumerate(cascade.stages.values()):
+        fit_prompt_center(cascade.base, stage, token_ids(8, seed=seed).tolist())
     assert set(cascade.route(token_ids()).scores[0]) == {None, "tool", "weather"}
 
 

@@ -352,8 +352,7 @@ class Cascade:
         """Return the stage of each prompt (B, T), among all stages and the base, and every score.
 
         Trained stages know their training prompts: a prompt goes to the stage whose prompts it is most like, and to the
-        base if it is like none. If a stage does not know them, all are compared by the mean log-probability of the
-        prompt; then a fork that is active on the answer raises `DecodingError`. The base wins a tie.
+        base if it is like none. Raises `DecodingError` for a stage without them (`poe.decoding.fit_prompt_center`).
         """
         return route(self.base, [self.expert(name) for name in (None, *self.stages)], input_ids, attention_mask)
 

@@ -97,7 +97,7 @@ def read_center(prompt: Any) -> PromptCenter | None:
 
 
 def find_centers(experts: Sequence[Expert], width: int) -> dict[str, PromptCenter] | None:
-    """Return the center of each stage among `experts`, by name; None unless all stages have one.
+    """Return the center of each stage among `experts`, by name; None if a stage has none.
 
     Raises `DeltaError` for one that is damaged or does not fit a base of `width`.
     """
@@ -114,7 +114,7 @@ def find_centers(experts: Sequence[Expert], width: int) -> dict[str, PromptCente
                 f"{width}. Train or load the stage again."
             )
         centers[str(expert.name)] = center
-    return centers or None
+    return centers
 
 
 def _encode(direction: Tensor) -> str:

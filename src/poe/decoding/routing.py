@@ -1,7 +1,6 @@
 """Routing: rows of one batch use different stages in one pass through the trunk, and each row's stage can be chosen.
 
-A prompt chooses by how like it is to the training prompts of each stage (`prompt_center.py`), or, with stages that do
-not know theirs, by its likelihood under each of them.
+A prompt chooses by how like it is to the training prompts of each stage (`prompt_center.py`).
 
 Like a batch of mixed adapters (S-LoRA, arXiv 2311.03285), but the shared layers are exactly the base's, so their pass
 costs as much as the base alone.
@@ -19,8 +18,8 @@ from transformers import Cache, GenerationConfig, PreTrainedModel, StoppingCrite
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
-from poe.decoding.branches import BranchedModel, build_branched_model, count_positions
-from poe.decoding.prompt_center import find_centers, read_directions
+from poe.decoding.branches import BranchedModel, build_branched_model
+from poe.decoding.prompt_center import find_centers, read_center, read_directions
 from poe.decoding.strategy import Expert
 from poe.errors import DecodingError
 
@@ -29,9 +28,8 @@ from poe.errors import DecodingError
 class Routing:
     """The stage of each row (None: the base), which has the highest of the row's `scores`.
 
-    If all stages know the center of their training prompts, a score is the cosine similarity of the prompt to it, less
-    1 for a prompt that is unlike them, and the base's is 0. Otherwise it is the mean log-probability of the prompt
-    (nats per token).
+    A score is the cosine similarity of the prompt to the center of a stage's training prompts, less 1 for a prompt that
+    is unlike them. The base's is 0.
     """
 
     stages: list[str | None]
@@ -70,29 +68,6 @@ class RoutedModel(BranchedModel):
         logits = torch.cat([self.expert_logits(expert, expert_states) for expert, expert_states in enumerate(states)])
         return CausalLMOutputWithPast(logits=logits[torch.cat(rows).argsort()], past_key_values=cache)
 
-    @torch.no_grad()
-    def route(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Routing:
-        """Score the prompts (B, T) with every expert in one pass through the trunk, and choose the most likely one.
-
-        The first expert wins a tie. The logits of one row exist at a time.
-        """
-        states, _ = self.expert_states(
-            input_ids, attention_mask=attention_mask, position_ids=count_positions(attention_mask), use_cache=False
-        )
-        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.device)
-        has_target = (real[:, 1:] * real[:, :-1]).bool()
-        names = [expert.name for expert in self.experts]
-        scores: list[dict[str | None, float]] = []
-        for row, (ids, kept) in enumerate(zip(input_ids, has_target, strict=True)):
-            targets = ids[1:][kept][:, None]
-            log_probs = [
-                self.expert_logits(expert, expert_states[row, :-1][kept]).float().log_softmax(-1)
-                for expert, expert_states in enumerate(states)
-            ]
-            means = [each.gather(-1, targets).sum() / max(1, len(each)) for each in log_probs]
-            scores.append(dict(zip(names, torch.stack(means).tolist(), strict=True)))
-        return Routing([max(row, key=lambda name: row[name]) for row in scores], scores)
-
 
 class _RowStops(StoppingCriteria):
     """Ends each row at a stop token of its own stage. `generate` reads `eos_token_id` to pad finished rows."""
@@ -112,23 +87,20 @@ def route(
     base: PreTrainedModel, experts: Sequence[Expert], input_ids: Tensor, attention_mask: Tensor | None = None
 ) -> Routing:
     """Return the expert of each prompt (B, T); see `Cascade.route`."""
-    if centers := find_centers(experts, base.config.hidden_size):
-        directions = read_directions(base, input_ids, attention_mask)
-        columns = {name: center.score(directions).tolist() for name, center in centers.items()}
-        scores: list[dict[str | None, float]] = [
-            {each.name: 0.0 if each.name is None else columns[each.name][row] for each in experts}
-            for row in range(len(input_ids))
-        ]
-        return Routing([max(row, key=lambda name: row[name]) for row in scores], scores)
-    silent = [str(each.name) for each in experts if each.stage is not None and not each.stage.reads_prompt]
-    if silent:
+    centers = find_centers(experts, base.config.hidden_size)
+    if centers is None:
+        lost = [str(each.name) for each in experts if each.stage is not None and read_center(each.stage.prompt) is None]
         raise DecodingError(
-            f"Not all stages know their training prompts, so routing would compare how they read the prompt, and the "
-            f"base reads it for {', '.join(silent)} (active='answer'): name a stage for each row, or use "
-            "`fit_prompt_center` for each stage."
+            "A prompt goes to the stage whose training prompts it is like. These stages do not know theirs: "
+            f"{', '.join(lost)}. Name a stage for each row, or use `fit_prompt_center` for each of them."
         )
-    routing: Routing = build_branched_model(base, experts, RoutedModel).route(input_ids, attention_mask)
-    return routing
+    directions = read_directions(base, input_ids, attention_mask)
+    columns = {name: center.score(directions).tolist() for name, center in centers.items()}
+    scores: list[dict[str | None, float]] = [
+        {each.name: 0.0 if each.name is None else columns[each.name][row] for each in experts}
+        for row in range(len(input_ids))
+    ]
+    return Routing([max(row, key=lambda name: row[name]) for row in scores], scores)
 
 
 def generate_routed(

@@ -52,4 +52,4 @@ def make_router(cascade: Cascade, models: Mapping[str, ServedModel], max_context
         return None
     experts = [cascade.expert(model.stage) for model in models.values()]
     centers = find_centers(experts, cascade.base.config.hidden_size)
-    return None if centers is None else Router(cascade, models, centers, max_context)
+    return Router(cascade, models, centers, max_context) if centers else None
