@@ -107,7 +107,7 @@ def test_documents_are_found_in_a_mask_that_has_nothing_else() -> None:
 
 @pytest.mark.parametrize("count", [2, 15, 16, 40])
 def test_nan_is_not_hidden(count: int) -> None:
-    """torch's causal attention on a CPU turns it into zeros for fewer than 16 tokens."""
+    """torch's causal attention on a CPU turns it into zeros for fewer than 16 tokens, which fill a block here."""
     cascade = Cascade(tiny_model("llama"))
     cascade.base.model.layers[0].self_attn.q_proj.weight.data[0, 0] = float("nan")
     positions = torch.arange(count).repeat(2)[None]
@@ -116,7 +116,7 @@ def test_nan_is_not_hidden(count: int) -> None:
 
 
 def test_each_call_gets_the_keys_of_its_span_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two documents of 10 and 30 tokens, of which an answer of 5 ends each."""
+    """Two documents of 70 and 130 tokens, of which an answer of 5 ends each, in whole blocks of 64."""
     shapes: list[tuple[int, int]] = []
     plain = torch.nn.functional.scaled_dot_product_attention
 
@@ -127,17 +127,17 @@ def test_each_call_gets_the_keys_of_its_span_alone(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
     cascade = CASCADES["llama"]
     boundary = AnswerBoundary(cascade.base, cascade.stages["f"])
-    ids = torch.arange(LENGTH)[None]
-    positions = torch.tensor([[*range(10), *range(30)]])
-    active = positions >= torch.tensor([[5] * 10 + [25] * 30])
+    ids = torch.arange(200)[None] % 50
+    positions = torch.tensor([[*range(70), *range(130)]])
+    active = positions >= torch.tensor([[65] * 70 + [125] * 130])
     read = boundary.below(ids, positions)
-    assert shapes == [(10, 10), (30, 30)] * 2
+    assert shapes == [(128, 128), (192, 192)] * 2
     shapes.clear()
     boundary.above(read, ids, positions, active)
-    assert shapes == [(5, 10), (5, 30)]
+    assert shapes == [(64, 128), (64, 192)]
     shapes.clear()
     WholeModel(cascade.base)(Batch(ids, ids, positions))
-    assert shapes == [(10, 10), (30, 30)] * 2
+    assert shapes == [(128, 128), (192, 192)] * 2
 
 
 def test_the_attention_is_the_base_s_own_again_after_an_error() -> None:

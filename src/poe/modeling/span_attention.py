@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "poe_spans"
-_LEAST = 16  # queries of causal attention without a mask: for fewer, torch 2.13 turns nan into zeros on a CPU
+_BLOCK = 64  # tokens: torch keeps a kernel for every new shape. For fewer than 16 it also turns nan into zeros
 
 
 class Span(NamedTuple):
@@ -105,12 +106,22 @@ def _span_attention(
                 queries = slice(span.start, span.stop)
                 keys, values = (_join([x[own, :, a:b] for a, b in span.keys], dim=2) for x in (key, value))
                 mask = None
-                if not (span.causal and span.stop - span.start >= _LEAST):
-                    mask = _join([attention_mask[own, :, queries, a:b] for a, b in span.keys], dim=3)
-                pieces.append(sdpa_attention_forward(module, query[own, :, queries], keys, values, mask, **kwargs)[0])
+                if not span.causal:
+                    seen = _join([attention_mask[own, :, queries, a:b] for a, b in span.keys], dim=3)
+                    mask = _fill(_fill(seen, 3), 2)
+                    mask[:, :, span.stop - span.start :, 0] = True  # what fills a block has to see something
+                q, keys, values = (_fill(x, 2) for x in (query[own, :, queries], keys, values))
+                output = sdpa_attention_forward(module, q, keys, values, mask, **kwargs)[0]
+                pieces.append(output[:, : span.stop - span.start])
             done = span.stop
         outputs.append(_join(pieces, dim=1))
     return _join(outputs, dim=0), None
+
+
+def _fill(x: Tensor, dim: int) -> Tensor:
+    """Fill the last block of one dimension with zeros."""
+    missing = -x.shape[dim] % _BLOCK
+    return functional.pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, missing)) if missing else x
 
 
 def _join(tensors: list[Tensor], dim: int) -> Tensor:
