@@ -1,7 +1,5 @@
 """Attention by documents and answers gives what attention of the whole packed row with a mask gives."""
 
-from contextlib import nullcontext
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -60,11 +58,10 @@ def test_spans_give_what_a_mask_gives(name: str, rows: tuple[torch.Tensor, torch
     ids, positions, active = rows
     for by_span in (True, False):
         boundary = AnswerBoundary(cascade.base, stage)
-        with pytest.MonkeyPatch.context() as patch:
-            if not by_span:
-                patch.setattr(AnswerBoundary, "_attention", lambda self: nullcontext())
-            read = boundary.below(ids, positions)
-            hidden = boundary.above(read, ids, positions, active)
+        if not by_span:
+            boundary._layers_config = None
+        read = boundary.below(ids, positions)
+        hidden = boundary.above(read, ids, positions, active)
         hidden.square().sum().backward()
         results.append([*(x for x in read if x is not None), hidden, *(p.grad.clone() for p in stage.parameters())])
         stage.zero_grad()

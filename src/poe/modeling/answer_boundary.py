@@ -9,7 +9,6 @@ heads, E their width, D width.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -86,7 +85,6 @@ class AnswerBoundary:
         self._parents = [link.activity for link in parents]
         self._stage_layer, self._below, self._depth = stage.layers[0], below, stage.depth
         self._config, self._layers_config, self._dtype = base.config, find_layers_config(self._upper), base.dtype
-        self._compiled = False
         self._lower_depth = int(lower.config.num_hidden_layers)
         self.device = device_of(base.get_input_embeddings())
 
@@ -96,7 +94,7 @@ class AnswerBoundary:
         The number of answer tokens differs from batch to batch, so `above` is compiled twice: for the first number,
         then for any.
         """
-        self._compiled = True
+        self._layers_config = None  # what is compiled keeps its one call of attention with a mask
         for half in (self._lower, self._upper) if below else (self._upper,):
             half.compile(**options)
 
@@ -111,7 +109,7 @@ class AnswerBoundary:
         for activity in self._parents:
             activity.tokens = input_ids.shape[1]
         try:
-            with self._attention():
+            with attend_by_span(self._layers_config, self.device):
                 self._lower(
                     input_ids=input_ids,
                     position_ids=position_ids,
@@ -143,7 +141,7 @@ class AnswerBoundary:
         for given, state in zip(self._given.values(), read.states.unbind(1), strict=True):
             given.state = state.gather(1, places.unsqueeze(-1).expand(-1, -1, state.shape[-1]))
         try:
-            with self._attention():
+            with attend_by_span(self._layers_config, self.device):
                 mask = _answer_mask(turn, position_ids, places, real)
                 spans = _answer_spans(turn, position_ids, places, real) if has_spans(self._layers_config) else None
                 output = self._upper(
@@ -159,10 +157,6 @@ class AnswerBoundary:
         whole = output.new_zeros(*input_ids.shape, output.shape[-1])
         rows = torch.arange(len(places), device=places.device).unsqueeze(1).expand_as(places)
         return whole.index_put((rows[real], places[real]), output[real])
-
-    def _attention(self) -> AbstractContextManager[None]:
-        """Return the context in which the layers run. What is compiled keeps its one call with a mask."""
-        return nullcontext() if self._compiled else attend_by_span(self._layers_config, self.device)
 
     def _masks(
         self, seen: Tensor, distance: Tensor, find_spans: Callable[[Tensor], Spans | None]

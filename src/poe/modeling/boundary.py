@@ -5,7 +5,6 @@ the final norm. The lower half ends where the stage begins. The upper half is th
 stage skipped; the last of them returns given hidden states. No module of the base is changed.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -49,11 +48,11 @@ class Boundary:
         self.states = len(self.layers)
         self.width = int(base.config.hidden_size)
         self.device = device_of(base.get_input_embeddings())
-        self._layers_config, self._compiled = find_layers_config(self._upper), False
+        self._layers_config = find_layers_config(self._upper)
 
     def compile(self, *, below: bool = True, **options: Any) -> None:
         """Compile the layers above the boundary with torch.compile, with `below` also those under it; at first use."""
-        self._compiled = True
+        self._layers_config = None  # what is compiled keeps its one call of attention with a mask
         for half in (self._lower, self._upper) if below else (self._upper,):
             half.compile(**options)
 
@@ -65,7 +64,7 @@ class Boundary:
         There is no autograd graph.
         """
         self._lower.eval()  # each time: `train` of the grown model reaches the layers that both share
-        with self._attention():
+        with attend_by_span(self._layers_config, self.device):
             self._lower(input_ids=input_ids, position_ids=position_ids, use_cache=False)
         return torch.stack([layer.take() for layer in self._recorded.values()], dim=1)
 
@@ -75,7 +74,7 @@ class Boundary:
         for layer, state in zip(self._inputs.values(), states.unbind(1), strict=True):
             layer.state = state
         try:
-            with self._attention():
+            with attend_by_span(self._layers_config, self.device):
                 output: torch.Tensor = self._upper(
                     input_ids=input_ids, position_ids=position_ids, use_cache=False
                 ).last_hidden_state
@@ -83,7 +82,3 @@ class Boundary:
             for layer in self._inputs.values():
                 layer.state = None
         return output
-
-    def _attention(self) -> AbstractContextManager[None]:
-        """Return the context in which the layers run. What is compiled keeps its one call with a mask."""
-        return nullcontext() if self._compiled else attend_by_span(self._layers_config, self.device)
